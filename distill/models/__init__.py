@@ -1,0 +1,1 @@
+"""Who answers: teacher, assistant and student are all a `Reasoner`, whatever stands behind them."""
