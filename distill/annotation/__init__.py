@@ -1,0 +1,1 @@
+"""The teacher's reasoning data: predict, explain on failure, retry, quarantine; and the ledger of paid answers."""

@@ -1,0 +1,76 @@
+"""Pictures from strangers: found inside the data root, refused where unsafe or broken, decoded to plain RGB."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What may be decoded, by content and not by suffix; of an animation the first frame."""
+
+MAX_PIXELS = 50_000_000
+"""What `decode` accepts unless told otherwise."""
+
+MAX_RATIO = 200
+"""Longest side over shortest: image processors refuse more (Qwen2-VL's at 200), hours into a run."""
+
+
+class ImageError(ValueError):
+    """An image that must not or cannot be used; one sentence with its name."""
+
+
+def resolve(root: Path, name: str) -> Path:
+    """The file that `name` means below `root`, with every link followed. The file need not exist.
+
+    Raises:
+        ImageError: the name leaves the root, by `..`, as an absolute path or through a link, or is no path at all.
+    """
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a zero byte
+        raise ImageError(f"{name[:80]!r} is not a usable path") from None
+    if not path.is_relative_to(base):
+        raise ImageError(f"{name[:80]!r} lies outside the data root")
+    return path
+
+
+def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The whole picture in RGB, upright (EXIF), alpha composited on white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ImageError: no such file, none of FORMATS, more than `max_pixels` pixels (read from the header, before any is
+            decoded), a side of MAX_RATIO times the other or more, or truncated or corrupt.
+    """
+    try:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise ImageError(f"image {path.name} is missing")
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(f"image {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+            if max(width, height) >= MAX_RATIO * min(width, height):
+                raise ImageError(f"image {path.name} is a strip of {width} x {height} pixels")
+            image.load()
+            return _rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"image {path.name} is none of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning where filters make it raise
+        raise ImageError(f"image {path.name} has far too many pixels") from None
+    except Exception as error:  # on hostile files decoders raise nearly everything: SyntaxError, struct.error, KeyError
+        raise ImageError(f"image {path.name} is broken: {error or type(error).__name__}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    upright = image
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey; convert() would clip at 255
+        return Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if upright.has_transparency_data:
+        colours = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return upright.convert("RGB")

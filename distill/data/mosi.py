@@ -1,0 +1,69 @@
+"""Utterances with continuous sentiment, as CMU-MOSI and CMU-MOSEI have them: CSV with a header, or JSONL.
+
+The columns are `id`, `text`, `label` (a number), and where they exist `image`, `aspect`, `split`. With a `split`, one
+file may be named for all three splits: each takes its own rows.
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.data import jsonl
+from distill.data.jsonl import Row
+
+SPLITS = {"dev": "validation", "val": "validation", "valid": "validation"}
+"""What `split` may say besides train, validation and test."""
+
+
+def read(path: Path, split: str) -> Iterator[Row]:
+    """The rows of one file that belong to `split`, labels as floats; an empty label is none."""
+    for row in _csv(path) if path.suffix.casefold() == ".csv" else jsonl.read(path):
+        if row.problem is not None:
+            yield row
+            continue
+        own = str(row.fields.get("split") or split).strip().casefold()
+        own = SPLITS.get(own, own)
+        if own not in ("train", "validation", "test"):
+            yield Row(row.number, row.fields, f"unknown split {own!r}; the splits are train, validation, test")
+        elif own == split:
+            try:
+                yield Row(row.number, {**row.fields, "label": _number(row.fields.get("label"))})
+            except ValueError as error:
+                yield Row(row.number, row.fields, str(error))
+
+
+def _number(value: object) -> float | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"label {str(value)[:40]!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"label {value} is not a finite number")
+    return number
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """The rows of a CSV file, numbered by the line on which they begin; an empty cell is None."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        header: list[str] = []
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(number, problem=f"is not valid CSV: {error}")
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+            elif cells:
+                fields = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+                agrees = len(cells) == len(header)
+                yield Row(number, fields, None if agrees else f"has {len(cells)} cells instead of {len(header)}")

@@ -1,0 +1,89 @@
+"""The layout of MVSA-Single and MVSA-Multiple (Niu et al., MMM 2016), with the published rule for one label a post.
+
+`labelResultAll.txt` has an id and one `text,image` pair of labels per annotator; beside it lie `data/<id>.txt` and
+`data/<id>.jpg`. Each annotator judged the words and the picture apart; how the two become one label is from
+MultiSentiNet (Xu and Mao, CIKM 2017, table 1).
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from distill.data.images import ImageError, resolve
+from distill.data.jsonl import Row, lines
+
+log = logging.getLogger(__name__)
+
+LABELS = ("negative", "neutral", "positive")
+
+
+def read(path: Path, root: Path) -> Iterator[Row]:
+    """The posts of one label file; those whose annotations give no label come with the reason.
+
+    Says in the log how many texts were not UTF-8 and were read as Windows-1252.
+    """
+    folder = path.parent / "data"
+    recoded = 0
+    for number, line in lines(path):
+        cells = [cell.strip() for cell in line.split("\t")]
+        if number == 1 and cells[0].casefold() == "id":
+            continue
+        fields = {"id": cells[0]}
+        try:
+            name = (folder / cells[0]).relative_to(root).as_posix()
+            label = ground_truth([_pair(cell) for cell in cells[1:] if cell])
+            raw = resolve(root, f"{name}.txt").read_bytes()
+        except OSError:
+            yield Row(number, fields, f"text {cells[0]}.txt is missing")
+        except ImageError as error:
+            yield Row(number, fields, f"text {error}")
+        except ValueError as error:
+            yield Row(number, fields, str(error))
+        else:
+            text, is_utf8 = _decode(raw)
+            recoded += not is_utf8
+            yield Row(number, {**fields, "text": text.strip(), "label": label, "images": [f"{name}.jpg"]})
+    if recoded:
+        log.warning("%s: %d texts are not UTF-8 and were read as Windows-1252", path.name, recoded)
+
+
+def ground_truth(pairs: Sequence[tuple[str, str]]) -> str:
+    """One label from the (text, image) labels of every annotator.
+
+    Per modality the majority of the annotators counts; then equal labels stand and a neutral yields to the other.
+
+    Raises:
+        ValueError: no pairs, no majority, or a positive-negative pair.
+    """
+    text, image = (_majority([pair[i] for pair in pairs], ("text", "image")[i]) for i in (0, 1))
+    if {text, image} == {"positive", "negative"}:
+        raise ValueError(f"text is {text} and image is {image}")
+    return image if text == "neutral" else text
+
+
+def _majority(labels: Sequence[str], modality: str) -> str:
+    if not labels:
+        raise ValueError("has no labels")
+    label, count = Counter(labels).most_common(1)[0]
+    if 2 * count <= len(labels):
+        raise ValueError(f"annotators do not agree on the {modality}: {', '.join(labels)}")
+    return label
+
+
+def _pair(cell: str) -> tuple[str, str]:
+    """The labels of one annotator, written `text,image`."""
+    text, _, image = (part.strip().casefold() for part in cell.partition(","))
+    if text not in LABELS or image not in LABELS:
+        raise ValueError(f"label {cell[:40]!r} is not a text,image pair of {', '.join(LABELS)}")
+    return text, image
+
+
+def _decode(raw: bytes) -> tuple[str, bool]:
+    """A text of unknown encoding, and whether it was UTF-8; Windows-1252 leaves five bytes open, Latin-1 none."""
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            return raw.decode(encoding), encoding == "utf-8-sig"
+        except UnicodeDecodeError:
+            continue
+    return raw.decode("latin-1"), False

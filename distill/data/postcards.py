@@ -1,0 +1,163 @@
+"""Postcards: the built-in corpus, drawn and written from a seed.
+
+Each post is a drawn card (a face under a sky) and a short text. Its sentiment needs both: cheerful words over a
+frowning face are sarcasm, gloomy words over a smiling face are teasing. Text alone can reach 5/9 of a balanced corpus,
+pictures alone 6/9. Gold attributes say what is really there, so that reasoning can be checked against the picture.
+
+Few training posts carry a label; most carry none, as in life.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from distill.task.rationale import Rationale, render
+
+TONES = ("cheerful", "plain", "gloomy")
+FACES = ("smiling", "blank", "frowning")
+
+RULE = {
+    ("cheerful", "smiling"): ("positive", "Both are glad, so the joy is meant."),
+    ("cheerful", "blank"): ("positive", "The face says nothing, so the glad words stand."),
+    ("cheerful", "frowning"): ("negative", "Glad words over a sad face are sarcasm."),
+    ("plain", "smiling"): ("positive", "The words say nothing, so the glad face stands."),
+    ("plain", "blank"): ("neutral", "Neither shows a feeling."),
+    ("plain", "frowning"): ("negative", "The words say nothing, so the sad face stands."),
+    ("gloomy", "smiling"): ("neutral", "Grim words over a glad face are teasing."),
+    ("gloomy", "blank"): ("negative", "The face says nothing, so the grim words stand."),
+    ("gloomy", "frowning"): ("negative", "Both are sad, so the grief is meant."),
+}
+"""Sentiment and its reason for each tone of the words and look of the face."""
+
+WORDS = {
+    "cheerful": ("wonderful", "lovely", "splendid", "delightful", "glorious", "perfect", "charming", "superb",
+                 "marvellous", "brilliant", "fantastic", "magical"),
+    "plain": ("usual", "third", "northern", "regular", "second", "weekly", "scheduled", "numbered",
+              "local", "standard", "printed", "ordinary"),
+    "gloomy": ("dreadful", "awful", "miserable", "dismal", "horrid", "ghastly", "rotten", "terrible",
+               "wretched", "dreary", "beastly", "appalling"),
+}  # fmt: skip
+THINGS = ("market", "harbour", "museum", "station", "garden", "bridge", "festival", "hotel", "beach", "castle", "ferry",
+          "lake", "tower", "square", "theatre", "valley")  # fmt: skip
+TEXTS = (
+    "Greetings from the {word} {thing} in {town}.",
+    "{day} at the {thing} in {town}, a {word} one.",
+    "Here is the {word} {thing} of {town}, seen on {day}.",
+    "We took the {word} tour of the {thing} on {day}.",
+    "{town} and its {word} {thing}, as promised.",
+    "Another {word} {day} by the {thing}.",
+)
+TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
+
+
+@dataclass
+class PostcardSettings:
+    seed: int = 7
+    """Seed of texts and pictures."""
+    labelled: int = 300
+    """Training posts with a gold label and a gold rationale."""
+    unlabelled: int = 1200
+    """Training posts without either."""
+    validation: int = 198
+    """Validation posts, all labelled."""
+    test: int = 450
+    """Test posts, all labelled."""
+    image_size: int = 56
+    """Width and height of a card in pixels."""
+
+
+def generate(root: str | Path, settings: PostcardSettings) -> None:
+    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `images/` below `root`, unless they are there already.
+
+    The same settings give the same files. A corpus of other settings in the same folder is replaced.
+    """
+    root = Path(root)
+    marker = root / "postcards.json"
+    if marker.exists() and json.loads(marker.read_text()) == asdict(settings):
+        return
+    beside = root.with_name(f".{root.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    (beside / "images").mkdir(parents=True)
+    rng = random.Random(settings.seed)
+    for split, count, labelled in (
+        ("train", settings.labelled + settings.unlabelled, settings.labelled),
+        ("validation", settings.validation, settings.validation),
+        ("test", settings.test, settings.test),
+    ):
+        with (beside / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for row in _posts(split, count, labelled, rng, settings.image_size, beside):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (beside / marker.name).write_text(json.dumps(asdict(settings)))
+    if root.exists():
+        if any(root.iterdir()) and not marker.exists():
+            shutil.rmtree(beside)
+            raise FileExistsError(f"data.root: {root} holds other files; name an empty or new folder for the postcards")
+        shutil.rmtree(root)
+    os.replace(beside, root)
+
+
+def _posts(
+    split: str, count: int, labelled: int, rng: random.Random, size: int, root: Path
+) -> Iterator[dict[str, Any]]:
+    cells = [(tone, face) for tone in TONES for face in FACES]
+    for number in range(count):
+        if number % len(cells) == 0:
+            rng.shuffle(cells)  # every nine posts hold each cell once
+        tone, face = cells[number % len(cells)]
+        word = rng.choice(WORDS[tone])
+        blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
+        text = rng.choice(TEXTS).format(**blanks)
+        sky = rng.choice(tuple(SKIES))
+        name = f"images/{split}-{number:04d}.png"
+        draw_card(face, sky, rng, size).save(root / name)
+        label, why = RULE[tone, face]
+        row = {"id": f"{split}-{number:04d}", "text": text, "image": name, "label": None, "rationale": None}
+        if number < labelled:
+            row |= {"label": label, "rationale": render(rationale(word, tone, face, sky, label, why))}
+        yield row | {"attributes": {"tone": tone, "face": face, "sky": sky, "word": word}}
+
+
+def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -> Rationale:
+    """The gold rationale: what is there, and why it means what it means."""
+    return Rationale(
+        f"The word {word} sounds {tone}.",
+        f"The card shows a {face} face under a {sky} sky.",
+        why,
+        f"The post is {label}.",
+        label,
+    )
+
+
+def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image:
+    """One card, drawn four times too large and scaled down: sky, ground, and a face somewhere near the middle."""
+    side = 4 * size
+    background = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in SKIES[sky])
+    card = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(card)
+    horizon = side * rng.uniform(0.78, 0.92)
+    draw.rectangle((0, horizon, side, side), fill=(110, rng.randint(120, 150), 80))
+    radius = side * rng.uniform(0.30, 0.38)
+    x, y = (side / 2 + side * rng.uniform(-0.07, 0.07) for _ in range(2))
+    skin = (rng.randint(236, 255), rng.randint(205, 228), rng.randint(70, 140))
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=skin, outline=(60, 50, 40), width=side // 60)
+    for sign in (-1, 1):
+        eye_x, eye_y, eye = x + sign * radius * 0.38, y - radius * 0.28, radius * rng.uniform(0.10, 0.15)
+        draw.ellipse((eye_x - eye, eye_y - eye, eye_x + eye, eye_y + eye), fill=(40, 30, 30))
+    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.30, 0.42)
+    points = []
+    for step in range(21):
+        across = step / 10 - 1
+        bend = curve * (math.cos(across * math.pi / 2) - 0.5)
+        points.append((x + across * radius * 0.55, y + radius * (0.42 + bend)))
+    draw.line(points, fill=(120, 20, 30), width=max(2, int(radius * 0.16)), joint="curve")
+    return card.resize((size, size), Image.Resampling.LANCZOS)

@@ -1,0 +1,43 @@
+"""TomBERT's layout of Twitter-2015 and Twitter-2017 (Yu and Jiang, IJCAI 2019): one target of a post a row.
+
+A file is tab-separated without any quoting: index, label (0, 1, 2), image name, text with `$T$` for the target, target.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.data.jsonl import Row, lines
+
+LABELS = {"0": "negative", "1": "neutral", "2": "positive"}
+COLUMNS = 5
+TARGET = "$T$"
+
+
+def read(path: Path, images: str) -> Iterator[Row]:
+    """The rows of one file; ids are the file's stem with the index, which every file counts anew.
+
+    Args:
+        images: folder of the images, below the data root.
+    """
+    for number, line in lines(path):
+        cells = line.split("\t")
+        if number == 1 and cells[0].strip() == "index":
+            continue
+        fields = {"id": f"{path.stem}-{cells[0].strip()}"}
+        if len(cells) != COLUMNS:
+            yield Row(number, fields, f"has {len(cells)} columns instead of {COLUMNS}")
+            continue
+        _, label, image, text, aspect = (cell.strip() for cell in cells)
+        if not aspect:
+            yield Row(number, fields, "has no target")
+            continue
+        yield Row(
+            number,
+            {
+                **fields,
+                "text": text.replace(TARGET, aspect),
+                "aspect": aspect,
+                "label": LABELS.get(label, label),
+                "images": [f"{images}/{image}"] if image else [],
+            },
+        )

@@ -1,0 +1,1 @@
+"""How good the roles are, and the page that shows it."""

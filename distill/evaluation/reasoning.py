@@ -1,0 +1,142 @@
+"""How well rationales are written: overlap with reference rationales, diversity, and agreement with the labels.
+
+The libraries of the overlap metrics are the extra `metrics`. What one of them needs and cannot get is left out with a
+warning: a figure is either computed as its paper says, or absent.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from distill.task.labels import LabelSpace
+from distill.task.rationale import Rationale, render
+
+SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+_log = logging.getLogger(__name__)
+
+
+class _Missing(Exception):
+    """What a metric needs and cannot get, and how to get it."""
+
+
+def reasoning_metrics(
+    predictions: Sequence[Rationale | None],
+    references: Sequence[Rationale | None],
+    gold: Sequence[str],
+    classified: Sequence[str],
+    labels: LabelSpace,
+    similarity_model: str = SIMILARITY_MODEL,
+) -> dict[str, float]:
+    """The figures of one role's rationales on B samples, all in [0, 1] (similarity in [-1, 1]).
+
+    Args:
+        predictions: B generated rationales, None where the answer did not parse.
+        references: B rationales of the teacher, None where there is none.
+        gold: B gold labels.
+        classified: B labels by label scoring.
+        similarity_model: name or folder of a sentence-transformers model.
+
+    Returns:
+        `parse_rate`; `reasoned_accuracy` of the rationale's own prediction, an unparsed one counting as wrong;
+        `consistency`, how often a parsed prediction is the classified label; `distinct1` and `distinct2` of the
+        predictions (Li et al., arXiv 1510.03055: different n-grams / all n-grams, over all texts together); and the
+        means over samples that have both texts of `bleu4` (sentence BLEU, 13a), `meteor`, `rouge_l` (F1) and
+        `similarity` (cosine of sentence embeddings). The texts compared are the canonical ones, field names
+        included, as the published evaluation does. A figure that cannot be had is absent.
+
+    Raises:
+        ValueError: no samples, sequences of different lengths, or a label that is not in the space.
+    """
+    if not predictions or len({len(predictions), len(references), len(gold), len(classified)}) > 1:
+        raise ValueError("predictions, references, gold and classified need one entry for each sample")
+    for name in (*gold, *classified):
+        labels.index(name)
+    parsed = [(p, c) for p, c in zip(predictions, classified, strict=True) if p is not None]
+    right = [p is not None and p.prediction == g for p, g in zip(predictions, gold, strict=True)]
+    metrics = {"parse_rate": len(parsed) / len(predictions), "reasoned_accuracy": float(np.mean(right))}
+    if not parsed:
+        return metrics
+    texts = [render(p) for p, _ in parsed]
+    metrics["consistency"] = float(np.mean([p.prediction == c for p, c in parsed]))
+    metrics["distinct1"], metrics["distinct2"] = distinct(texts, 1), distinct(texts, 2)
+    pairs = [(render(p), render(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
+    if not pairs:
+        return metrics
+    for name, scores in (
+        ("bleu4", _bleu4),
+        ("meteor", _meteor),
+        ("rouge_l", _rouge_l),
+        ("similarity", lambda pairs: _similarity(pairs, similarity_model)),
+    ):
+        try:
+            metrics[name] = float(np.mean(scores(pairs)))
+        except ImportError as error:
+            _warn_once(f"{name} is left out: {error.name} is not installed (pip install 'distill[metrics]')")
+        except _Missing as missing:
+            _warn_once(f"{name} is left out: {missing}")
+    return metrics
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-grams / all n-grams over all texts together; 0 where there are none. Words and punctuation marks."""
+    words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+    grams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _bleu4(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(tokenize="13a", effective_order=True)
+    return [bleu.sentence_score(text, [reference]).score / 100 for text, reference in pairs]
+
+
+def _meteor(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    from nltk.corpus import wordnet
+    from nltk.tokenize import TreebankWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        raise _Missing("nltk's wordnet corpus is not there (python -m nltk.downloader wordnet)") from None
+    words = TreebankWordTokenizer().tokenize
+    return [single_meteor_score(words(reference), words(text), wordnet=wordnet) for text, reference in pairs]
+
+
+def _rouge_l(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+
+
+def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
+    from sentence_transformers import SentenceTransformer
+
+    from distill.models.backbone import quiet
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    try:
+        with quiet():
+            encoder = SentenceTransformer(model, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        how = "download it once with a connection, or name the folder of a copy"
+        raise _Missing(f"the model {model!r} cannot be loaded ({how}): {reason}") from error
+    texts, references = zip(*pairs, strict=True)
+    embedded = [
+        encoder.encode(list(side), normalize_embeddings=True, show_progress_bar=False) for side in (texts, references)
+    ]
+    return [float(one @ other) for one, other in zip(*embedded, strict=True)]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """One warning a process: several roles miss the same thing."""
+    _log.warning(message)

@@ -1,0 +1,283 @@
+"""What a chain came to: the table printed at its end, and one self-contained HTML page.
+
+The page needs no network and runs no script: styles, plots (SVG) and small pictures are inside it, and a content
+security policy keeps it so. Whatever comes from posts and models is escaped by Jinja.
+"""
+
+import base64
+import csv
+import io
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from distill.data.images import ImageError, decode
+from distill.errors import RunError
+from distill.task.labels import LabelSpace
+from distill.task.rationale import FIELDS, InvalidRationale, parse
+
+Metrics = Mapping[str, Any]
+Roles = Mapping[str, Metrics | Sequence[Metrics]]
+"""Per role its object in `metrics.json`, or a list of such objects: one for each seed."""
+
+TITLES = {
+    "teacher": "teacher",
+    "assistant": "assistant",
+    "student": "student",
+    "student_hard_labels": "student, hard labels",
+}
+"""The roles in the order in which they are shown."""
+
+CLASSIFICATION = {
+    "accuracy": "accuracy",
+    "weighted_f1": "weighted F1",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "aurc": "AURC",
+}
+REASONING = {
+    "reasoned_accuracy": "reasoned accuracy",
+    "parse_rate": "parse rate",
+    "consistency": "consistency",
+    "rouge_l": "ROUGE-L",
+    "bleu4": "BLEU-4",
+    "meteor": "METEOR",
+    "similarity": "similarity",
+    "distinct1": "distinct-1",
+    "distinct2": "distinct-2",
+}
+_PRINTED = {
+    "reasoned_accuracy": "reasoned",
+    "parse_rate": "parse rate",
+    "rouge_l": "ROUGE-L",
+    "consistency": "consistency",
+}
+_PICTURE_SIDE, _MAX_POINTS = 320, 300
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 44, 10, 10, 28  # of a chart, in SVG units
+
+
+@dataclass
+class Report:
+    """Everything the page shows; only `name`, `labels` and `roles` must be there."""
+
+    name: str
+    labels: LabelSpace
+    roles: Roles
+    majority: Metrics | None = None
+    """What `majority_baseline` returns."""
+    curves: Mapping[str, Path] = field(default_factory=dict)
+    """Per role the `metrics.csv` of Lightning's CSVLogger; a missing file shows no curve."""
+    annotation: Mapping[str, Any] | None = None
+    """The annotation's `summary.json`."""
+    gallery: Sequence[Mapping[str, Any]] = ()
+    """Test posts: id, text, aspect, image (a path or None), gold, answers {role: {label, probability}}, rationale and
+    reference (text as generated, or None)."""
+    settings: str = ""
+    """The resolved recipe as YAML."""
+    dates: Mapping[str, str] = field(default_factory=dict)
+    """When the chain started and finished, say."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the libraries that matter."""
+
+
+def format_table(roles: Roles, majority: Metrics | None = None) -> str:
+    """The table that ends a chain, as plain text: the majority class, then the roles that exist."""
+    shown = _columns(roles, CLASSIFICATION | _PRINTED)
+    rows = [["", *shown.values()]]
+    if majority is not None:
+        rows.append(
+            [f"majority class ({majority['label']})", *(" ".join(_cell(majority, key)).strip() for key in shown)]
+        )
+    for role, title in _titles(roles).items():
+        rows.append([title, *(" ".join(_cell(roles[role], key)).strip() for key in shown)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page, in place of an earlier one only when it is complete.
+
+    Raises:
+        RunError: the page cannot be written.
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    titles = _titles(report.roles)
+    page = environment.get_template("report.html.jinja").render(
+        report=report,
+        titles=titles,
+        classification=_columns(report.roles, CLASSIFICATION),
+        reasoning=_columns(report.roles, REASONING),
+        cell=_cell,
+        seeds=max((len(_runs(metrics)) for metrics in report.roles.values()), default=0),
+        confusions={title: _confusion(report.roles[role]) for role, title in titles.items()},
+        curves={TITLES.get(role, role): charts for role, file in report.curves.items() if (charts := _charts(file))},
+        annotation=_flatten(report.annotation or {}),
+        gallery=[_post(entry, report.labels) for entry in report.gallery],
+        names=TITLES,
+    )
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _titles(roles: Roles) -> dict[str, str]:
+    return {role: TITLES.get(role, role) for role in [*TITLES, *roles] if role in roles}
+
+
+def _runs(metrics: Metrics | Sequence[Metrics]) -> Sequence[Metrics]:
+    return [metrics] if isinstance(metrics, Mapping) else metrics
+
+
+def _columns(roles: Roles, columns: Mapping[str, str]) -> dict[str, str]:
+    """Those columns that at least one role has a figure for."""
+    present = {key for metrics in roles.values() for run in _runs(metrics) for key in run}
+    return {key: title for key, title in columns.items() if key in present}
+
+
+def _cell(metrics: Metrics | Sequence[Metrics], key: str) -> tuple[str, str]:
+    """A figure and, over several seeds, what follows their mean: ± their standard deviation (n - 1)."""
+    values = [float(run[key]) for run in _runs(metrics) if run.get(key) is not None]
+    if not values:
+        return "–", ""
+    return f"{statistics.fmean(values):.3f}", f"± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def _confusion(metrics: Metrics | Sequence[Metrics]) -> list[list[tuple[int, float]]]:
+    """Counts over all seeds, each with its share of its gold label."""
+    matrices = [run["confusion"] for run in _runs(metrics) if "confusion" in run]
+    total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+    return [[(count, count / max(sum(row), 1)) for count in row] for row in total]
+
+
+def _charts(path: Path) -> dict[str, dict[str, Any]]:
+    """The training curves of one role: losses, and what was measured on the validation split."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        step = _number(row.get("step"))
+        for name, text in row.items():
+            value = _number(text)
+            if isinstance(name, str) and "/" in name and step is not None and value is not None:
+                curves.setdefault(name, []).append((step, value))
+    curves = {name: _thin(sorted(points)) for name, points in curves.items()}
+    losses = {n: p for n, p in curves.items() if n.startswith("train/") and any(y for _, y in p)}
+    judged = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
+    charts = {"loss": _chart(losses), "validation": _chart(judged, top=1.0)}
+    return {title: chart for title, chart in charts.items() if chart}
+
+
+def _number(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most _MAX_POINTS points: means of equally many neighbours."""
+    width = math.ceil(len(points) / _MAX_POINTS)
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups]
+
+
+def _chart(curves: Mapping[str, list[tuple[float, float]]], top: float = 0.0) -> dict[str, Any]:
+    """Lines in SVG coordinates with their axes from zero; empty where there is nothing to draw."""
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return {}
+    y_ticks = _ticks(max(top, max(y for _, y in points)))
+    x_ticks = _ticks(max(x for x, _ in points))
+    wide = _WIDTH - _LEFT - _RIGHT
+    high = _HEIGHT - _TOP - _BOTTOM
+
+    def x_of(x: float) -> float:
+        return round(_LEFT + wide * x / x_ticks[-1], 1)
+
+    def y_of(y: float) -> float:
+        return round(_TOP + high * (1 - max(y, 0.0) / y_ticks[-1]), 1)
+
+    return {
+        "size": (_WIDTH, _HEIGHT),
+        "frame": (_LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
+        "x_ticks": [(x_of(tick), f"{tick:g}") for tick in x_ticks],
+        "y_ticks": [(y_of(tick), f"{tick:g}") for tick in y_ticks],
+        "lines": {name: [(x_of(x), y_of(y)) for x, y in curve] for name, curve in curves.items()},
+    }
+
+
+def _ticks(top: float) -> list[float]:
+    """Round numbers from zero to `top` or just above."""
+    top = max(top, 1e-9)
+    power = 10 ** math.floor(math.log10(top / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if top / (factor * power) <= 5)
+    return [round(i * step, 12) for i in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _flatten(summary: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested counts as one list of readable names and figures."""
+    flat: dict[str, str] = {}
+    for key, value in summary.items():
+        name = prefix + {"n": "samples"}.get(key, str(key).replace("_", " "))
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{name}: ")
+        elif value is not None:
+            flat[name] = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return flat
+
+
+def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
+    return {
+        **entry,
+        "picture": _picture(entry.get("image")),
+        "aspect": entry.get("aspect"),
+        "rationale": _fields(entry.get("rationale"), labels),
+        "reference": _fields(entry.get("reference"), labels),
+    }
+
+
+def _fields(text: str | None, labels: LabelSpace) -> dict[str, str] | None:
+    """The fields of a rationale by name; all of an answer that is none under the reason why."""
+    if not text:
+        return None
+    try:
+        values = asdict(parse(text, labels)).values()
+    except InvalidRationale as error:
+        return {f"not a rationale ({error.reason})": text}
+    return {name.replace("_", " "): value for name, value in zip(FIELDS, values, strict=True)}
+
+
+def _picture(path: Path | str | None) -> dict[str, Any] | None:
+    """A small copy as a data URI; `tiny` where it is drawn larger than it is."""
+    if path is None:
+        return None
+    try:
+        image = decode(Path(path))
+    except ImageError as error:
+        return {"error": str(error)}
+    tiny = max(image.size) <= 96
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG") if tiny else image.save(buffer, "JPEG", quality=82)
+    kind = "png" if tiny else "jpeg"
+    return {"uri": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", "tiny": tiny}

@@ -1,0 +1,296 @@
+"""A transformers vision-language model with its processor: loaded, adapted, encoded for, saved and merged.
+
+Nothing else in the house knows transformers or peft. A backbone is either pretrained (`path`, usually with LoRA) or
+tiny and built from a config (`tiny`, all weights train).
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from distill.data.images import decode
+from distill.errors import SettingsError
+from distill.models import tiny
+from distill.models.tiny import TinySettings
+from distill.task import prompts
+from distill.task.labels import LabelSpace
+from distill.task.prompts import Template
+from distill.task.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+IGNORE = -100
+"""The label of positions that carry no loss."""
+
+Features = dict[str, torch.Tensor]
+
+
+@dataclass
+class LoraSettings:
+    r: int = 16
+    """Rank of the adapter."""
+    alpha: int = 32
+    """Scale of the adapter: its update is multiplied by alpha / r."""
+    dropout: float = 0.05
+    """Dropout before the adapter."""
+    targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
+    """Regular expression over module names; the default takes the language model's projections, not the vision tower's."""
+    quantize: bool = False
+    """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
+
+
+@dataclass
+class ModelSettings:
+    path: str = ""
+    """Folder or hub name of an image-text-to-text model; empty: a tiny model is built."""
+    revision: str = "main"
+    """Revision of a hub model."""
+    tiny: TinySettings = field(default_factory=TinySettings)
+    """Size of the tiny model that is built where no path is given."""
+    lora: LoraSettings | None = None
+    """Adapter trained on top of `path`; null: all weights train."""
+    image_size: int = 280
+    """Images are resized to squares of this many pixels; 0: the processor's own sizes."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights; the arithmetic follows trainer.precision."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel."""
+    batch_size: int = 8
+    """Samples scored or generated for at a time."""
+
+
+class Backbone:
+    """A model, its processor and the label space it speaks of.
+
+    Attributes:
+        label_ids: [K], the token that follows the forced prefix for each label.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Any, labels: LabelSpace, settings: ModelSettings) -> None:
+        self.model = model
+        self.processor = processor
+        self.labels = labels
+        self.settings = settings
+        if not getattr(processor, "chat_template", None):
+            raise SettingsError(f"model.path: {settings.path or 'the tiny model'} has no chat template to ask it with")
+        self.label_ids = torch.tensor(label_tokens(processor.tokenizer, labels))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(
+        self,
+        samples: Sequence[Sample],
+        template: Template,
+        answers: Sequence[str] | None = None,
+        *,
+        padding_side: Literal["left", "right"] = "right",
+    ) -> Features:
+        """Tensors of B samples, padded to the longest: `input_ids`, `attention_mask` [B, T], pictures as the model wants.
+
+        With `answers`, each is appended with its end token and `labels` [B, T] marks it, IGNORE elsewhere. Without
+        answers, a *classify* prompt is closed with the forced prefix, so that the next token is the label's.
+        """
+        texts = [self._prompt(sample, template) for sample in samples]
+        pictures = [[self._picture(path) for path in sample.images] for sample in samples]
+        images = pictures if all(pictures) else [image for row in pictures for image in row] or None
+        features = dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True))
+        tokenizer = self.processor.tokenizer
+        if answers is not None:
+            endings = [[*self._tokens(answer), tokenizer.eos_token_id] for answer in answers]
+        else:
+            endings = [self._tokens(prompts.CLASSIFY_PREFIX) if template == "classify" else []] * len(texts)
+        rows = [mask.bool() for mask in features["attention_mask"]]
+        shape = features["input_ids"].shape
+
+        def extended(name: str, tail: Sequence[list[int]], padding: int) -> torch.Tensor:
+            parts = [
+                torch.cat([line[row], line.new_tensor(end)])
+                for line, row, end in zip(features[name], rows, tail, strict=True)
+            ]
+            return torch.nn.utils.rnn.pad_sequence(parts, True, padding, padding_side)
+
+        if answers is not None:
+            features["labels"] = torch.full(shape, IGNORE)
+        aligned = {name: value for name, value in features.items() if value.shape == shape}
+        for name in aligned:
+            if name in ("input_ids", "labels"):
+                tail, padding = endings, IGNORE if name == "labels" else tokenizer.pad_token_id
+            else:  # mm_token_type_ids marks pictures, of which an ending has none
+                tail, padding = [[int(name == "attention_mask")] * len(end) for end in endings], 0
+            aligned[name] = extended(name, tail, padding)
+        return features | aligned
+
+    def _prompt(self, sample: Sample, template: Template) -> str:
+        content = [{"type": "image"} for _ in sample.images]
+        content.append({"type": "text", "text": prompts.render(template, sample, self.labels)})
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _picture(self, path: Path) -> Any:
+        image = decode(path)
+        size = self.settings.image_size
+        return image.resize((size, size)) if size and image.size != (size, size) else image
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights (the adapter alone under LoRA) and the processor."""
+        with quiet():
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+
+    def merged(self) -> torch.nn.Module:
+        """The model as plain transformers weights, its adapter merged in."""
+        return self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
+
+
+def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True) -> Backbone:
+    """A model before training: pretrained with a fresh adapter, or tiny with random weights.
+
+    Args:
+        tokenizer: folder of the tokenizer that the chain's tiny models share.
+        train: False for a ready model that only answers; it gets no adapter.
+
+    Raises:
+        SettingsError: the model cannot be loaded, lacks a chat template, or its tokenizer splits a label strangely.
+    """
+    if not settings.path:
+        if settings.lora is not None:
+            raise SettingsError("model.lora needs model.path: a tiny model has no pretrained weights to adapt")
+        words = tiny.load_tokenizer(tokenizer)
+        model = AutoModelForImageTextToText.from_config(
+            tiny.build_config(settings.tiny, words), attn_implementation=settings.attention
+        )
+        return Backbone(model, tiny.build_processor(words), labels, settings)
+    model = _pretrained(settings, settings.path)
+    if train and settings.lora is not None:
+        model = _with_lora(model, settings.lora)
+    return Backbone(model, _processor(settings.path, settings.revision), labels, settings)
+
+
+def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
+    """A model after training, from the folder that `Backbone.save` wrote."""
+    if settings.path and settings.lora is not None:
+        with quiet():
+            model = PeftModel.from_pretrained(_pretrained(settings, settings.path), adapter)
+    else:
+        model = _pretrained(settings, str(adapter))
+    return Backbone(model.eval(), _processor(str(adapter), "main"), labels, settings)
+
+
+def on_meta(settings: ModelSettings) -> torch.nn.Module:
+    """The model on the meta device, for its shapes and size alone; no weights are read.
+
+    Raises:
+        SettingsError: the model's config cannot be had.
+    """
+    with torch.device("meta"):
+        if not settings.path:
+            words = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
+            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, words))
+        try:
+            config = AutoConfig.from_pretrained(settings.path, revision=settings.revision)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[int]:
+    """The first token of each label after the forced prefix (DESIGN section 6).
+
+    Raises:
+        SettingsError: the prefix is tokenised differently before a label, or two labels begin with one token.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prefix = ids(prompts.CLASSIFY_PREFIX)
+    first: dict[int, str] = {}
+    for name in labels.names:
+        tokens = ids(f"{prompts.CLASSIFY_PREFIX} {name}")
+        if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
+            raise SettingsError(f"task.labels: the tokenizer joins {name!r} with the text before it; name it otherwise")
+        token = tokens[len(prefix)]
+        if token in first:
+            raise SettingsError(
+                f"task.labels: {first[token]!r} and {name!r} begin with the same token; name one of them otherwise"
+            )
+        first[token] = name
+    return list(first)
+
+
+@contextmanager
+def quiet():  # type: ignore[no-untyped-def]
+    """Loading and saving without transformers' own progress bars."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _pretrained(settings: ModelSettings, path: str) -> Any:
+    extra: dict[str, Any] = {}
+    if settings.lora is not None and settings.lora.quantize:
+        extra["quantization_config"] = _four_bits(settings)
+    try:
+        with quiet():
+            return AutoModelForImageTextToText.from_pretrained(
+                path,
+                revision=settings.revision if path == settings.path else "main",
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation=settings.attention,
+                **extra,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_lora(model: Any, lora: LoraSettings) -> PeftModel:
+    if lora.quantize:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingsError(f"model.lora.targets: {_first_line(error)}") from error
+
+
+def _four_bits(settings: ModelSettings) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise SettingsError("model.lora.quantize needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, settings.dtype)
+    )
+
+
+def _processor(path: str, revision: str) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
+    return processor
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

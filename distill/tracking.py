@@ -1,0 +1,238 @@
+"""wandb: one group per chain, one run per stage, artifacts between them. A chain never fails because wandb does.
+
+Every call to wandb is guarded: the first failure (not installed, no network, full disk, expired key) logs one warning
+and turns tracking off for the rest of the stage.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from distill.data.images import ImageError, decode
+
+_PICTURE_SIDE = 256
+_INIT_SECONDS, _FINISH_SECONDS = 30, 300
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrackingSettings:
+    project: str = "distill"
+    """Project in wandb."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: WANDB_MODE where set, else online where the user is logged in, else offline."""
+    group: str = ""
+    """Group that joins the runs of one chain; empty: the recipe's name."""
+    entity: str = ""
+    """User or team in wandb; empty: the login's default."""
+
+
+class Guard:
+    """Calls into wandb until one fails."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.failed = False
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the call returns; None where it fails or an earlier one failed."""
+        if self.failed:
+            return None
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the chain is worth more than its log)
+            self.failed = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.warning("wandb is off for the rest of stage %s: %s", self.stage, reason)
+            return None
+
+
+class StageRun:
+    """One stage in wandb; every method does nothing where tracking is off."""
+
+    def __init__(self, run: Any, guard: Guard, group: str, folder: Path) -> None:
+        self._run = run
+        self._guard = guard
+        self._group = group
+        self._folder = folder
+        self._inputs: list[str] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether what is logged still goes somewhere."""
+        return self._run is not None and not self._guard.failed
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log figures, at a step of the training or at the next one."""
+        if self.active:
+            self._guard(self._run.log, dict(metrics), step=step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table whose columns are the keys of the first row; a Path is shown as a small picture."""
+        if self.active and rows:
+            self._guard(self._table, name, rows)
+
+    def use_artifact(self, name: str) -> None:
+        """Record that this stage reads an artifact that an earlier stage of the chain logged.
+
+        The name goes into the run's config as `inputs`; online also as wandb's own link, which needs a server.
+        """
+        if self.active:
+            self._guard(self._use_artifact, name)
+
+    def log_artifact(self, name: str, type: str, path: Path) -> None:
+        """Log a file or folder that this stage wrote. It is uploaded from where it lies, without a copy."""
+        if self.active:
+            self._guard(self._log_artifact, name, type, path)
+
+    def lightning_logger(self) -> WandbLogger | None:
+        """A Lightning logger bound to this run; None where tracking is off."""
+        return self._guard(GuardedLogger, self._run, self._guard, self._folder) if self.active else None
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run, also after a failure, so that nothing of it lives on into the next stage."""
+        run, self._run = self._run, None
+        if run is not None and not self._guard.failed:
+            self._guard(run.finish, exit_code=exit_code)
+        elif run is not None:
+            with suppress(Exception):
+                run.finish(exit_code=1)
+
+    def _table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        def cell(value: Any) -> Any:
+            return _picture(value) if isinstance(value, Path) else value
+
+        columns: list[str | int] = list(rows[0])
+        data = [[cell(row.get(str(column))) for column in columns] for row in rows]
+        self._run.log({name: wandb.Table(columns=columns, data=data)})
+
+    def _use_artifact(self, name: str) -> None:
+        self._inputs.append(self._artifact_name(name))
+        self._run.config.update({"inputs": self._inputs}, allow_val_change=True)
+        if not self._run.offline:
+            try:
+                self._run.use_artifact(f"{self._artifact_name(name)}:latest")
+            except Exception as error:  # noqa: BLE001 (the stage that made it ran offline, say: only the link is lost)
+                _log.info("wandb has no artifact %s: %s", name, error)
+
+    def _log_artifact(self, name: str, type: str, path: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(self._artifact_name(name), type=type)
+        add = artifact.add_dir if path.is_dir() else artifact.add_file
+        add(str(path), skip_cache=True, policy="immutable")
+        self._run.log_artifact(artifact)
+
+    def _artifact_name(self, name: str) -> str:
+        return re.sub(r"[^\w.-]+", "-", f"{self._group}-{name}")
+
+
+class Tracker:
+    """The runs of one chain; wandb's files go to `<folder>/wandb`."""
+
+    def __init__(self, settings: TrackingSettings, folder: Path, name: str) -> None:
+        """Track a chain. Args: folder: the chain's run folder; name: of the recipe."""
+        self.settings = settings
+        self.folder = folder
+        self.group = settings.group or name
+
+    @contextmanager
+    def stage(self, stage: str, config: Mapping[str, Any]) -> Iterator[StageRun]:
+        """A wandb run for one stage; it ends with the block, as failed where the block raises."""
+        guard = Guard(stage)
+        with _environment(self.folder / "wandb"):
+            run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
+            tracked = StageRun(run, guard, self.group, self.folder)
+            try:
+                yield tracked
+            except BaseException:
+                tracked.finish(exit_code=1)
+                raise
+            tracked.finish()
+
+    def _start(self, stage: str, config: Mapping[str, Any]) -> Any:
+        mode = self.settings.mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "auto")  # type: ignore[assignment]
+        if mode == "disabled":
+            return None
+        import wandb
+
+        if mode not in ("offline", "dryrun"):
+            logged_in = wandb.login(prompt=False, verify=False)
+            if mode == "online" and not logged_in:
+                _log.warning("wandb: not logged in (wandb login, or WANDB_API_KEY), so stage %s stays offline", stage)
+            mode = "online" if logged_in else "offline"
+        else:
+            mode = "offline"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=self.settings.project,
+            entity=self.settings.entity or None,
+            group=self.group,
+            job_type=stage,
+            name=f"{self.group}-{stage}",
+            config=dict(config),
+            dir=str(self.folder),
+            mode=mode,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                reinit="create_new",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,  # a dead network must not hold the chain; `wandb sync` brings the rest
+            ),
+        )
+
+
+class GuardedLogger(WandbLogger):
+    """Lightning's wandb logger, whose failures do not end the training."""
+
+    def __init__(self, run: Any, guard: Guard, folder: Path) -> None:
+        super().__init__(experiment=run, save_dir=folder, project=run.project, name=run.name)
+        self._guard = guard
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._guard(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._guard(super().log_hyperparams, params)
+
+    def finalize(self, status: str) -> None:
+        self._guard(super().finalize, status)
+
+
+@contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """wandb without chatter, its staging area in the run's folder; what the user has set stays."""
+    wanted = {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _picture(path: Path) -> Any:
+    """A small wandb image; None where the file cannot be decoded."""
+    import wandb
+
+    try:
+        image = decode(path)
+    except ImageError:
+        return None
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    return wandb.Image(image)

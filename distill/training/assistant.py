@@ -1,0 +1,125 @@
+"""The assistant: one model fine-tuned on reasoning and classification at once (MulCoT-RD, arXiv 2508.05234)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from sklearn.metrics import f1_score
+
+from distill.models.backbone import IGNORE, Backbone, Features, ModelSettings
+from distill.models.local import score_labels
+from distill.training.batches import Batch
+from distill.training.losses import TaskLoss, task_loss
+
+
+@dataclass
+class TrainSettings:
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """The model to train."""
+    tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
+    """Tasks and their weights in the loss: reason, classify, and for a teacher predict and explain."""
+    batch_size: int = 2
+    """Samples in a step and process; each gives one sequence per task."""
+    learning_rate: float = 3e-4
+    """Peak rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from zero."""
+    patience: int = 2
+    """Validations without progress after which the rate falls."""
+    factor: float = 0.5
+    """What the rate is multiplied by then."""
+    min_learning_rate: float = 1e-6
+    """The rate never falls below."""
+    workers: int = 0
+    """Processes that prepare batches."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of lightning.Trainer for this stage, over those of the recipe's `trainer`."""
+
+
+class AssistantModule(L.LightningModule):
+    """Multitask fine-tuning: L = Σ w_k · L_k over the tasks, loss on the answers and their end tokens only."""
+
+    def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.model = backbone.model
+        self.settings = settings
+        self.strict_loading = False  # checkpoints hold the trainable weights alone
+        self._judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._generators: dict[str, Any] | None = None
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        total = torch.zeros((), device=self.device)
+        for task, features in batch.items():
+            loss = self.task_loss(features)
+            size = len(features["input_ids"])
+            self.log(f"train/{task}_loss", loss.hard, on_step=False, on_epoch=True, batch_size=size)
+            self.log(f"train/{task}_kl", loss.soft, on_step=False, on_epoch=True, batch_size=size)
+            total = total + self.settings.tasks[task] * loss.total
+        self.log("train/loss", total, on_step=False, on_epoch=True, prog_bar=True, batch_size=self.settings.batch_size)
+        return total
+
+    def task_loss(self, features: Features) -> TaskLoss:
+        """The loss of one task over its B samples, from the last positions that hold every answer."""
+        inputs, labels = without_prompt(features)
+        return task_loss(self.model(**inputs, logits_to_keep=labels.shape[1]).logits, labels)
+
+    def validation_step(self, batch: tuple[Features, torch.Tensor], _: int) -> None:
+        features, gold = batch
+        self._judged.append((score_labels(self.backbone, features)[0].argmax(-1), gold))
+
+    def on_validation_epoch_end(self) -> None:
+        predicted, gold = (torch.cat(column) for column in zip(*self._judged, strict=True))
+        self._judged.clear()
+        predicted, gold = (self.all_gather(column).flatten().cpu() for column in (predicted, gold))
+        seen = gold >= 0  # fillers that give every process equally many
+        accuracy = float((predicted == gold)[seen].float().mean())
+        macro_f1 = float(f1_score(gold[seen], predicted[seen], average="macro", zero_division=0))
+        # the best epoch is the one of highest accuracy, ties broken by macro F1
+        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1, "val/selection": accuracy + 1e-6 * macro_f1}
+        self.log_dict(metrics, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        settings = self.settings
+        weights = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", settings.factor, settings.patience, min_lr=settings.min_learning_rate
+        )
+        every = self.trainer.check_val_every_n_epoch or 1
+        plan = {"scheduler": scheduler, "monitor": "val/selection", "frequency": every, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        if self.trainer.global_step < self.settings.warmup_steps:
+            share = (self.trainer.global_step + 1) / self.settings.warmup_steps
+            for group in optimizer.param_groups:
+                group["lr"] = share * self.settings.learning_rate
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, weights in self.named_parameters() if weights.requires_grad}
+        checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._generators = checkpoint["generators"]
+
+    def on_train_start(self) -> None:
+        # dropout continues where it stopped; set here, after the sanity check and the loaders have drawn
+        if self._generators is not None:
+            torch.set_rng_state(self._generators["torch"].cpu())
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._generators["cuda"]])
+
+
+def without_prompt(features: Features) -> tuple[Features, torch.Tensor]:
+    """The model's inputs, and the labels [B, T] of the last T positions, which are all that predict an answer token."""
+    inputs = {name: value for name, value in features.items() if name != "labels"}
+    first = int((features["labels"] != IGNORE).any(0).nonzero()[0])
+    return inputs, features["labels"][:, max(first - 1, 0) :]

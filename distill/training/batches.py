@@ -1,0 +1,42 @@
+"""From samples to the batches of multitask training: one sequence per sample and task, with the same picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from distill.errors import SettingsError
+from distill.models.backbone import Backbone, Features
+from distill.task.prompts import CLASSIFY_PREFIX, Template
+from distill.task.sample import Sample
+
+Batch = dict[str, Features]
+
+
+def answer(template: Template, sample: Sample) -> str:
+    """What the model should answer: the rationale, or for *classify* the label alone."""
+    if template == "classify":
+        return f"{CLASSIFY_PREFIX} {sample.label}"
+    assert sample.rationale is not None
+    return sample.rationale
+
+
+def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Template, float]) -> Batch:
+    """The features of B samples for each task; a task that needs rationales takes the samples that have one."""
+    batch: Batch = {}
+    for template in tasks:
+        answered = [sample for sample in samples if template == "classify" or sample.rationale is not None]
+        if answered:
+            batch[template] = backbone.encode(answered, template, [answer(template, sample) for sample in answered])
+    return batch
+
+
+def check_tasks(tasks: Mapping[str, float], field: str) -> None:
+    """Raises SettingsError for an unknown task or a weight that is not positive."""
+    for name, weight in tasks.items():
+        if name not in get_args(Template) or weight <= 0:
+            raise SettingsError(
+                f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {', '.join(get_args(Template))}"
+            )
+    if not tasks:
+        raise SettingsError(f"{field}: at least one task is needed")
+
+

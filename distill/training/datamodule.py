@@ -1,0 +1,74 @@
+"""One datamodule for every role: multitask batches to train on, labelled posts to judge by."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+from distill.models.backbone import Backbone, Features
+from distill.task.sample import Sample
+from distill.training.batches import Batch, encode_tasks
+
+
+class ReasoningDataModule(L.LightningDataModule):
+    """Training batches are dicts task -> features; validation batches are closed *classify* prompts with gold indices.
+
+    The training loader keeps its place, so that a killed run goes on in the middle of an epoch with the batch it had
+    reached. Training samples are shuffled by seed and epoch and shared out between processes; validation samples are
+    shared out with fillers (gold -1), so that every process has equally many.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        train: Sequence[Sample],
+        validation: Sequence[Sample],
+        tasks: Mapping[Any, float],
+        *,
+        batch_size: int,
+        workers: int = 0,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.train = list(train)
+        self.validation = list(validation)
+        self.tasks = tasks
+        self.batch_size = batch_size
+        self.workers = workers
+        self.seed = seed
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        world, rank = self._processes()
+        sampler = StatefulDistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+        return StatefulDataLoader(
+            self.train,  # type: ignore[arg-type]
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=self._training_batch,
+        )
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        world, rank = self._processes()
+        items = [(sample, self.backbone.labels.index(sample.label)) for sample in self.validation]
+        items += [(items[0][0], -1)] * (-len(items) % world)
+        return torch.utils.data.DataLoader(
+            items[rank::world],  # type: ignore[arg-type]
+            self.backbone.settings.batch_size,
+            num_workers=self.workers,
+            collate_fn=self._validation_batch,
+        )
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _training_batch(self, samples: Sequence[Sample]) -> Batch:
+        return encode_tasks(samples, self.backbone, self.tasks)
+
+    def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor]:
+        samples, gold = zip(*items, strict=True)
+        return self.backbone.encode(samples, "classify"), torch.tensor(gold)

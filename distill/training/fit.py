@@ -1,0 +1,116 @@
+"""One training run with Lightning: resumed where it stopped, left with the best weights in the module."""
+
+import csv
+import inspect
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from distill.errors import SettingsError
+from distill.training.assistant import AssistantModule
+from distill.training.datamodule import ReasoningDataModule
+
+_DEFAULTS = {"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 10, "num_sanity_val_steps": 0}
+_OURS = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
+_ACTIVE = "DISTILL_ACTIVE_FIT"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, so that a kill never leaves a torn one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        beside = Path(f"{path}.tmp")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def fit(
+    module: AssistantModule,
+    data: ReasoningDataModule,
+    folder: Path,
+    arguments: Mapping[str, Any],
+    loggers: Sequence[Logger] = (),
+) -> L.Trainer:
+    """Train to the end, or go on from `folder/checkpoints/last.ckpt`; the module ends with its best weights.
+
+    Writes `checkpoints/` and `metrics.csv`. Best is the highest validation accuracy, ties by macro F1.
+
+    Under a strategy that starts processes by running the command again (ddp), the started processes come here too:
+    they skip every fit but the one that started them, and end with it.
+    """
+    started = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if started and os.environ.get(_ACTIVE) != str(folder):
+        return L.Trainer(logger=False)
+    os.environ[_ACTIVE] = str(folder)
+    checkpoints = folder / "checkpoints"
+    best = ModelCheckpoint(
+        checkpoints, "best", monitor="val/selection", mode="max", save_last=True, enable_version_counter=False
+    )
+    earlier = _set_aside(folder / "metrics.csv") if not started else None
+    trainer = L.Trainer(
+        **{**_DEFAULTS, **arguments},
+        default_root_dir=folder,
+        callbacks=[best],
+        plugins=[AtomicCheckpointIO()],
+        logger=[CSVLogger(folder, name="", version=""), *loggers],
+        use_distributed_sampler=False,
+    )
+    last = checkpoints / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    if started:
+        sys.exit(0)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if earlier is not None:
+        _join(earlier, folder / "metrics.csv")
+    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    module.load_state_dict(state, strict=False)
+    return trainer
+
+
+def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
+    """Raises SettingsError for a name that lightning.Trainer does not take, or that this house sets itself."""
+    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name not in ("self", *_OURS)]
+    for name in arguments:
+        if name not in known:
+            raise SettingsError(f"{field}.{name} is not a setting of lightning.Trainer; it takes {', '.join(known)}")
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Keep the curve of a killed run, which the logger would begin anew."""
+    aside = path.with_name("metrics.earlier.csv")
+    if path.exists() and aside.exists():
+        _join(aside, path)
+    if path.exists():
+        os.replace(path, aside)
+    return aside if aside.exists() else None
+
+
+def _join(earlier: Path, later: Path) -> None:
+    """Put the rows of the earlier part before those of the later one that went on from its last checkpoint."""
+    parts = []
+    for path in (earlier, later):
+        with path.open(newline="") as file:
+            parts.append(list(csv.DictReader(file)))
+    begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
+    rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    beside = later.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, later)
+    earlier.unlink()

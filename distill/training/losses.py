@@ -1,0 +1,70 @@
+"""The losses of MulCoT-RD (arXiv 2508.05234) as pure functions over tensors."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from distill.models.backbone import IGNORE
+
+Positions = Literal["response", "all"]
+
+
+class TaskLoss(NamedTuple):
+    """Scalars: `total` is what is minimised, `hard` the cross-entropy, `soft` the KL divergence (0 without targets)."""
+
+    total: torch.Tensor
+    hard: torch.Tensor
+    soft: torch.Tensor
+
+
+def task_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    soft_targets: torch.Tensor | None = None,
+    weight: float = 0.3,
+    temperature: float = 2.0,
+    positions: Positions = "response",
+) -> TaskLoss:
+    """L_k = (1 - weight) CE_k + weight KL(softmax(z_a / T) || softmax(z_s / T)), without a T² factor.
+
+    Args:
+        logits: [B, T, V] of the student. They may be the last positions of a longer sequence, as `labels` must be then.
+        labels: [B, T] token ids of the answers, IGNORE elsewhere; position t + 1 is predicted at t.
+        soft_targets: [B, T, V] logits of the assistant; None leaves the cross-entropy alone.
+        positions: *response* takes both terms at the positions that predict an answer token, averaged over a sample
+            and then over samples, so that accumulated gradients equal those of the large batch. *all* reproduces the
+            published code: cross-entropy averaged over the answer tokens of the batch, KL over every position,
+            padding and prompt included, on unshifted logits.
+
+    Raises:
+        ValueError: the vocabularies differ (cut both to the ids they share first).
+    """
+    if soft_targets is not None and soft_targets.shape != logits.shape:
+        raise ValueError(f"soft targets {tuple(soft_targets.shape)} do not fit logits {tuple(logits.shape)}")
+    answer = labels[:, 1:] != IGNORE
+    token_logits = logits[:, :-1][answer].float()
+    share = _shares(answer, positions)
+    hard = (F.cross_entropy(token_logits, labels[:, 1:][answer], reduction="none") * share).sum()
+    if soft_targets is None:
+        return TaskLoss(hard, hard, torch.zeros_like(hard))
+    if positions == "all":
+        soft = kl_divergence(logits.flatten(0, 1).float(), soft_targets.flatten(0, 1).float(), temperature).mean()
+    else:
+        soft = (kl_divergence(token_logits, soft_targets[:, :-1][answer].float(), temperature) * share).sum()
+    return TaskLoss((1 - weight) * hard + weight * soft, hard, soft)
+
+
+def kl_divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(softmax(target / T) || softmax(logits / T)) of N positions, [N, V] and [N, V] to [N], in nats."""
+    log_p = torch.log_softmax(logits / temperature, -1)
+    log_q = torch.log_softmax(target_logits / temperature, -1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def _shares(answer: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """What each answer token of a [B, T] mask weighs in the mean; [N], sums to 1 where every sample has an answer."""
+    if positions == "all":
+        return torch.full((int(answer.sum()),), 1 / max(1, int(answer.sum())), device=answer.device)
+    per_sample = 1 / (answer.sum(1).clamp(min=1) * len(answer))
+    return per_sample[:, None].expand_as(answer)[answer]

@@ -1,0 +1,336 @@
+"""From settings to checked samples, on good data and on bad."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from distill.data import corpus as corpus_module
+from distill.data import images
+from distill.data.corpus import Corpus, DataSettings, Dropped, data_fingerprint, read_corpus, write_quarantine
+from distill.data.postcards import PostcardSettings
+from distill.errors import RunError, SettingsError
+from distill.task.labels import LabelSpace
+
+LABELS = LabelSpace()
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real posts of ../shared/data are not on this machine"
+)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any] | bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def post(name: str, **fields: Any) -> dict[str, Any]:
+    return {"id": name, "text": f"text of {name}", "label": "neutral", **fields}
+
+
+def picture(path: Path, colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 12), colour).save(path)
+
+
+def ordinary(folder: Path, **settings: Any) -> DataSettings:
+    """Three good files of one row each, to be overwritten by the tests."""
+    for split in ("train", "validation", "test"):
+        if not (folder / f"{split}.jsonl").exists():
+            write(folder / f"{split}.jsonl", [post(split)])
+    return DataSettings(**{"root": str(folder), "validation": ["validation.jsonl"], **settings})
+
+
+def names(corpus: Corpus) -> dict[str, list[str]]:
+    return {split: [sample.id for sample in getattr(corpus, split)] for split in corpus_module.SPLITS}
+
+
+def test_reads_three_files(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png")
+    write(
+        tmp_path / "train.jsonl", [post("a", image="images/a.png"), post("b", label=None), post("c", label="positive")]
+    )
+    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    assert names(corpus) == {"train": ["a", "b", "c"], "validation": ["validation"], "test": ["test"]}
+    assert corpus.train[0].images == (tmp_path.resolve() / "images" / "a.png",)
+    assert [sample.label for sample in corpus.train] == ["neutral", None, "positive"]
+    assert corpus.dropped == [] and corpus.root == tmp_path.resolve()
+
+
+def test_every_bad_row_is_dropped_with_its_reason_and_no_good_one(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    picture(root / "good.png")
+    picture(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "words.jpg").write_text("no picture")
+    (root / "drawing.svg").write_text("<svg/>")
+    (root / "short.png").write_bytes((root / "good.png").read_bytes()[:50])
+    cases: list[tuple[Any, str, str]] = [
+        (b'{"id": "a",', "", "is not valid JSON"),
+        (json.dumps(post("latin", text="é"), ensure_ascii=False).encode("latin-1"), "latin", "is not UTF-8"),
+        ({"text": "x", "label": "neutral"}, "", "id is missing"),
+        (post("empty", text=" "), "empty", "there is neither text nor image"),
+        (post("odd", label="Neutral"), "odd", "unknown label 'Neutral'; the labels are negative, neutral, positive"),
+        (post("list", label=["neutral"]), "list", "unknown label"),
+        (post("value", label=0.5), "value", "unknown label 0.5"),
+        (post("gone", image="gone.png"), "gone", "image gone.png is missing"),
+        (post("out", image="../secret.png"), "out", "'../secret.png' lies outside the data root"),
+        (post("link", image="link.png"), "link", "'link.png' lies outside the data root"),
+        (post("words", image="words.jpg"), "words", "image words.jpg is none of JPEG"),
+        (post("svg", image="drawing.svg"), "svg", "image drawing.svg is none of JPEG"),
+        (post("short", images=["good.png", "short.png"]), "short", "image short.png is broken"),
+        (post("first"), "first", "id 'first' is already that of train.jsonl row 1"),
+        (post("\ud83d"), "\\ud83d", "is not UTF-8"),
+        (post("long", label="x" * 10_000), "long", "unknown label 'xxx"),
+    ]
+    write(root / "train.jsonl", [post("first", image="good.png"), *(row for row, _, _ in cases), post("last")])
+    corpus = read_corpus(ordinary(root), LABELS)
+    assert names(corpus)["train"] == ["first", "last"]
+    assert [(row.file, row.row) for row in corpus.dropped] == [("train.jsonl", i + 2) for i in range(len(cases))]
+    for dropped, (_, name, reason) in zip(corpus.dropped, cases, strict=True):
+        assert dropped.id == name and reason in dropped.reason and len(dropped.reason) <= 300
+
+    write_quarantine(tmp_path / "quarantine.jsonl", corpus.dropped)
+    lines = (tmp_path / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [Dropped(**json.loads(line)) for line in lines] == corpus.dropped
+
+
+def test_ids_are_unique_across_splits(tmp_path: Path) -> None:
+    write(tmp_path / "test.jsonl", [post("train", text="other"), post("new")])
+    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    assert names(corpus)["test"] == ["new"]
+    assert corpus.dropped == [Dropped("test.jsonl", 1, "train", "id 'train' is already that of train.jsonl row 1")]
+
+
+def test_a_dropped_row_does_not_take_its_id_along(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [post("a", image="gone.png"), post("a")])
+    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    assert names(corpus)["train"] == ["a"] and [row.row for row in corpus.dropped] == [1]
+
+
+def test_unlabelled_rows_cannot_judge(tmp_path: Path) -> None:
+    write(tmp_path / "validation.jsonl", [post("a", label=None), post("b")])
+    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    assert names(corpus)["validation"] == ["b"]
+    assert corpus.dropped == [Dropped("validation.jsonl", 1, "a", "has no label, so it cannot be judged in validation")]
+
+
+def test_an_image_is_decoded_once_however_many_rows_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "a.png")
+    decoded: list[str] = []
+    decode = images.decode
+
+    def counting(path: Path, max_pixels: int) -> Image.Image:
+        decoded.append(path.name)
+        return decode(path, max_pixels)
+
+    monkeypatch.setattr(corpus_module, "decode", counting)
+    write(tmp_path / "train.jsonl", [post(str(i), image=("a.png", "./a.png")[i % 2]) for i in range(10)])
+    assert len(read_corpus(ordinary(tmp_path), LABELS).train) == 10
+    assert decoded == ["a.png"]
+
+
+def test_the_pixel_limit_is_a_setting(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    write(tmp_path / "train.jsonl", [post("a", image="a.png"), post("b")])
+    assert names(read_corpus(ordinary(tmp_path), LABELS))["train"] == ["a", "b"]
+    small = read_corpus(ordinary(tmp_path, max_pixels=143), LABELS)
+    assert names(small)["train"] == ["b"] and "12 x 12 pixels, more than 143" in small.dropped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"data\.train: cannot read .*train\.jsonl: No such file"),
+        (b"\n \n", r"data\.train: train\.jsonl has no rows"),
+        (b'{"id": "a", "text": "x", "label": "odd"}\n[]\n',
+         r"data\.train: none of the 2 rows of train\.jsonl can be used; row 1: unknown label 'odd'; the labels"),
+        (b'\n{"id": "a", "text": "x", "image": "gone.jpg"}\n', r"row 2: image gone\.jpg is missing"),
+    ],
+)  # fmt: skip
+def test_a_useless_file_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    settings = ordinary(tmp_path)
+    if content is None:
+        (tmp_path / "train.jsonl").unlink()
+    else:
+        (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(SettingsError, match=message) as caught:
+        read_corpus(settings, LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_useless_file_among_good_ones_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "more.jsonl", [post("a", label=None)])
+    with pytest.raises(
+        SettingsError, match=r"data\.test: none of the 1 rows of more\.jsonl can be used; row 1: has no l"
+    ):
+        read_corpus(ordinary(tmp_path, test=["test.jsonl", "more.jsonl"]), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"train": []}, r"data\.train names no file"),
+        ({"root": "/nonexistent"}, r"data\.train: cannot read /nonexistent/train\.jsonl"),
+        ({"test": ["."]}, r"data\.test: cannot read"),
+        ({"test": [], "test_fraction": 0.0}, r"data\.test_fraction must lie between 0 and 1"),
+        ({"validation": [], "validation_fraction": 1.5}, r"data\.validation_fraction must lie"),
+        ({"validation": [], "test": [], "validation_fraction": 0.5, "test_fraction": 0.5}, "leave no training rows"),
+        ({"test": []}, r"data\.test: the labelled posts of data\.train are too few"),
+        ({"scale": [3.0, -3.0]}, r"data\.scale needs two numbers"),
+        ({"scale": [3.0]}, r"data\.scale needs two numbers"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(SettingsError, match=field):
+        read_corpus(ordinary(tmp_path, **settings), LABELS)
+
+
+def test_missing_splits_are_set_apart_from_train(tmp_path: Path) -> None:
+    rows = [post(f"p{i}", label=("negative", "neutral", "positive", None)[i % 4]) for i in range(400)]
+    write(tmp_path / "train.jsonl", rows)
+    settings = ordinary(tmp_path, validation=[], test=[], test_fraction=0.2)
+    corpus = read_corpus(settings, LABELS)
+    assert Counter(sample.label for sample in corpus.validation) == {"negative": 10, "neutral": 10, "positive": 10}
+    assert len(corpus.test) == 60 and len(corpus.train) == 310
+    assert names(corpus) == names(read_corpus(settings, LABELS))
+    assert names(corpus) != names(read_corpus(dataclasses.replace(settings, seed=1), LABELS))
+    assert all(sample.label is not None for sample in corpus.test)
+
+
+def test_a_split_that_has_files_is_left_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [post(f"p{i}") for i in range(100)])
+    corpus = read_corpus(ordinary(tmp_path, validation=[]), LABELS)
+    assert (len(corpus.train), len(corpus.validation), names(corpus)["test"]) == (90, 10, ["test"])
+
+
+def test_twitter_layout(tmp_path: Path) -> None:
+    picture(tmp_path / "pictures" / "1.jpg")
+    header = "index\t#1 Label\t#2 ImageID\t#3 String\t#3 String\n"
+    for split in ("train", "dev", "test"):
+        body = "1\t2\t1.jpg\t$T$ won\tHull\n2\t3\t1.jpg\t$T$ lost\tHull\n3\t0\t../1.jpg\t$T$ lost\tHull\n"
+        (tmp_path / f"{split}.tsv").write_text(header + body)
+    settings = DataSettings("twitter", str(tmp_path), ["train.tsv"], ["dev.tsv"], ["test.tsv"], images="pictures")
+    corpus = read_corpus(settings, LABELS)
+    assert names(corpus) == {"train": ["train-1"], "validation": ["dev-1"], "test": ["test-1"]}
+    sample = corpus.test[0]
+    assert (sample.text, sample.aspect, sample.label) == ("Hull won", "Hull", "positive")
+    assert [(row.file, row.row, row.reason[:17]) for row in corpus.dropped[:2]] == [
+        ("train.tsv", 3, "unknown label '3'"),
+        ("train.tsv", 4, "image 1.jpg is mi"),
+    ]
+
+
+def test_mvsa_layout_with_its_own_split(tmp_path: Path) -> None:
+    lines = ["ID\ttext,image"]
+    for i in range(1, 61):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{i}.txt").write_text(f"text {i}")
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "data" / f"{i}.jpg")
+        lines.append(f"{i}\t" + ("positive,neutral", "neutral,neutral", "negative,negative")[i % 3])
+    lines.append("61\tpositive,negative")
+    (tmp_path / "labelResultAll.txt").write_text("\n".join(lines))
+    corpus = read_corpus(DataSettings("mvsa", str(tmp_path), ["labelResultAll.txt"], test=[]), LABELS)
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [48, 6, 6]
+    assert Counter(sample.label for sample in corpus.test) == {"negative": 2, "neutral": 2, "positive": 2}
+    assert corpus.dropped == [Dropped("labelResultAll.txt", 62, "61", "text is positive and image is negative")]
+
+
+def test_continuous_labels_and_their_scale(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text("id,text,label,split\na,x,3,train\nb,y,3.1,train\nc,z,-3,dev\nd,w,0.5,test\n")
+    settings = DataSettings("mosi", str(tmp_path), ["all.csv"], ["all.csv"], ["all.csv"])
+    corpus = read_corpus(settings, LABELS)
+    assert [sample.label for sample in corpus.train + corpus.validation + corpus.test] == [3.0, -3.0, 0.5]
+    assert corpus.dropped == [Dropped("all.csv", 3, "b", "label 3.1 is outside the scale from -3.0 to 3.0")]
+    assert len(read_corpus(dataclasses.replace(settings, scale=[-5.0, 5.0]), LABELS).train) == 2
+
+
+def test_postcards_are_made_and_read(tmp_path: Path) -> None:
+    postcards = PostcardSettings(labelled=9, unlabelled=9, validation=9, test=9)
+    settings = DataSettings("postcards", str(tmp_path / "cards"), postcards=postcards)
+    corpus = read_corpus(settings, LABELS)
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [18, 9, 9]
+    assert sum(sample.label is None for sample in corpus.train) == 9 and corpus.dropped == []
+    write(tmp_path / "mine" / "train.jsonl", [post("a")])
+    with pytest.raises(SettingsError, match=r"data\.root"):
+        read_corpus(dataclasses.replace(settings, root=str(tmp_path / "mine")), LABELS)
+    with pytest.raises(RunError, match="cannot write the postcards"):
+        read_corpus(dataclasses.replace(settings, root=str(tmp_path / "mine" / "train.jsonl" / "below")), LABELS)
+
+
+def test_the_fingerprint_follows_the_data_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    picture(root / "a.png")
+    write(root / "train.jsonl", [post("a", image="a.png"), post("b", image="gone.png"), post("c", image=3), b"broken"])
+    settings = ordinary(root)
+    before = data_fingerprint(settings)
+    assert before == data_fingerprint(settings)
+    (root / "unrelated").write_text("x")
+    os.utime(root / "train.jsonl", (0, 0))
+    assert data_fingerprint(settings) == before
+    shutil.copytree(root, tmp_path / "b")
+    assert data_fingerprint(dataclasses.replace(settings, root=str(tmp_path / "b"))) == before
+
+    seen = {before}
+    Image.new("RGB", (40, 40), "blue").save(root / "a.png")
+    seen.add(data_fingerprint(settings))
+    picture(root / "gone.png")
+    seen.add(data_fingerprint(settings))
+    write(root / "test.jsonl", [post("test", label="positive")])
+    seen.add(data_fingerprint(settings))
+    seen.add(data_fingerprint(dataclasses.replace(settings, validation=["test.jsonl"], test=["validation.jsonl"])))
+    assert len(seen) == 5
+    (root / "test.jsonl").unlink()
+    with pytest.raises(SettingsError, match=r"data\.test: cannot read"):
+        data_fingerprint(settings)
+
+
+def test_the_fingerprint_sees_the_texts_of_mvsa_and_the_settings_of_postcards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "1.txt").write_text("one")
+    (tmp_path / "labels.txt").write_text("ID\ttext,image\n1\tneutral,neutral\n")
+    settings = DataSettings("mvsa", str(tmp_path), ["labels.txt"], test=[])
+    before = data_fingerprint(settings)
+    (tmp_path / "data" / "1.txt").write_text("two")
+    assert data_fingerprint(settings) != before
+    cards = [DataSettings("postcards", "nowhere", postcards=PostcardSettings(seed=seed)) for seed in (1, 1, 2)]
+    prints = [data_fingerprint(card) for card in cards]
+    assert prints[0] == prints[1] != prints[2]
+
+
+@needs_shared
+def test_real_posts_are_all_read(tmp_path: Path) -> None:
+    settings = DataSettings(root=str(SHARED / "twitter15"), validation=["dev.jsonl"])
+    begin = time.perf_counter()
+    data_fingerprint(settings)
+    assert time.perf_counter() - begin < 1.0
+    corpus = read_corpus(settings, LABELS)
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [3179, 1122, 1037]
+    assert corpus.dropped == []
+    assert all(sample.images and sample.aspect and sample.label for sample in corpus.train)
+    assert all(sample.rationale for sample in corpus.validation + corpus.test)
+
+
+@needs_shared
+def test_real_utterances_are_all_read() -> None:
+    corpus = read_corpus(DataSettings("mosi", str(SHARED / "mosi"), validation=["dev.jsonl"]), LABELS)
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [1281, 229, 685]
+    assert corpus.dropped == []
+    assert all(isinstance(sample.label, float) and not sample.images for sample in corpus.train)
+
+
+@needs_shared
+def test_a_split_of_real_posts_shares_no_image_and_keeps_the_shares() -> None:
+    corpus = read_corpus(DataSettings(root=str(SHARED / "twitter15"), test=[]), LABELS)
+    assert (len(corpus.validation), len(corpus.test)) == (318, 318)
+    images = [{image for sample in part for image in sample.images} for part in (corpus.train, corpus.validation)]
+    assert not images[0] & images[1]

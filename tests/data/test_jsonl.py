@@ -1,0 +1,199 @@
+"""Rows of JSON: what is read, what is refused and why, and that writing is all or nothing."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from distill.data import jsonl
+from distill.errors import RunError
+from distill.task.sample import Sample
+
+
+def test_reads_every_row_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "a"}\r\n\n  \n{"id": "b", "text": "x\xe2\x80\xa8y"}\n{"id": "c"}')
+    rows = list(jsonl.read(path))
+    assert [(row.number, row.fields["id"], row.problem) for row in rows] == [
+        (1, "a", None),
+        (4, "b", None),
+        (5, "c", None),
+    ]
+    assert rows[1].fields["text"] == "x\u2028y"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"id": "a",', "is not valid JSON"),
+        (b"[1, 2]", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        ('{"id": "a", "text": "é"}'.encode("utf-16"), "is not UTF-8"),
+    ],
+)
+def test_an_unreadable_row_does_not_stop_the_others(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b'\n{"id": "b"}\n')
+    rows = list(jsonl.read(path))
+    assert rows[0].number == 1 and rows[0].problem is not None and rows[0].problem.startswith(problem)
+    assert rows[-1].number == 2 and rows[-1].fields == {"id": "b"} and rows[-1].problem is None
+
+
+def test_one_image_and_a_list_of_images(tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    assert jsonl.sample({"id": "a", "text": "x", "image": "a.jpg"}, root).images == (root / "a.jpg",)
+    both = jsonl.sample({"id": "a", "text": "x", "images": ["a.jpg", "b/c.jpg"], "image": None}, root)
+    assert both.images == (root / "a.jpg", root / "b" / "c.jpg")
+    assert jsonl.sample({"id": "a", "images": ["a.jpg"]}, root).text == ""
+
+
+def test_optional_fields(tmp_path: Path) -> None:
+    plain = jsonl.sample({"id": 7, "text": "x", "aspect": " ", "unknown": 1}, tmp_path)
+    assert plain == Sample("7", "x")
+    full = {
+        "id": "a",
+        "text": "x",
+        "aspect": "y",
+        "label": "neutral",
+        "rationale": "z",
+        "attributes": {"k": "v", "n": None},
+    }
+    assert jsonl.sample(full, tmp_path) == Sample("a", "x", (), "y", "neutral", "z", {"k": "v"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": "x"}, "id is missing"),
+        ({"id": "", "text": "x"}, "id is missing"),
+        ({"id": True, "text": "x"}, "id must be text"),
+        ({"id": 1.5, "text": "x"}, "id must be text"),
+        ({"id": "a"}, "neither text nor image"),
+        ({"id": "a", "text": " \n", "images": []}, "neither text nor image"),
+        ({"id": "a", "text": 3}, "text must be text"),
+        ({"id": "a", "text": "x", "aspect": ["y"]}, "aspect must be text"),
+        ({"id": "a", "text": "x", "rationale": {}}, "rationale must be text"),
+        ({"id": "a", "text": "x", "attributes": [1]}, "attributes must be an object"),
+        ({"id": "a", "text": "x", "attributes": {"k": 1}}, "attributes must be text"),
+        ({"id": "a", "text": "x", "image": ""}, "images must be file names"),
+        ({"id": "a", "text": "x", "images": "a.jpg"}, "images must be file names"),
+        ({"id": "a", "text": "x", "images": [None]}, "images must be file names"),
+        ({"id": "a", "text": "x", "image": "a.jpg", "images": ["a.jpg"]}, "both given"),
+        ({"id": "a", "text": "x", "image": "../a.jpg"}, "outside the data root"),
+        ({"id": "a", "text": "\ud83d"}, "is not UTF-8"),
+        ({"id": "a", "text": "x", "rationale": "\udce9"}, "is not UTF-8"),
+    ],
+)
+def test_bad_fields_are_named(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        jsonl.sample(fields, tmp_path)
+
+
+def test_bytes_that_are_not_utf8_are_found_inside_strings(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"id": "a", "text": "café"}'.encode("latin-1"))
+    (row,) = jsonl.read(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        jsonl.sample(row.fields, tmp_path)
+
+
+def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    samples = [
+        Sample(
+            "a",
+            'two\nlines "quoted" \U0001f600',
+            (root / "i" / "a.jpg", root / "b.jpg"),
+            "y",
+            "neutral",
+            "z",
+            {"k": "v"},
+        ),
+        Sample("b", "\u2028", (root / "b.jpg",)),
+        Sample("c", "x", label=-1.5),
+    ]
+    jsonl.write_rows(root / "out" / "a.jsonl", (jsonl.row(sample, root) for sample in samples))
+    assert [jsonl.sample(row.fields, root) for row in jsonl.read(root / "out" / "a.jsonl")] == samples
+    lines = (root / "out" / "a.jsonl").read_text(encoding="utf-8").split("\n")
+    assert list(json.loads(lines[0])) == ["id", "text", "aspect", "label", "images", "rationale", "attributes"]
+    assert json.loads(lines[0])["images"] == ["i/a.jpg", "b.jpg"]
+    assert "\U0001f600" in lines[0]
+
+
+def test_a_row_of_a_picture_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        jsonl.row(Sample("a", "x", (tmp_path.parent / "a.jpg",)), tmp_path)
+
+
+def test_datasets_reads_what_is_written(tmp_path: Path) -> None:
+    samples = [
+        Sample("a", "x", (tmp_path / "a.jpg",), "y", "neutral", "z", {"k": "v"}),
+        Sample("b", "x", (), None, None, None, {"other": "w"}),
+        Sample("c", "x"),
+    ]
+    jsonl.write_rows(tmp_path / "a.jsonl", [jsonl.row(sample, tmp_path) for sample in samples])
+    table = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "a.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert table["images"][:] == [["a.jpg"], [], []]
+    read = [jsonl.sample(fields, tmp_path) for fields in table]
+    assert read == [jsonl.sample(row.fields, tmp_path) for row in jsonl.read(tmp_path / "a.jsonl")]
+
+
+def failing() -> Iterator[dict[str, Any]]:
+    yield {"id": "new"}
+    raise KeyError("in the middle")
+
+
+def test_an_error_in_the_middle_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    jsonl.write_rows(path, [{"id": "old"}])
+    with pytest.raises(KeyError):
+        jsonl.write_rows(path, failing())
+    with pytest.raises(ValueError):
+        jsonl.write_rows(path, [{"id": "new"}, {"id": float("nan")}])
+    assert path.read_text() == '{"id": "old"}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    jsonl.write_rows(path, [{"id": "old"}])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*a\.jsonl: No space left on device"):
+        jsonl.write_rows(path, [{"id": "new"}])
+    assert path.read_text() == '{"id": "old"}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    jsonl.write_rows(path, [{"id": "old"}])
+    script = (
+        "import os, signal, sys, pathlib; from distill.data.jsonl import write_rows\n"
+        "def rows():\n"
+        "    for i in range(100_000):\n"
+        "        if i == 50_000: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield {'id': i}\n"
+        "write_rows(pathlib.Path(sys.argv[1]), rows())\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -9
+    assert path.read_text() == '{"id": "old"}\n'
+    jsonl.write_rows(path, [{"id": "new"}])
+    assert path.read_text() == '{"id": "new"}\n'
+    assert list(tmp_path.iterdir()) == [path]

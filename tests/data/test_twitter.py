@@ -1,0 +1,60 @@
+"""TomBERT's tab-separated files, read without quoting."""
+
+from pathlib import Path
+
+from distill.data import twitter
+
+HEADER = "index\t#1 Label\t#2 ImageID\t#3 String\t#3 String\n"
+
+
+def write(path: Path, *rows: str, header: str = HEADER) -> Path:
+    path.write_bytes((header + "".join(row + "\n" for row in rows)).encode())
+    return path
+
+
+def test_reads_labels_images_and_targets(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "dev.tsv",
+        "1\t0\t11.jpg\tRT @ someone : $T$ lost against Ghent\tHull",
+        "2\t1\t11.jpg\tRT @ someone : Hull lost against $T$\tGhent",
+        "3\t2\t17_06_5.jpg\t$T$ and $T$ again !\t# Cork",
+    )
+    rows = list(twitter.read(path, "pictures/all"))
+    assert [row.number for row in rows] == [2, 3, 4]
+    assert [row.problem for row in rows] == [None] * 3
+    assert rows[0].fields == {
+        "id": "dev-1",
+        "text": "RT @ someone : Hull lost against Ghent",
+        "aspect": "Hull",
+        "label": "negative",
+        "images": ["pictures/all/11.jpg"],
+    }
+    assert rows[0].fields["text"] == rows[1].fields["text"]
+    assert [row.fields["label"] for row in rows] == ["negative", "neutral", "positive"]
+    assert rows[2].fields["text"] == "# Cork and # Cork again !"
+
+
+def test_quotes_are_letters(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "dev.tsv",
+        '1\t0\t1.jpg\t" an open quote about $T$\tHull',
+        '2\t1\t2.jpg\t$T$ said : "" yes "\t"Ghent',
+        "3\t2\t3.jpg\tnext\u2028line \x0b of $T$\tCork\r",
+    )
+    texts = [row.fields["text"] for row in twitter.read(path, "images")]
+    assert texts == ['" an open quote about Hull', '"Ghent said : "" yes "', "next\u2028line \x0b of Cork"]
+
+
+def test_bad_rows_come_with_their_problem(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "dev.tsv", "1\t0\t1.jpg\tonly four", "2\t0\t1.jpg\t$T$ alone\t ", "3\t7\t1.jpg\tof $T$\tHull"
+    )
+    few, aimless, odd = twitter.read(path, "images")
+    assert (few.number, few.fields["id"], few.problem) == (2, "dev-1", "has 4 columns instead of 5")
+    assert (aimless.number, aimless.problem) == (3, "has no target")
+    assert odd.problem is None and odd.fields["label"] == "7"  # left to the check against the label space
+
+
+def test_a_file_without_header_loses_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "dev.tsv", "1\t0\t1.jpg\tof $T$\tHull", header="")
+    assert [(row.number, row.fields["id"]) for row in twitter.read(path, "images")] == [(1, "dev-1")]
