@@ -5,6 +5,8 @@ tiny and built from a config (`tiny`, all weights train).
 """
 
 import logging
+import re
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +83,13 @@ class Backbone:
         self.settings = settings
         if not getattr(processor, "chat_template", None):
             raise SettingsError(f"model.path: {settings.path or 'the tiny model'} has no chat template to ask it with")
-        self.label_ids = torch.tensor(label_tokens(processor.tokenizer, labels))
+        tokenizer = processor.tokenizer
+        if tokenizer.eos_token is None:
+            raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.label_ids = torch.tensor(label_tokens(tokenizer, labels))
+        self._control = _control_tokens(processor)
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +111,13 @@ class Backbone:
         texts = [self._prompt(sample, template) for sample in samples]
         pictures = [[self._picture(path) for path in sample.images] for sample in samples]
         images = pictures if all(pictures) else [image for row in pictures for image in row] or None
-        features = dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True))
         tokenizer = self.processor.tokenizer
+        begins = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)  # written by the chat template
+        features = dict(
+            self.processor(
+                text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=not begins
+            )
+        )
         if answers is not None:
             endings = [[*self._tokens(answer), tokenizer.eos_token_id] for answer in answers]
         else:
@@ -132,17 +145,21 @@ class Backbone:
 
     def _prompt(self, sample: Sample, template: Template) -> str:
         content = [{"type": "image"} for _ in sample.images]
-        content.append({"type": "text", "text": prompts.render(template, sample, self.labels)})
+        content.append({"type": "text", "text": self._plain(prompts.render(template, sample, self.labels))})
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _picture(self, path: Path) -> Any:
-        image = decode(path)
+        image = decode(path, sys.maxsize)  # the reader of the corpus applied the user's limit
         size = self.settings.image_size
         return image.resize((size, size)) if size and image.size != (size, size) else image
 
     def _tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.processor.tokenizer(self._plain(text), add_special_tokens=False)["input_ids"]
+
+    def _plain(self, text: str) -> str:
+        """Text in which nothing is a control token: a post that says `<|im_end|>` must end no message."""
+        return self._control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
 
     def save(self, folder: Path) -> None:
         """Write the trained weights (the adapter alone under LoRA) and the processor."""
@@ -168,7 +185,10 @@ def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, trai
     if not settings.path:
         if settings.lora is not None:
             raise SettingsError("model.lora needs model.path: a tiny model has no pretrained weights to adapt")
-        words = tiny.load_tokenizer(tokenizer)
+        try:
+            words = tiny.load_tokenizer(tokenizer)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {_first_line(error)}") from error
         model = AutoModelForImageTextToText.from_config(
             tiny.build_config(settings.tiny, words), attn_implementation=settings.attention
         )
@@ -180,10 +200,18 @@ def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, trai
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
-    """A model after training, from the folder that `Backbone.save` wrote."""
+    """A model after training, from the folder that `Backbone.save` wrote.
+
+    Raises:
+        SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
+    """
     if settings.path and settings.lora is not None:
-        with quiet():
-            model = PeftModel.from_pretrained(_pretrained(settings, settings.path), adapter)
+        base = _pretrained(settings, settings.path)
+        try:
+            with quiet():
+                model = PeftModel.from_pretrained(base, adapter)
+        except Exception as error:  # a torn file raises what safetensors, torch and peft please
+            raise SettingsError(f"the adapter in {adapter} cannot be loaded: {_first_line(error)}") from error
     else:
         model = _pretrained(settings, str(adapter))
     return Backbone(model.eval(), _processor(str(adapter), "main"), labels, settings)
@@ -201,9 +229,9 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, words))
         try:
             config = AutoConfig.from_pretrained(settings.path, revision=settings.revision)
+            return AutoModelForImageTextToText.from_config(config)
         except (OSError, ValueError) as error:
             raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
-        return AutoModelForImageTextToText.from_config(config)
 
 
 def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[int]:
@@ -243,6 +271,13 @@ def quiet():  # type: ignore[no-untyped-def]
             transformers_logging.enable_progress_bar()
 
 
+def _control_tokens(processor: Any) -> re.Pattern[str]:
+    """What the tokenizer, or the processor before it, takes for a control token wherever it stands in a text."""
+    tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {getattr(processor, name, None) for name in ("image_token", "video_token")} - {None}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
 def _pretrained(settings: ModelSettings, path: str) -> Any:
     extra: dict[str, Any] = {}
     if settings.lora is not None and settings.lora.quantize:
@@ -256,7 +291,7 @@ def _pretrained(settings: ModelSettings, path: str) -> Any:
                 attn_implementation=settings.attention,
                 **extra,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a torn file raises what safetensors and torch please
         raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
 
 

@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CLASSIFY_FORMAT = '\nAnswer with one line and nothing else: "Prediction": <{names}>'
-"""Said after *classify*, which expects a model that was trained on it; covered by `prompts.VERSION` all the same."""
-
 _CLASSIFY_TOKENS = 32
 _PREDICTION = re.compile(r"(?:^|[{,])[ \t\"'*#>\u0120\u2581-]*prediction[\"'*]*[ \t]*:", re.IGNORECASE | re.MULTILINE)
 _QUOTES = " \t\r\n\"'`*_.,;:{}[]\u0120\u2581"  # and the two signs by which tokenizers write a space
@@ -155,7 +152,7 @@ class Endpoint:
         undecided = np.full(len(self.labels), 1 / len(self.labels))
         question = prompts.render("classify", sample, self.labels)
         try:
-            content = self._content(sample, question + _CLASSIFY_FORMAT.format(names=", ".join(self.labels.names)))
+            content = self._content(sample, question)
         except (ImageError, OSError) as error:
             return Scored(undecided, 0.0, Answer("", False, error=str(error)))
         paid: list[Answer] = []

@@ -37,24 +37,37 @@ class Local:
     ) -> Iterator[tuple[int, Answer]]:
         """Generated answers, a batch at a time, in the samples' order; the same seed draws the same answers."""
         model, tokenizer = self.backbone.model, self.backbone.processor.tokenizer
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(sampling.seed + sampling.attempt)
+        stops = _end_tokens(self.backbone)
+        options = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "eos_token_id": stops,
+            "pad_token_id": tokenizer.pad_token_id,
+            "repetition_penalty": 1.0,  # published models bring penalties and cuts of their own
+        }
+        if sampling.temperature > 0:
+            options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        else:
+            options |= {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' neutral ones
         first = 0
         for batch in _batches(samples, self.backbone.settings.batch_size):
             features = _to(self.backbone.encode(batch, template, padding_side="left"), self.backbone.device)
-            output = model.generate(  # type: ignore[operator]
-                **features,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **(drawn if sampling.temperature > 0 else {"do_sample": False}),
-            )
-            for row, mask in zip(output[:, features["input_ids"].shape[1] :].cpu(), features["attention_mask"], strict=True):
-                ends = (row == tokenizer.eos_token_id).nonzero()
+            with torch.random.fork_rng(_devices(self.backbone.device)):  # what a caller draws between two batches changes nothing, nor does this
+                torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
+                output = model.generate(**features, **options)  # type: ignore[operator]
+            prompts = features["attention_mask"].sum(1).tolist()
+            for row, prompt in zip(output[:, features["input_ids"].shape[1] :].cpu(), prompts, strict=True):
+                ends = torch.isin(row, torch.tensor(stops)).nonzero()
                 length = int(ends[0]) if len(ends) else len(row)
                 text = tokenizer.decode(row[:length], skip_special_tokens=True)
-                yield first, Answer(text, bool(len(ends)), int(mask.sum()), length + bool(len(ends)))
+                yield first, Answer(text, bool(len(ends)), prompt, length + bool(len(ends)))
                 first += 1
+
+
+def _end_tokens(backbone: Backbone) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those the model was published with."""
+    published = backbone.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ids = published if isinstance(published, list) else [published]
+    return sorted({backbone.processor.tokenizer.eos_token_id, *ids} - {None})
 
 
 def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,6 +87,10 @@ def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[tor
 
 def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     return (samples[first : first + size] for first in range(0, len(samples), size))
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "cpu" else [device]
 
 
 def _to(features: Features, device: torch.device) -> Features:

@@ -30,7 +30,7 @@ class LabelSpace:
         """The position of a label. Raises ValueError for a name that is not in the space."""
         if name not in self.names:
             raise ValueError(f"unknown label {name!r}; the labels are {', '.join(self.names)}")
-        return self.names.index(name)  # type: ignore[arg-type]
+        return self.names.index(name)
 
     def find(self, text: str) -> str | None:
         """The label that `text` is, but for case, quotes and punctuation; None if it is anything else."""

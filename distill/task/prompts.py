@@ -6,7 +6,6 @@
 from typing import Literal
 
 from distill.task.labels import LabelSpace
-from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
 VERSION = "1"
@@ -17,31 +16,30 @@ CLASSIFY_PREFIX = '"Prediction":'
 """The forced beginning of an answer to *classify*; label scoring reads the next token after it."""
 
 _DEFINITIONS = {
-    "negative": "disapproval, sadness, anger or mockery",
-    "neutral": "facts or mixed signals without a clear feeling",
-    "positive": "approval, joy, admiration or affection",
+    "negative": "disapproval, sadness or mockery",
+    "neutral": "facts, or signals that cancel out",
+    "positive": "approval, joy or affection",
 }
 
-_STEPS = (
-    "what the words say and how they sound",
-    "what the image shows and the mood it sets",
-    "whether the two agree, and which of them prevails if not",
-    "the sentiment that follows from both",
-)
-
-_FORMAT = "\n".join(
-    [f'"{name}": "<{step}>"' for name, step in zip(FIELDS[:4], _STEPS, strict=True)] + ['"Prediction": <{names}>']
+_FIELDS = (
+    '"Text_analysis": "<what the words say and how they sound>"',
+    '"Image_analysis": "<what the image shows and the mood it sets>"',
+    '"Conflict_resolution": "<whether they agree, and which prevails>"',
+    '"Final_conclusion": "<what follows from both>"',
+    '"Prediction": <{names}>',
 )
 
 _FULL = """Judge the sentiment of {target}.
-{definitions}
-{post}
-{hint}Answer with five fields, one per line, and nothing else:
-{format}"""
+{definitions}{post}
+{hint}Answer with these five fields, one a line, and nothing else:
+{fields}"""
 
-_HINT = "The sentiment is known to be {label}. Explain it from the post itself, as if you had found it on your own.\n"
+_HINT = "The sentiment is {label}. Explain it from the post itself, as if found on your own.\n"
 
-_SHORT = {"reason": "Reason step by step about the sentiment of {target}.", "classify": "Classify the sentiment of {target}."}
+_SHORT: dict[str, str] = {
+    "reason": "Reason in five fields about the sentiment of {target}: {names}.\n{post}",
+    "classify": "Classify the sentiment of {target}: {names}.\n{post}\nAnswer: {prefix} <label>",
+}
 
 
 def render(template: Template, sample: Sample, labels: LabelSpace) -> str:
@@ -53,19 +51,18 @@ def render(template: Template, sample: Sample, labels: LabelSpace) -> str:
     Raises:
         ValueError: *explain* for a sample without a label.
     """
-    target = "the post" if sample.aspect is None else f'the post towards "{_line(sample.aspect)}"'
-    post = f'Post: "{_line(sample.text)}"'
-    if template in _SHORT:
-        return f"{_SHORT[template].format(target=target)}\n{post}"
     if template == "explain":
         labels.index(sample.label)
+    named = [name for name in labels.names if name in _DEFINITIONS]
     names = ", ".join(labels.names[:-1]) + " or " + labels.names[-1]
-    return _FULL.format(
-        target=target,
-        definitions="\n".join(f"{name}: {_DEFINITIONS[name]}" for name in labels.names if name in _DEFINITIONS),
-        post=post,
+    return (_SHORT.get(template) or _FULL).format(
+        target="the post" if sample.aspect is None else f'the post towards "{_line(sample.aspect)}"',
+        names=names,
+        definitions="".join(f"{name}: {_DEFINITIONS[name]}.\n" for name in named),
+        post=f'Post: "{_line(sample.text)}"',
         hint=_HINT.format(label=sample.label) if template == "explain" else "",
-        format=_FORMAT.format(names=names),
+        fields="\n".join(_FIELDS).format(names=names),
+        prefix=CLASSIFY_PREFIX,
     )
 
 

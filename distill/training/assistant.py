@@ -1,5 +1,6 @@
 """The assistant: one model fine-tuned on reasoning and classification at once (MulCoT-RD, arXiv 2508.05234)."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,14 +54,17 @@ class AssistantModule(L.LightningModule):
         self._generators: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        curve: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
         total = torch.zeros((), device=self.device)
+        samples = max(len(features["input_ids"]) for features in batch.values())
         for task, features in batch.items():
             loss = self.task_loss(features)
             size = len(features["input_ids"])
-            self.log(f"train/{task}_loss", loss.hard, on_step=False, on_epoch=True, batch_size=size)
-            self.log(f"train/{task}_kl", loss.soft, on_step=False, on_epoch=True, batch_size=size)
-            total = total + self.settings.tasks[task] * loss.total
-        self.log("train/loss", total, on_step=False, on_epoch=True, prog_bar=True, batch_size=self.settings.batch_size)
+            self.log(f"train/{task}_loss", loss.hard, batch_size=size, **curve)
+            self.log(f"train/{task}_kl", loss.soft, batch_size=size, **curve)
+            # where some samples lack a rationale, the others weigh no more for it: so accumulation equals a large batch
+            total = total + self.settings.tasks[task] * loss.total * size / samples
+        self.log("train/loss", total, prog_bar=True, batch_size=samples, **curve)
         return total
 
     def task_loss(self, features: Features) -> TaskLoss:
@@ -79,9 +83,13 @@ class AssistantModule(L.LightningModule):
         seen = gold >= 0  # fillers that give every process equally many
         accuracy = float((predicted == gold)[seen].float().mean())
         macro_f1 = float(f1_score(gold[seen], predicted[seen], average="macro", zero_division=0))
-        # the best epoch is the one of highest accuracy, ties broken by macro F1
-        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1, "val/selection": accuracy + 1e-6 * macro_f1}
-        self.log_dict(metrics, prog_bar=True)
+        # the best epoch is the one of highest accuracy; macro F1 breaks ties, as it counts less than half a sample
+        selection = accuracy + macro_f1 / (2 * int(seen.sum()))
+        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1, "val/selection": selection}
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not self.trainer.sanity_checking:
+            scheduler.step(accuracy)
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
@@ -90,8 +98,8 @@ class AssistantModule(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, "max", settings.factor, settings.patience, min_lr=settings.min_learning_rate
         )
-        every = self.trainer.check_val_every_n_epoch or 1
-        plan = {"scheduler": scheduler, "monitor": "val/selection", "frequency": every, "strict": False}
+        # stepped after each validation: Lightning would do it after the checkpoint is written, and a resumed run miss it
+        plan = {"scheduler": scheduler, "monitor": "val/accuracy", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": plan}
 
     def optimizer_step(

@@ -11,21 +11,20 @@ from distill.task.sample import Sample
 Batch = dict[str, Features]
 
 
-def answer(template: Template, sample: Sample) -> str:
-    """What the model should answer: the rationale, or for *classify* the label alone."""
+def answer(template: Template, sample: Sample) -> str | None:
+    """What the model should answer: the rationale, or for *classify* the label alone; None where nobody knows."""
     if template == "classify":
-        return f"{CLASSIFY_PREFIX} {sample.label}"
-    assert sample.rationale is not None
+        return None if sample.label is None else f"{CLASSIFY_PREFIX} {sample.label}"
     return sample.rationale
 
 
 def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Template, float]) -> Batch:
-    """The features of B samples for each task; a task that needs rationales takes the samples that have one."""
+    """The features of B samples for each task; a task takes the samples whose answer is known."""
     batch: Batch = {}
     for template in tasks:
-        answered = [sample for sample in samples if template == "classify" or sample.rationale is not None]
-        if answered:
-            batch[template] = backbone.encode(answered, template, [answer(template, sample) for sample in answered])
+        answers = {sample: text for sample in samples if (text := answer(template, sample)) is not None}
+        if answers:
+            batch[template] = backbone.encode(list(answers), template, list(answers.values()))
     return batch
 
 
@@ -38,5 +37,3 @@ def check_tasks(tasks: Mapping[str, float], field: str) -> None:
             )
     if not tasks:
         raise SettingsError(f"{field}: at least one task is needed")
-
-

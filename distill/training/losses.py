@@ -43,15 +43,15 @@ def task_loss(
     if soft_targets is not None and soft_targets.shape != logits.shape:
         raise ValueError(f"soft targets {tuple(soft_targets.shape)} do not fit logits {tuple(logits.shape)}")
     answer = labels[:, 1:] != IGNORE
-    token_logits = logits[:, :-1][answer].float()
+    token_logits = _exact(logits[:, :-1][answer])
     share = _shares(answer, positions)
     hard = (F.cross_entropy(token_logits, labels[:, 1:][answer], reduction="none") * share).sum()
     if soft_targets is None:
         return TaskLoss(hard, hard, torch.zeros_like(hard))
     if positions == "all":
-        soft = kl_divergence(logits.flatten(0, 1).float(), soft_targets.flatten(0, 1).float(), temperature).mean()
+        soft = kl_divergence(_exact(logits.flatten(0, 1)), _exact(soft_targets.flatten(0, 1)), temperature).mean()
     else:
-        soft = (kl_divergence(token_logits, soft_targets[:, :-1][answer].float(), temperature) * share).sum()
+        soft = (kl_divergence(token_logits, _exact(soft_targets[:, :-1][answer]), temperature) * share).sum()
     return TaskLoss((1 - weight) * hard + weight * soft, hard, soft)
 
 
@@ -60,6 +60,11 @@ def kl_divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature
     log_p = torch.log_softmax(logits / temperature, -1)
     log_q = torch.log_softmax(target_logits / temperature, -1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 at least: half precision is too coarse for sums over a vocabulary."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _shares(answer: torch.Tensor, positions: Positions) -> torch.Tensor:

@@ -21,7 +21,7 @@ class SoftTargets:
 
     @torch.no_grad()
     def __call__(self, features: Features, positions: int) -> torch.Tensor:
-        """Logits [B, T, V] of the assistant at the last `positions` positions (0: all), V the shared ids."""
+        """Logits [B, T, V] of the assistant at the last T = `positions` positions, V the shared ids."""
         device = features["input_ids"].device
         if self.assistant.device != device:
             self.assistant.model.to(device)

@@ -35,13 +35,14 @@ class StudentModule(AssistantModule):
         self.soft_targets = soft_targets
 
     def task_loss(self, features: Features) -> TaskLoss:
-        if self.soft_targets is None:
-            return super().task_loss(features)
         inputs, labels = without_prompt(features)
         options = self.distillation
         if options.positions == "all":
             labels = features["labels"]
         kept = labels.shape[1]
-        logits = self.model(**inputs, logits_to_keep=kept).logits[..., : self.soft_targets.vocabulary]
+        logits = self.model(**inputs, logits_to_keep=kept).logits
+        if self.soft_targets is None:
+            return task_loss(logits, labels, positions=options.positions)
         targets = self.soft_targets(inputs, kept)
+        logits = logits[..., : self.soft_targets.vocabulary]
         return task_loss(logits, labels, targets, options.weight, options.temperature, options.positions)
