@@ -1,0 +1,96 @@
+"""One role judged on the test split: label scoring, reasoning, and the metrics of both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distill.evaluation.classification import classification_metrics
+from distill.evaluation.reasoning import reasoning_metrics
+from distill.models.reasoner import ClassScores, Reasoner, Sampling
+from distill.task.labels import LabelSpace
+from distill.task.prompts import Template
+from distill.task.rationale import InvalidRationale, Rationale, check
+from distill.task.sample import Sample
+
+
+@dataclass
+class EvaluateSettings:
+    teacher: bool = True
+    """Judge the teacher too, where it can be asked; behind an endpoint this pays for the test split."""
+    max_new_tokens: int = 512
+    """Token limit of a rationale."""
+    similarity_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Folder or hub name of the embeddings that judge the similarity of rationales."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answers of one role to N test samples; `rationales` hold None where the text does not parse."""
+
+    scores: ClassScores
+    texts: list[str] | None
+    rationales: list[Rationale | None] | None
+
+    def label(self, index: int, labels: LabelSpace) -> str:
+        return labels.names[int(self.scores.probabilities[index].argmax())]
+
+
+def judge(
+    reasoner: Reasoner,
+    samples: Sequence[Sample],
+    labels: LabelSpace,
+    settings: EvaluateSettings,
+    template: Template | None = "reason",
+    progress: Callable[[int, int], None] | None = None,
+) -> Judged:
+    """Classify N samples, and reason about them greedily unless `template` is None."""
+    scores = reasoner.classify(samples)
+    if template is None:
+        return Judged(scores, None, None)
+    texts = [""] * len(samples)
+    rationales: list[Rationale | None] = [None] * len(samples)
+    answers = reasoner.reason(samples, template, Sampling(max_new_tokens=settings.max_new_tokens))
+    for done, (index, answer) in enumerate(answers, start=1):
+        texts[index] = answer.text
+        rationales[index] = read(answer.text, labels, finished=answer.finished)
+        if progress is not None:
+            progress(done, len(samples))
+    return Judged(scores, texts, rationales)
+
+
+def read(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rationale | None:
+    """A rationale from text, None where it breaks the format."""
+    try:
+        return None if text is None else check(text, labels, finished=finished)
+    except InvalidRationale:
+        return None
+
+
+def role_metrics(
+    judged: Judged,
+    samples: Sequence[Sample],
+    references: Sequence[Rationale | None],
+    labels: LabelSpace,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """One object of `metrics.json` (DESIGN section 3) for N samples.
+
+    Where the samples have gold attributes, `grounded` is the share of them that a rationale names, over all samples.
+    """
+    gold = [str(sample.label) for sample in samples]
+    metrics = classification_metrics(gold, judged.scores.probabilities, labels)
+    metrics["label_mass"] = float(np.mean(judged.scores.label_mass))
+    if judged.rationales is None:
+        return metrics
+    classified = [judged.label(index, labels) for index in range(len(samples))]
+    metrics |= reasoning_metrics(
+        judged.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
+    )
+    named = [
+        rationale is not None and value in f"{rationale.text_analysis} {rationale.image_analysis}".split()
+        for sample, rationale in zip(samples, judged.rationales, strict=True)
+        for value in sample.attributes.values()
+    ]
+    return metrics | ({"grounded": float(np.mean(named))} if named else {})

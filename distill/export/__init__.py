@@ -1,0 +1,1 @@
+"""A student that other tools load: merged weights, processor, model card, and the proof that they do."""

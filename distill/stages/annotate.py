@@ -1,0 +1,30 @@
+"""Stage `annotate`: the teacher's reasoning data, with the ledger of what was paid for."""
+
+from dataclasses import asdict, replace
+
+from distill.annotation.annotate import annotate
+from distill.annotation.ledger import Ledger
+from distill.data import jsonl
+from distill.stages.context import Context, progress, write_json
+from distill.tracking import StageRun
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    settings = context.recipe.annotate
+    assert settings is not None
+    folder = context.folder / "annotate"
+    with Ledger(folder / "ledger.jsonl") as ledger:
+        outcome = annotate(
+            context.corpus.train, context.labels, context.teacher(), settings, ledger, progress("annotate")
+        )
+    context.write_rationales(
+        "annotate",
+        [
+            (replace(kept.sample, label=kept.label), kept.rationale, {"source": kept.source, "teacher_label": kept.teacher_label})
+            for kept in outcome.kept
+        ],
+    )
+    jsonl.write_rows(folder / "quarantine.jsonl", (asdict(item) for item in outcome.quarantined))
+    write_json(folder / "summary.json", outcome.summary)
+    tracked.log({key: value for key, value in outcome.summary.items() if isinstance(value, int | float)})
+    tracked.log_artifact("rationales", "dataset", folder / "rationales.jsonl")

@@ -1,0 +1,26 @@
+"""Stage `augment`: the assistant's own rationales on the training posts, kept when right."""
+
+from distill.annotation.augment import augment
+from distill.annotation.ledger import Ledger
+from distill.stages.context import Context, progress, write_json
+from distill.tracking import StageRun
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    settings = context.recipe.augment
+    assert settings is not None
+    tracked.use_artifact("assistant")
+    labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
+    posts = {sample.id: sample for sample in context.rationales("annotate")} | labelled  # gold labels before a teacher's
+    folder = context.folder / "augment"
+    with Ledger(folder / "ledger.jsonl") as ledger:
+        kept, summary = augment(
+            list(posts.values()), context.labels, context.reasoner("assistant"), settings, ledger, progress("augment")
+        )
+    context.write_rationales(
+        "augment",
+        [(sample, rationale, {"source": "augmented", "teacher_label": sample.id not in labelled}) for sample, rationale in kept],
+    )
+    write_json(folder / "summary.json", summary)
+    tracked.log({key: value for key, value in summary.items() if isinstance(value, int)})
+    tracked.log_artifact("augmented-rationales", "dataset", folder / "rationales.jsonl")

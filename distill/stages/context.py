@@ -1,0 +1,175 @@
+"""What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, and one way to train."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+from distill.data import jsonl
+from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
+from distill.errors import SettingsError
+from distill.models import backbone, tiny
+from distill.models.backbone import Backbone, ModelSettings
+from distill.models.endpoint import Endpoint
+from distill.models.local import Local
+from distill.models.reasoner import Reasoner
+from distill.recipe import Recipe
+from distill.task import prompts
+from distill.task.labels import LabelSpace
+from distill.task.rationale import Rationale, render
+from distill.task.sample import Sample
+from distill.tracking import StageRun
+from distill.training.assistant import AssistantModule, TrainSettings
+from distill.training.datamodule import ReasoningDataModule
+from distill.training.fit import fit, fits_here
+
+_TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
+
+
+@dataclass
+class Context:
+    """One chain as its stages see it. `fingerprints` tells which version of each stage's output stands on disk."""
+
+    recipe: Recipe
+    fingerprints: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    @property
+    def labels(self) -> LabelSpace:
+        return self.recipe.labels
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The data, read and checked once; what was dropped is written to `quarantine.jsonl` in the run's folder."""
+        corpus = read_corpus(self.recipe.data, self.labels)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_quarantine(self.folder / "quarantine.jsonl", corpus.dropped)
+        return corpus
+
+    def tokenizer(self, settings: ModelSettings) -> Path:
+        """The folder of the tokenizer that the chain's tiny models of one vocabulary size share; trained when missing."""
+        parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.recipe.task.labels, prompts.VERSION)
+        folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
+        if not settings.path and not (folder / "tokenizer.json").exists():
+            tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(folder)
+        return folder
+
+    def _texts(self) -> list[str]:
+        """What the models will read and write: posts, rationales, questions and answers."""
+        posts = self.corpus.train
+        texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
+        labelled = [post for post in posts if post.label is not None]
+        texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
+        return texts + [f"{prompts.CLASSIFY_PREFIX} {name}" for name in self.labels.names for _ in range(100)]
+
+    def train(
+        self,
+        stage: str,
+        module: Callable[[Backbone], AssistantModule],
+        rows: Sequence[Sample],
+        tracked: StageRun,
+        *,
+        part: str = "",
+    ) -> None:
+        """Train one model on `rows` in the stage's folder (or a part of it) and leave its best weights in `adapter/`."""
+        settings: TrainSettings = getattr(self.recipe, stage)
+        folder = self.folder / stage / part
+        if not fits_here(folder):
+            return
+        if not rows:
+            raise SettingsError(f"{stage}: no training rows are left; see {self.folder}/*/quarantine.jsonl for the reasons")
+        L.seed_everything(self.recipe.seed, workers=True, verbose=False)
+        model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
+        learner = module(model)
+        data = ReasoningDataModule(
+            model,
+            rows,
+            self.corpus.validation,
+            learner.settings.tasks,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            seed=self.recipe.seed,
+        )
+        logger = tracked.lightning_logger()
+        fit(learner, data, folder, self.recipe.trainer | settings.trainer, [logger] if logger and not part else [])
+        model.save(folder / "adapter")
+
+    def load(self, stage: str, part: str = "") -> Backbone:
+        """The model that a stage trained."""
+        return backbone.load(getattr(self.recipe, stage).model, self.labels, self.folder / stage / part / "adapter")
+
+    def reasoner(self, stage: str, part: str = "") -> Local:
+        """The model that a stage trained, ready to answer; its name changes with its weights."""
+        return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
+
+    def teacher(self) -> Reasoner | None:
+        """Who annotates: the trained teacher, an endpoint or a ready model; None for a recording."""
+        annotate = self.recipe.annotate
+        if self.recipe.teacher is not None:
+            return self.reasoner("teacher")
+        if annotate is not None and annotate.endpoint is not None:
+            return Endpoint(annotate.endpoint, self.labels, self.recipe.data.max_pixels)
+        if annotate is not None and annotate.model is not None:
+            ready = backbone.create(annotate.model, self.labels, self.tokenizer(annotate.model), train=False)
+            return Local(ready, f"{annotate.model.path}@{annotate.model.revision}", self.device)
+        return None
+
+    @property
+    def device(self) -> str:
+        """Where models answer: the first device of the kind that the trainer uses."""
+        kind = L.Trainer(
+            accelerator=self.recipe.trainer.get("accelerator", "auto"), devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).strategy.root_device  # fmt: skip
+        return str(kind)
+
+    def write_rationales(
+        self, stage: str, kept: Sequence[tuple[Sample, Rationale, dict[str, Any]]]
+    ) -> None:
+        """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look."""
+        rows = (
+            jsonl.row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
+            for sample, rationale, extra in kept
+        )
+        jsonl.write_rows(self.folder / stage / "rationales.jsonl", rows)
+
+    def rationales(self, *stages: str) -> list[Sample]:
+        """The reasoning data of the stages that the recipe has."""
+        paths = [self.folder / stage / "rationales.jsonl" for stage in stages if getattr(self.recipe, stage) is not None]
+        return [jsonl.sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
+
+    def training_rows(self, *stages: str) -> list[Sample]:
+        """What assistant and student learn from: reasoning data, or the labelled posts where a recipe has none."""
+        if self.recipe.annotate is None:
+            return [sample for sample in self.corpus.train if sample.label is not None]
+        return self.rationales(*stages)
+
+
+def progress(description: str) -> Callable[[int, int], None]:
+    """A progress bar as a function of what is done and what there is."""
+    bar: tqdm = tqdm(desc=description, unit="post", leave=False)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return show
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

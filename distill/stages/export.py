@@ -1,0 +1,31 @@
+"""Stage `export`: the student as a folder that transformers loads, with its model card."""
+
+import json
+
+from distill.export.export import base_licence, export, model_card
+from distill.recipe import to_yaml
+from distill.stages.context import Context
+from distill.tracking import StageRun
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    recipe = context.recipe
+    assert recipe.export is not None and recipe.student is not None
+    tracked.use_artifact("student")
+    student = context.load("student")
+    metrics = context.folder / "evaluate" / "metrics.json"
+    scores = json.loads(metrics.read_text())["student"] if recipe.evaluate is not None else {}
+    settings = recipe.student.model
+    corpus = context.corpus
+    data = (
+        f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and {len(corpus.test)} "
+        f"test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
+    )
+    card = model_card(
+        recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,
+        corpus.test[0], student,
+    )  # fmt: skip
+    folder = context.folder / "export"
+    figures = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)
+    tracked.log(figures)
+    tracked.log_artifact("export", "model", folder)

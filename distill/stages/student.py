@@ -1,0 +1,31 @@
+"""Stage `student`: distillation from reasoning data and the assistant's distribution, and the baseline beside it."""
+
+from dataclasses import replace
+
+from distill.models.backbone import Backbone
+from distill.stages.context import Context
+from distill.tracking import StageRun
+from distill.training.soft_targets import SoftTargets
+from distill.training.student import StudentModule
+
+HARD_LABELS = "hard_labels"
+"""Folder of the baseline below the stage's: the same student, trained on the gold labels alone."""
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    settings = context.recipe.student
+    assert settings is not None
+    for stage, artifact in (("annotate", "rationales"), ("assistant", "assistant"), ("augment", "augmented-rationales")):
+        if getattr(context.recipe, stage) is not None:
+            tracked.use_artifact(artifact)
+
+    def student(model: Backbone) -> StudentModule:
+        soft_targets = SoftTargets(context.load("assistant"), model) if settings.distillation.weight > 0 else None
+        return StudentModule(model, settings, soft_targets)
+
+    context.train("student", student, context.training_rows("annotate", "augment"), tracked)
+    if settings.hard_labels_baseline:
+        plain = replace(settings, tasks={"classify": 1.0})
+        labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
+        context.train("student", lambda model: StudentModule(model, plain), labelled, tracked, part=HARD_LABELS)
+    tracked.log_artifact("student", "model", context.folder / "student" / "adapter")
