@@ -22,9 +22,10 @@ def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[T
     """The features of B samples for each task; a task takes the samples whose answer is known."""
     batch: Batch = {}
     for template in tasks:
-        answers = {sample: text for sample in samples if (text := answer(template, sample)) is not None}
-        if answers:
-            batch[template] = backbone.encode(list(answers), template, list(answers.values()))
+        pairs = [(sample, text) for sample in samples if (text := answer(template, sample)) is not None]
+        if pairs:
+            answered, answers = zip(*pairs, strict=True)
+            batch[template] = backbone.encode(answered, template, answers)
     return batch
 
 

@@ -8,9 +8,10 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.task.sample import Sample
-from distill.training.batches import Batch, encode_tasks
+from distill.training.batches import Batch, answer, encode_tasks
 
 
 class ReasoningDataModule(L.LightningDataModule):
@@ -18,7 +19,11 @@ class ReasoningDataModule(L.LightningDataModule):
 
     The training loader keeps its place, so that a killed run goes on in the middle of an epoch with the batch it had
     reached. Training samples are shuffled by seed and epoch and shared out between processes; validation samples are
-    shared out with fillers (gold -1), so that every process has equally many.
+    shared out with fillers (gold -1), so that every process has equally many. Training samples without an answer to any
+    of the tasks are left out.
+
+    Raises:
+        SettingsError: no training sample has an answer.
     """
 
     def __init__(
@@ -34,7 +39,9 @@ class ReasoningDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.train = list(train)
+        self.train = [sample for sample in train if any(answer(task, sample) is not None for task in tasks)]
+        if not self.train:
+            raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")
         self.validation = list(validation)
         self.tasks = tasks
         self.batch_size = batch_size

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import SettingsError
 from distill.training.assistant import AssistantModule
@@ -36,6 +37,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(beside, path)
 
 
+def fits_here(folder: Path) -> bool:
+    """Whether this process trains in `folder`.
+
+    A strategy that starts processes by running the command again (ddp) leads them through every earlier training too;
+    they skip all but the one that started them.
+    """
+    return not _started() or os.environ.get(_ACTIVE) == str(folder)
+
+
 def fit(
     module: AssistantModule,
     data: ReasoningDataModule,
@@ -47,36 +57,39 @@ def fit(
 
     Writes `checkpoints/` and `metrics.csv`. Best is the highest validation accuracy, ties by macro F1.
 
-    Under a strategy that starts processes by running the command again (ddp), the started processes come here too:
-    they skip every fit but the one that started them, and end with it.
+    A process that the Trainer started ends here when training does; it never returns.
+
+    Raises:
+        SettingsError: lightning.Trainer refuses a value of `arguments`.
     """
-    started = int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if started and os.environ.get(_ACTIVE) != str(folder):
-        return L.Trainer(logger=False)
-    os.environ[_ACTIVE] = str(folder)
     checkpoints = folder / "checkpoints"
+    started = _started()
+    os.environ[_ACTIVE] = str(folder)
     best = ModelCheckpoint(
         checkpoints, "best", monitor="val/selection", mode="max", save_last=True, enable_version_counter=False
     )
     earlier = _set_aside(folder / "metrics.csv") if not started else None
-    trainer = L.Trainer(
-        **{**_DEFAULTS, **arguments},
-        default_root_dir=folder,
-        callbacks=[best],
-        plugins=[AtomicCheckpointIO()],
-        logger=[CSVLogger(folder, name="", version=""), *loggers],
-        use_distributed_sampler=False,
-    )
+    try:
+        trainer = L.Trainer(
+            **{**_DEFAULTS, **arguments},
+            default_root_dir=folder,
+            callbacks=[best],
+            plugins=[AtomicCheckpointIO()],
+            logger=[CSVLogger(folder, name="", version=""), *loggers],
+            use_distributed_sampler=False,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     last = checkpoints / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     if started:
         sys.exit(0)
+    _leave_group()
     if trainer.interrupted:
         raise KeyboardInterrupt
     if earlier is not None:
         _join(earlier, folder / "metrics.csv")
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict(state, strict=False)
+    _load_best(module, checkpoints)
     return trainer
 
 
@@ -86,6 +99,29 @@ def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
     for name in arguments:
         if name not in known:
             raise SettingsError(f"{field}.{name} is not a setting of lightning.Trainer; it takes {', '.join(known)}")
+
+
+def active_folder() -> Path | None:
+    """Where the training goes on for which this process was started; None in the process that the user started."""
+    return Path(os.environ[_ACTIVE]) if _started() else None
+
+
+def _started() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
+def _load_best(module: AssistantModule, checkpoints: Path) -> None:
+    path = checkpoints / "best.ckpt"
+    if path.exists():  # a dry run (fast_dev_run) leaves none
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+
+
+def _leave_group() -> None:
+    """End what Lightning keeps until the process ends, so that the next fit starts its own processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in (_ACTIVE, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def _set_aside(path: Path) -> Path | None:
@@ -102,8 +138,11 @@ def _join(earlier: Path, later: Path) -> None:
     """Put the rows of the earlier part before those of the later one that went on from its last checkpoint."""
     parts = []
     for path in (earlier, later):
-        with path.open(newline="") as file:
-            parts.append(list(csv.DictReader(file)))
+        if not path.exists():  # all epochs were done: there was nothing to go on with
+            parts.append([])
+            continue
+        with path.open(newline="") as file:  # a kill may have torn the last row
+            parts.append([row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()])
     begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
     rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
     names = list(dict.fromkeys(name for row in rows for name in row))

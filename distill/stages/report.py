@@ -1,0 +1,88 @@
+"""`report.html` and the table at the end of a chain, from what the stages left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.data import jsonl
+from distill.errors import SettingsError
+from distill.evaluation.report import Report, format_table, write_report
+from distill.recipe import Recipe, to_yaml
+from distill.stages.student import HARD_LABELS
+
+_GALLERY = 24
+
+
+def run(recipe: Recipe) -> None:
+    """Write the report. Raises SettingsError where the chain has not been evaluated."""
+    folder = recipe.folder
+    roles, majority = _metrics(recipe)
+    summary = folder / "annotate" / "summary.json"
+    stages = json.loads((folder / "chain.json").read_text())["stages"]
+    report = Report(
+        name=recipe.name,
+        labels=recipe.labels,
+        roles=roles,
+        majority=majority,
+        curves={
+            "teacher": folder / "teacher" / "metrics.csv",
+            "assistant": folder / "assistant" / "metrics.csv",
+            "student": folder / "student" / "metrics.csv",
+            "student_hard_labels": folder / "student" / HARD_LABELS / "metrics.csv",
+        },
+        annotation=json.loads(summary.read_text()) if summary.exists() else None,
+        gallery=_gallery(recipe),
+        settings=to_yaml(recipe),
+        dates={name: entry["started"] for name, entry in stages.items()},
+        versions=stages["evaluate"]["versions"],
+    )
+    write_report(folder / "report.html", report)
+
+
+def summary(recipe: Recipe) -> str:
+    """The table of roles, and where the report and the exported student are."""
+    roles, majority = _metrics(recipe)
+    lines = [format_table(roles, majority), f"report   {recipe.folder / 'report.html'}"]
+    if recipe.export is not None and (recipe.folder / "export" / "config.json").exists():
+        lines.append(f"student  {recipe.folder / 'export'}")
+    return "\n".join(lines)
+
+
+def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = recipe.folder / "evaluate" / "metrics.json"
+    if not path.exists():
+        raise SettingsError(f"{path} is missing; run: distill run --until evaluate with the same recipe")
+    roles = json.loads(path.read_text())
+    majority = roles.pop("majority_class")
+    return roles, majority
+
+
+def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
+    """Test posts spread over the split, those on which the roles disagree first."""
+    rows = [row.fields or {} for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
+
+    def agreed(row: dict[str, Any]) -> bool:
+        return {answer["label"] for answer in row["roles"].values()} == {row["gold"]}
+
+    disputed = [row for row in rows if not agreed(row)]
+    plain = [row for row in rows if agreed(row)]
+    half = _GALLERY // 2
+    chosen = disputed[:half]
+    chosen += plain[: _GALLERY - len(chosen)]
+    return [_entry(Path(recipe.data.root), row) for row in chosen]
+
+
+def _entry(root: Path, row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "text": row["text"],
+        "aspect": row["aspect"],
+        "image": root / row["images"][0] if row["images"] else None,
+        "gold": row["gold"],
+        "answers": {
+            role: {"label": answer["label"], "probability": max(answer["probabilities"])}
+            for role, answer in row["roles"].items()
+        },
+        "rationale": row["roles"]["student"]["rationale"],
+        "reference": row["reference"],
+    }

@@ -1,0 +1,72 @@
+"""What many tests share: quiet and offline libraries, a small corpus of postcards, a tokenizer, tiny models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from distill.data.corpus import Corpus, DataSettings, read_corpus
+from distill.data.postcards import PostcardSettings
+from distill.models import tiny
+from distill.models.backbone import Backbone, ModelSettings, create
+from distill.models.tiny import TinySettings
+from distill.task.labels import LabelSpace
+from distill.task.prompts import render
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def labels() -> LabelSpace:
+    return LabelSpace()
+
+
+@pytest.fixture(scope="session")
+def postcards(tmp_path_factory: pytest.TempPathFactory, labels: LabelSpace) -> Corpus:
+    """A few labelled postcards with gold rationales, fewer without."""
+    root = tmp_path_factory.mktemp("postcards") / "data"
+    cards = PostcardSettings(labelled=63, unlabelled=9, validation=45, test=45)
+    return read_corpus(DataSettings(source="postcards", root=str(root), postcards=cards), labels)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, postcards: Corpus, labels: LabelSpace) -> Path:
+    """A tokenizer trained on the postcards' questions and rationales."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [render("predict", sample, labels) for sample in postcards.train]
+    texts += [sample.rationale for sample in postcards.train if sample.rationale]
+    tiny.train_tokenizer(texts, 768).save_pretrained(folder)
+    return folder
+
+
+MakeBackbone = Callable[..., Backbone]
+
+
+@pytest.fixture(scope="session")
+def make_backbone(tokenizer_folder: Path, labels: LabelSpace) -> MakeBackbone:
+    """Tiny models of random weights; the same seed makes the same model."""
+
+    def make(seed: int = 0, hidden: int = 64, batch_size: int = 16) -> Backbone:
+        L.seed_everything(seed, verbose=False)
+        size = TinySettings(hidden=hidden, layers=2, vision_hidden=32, vision_depth=1)
+        settings = ModelSettings(tiny=size, image_size=56, batch_size=batch_size)
+        backbone = create(settings, labels, tokenizer_folder)
+        backbone.model.eval()
+        return backbone
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone(make_backbone: MakeBackbone) -> Backbone:
+    """A tiny model that no test may change."""
+    return make_backbone()

@@ -1,0 +1,79 @@
+"""Tiny models: a tokenizer that loses nothing, the real architecture's classes, the processor without torchvision."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from distill.data.corpus import Corpus
+from distill.models.backbone import Backbone
+from distill.models.tiny import SPECIAL_TOKENS, TinySettings, build_config, load_tokenizer, train_tokenizer
+from distill.task.rationale import FIELDS
+
+
+def test_the_tokenizer_returns_any_text_unchanged(tokenizer_folder: Path, postcards: Corpus) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    texts = [sample.text for sample in postcards.test] + ["naïve café 😀 \u200d\x07", "  two  spaces\n\ttab ", "日本語"]
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_special_tokens_have_the_first_ids_and_their_roles(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(SPECIAL_TOKENS)))
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
+    assert len(tokenizer) == 768
+
+
+def test_the_same_texts_train_the_same_tokenizer_and_a_small_vocabulary_still_knows_every_byte() -> None:
+    one, two = (train_tokenizer(["a b c", "b c d"] * 9, 300).get_vocab() for _ in range(2))
+    assert one == two
+    smallest = train_tokenizer(["a b c"], 10)
+    assert smallest.decode(smallest("ü?")["input_ids"]) == "ü?"
+
+
+def test_the_field_names_are_few_tokens(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    for name in FIELDS:
+        assert len(tokenizer(f'"{name}":')["input_ids"]) <= 4
+
+
+def test_the_model_is_the_real_architecture_with_tied_embeddings(backbone: Backbone) -> None:
+    model = backbone.model
+    assert isinstance(model, Qwen2_5_VLForConditionalGeneration)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    sizes = TinySettings(hidden=64, layers=3, vision_hidden=32, vision_depth=2)
+    config = build_config(sizes, load_tokenizer(Path(backbone.processor.tokenizer.name_or_path)))
+    built = AutoModelForImageTextToText.from_config(config)
+    assert len(built.model.language_model.layers) == 3
+    assert len(built.model.visual.blocks) == 2
+    assert built.model.language_model.embed_tokens.weight.shape == (768, 64)
+
+
+def test_a_saved_model_and_processor_load_as_stock_ones(backbone: Backbone, tmp_path: Path) -> None:
+    backbone.save(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hello<|im_end|>\n"
+    features = processor(text=[text], images=[picture], return_tensors="pt")
+    assert int((features["input_ids"] == processor.image_token_id).sum()) == 4  # 56 / 14 patches a side, merged 2 x 2
+    expected = backbone.processor(text=[text], images=[picture], return_tensors="pt")
+    with torch.inference_mode():
+        assert torch.equal(model(**features).logits, backbone.model(**expected).logits)
+
+
+def test_the_model_sees_the_picture(backbone: Backbone, postcards: Corpus) -> None:
+    features = backbone.encode(postcards.test[:1], "classify")
+    with torch.inference_mode():
+        right = backbone.model(**features).logits[0, -1]
+        other = backbone.model(**features | {"pixel_values": -features["pixel_values"]}).logits[0, -1]
+    assert float((right - other).abs().max()) > 1e-2
+
+
+def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError)):
+        load_tokenizer(tmp_path / "none")
