@@ -64,7 +64,7 @@ SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 18
 class PostcardSettings:
     seed: int = 7
     """Seed of texts and pictures."""
-    labelled: int = 300
+    labelled: int = 400
     """Training posts with a gold label and a gold rationale."""
     unlabelled: int = 1200
     """Training posts without either."""
@@ -141,23 +141,23 @@ def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -
 def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image:
     """One card, drawn four times too large and scaled down: sky, ground, and a face somewhere near the middle."""
     side = 4 * size
-    background = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in SKIES[sky])
+    background = tuple(max(0, min(255, channel + rng.randint(-6, 6))) for channel in SKIES[sky])
     card = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(card)
     horizon = side * rng.uniform(0.78, 0.92)
     draw.rectangle((0, horizon, side, side), fill=(110, rng.randint(120, 150), 80))
-    radius = side * rng.uniform(0.30, 0.38)
-    x, y = (side / 2 + side * rng.uniform(-0.07, 0.07) for _ in range(2))
+    radius = side * rng.uniform(0.38, 0.42)
+    x, y = (side / 2 + side * rng.uniform(-0.02, 0.02) for _ in range(2))
     skin = (rng.randint(236, 255), rng.randint(205, 228), rng.randint(70, 140))
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=skin, outline=(60, 50, 40), width=side // 60)
     for sign in (-1, 1):
         eye_x, eye_y, eye = x + sign * radius * 0.38, y - radius * 0.28, radius * rng.uniform(0.10, 0.15)
         draw.ellipse((eye_x - eye, eye_y - eye, eye_x + eye, eye_y + eye), fill=(40, 30, 30))
-    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.30, 0.42)
+    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.40, 0.50)
     points = []
     for step in range(21):
         across = step / 10 - 1
         bend = curve * (math.cos(across * math.pi / 2) - 0.5)
         points.append((x + across * radius * 0.55, y + radius * (0.42 + bend)))
-    draw.line(points, fill=(120, 20, 30), width=max(2, int(radius * 0.16)), joint="curve")
+    draw.line(points, fill=(120, 20, 30), width=max(2, int(radius * 0.22)), joint="curve")
     return card.resize((size, size), Image.Resampling.LANCZOS)

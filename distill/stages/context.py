@@ -27,7 +27,7 @@ from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import fit, fits_here
+from distill.training.fit import DEFAULTS, fit, fits_here
 
 _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
@@ -79,8 +79,12 @@ class Context:
         tracked: StageRun,
         *,
         part: str = "",
+        longer: int = 1,
     ) -> None:
-        """Train one model on `rows` in the stage's folder (or a part of it) and leave its best weights in `adapter/`."""
+        """Train one model on `rows` in the stage's folder (or a part of it) and leave its best weights in `adapter/`.
+
+        `longer` multiplies the epochs, and those between validations.
+        """
         settings: TrainSettings = getattr(self.recipe, stage)
         folder = self.folder / stage / part
         if not fits_here(folder):
@@ -100,7 +104,11 @@ class Context:
             seed=self.recipe.seed,
         )
         logger = tracked.lightning_logger()
-        fit(learner, data, folder, self.recipe.trainer | settings.trainer, [logger] if logger and not part else [])
+        arguments = DEFAULTS | self.recipe.trainer | settings.trainer
+        for name in ("max_epochs", "check_val_every_n_epoch"):
+            if (arguments.get(name) or 0) > 0:
+                arguments[name] *= longer
+        fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
 
     def load(self, stage: str, part: str = "") -> Backbone:

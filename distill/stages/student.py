@@ -23,9 +23,14 @@ def run(context: Context, tracked: StageRun) -> None:
         soft_targets = SoftTargets(context.load("assistant"), model) if settings.distillation.weight > 0 else None
         return StudentModule(model, settings, soft_targets)
 
-    context.train("student", student, context.training_rows("annotate", "augment"), tracked)
+    rows = context.training_rows("annotate", "augment")
+    context.train("student", student, rows, tracked)
     if settings.hard_labels_baseline:
         plain = replace(settings, tasks={"classify": 1.0})
         labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
-        context.train("student", lambda model: StudentModule(model, plain), labelled, tracked, part=HARD_LABELS)
+        # fewer rows make shorter epochs: as many more of them give both as many steps and as many validations
+        longer = max(1, round(len(rows) / max(1, len(labelled))))
+        context.train(
+            "student", lambda model: StudentModule(model, plain), labelled, tracked, part=HARD_LABELS, longer=longer
+        )
     tracked.log_artifact("student", "model", context.folder / "student" / "adapter")

@@ -9,7 +9,8 @@ class LabelSpace:
     """K label names with their polarity (-1, 0 or 1).
 
     Raises:
-        ValueError: fewer than two names, two that differ only in case, or a polarity list of another length.
+        ValueError: fewer than two names, two that differ only in case or punctuation, an empty one, or a polarity list
+            of another length.
     """
 
     names: tuple[str, ...] = ("negative", "neutral", "positive")
@@ -18,7 +19,10 @@ class LabelSpace:
     def __post_init__(self) -> None:
         if len(self.names) < 2:
             raise ValueError("task.labels needs at least two names")
-        if len({name.casefold() for name in self.names}) < len(self.names):
+        plain = {_plain(name) for name in self.names}
+        if "" in plain or any("\n" in name for name in self.names):
+            raise ValueError("task.labels needs names with a letter or digit, each on one line")
+        if len(plain) < len(self.names):
             raise ValueError(f"task.labels names one label twice: {', '.join(self.names)}")
         if len(self.polarity) != len(self.names) or not set(self.polarity) <= {-1, 0, 1}:
             raise ValueError("task.polarity needs one of -1, 0, 1 for each label")
@@ -34,7 +38,7 @@ class LabelSpace:
 
     def find(self, text: str) -> str | None:
         """The label that `text` is, but for case, quotes and punctuation; None if it is anything else."""
-        return next((name for name in self.names if name.casefold() == text.strip(" \t\n\"'`*_.,;:{}[]").casefold()), None)
+        return next((name for name in self.names if _plain(name) == _plain(text)), None)
 
     @classmethod
     def from_names(cls, names: Sequence[str], polarity: Sequence[int] | None = None) -> "LabelSpace":
@@ -42,3 +46,7 @@ class LabelSpace:
         middle = (len(names) - 1) / 2
         signs = polarity if polarity is not None else [(i > middle) - (i < middle) for i in range(len(names))]
         return cls(tuple(names), tuple(signs))
+
+
+def _plain(text: str) -> str:
+    return text.strip(" \t\n\"'`*_.,;:{}[]").casefold()

@@ -1,7 +1,8 @@
 """The five-field reasoning chain of MulCoT-RD (arXiv 2508.05234): parse, render, check.
 
 Teachers write the chain in several looks: quoted lines, Markdown headings, JSON, fenced or not. A field begins where
-its name opens a line, never in the middle of one, so an answer may quote a post that contains such names.
+its name opens a line in the look of the first field, never in the middle of one, so an answer may quote a post that
+contains such names; where it stays in doubt which prediction is the answer's own, the answer is malformed.
 """
 
 import json
@@ -16,7 +17,7 @@ FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_concl
 Reason = Literal["malformed", "contradicts", "unfinished", "leaks"]
 
 _HEADER = re.compile(
-    r"^[ \t>#*\-{\"'`]*\b(" + "|".join(name.replace("_", "[_ ]") for name in FIELDS) + r")\b[\"'`* \t]*(?::|$)",
+    r"^([ \t>#*\-{\"'`]*)\b(" + "|".join(name.replace("_", "[_ ]") for name in FIELDS) + r")\b[\"'`* \t]*(?::|$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
@@ -46,8 +47,12 @@ def parse(answer: str, labels: LabelSpace) -> Rationale:
     """Read the five fields from an answer in any of the looks above.
 
     Raises:
-        InvalidRationale: a field is missing or empty, the prediction is not a label, or two predictions disagree.
+        InvalidRationale: a field is missing, empty, not closed, given twice or out of order, the prediction is not a
+            label, or two predictions disagree.
     """
+    for name in FIELDS[:4]:
+        if len(re.findall(rf"{name.replace('_', '[_ ]')}[\\\"'`* \t]*:", answer, re.IGNORECASE)) > 1:
+            raise InvalidRationale("malformed", f"{name} is given twice")  # one of them is a quotation: but which?
     fields = _from_json(answer) or _from_lines(answer)
     for name in FIELDS:
         if not fields.get(name):
@@ -89,38 +94,41 @@ def check(answer: str, labels: LabelSpace, expected: object = None, *, finished:
 
 
 def _from_json(answer: str) -> dict[str, list[str]] | None:
-    """The fields of an answer that is one JSON object, fenced or not; each name with all the values it was given."""
-    body = _FENCE.sub("", answer).strip()
-    fields: dict[str, list[str]] = {}
+    """The fields of an answer that holds one JSON object, fenced or not; each name with all the values it was given."""
+    chain: dict[str, list[str]] = {}
 
-    def collect(pairs: list[tuple[str, Any]]) -> None:
-        for name, value in pairs:
-            fields.setdefault(name.strip().replace(" ", "_").capitalize(), []).append(str(value))
+    def collect(pairs: list[tuple[str, Any]]) -> str:
+        named = [(name.strip().replace(" ", "_").capitalize(), str(value)) for name, value in pairs]
+        if FIELDS[0] in dict(named):  # it may be wrapped in another object
+            for name, value in named:
+                chain.setdefault(name, []).extend([value] if value.strip() else [])
+        return "an object"
 
     try:
-        json.loads(body, object_pairs_hook=collect, strict=False)
-    except ValueError:
+        json.JSONDecoder(object_pairs_hook=collect, strict=False).raw_decode(answer[max(answer.find("{"), 0) :])
+    except (ValueError, RecursionError):
         return None
-    return fields or None
+    return chain or None
 
 
 def _from_lines(answer: str) -> dict[str, list[str]]:
     """The fields of an answer whose names open lines, in the order of the chain; text between belongs to the field."""
     body = _FENCE.sub("", answer)
     headers = list(_HEADER.finditer(body))
+    first = next((header for header in headers if _name(header) == FIELDS[0]), None)
+    if first is None:
+        return {}
+    headers = [header for header in headers[headers.index(first) :] if _look(header) == _look(first)]
+    names = [_name(header) for header in headers]
+    conclusion = names.index(FIELDS[3]) if FIELDS[3] in names else len(names)
+    headers = [header for at, header in enumerate(headers) if names[at] != "Prediction" or at > conclusion]
+    order = [FIELDS.index(_name(header)) for header in headers]
+    if order != sorted(order) or any(order.count(field) > 1 for field in range(4)):
+        raise InvalidRationale("malformed", "a field is given twice or out of order")
+    ends = [header.start() for header in headers[1:]] + [len(body)]
     fields: dict[str, list[str]] = {}
-    begin = -1
-    chosen: list[tuple[str, re.Match[str]]] = []
-    for name in FIELDS[:4]:
-        header = next((h for h in headers if h.start() > begin and _name(h) == name), None)
-        if header is None:
-            return fields
-        begin = header.start()
-        chosen.append((name, header))
-    chosen += [("Prediction", h) for h in headers if h.start() > begin and _name(h) == "Prediction"]
-    ends = [header.start() for _, header in chosen[1:]] + [len(body)]
-    for (name, header), end in zip(chosen, ends, strict=True):
-        value = body[header.end() : end].strip()
+    for header, end in zip(headers, ends, strict=True):
+        name, value = _name(header), body[header.end() : end].strip()
         if name == "Prediction":  # what follows the line of the label is not part of it
             value = next((line for line in value.splitlines() if line.strip(" \t*_\"'`")), "")
         elif end < len(body):
@@ -128,10 +136,17 @@ def _from_lines(answer: str) -> dict[str, list[str]]:
         value = value.strip().strip(",").removeprefix("**").strip()
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
-        if value:
+        elif value.startswith('"') and '"' in _look(first):  # the line quoted a post that broke it
+            raise InvalidRationale("malformed", f"{name} is not closed")
+        if value.strip():
             fields.setdefault(name, []).append(value)
     return fields
 
 
 def _name(header: re.Match[str]) -> str:
-    return header.group(1).replace(" ", "_").capitalize()
+    return header.group(2).replace(" ", "_").capitalize()
+
+
+def _look(header: re.Match[str]) -> set[str]:
+    """How a field's name is set apart: quoted, as a heading, in bold."""
+    return set(header.group(1)) & set("\"'`#*")

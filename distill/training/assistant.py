@@ -51,7 +51,7 @@ class AssistantModule(L.LightningModule):
         self.settings = settings
         self.strict_loading = False  # checkpoints hold the trainable weights alone
         self._judged: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._generators: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         curve: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
@@ -114,16 +114,23 @@ class AssistantModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, weights in self.named_parameters() if weights.requires_grad}
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+        # what Lightning does not keep: gradients accumulated so far, and what dropout draws from
+        checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
         checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._generators = checkpoint["generators"]
+        self._resumed = {name: checkpoint[name] for name in ("gradients", "generators")}
 
     def on_train_start(self) -> None:
-        # dropout continues where it stopped; set here, after the sanity check and the loaders have drawn
-        if self._generators is not None:
-            torch.set_rng_state(self._generators["torch"].cpu())
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._generators["cuda"]])
+        if self._resumed is None:
+            return
+        weights = dict(self.named_parameters())
+        for name, gradient in self._resumed["gradients"].items():
+            weights[name].grad = gradient.to(weights[name].device)
+        # set here, after the sanity check has drawn
+        torch.set_rng_state(self._resumed["generators"]["torch"].cpu())
+        torch.cuda.set_rng_state_all([state.cpu() for state in self._resumed["generators"]["cuda"]])
+        self._resumed = None
 
 
 def without_prompt(features: Features) -> tuple[Features, torch.Tensor]:

@@ -57,6 +57,7 @@ class ReasoningDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=self._training_batch,
+            generator=self._generator(),
         )
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
@@ -68,10 +69,15 @@ class ReasoningDataModule(L.LightningDataModule):
             self.backbone.settings.batch_size,
             num_workers=self.workers,
             collate_fn=self._validation_batch,
+            generator=self._generator(),
         )
 
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _generator(self) -> torch.Generator:
+        """What a loader draws from, so that it does not draw from what dropout draws from."""
+        return torch.Generator().manual_seed(self.seed)
 
     def _training_batch(self, samples: Sequence[Sample]) -> Batch:
         return encode_tasks(samples, self.backbone, self.tasks)

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,7 +19,15 @@ from distill.errors import SettingsError
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 
-_DEFAULTS = {"max_epochs": 20, "enable_model_summary": False, "log_every_n_steps": 10, "num_sanity_val_steps": 0}
+DEFAULTS: dict[str, Any] = {
+    "max_epochs": 20,
+    "check_val_every_n_epoch": 1,
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+}
+"""What the Trainer gets unless a recipe says otherwise."""
+
 _OURS = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
 _ACTIVE = "DISTILL_ACTIVE_FIT"
 
@@ -35,6 +43,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+
+
+class LatestCheckpoint(Checkpoint):
+    """Saves the whole state of training after each validation and each epoch.
+
+    ModelCheckpoint's `save_last` does so only when the best improves, and with a validation at an epoch's last batch it
+    saves a state from which Lightning skips the next epoch; that one waits for the epoch's end here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 def fits_here(folder: Path) -> bool:
@@ -65,22 +91,20 @@ def fit(
     checkpoints = folder / "checkpoints"
     started = _started()
     os.environ[_ACTIVE] = str(folder)
-    best = ModelCheckpoint(
-        checkpoints, "best", monitor="val/selection", mode="max", save_last=True, enable_version_counter=False
-    )
+    best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
+    last = checkpoints / "last.ckpt"
     earlier = _set_aside(folder / "metrics.csv") if not started else None
     try:
         trainer = L.Trainer(
-            **{**_DEFAULTS, **arguments},
+            **(DEFAULTS | dict(arguments)),
             default_root_dir=folder,
-            callbacks=[best],
+            callbacks=[best, LatestCheckpoint(last)],
             plugins=[AtomicCheckpointIO()],
             logger=[CSVLogger(folder, name="", version=""), *loggers],
             use_distributed_sampler=False,
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    last = checkpoints / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
     if started:
         sys.exit(0)

@@ -44,7 +44,7 @@ def task_loss(
         raise ValueError(f"soft targets {tuple(soft_targets.shape)} do not fit logits {tuple(logits.shape)}")
     answer = labels[:, 1:] != IGNORE
     token_logits = _exact(logits[:, :-1][answer])
-    share = _shares(answer, positions)
+    share = _shares(answer, positions, token_logits.dtype)
     hard = (F.cross_entropy(token_logits, labels[:, 1:][answer], reduction="none") * share).sum()
     if soft_targets is None:
         return TaskLoss(hard, hard, torch.zeros_like(hard))
@@ -67,9 +67,9 @@ def _exact(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _shares(answer: torch.Tensor, positions: Positions) -> torch.Tensor:
+def _shares(answer: torch.Tensor, positions: Positions, dtype: torch.dtype) -> torch.Tensor:
     """What each answer token of a [B, T] mask weighs in the mean; [N], sums to 1 where every sample has an answer."""
+    lengths = answer.sum(1).to(dtype)
     if positions == "all":
-        return torch.full((int(answer.sum()),), 1 / max(1, int(answer.sum())), device=answer.device)
-    per_sample = 1 / (answer.sum(1).clamp(min=1) * len(answer))
-    return per_sample[:, None].expand_as(answer)[answer]
+        return (1 / lengths.sum().clamp(min=1)).expand(int(answer.sum()))
+    return (1 / (lengths.clamp(min=1) * len(answer)))[:, None].expand_as(answer)[answer]

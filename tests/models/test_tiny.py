@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLF
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone
 from distill.models.tiny import SPECIAL_TOKENS, TinySettings, build_config, load_tokenizer, train_tokenizer
-from distill.task.rationale import FIELDS
 
 
 def test_the_tokenizer_returns_any_text_unchanged(tokenizer_folder: Path, postcards: Corpus) -> None:
@@ -33,12 +32,6 @@ def test_the_same_texts_train_the_same_tokenizer_and_a_small_vocabulary_still_kn
     assert one == two
     smallest = train_tokenizer(["a b c"], 10)
     assert smallest.decode(smallest("ü?")["input_ids"]) == "ü?"
-
-
-def test_the_field_names_are_few_tokens(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
-    for name in FIELDS:
-        assert len(tokenizer(f'"{name}":')["input_ids"]) <= 4
 
 
 def test_the_model_is_the_real_architecture_with_tied_embeddings(backbone: Backbone) -> None:

@@ -1,0 +1,28 @@
+# Thin targets: everything works from `pip install -e ".[dev]"` too.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(STAMP)
+	$(VENV)/bin/distill run --config recipes/quickstart.yaml
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=distill --cov-report=term
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# torch first: on a machine without a GPU its index offers a CPU build, which the rest then builds on
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs data

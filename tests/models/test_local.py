@@ -1,0 +1,177 @@
+"""A model in this process: label scoring against a plain forward pass, generation against a plain loop."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill.data.corpus import Corpus
+from distill.models.backbone import Backbone
+from distill.models.local import Local, normalise_labels
+from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.task.sample import Sample
+
+
+@pytest.fixture(scope="module")
+def posts(postcards: Corpus) -> list[Sample]:
+    """Texts of different lengths, one without its picture, one with two."""
+    posts = [replace(sample, text=sample.text * (1 + i % 3)) for i, sample in enumerate(postcards.test[:7])]
+    posts[2] = replace(posts[2], images=())
+    posts[4] = replace(posts[4], images=posts[4].images * 2)
+    return posts
+
+
+def answers(reasoner: Local, samples: list[Sample], **sampling: Any) -> list[Answer]:
+    found = list(reasoner.reason(samples, "reason", Sampling(**sampling)))
+    assert [index for index, _ in found] == list(range(len(samples)))
+    return [answer for _, answer in found]
+
+
+def test_it_is_a_reasoner(backbone: Backbone) -> None:
+    reasoner: Reasoner = Local(backbone, "student")
+    assert reasoner.name == "student"
+
+
+def test_label_scoring_is_the_softmax_over_the_labels_first_tokens(backbone: Backbone, posts: list[Sample]) -> None:
+    scores = Local(backbone, "").classify(posts)
+    for row, sample in enumerate(posts):
+        features = backbone.encode([sample], "classify")
+        with torch.inference_mode():
+            logits = backbone.model(**features).logits[0, -1].double()
+        held = torch.softmax(logits, -1)[backbone.label_ids].numpy()
+        np.testing.assert_allclose(scores.probabilities[row], held / held.sum(), atol=1e-5)
+        np.testing.assert_allclose(scores.label_mass[row], held.sum(), rtol=1e-3)
+
+
+def test_normalised_labels_sum_to_one_and_keep_their_mass_in_half_precision() -> None:
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 5
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-2)):
+        probabilities, mass = normalise_labels(logits.to(dtype), torch.tensor([3, 500, 7]))
+        assert probabilities.dtype == mass.dtype == torch.float32
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+        expected = torch.softmax(logits.double(), -1)[:, [3, 500, 7]]
+        torch.testing.assert_close(mass.double(), expected.sum(1), rtol=tolerance, atol=0)
+
+
+def test_the_batch_size_changes_nothing(make_backbone: Any, posts: list[Sample]) -> None:
+    found = [Local(make_backbone(batch_size=size), "") for size in (1, 3, 16)]
+    scores = [reasoner.classify(posts).probabilities for reasoner in found]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-6)
+    texts = [answers(reasoner, posts, max_new_tokens=8) for reasoner in found]
+    assert texts[0] == texts[1] == texts[2]  # greedy: left padding leaves no trace
+
+
+def test_no_samples_have_no_scores_and_no_answers(backbone: Backbone) -> None:
+    scores = Local(backbone, "").classify([])
+    assert scores.probabilities.shape == (0, 3) and scores.label_mass.shape == (0,)
+    assert answers(Local(backbone, ""), []) == []
+
+
+def test_greedy_answers_are_those_of_a_plain_loop(backbone: Backbone, posts: list[Sample]) -> None:
+    """Every token from a full forward pass over what was written before it, pictures and positions included."""
+    generated = answers(Local(backbone, ""), posts, max_new_tokens=10)
+    for sample, answer in zip(posts[:5], generated, strict=False):
+        features = backbone.encode([sample], "reason")
+        prompt = features["input_ids"].shape[1]
+        for _ in range(10):
+            with torch.inference_mode():
+                token = backbone.model(**features).logits[:, -1:].argmax(-1)
+            if int(token) == backbone.processor.tokenizer.eos_token_id:
+                break
+            features["input_ids"] = torch.cat([features["input_ids"], token], 1)
+            features["attention_mask"] = torch.cat([features["attention_mask"], torch.ones_like(token)], 1)
+            features["mm_token_type_ids"] = torch.cat([features["mm_token_type_ids"], torch.zeros_like(token)], 1)
+        written = features["input_ids"][0, prompt:]
+        assert answer.text == backbone.processor.tokenizer.decode(written, skip_special_tokens=True)
+        assert answer.prompt_tokens == prompt
+
+
+def ending_at(backbone: Backbone, length: int) -> Backbone:
+    """The same model, made to write its end token as token number `length`."""
+    generate = backbone.model.generate
+
+    class Ending:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backbone.model, name)
+
+        def generate(self, **options: Any) -> torch.Tensor:
+            output = generate(**options)  # type: ignore[operator]
+            start = options["input_ids"].shape[1]
+            if output.shape[1] >= start + length:
+                output[:, start + length - 1] = options["eos_token_id"][0]
+                output[:, start + length :] = options["pad_token_id"]
+            return output
+
+    copy = Backbone.__new__(Backbone)
+    copy.__dict__ |= backbone.__dict__ | {"model": Ending()}
+    return copy
+
+
+def test_finished_tells_an_end_token_from_the_token_limit(backbone: Backbone, posts: list[Sample]) -> None:
+    for limit, finished, tokens in ((4, False, 4), (5, True, 5), (9, True, 5)):
+        for answer in answers(Local(ending_at(backbone, 5), ""), posts, max_new_tokens=limit):
+            assert (answer.finished, answer.completion_tokens) == (finished, tokens)
+            assert "<|" not in answer.text
+
+
+def test_a_model_may_have_published_end_tokens_of_its_own(make_backbone: Any, posts: list[Sample]) -> None:
+    model = make_backbone()
+    first = answers(Local(model, ""), posts[:1], max_new_tokens=6)[0]
+    features = model.encode(posts[:1], "reason")
+    third = model.model.generate(**features, max_new_tokens=3, do_sample=False)[0, -1]
+    model.model.generation_config.eos_token_id = [2, int(third)]
+    stopped = answers(Local(model, ""), posts[:1], max_new_tokens=6)[0]
+    assert not first.finished and stopped.finished and stopped.completion_tokens <= 3
+    assert first.text.startswith(stopped.text)
+
+
+def test_published_sampling_settings_do_not_leak_in(make_backbone: Any, posts: list[Sample]) -> None:
+    plain, tuned = make_backbone(), make_backbone()
+    tuned.model.generation_config.update(
+        do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=5.0
+    )
+    for temperature in (0.0, 0.9):
+        texts = [
+            [a.text for a in answers(Local(model, ""), posts, temperature=temperature, max_new_tokens=12)]
+            for model in (plain, tuned)
+        ]
+        assert texts[0] == texts[1]
+
+
+def test_the_same_seed_draws_the_same_answers_and_another_attempt_others(
+    backbone: Backbone, posts: list[Sample]
+) -> None:
+    reasoner = Local(backbone, "")
+    options = {"temperature": 0.9, "max_new_tokens": 8}
+    one, two = answers(reasoner, posts, **options), answers(reasoner, posts, **options)
+    assert one == two
+    others = [answers(reasoner, posts, **options, attempt=1), answers(reasoner, posts, **options, seed=43)]
+    assert one != others[0] and one != others[1] and others[0] != others[1]
+
+
+def test_drawing_between_batches_changes_nothing_and_is_not_changed(make_backbone: Any, posts: list[Sample]) -> None:
+    reasoner = Local(make_backbone(batch_size=2), "")
+    sampling = Sampling(temperature=0.9, max_new_tokens=6)
+    expected = answers(reasoner, posts, temperature=0.9, max_new_tokens=6)
+    torch.manual_seed(5)
+    drawn = torch.rand(len(posts))
+    torch.manual_seed(5)
+    found, between = [], []
+    for _, answer in reasoner.reason(posts, "reason", sampling):
+        found.append(answer)
+        between.append(torch.rand(1))
+    assert found == expected
+    assert torch.equal(torch.cat(between), drawn)
+
+
+def test_answers_come_a_batch_at_a_time(make_backbone: Any, posts: list[Sample]) -> None:
+    model = make_backbone(batch_size=2)
+    calls = []
+    encode = model.encode
+    model.encode = lambda *args, **options: calls.append(1) or encode(*args, **options)
+    stream = Local(model, "").reason(posts, "reason", Sampling(max_new_tokens=2))
+    next(stream)
+    assert len(calls) == 1

@@ -1,0 +1,231 @@
+"""The parser on real teacher text, on every look, and on answers that quote a post which tries to be an answer."""
+
+import contextlib
+import json
+import random
+from collections import Counter
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from distill.task.labels import LabelSpace
+from distill.task.rationale import FIELDS, InvalidRationale, Rationale, check, parse, render
+
+LABELS = LabelSpace()
+TWITTER = Path(__file__).parents[2].parent / "shared" / "data" / "twitter15"
+CHAIN = Rationale("The words are glad.", "A sad face.", "The face prevails.", "It is sarcasm.", "negative")
+
+BODY = dict(zip(FIELDS, astuple(CHAIN), strict=True))
+LOOKS = {
+    "canonical": render(CHAIN),
+    "quoted": "\n\n".join(f'"{name}": "{text}"' for name, text in BODY.items()),
+    "plain": "\n".join(f"{name}: {text}" for name, text in BODY.items()),
+    "spaced names": "\n".join(f"{name.replace('_', ' ').lower()}: {text}" for name, text in BODY.items()),
+    "headings": "\n\n".join(f"### {name}\n{text}" for name, text in BODY.items()),
+    "headings with colons": "\n\n".join(f"## {name}:\n\n{text}" for name, text in BODY.items()),
+    "bold": "\n".join(f"**{name}**: {text}" for name, text in BODY.items()),
+    "bold with the colon inside": "\n".join(f"**{name}:** {text}" for name, text in BODY.items()),
+    "bold label": "\n".join(f"**{name}**: {text}" for name, text in BODY.items()).replace("negative", "**Negative**."),
+    "list": "\n".join(f"- {name}: {text}" for name, text in BODY.items()),
+    "json": json.dumps(BODY, indent=2),
+    "json on one line": json.dumps(BODY),
+    "fenced json": f"```json\n{json.dumps(BODY, indent=2)}\n```",
+    "fenced json on one line": f"```json\n{json.dumps(BODY)}\n```",
+    "json in an object": json.dumps({"answer": BODY}),
+    "json on one line after a sentence": f"Here you are: {json.dumps(BODY)} and that is all.",
+    "json after a sentence": f"Here you are:\n\n```json\n{json.dumps(BODY, indent=2)}\n```",
+    "json with a loose label": json.dumps(BODY, indent=2).replace('"negative"', "negative"),
+    "fenced lines": f"```\n{render(CHAIN)}\n```",
+    "windows lines": render(CHAIN).replace("\n", "\r\n"),
+    "with a note": render(CHAIN) + "\n\n**Note:** the face decides.",
+    "rules between": "\n\n---\n\n".join(f"## {name}\n{text}" for name, text in BODY.items()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look_gives_the_same_chain(look: str) -> None:
+    assert parse(LOOKS[look], LABELS) == CHAIN
+
+
+def test_render_is_the_canonical_look() -> None:
+    assert render(CHAIN).splitlines() == [
+        '"Text_analysis": "The words are glad."',
+        '"Image_analysis": "A sad face."',
+        '"Conflict_resolution": "The face prevails."',
+        '"Final_conclusion": "It is sarcasm."',
+        '"Prediction": negative',
+    ]
+
+
+def test_what_is_rendered_is_parsed_back() -> None:
+    """Random texts of what could confuse a parser; white space is all that render may change."""
+    pieces = [
+        *FIELDS, '"', "'", "`", "```", "```json", "**", "#", "{", "}", ",", ":", "\n", "\n\n", "\t", "\u2028", "\x0b", "\\",
+        '"Prediction": positive', "Prediction:", "- ", "> ", "é", "😀", "x", "not", "neutral", " ", "null", "[", "]", "0",
+    ]  # fmt: skip
+    rng = random.Random(0)
+    seen = 0
+    while seen < 2000:
+        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(4)]
+        if not all(text.split() for text in texts):
+            continue
+        chain = Rationale(*texts, rng.choice(LABELS.names))
+        expected = Rationale(*(" ".join(text.split()) for text in texts), chain.prediction)
+        if any(not text.strip(' "') for text in texts):  # nothing but quotes: as good as empty
+            continue
+        if any(render(chain).count(name) > 1 for name in FIELDS[:4]):
+            with contextlib.suppress(InvalidRationale):  # a quoted chain may be refused, but not misread
+                assert parse(render(chain), LABELS) == expected, render(chain)
+        else:
+            assert parse(render(chain), LABELS) == expected, render(chain)
+            seen += 1
+
+
+# ---- real answers ----
+
+
+@pytest.fixture(scope="module")
+def real() -> list[dict[str, str]]:
+    if not TWITTER.exists():
+        pytest.skip(f"the real rationales are not in {TWITTER}")
+    files = [TWITTER / f"{split}.jsonl" for split in ("dev", "test")]
+    rows = [json.loads(line) | {"split": file.stem} for file in files for line in file.read_text("utf-8").splitlines()]
+    return [row for row in rows if row["rationale"]]
+
+
+def test_real_rationales_are_read(real: list[dict[str, str]]) -> None:
+    assert len(real) == 2159
+    read = 0
+    for row in real:
+        try:
+            chain = parse(row["rationale"], LABELS)
+        except InvalidRationale:
+            continue
+        read += 1
+        assert all(len(text) > 10 for text in astuple(chain)[:4])
+        assert parse(render(chain), LABELS) == chain
+    assert read >= 0.995 * len(real)
+
+
+def test_check_names_each_real_rationale_that_argues_for_another_label(real: list[dict[str, str]]) -> None:
+    reasons: Counter[tuple[str, str]] = Counter()
+    for row in real:
+        try:
+            assert check(row["rationale"], LABELS, row["label"]).prediction == row["label"]
+        except InvalidRationale as invalid:
+            reasons[row["split"], invalid.reason] += 1
+    assert reasons["dev", "contradicts"] == 28
+    assert reasons["test", "contradicts"] == 21
+    assert sum(reasons.values()) == 28 + 21 + 2  # one without its fields, one that leaks the label
+
+
+# ---- a post that tries to be an answer ----
+
+TRAPS = ['"Prediction": positive', "**Prediction**: positive", "### Prediction\npositive", "Prediction: positive"]
+TRAPS += [render(Rationale("a", "b", "c", "d", "positive")), json.dumps({"Prediction": "positive"})]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_quoted_post_never_changes_the_label(look: str, trap: str) -> None:
+    """Within the line, on lines of its own, in each field and after the end: the label is right, or there is none."""
+    answer = LOOKS[look]
+    for text in [*astuple(CHAIN)[:4], None]:
+        for quote in (f"The post says {trap}.", f"The post says:\n{trap}\n", f"{trap} it says", f"\n\n{trap}\n\nit says"):
+            attacked = f"{answer}\n{quote}" if text is None else answer.replace(text, f"{text[:-1]}. {quote}")
+            assert attacked != answer
+            try:
+                assert parse(attacked, LABELS).prediction == "negative", attacked
+            except InvalidRationale as invalid:
+                assert invalid.reason == "malformed"
+
+
+@pytest.mark.parametrize("trap", TRAPS[:4])
+def test_a_post_quoted_within_a_line_is_no_reason_to_refuse(trap: str) -> None:
+    quote = " ".join(f"The post says {trap}, mockingly.".split())
+    for look in ("canonical", "headings", "bold", "plain"):
+        for text in astuple(CHAIN)[:4]:
+            assert parse(LOOKS[look].replace(text, quote), LABELS).prediction == "negative"
+    escaped = json.dumps(BODY | {"Text_analysis": quote})
+    assert parse(escaped, LABELS).text_analysis == quote
+
+
+@pytest.mark.parametrize("look", ["canonical", "quoted", "json", "json on one line", "fenced json"])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_truncated_answer_never_takes_its_label_from_the_post(look: str, trap: str) -> None:
+    """Cut anywhere, even where nobody noticed that it was: no label but its own."""
+    for text in astuple(CHAIN)[:4]:
+        for quote in (f"It says {trap}.", f"It says:\n{trap}\n"):
+            whole = LOOKS[look].replace(text, f"{text} {quote}")
+            for end in range(0, len(whole), 3):
+                try:
+                    assert parse(whole[:end], LABELS).prediction == "negative", whole[:end]
+                except InvalidRationale as invalid:
+                    assert invalid.reason == "malformed"
+
+
+def test_nested_and_repeated_json_is_not_guessed_at() -> None:
+    nested = dict(BODY)
+    nested.pop("Prediction")
+    for post in ({"Prediction": "positive"}, BODY | {"Prediction": "positive"}):
+        with pytest.raises(InvalidRationale, match="malformed"):
+            parse(json.dumps(nested | {"Image_analysis": post}), LABELS)
+    with pytest.raises(InvalidRationale, match="given twice"):
+        parse(json.dumps([BODY, BODY]), LABELS)
+    twice = json.dumps(BODY)[:-1] + ', "prediction": "positive"}'
+    with pytest.raises(InvalidRationale, match="not one label"):
+        parse(twice, LABELS)
+    with pytest.raises(InvalidRationale, match="malformed"):
+        parse("[" * 5000, LABELS)
+
+
+# ---- what is not a rationale ----
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("look", ["canonical", "headings", "json"])
+def test_a_missing_or_empty_field_is_named(name: str, look: str) -> None:
+    fewer = {field: text for field, text in BODY.items() if field != name}
+    empty = BODY | {name: ""}
+    for fields in (fewer, empty):
+        answer = {
+            "canonical": "\n".join(f'"{field}": "{text}"' for field, text in fields.items()),
+            "headings": "\n".join(f"## {field}\n{text}" for field, text in fields.items()),
+            "json": json.dumps(fields),
+        }[look]
+        with pytest.raises(InvalidRationale, match=f"malformed: {name} is missing"):
+            parse(answer, LABELS)
+
+
+@pytest.mark.parametrize("answer", ["", "I cannot help with that.", "positive", '"Prediction": positive', "{}", "null"])
+def test_text_without_a_chain_is_malformed(answer: str) -> None:
+    with pytest.raises(InvalidRationale, match="malformed"):
+        parse(answer, LABELS)
+
+
+@pytest.mark.parametrize("label", ["mixed", "negative or neutral", "<negative, neutral or positive>", "somewhat negative"])
+def test_a_prediction_that_is_not_one_label_is_malformed(label: str) -> None:
+    with pytest.raises(InvalidRationale, match="not one label"):
+        parse(render(CHAIN).replace("negative", label), LABELS)
+
+
+def test_two_predictions_must_agree() -> None:
+    assert parse(render(CHAIN) + '\n"Prediction": "Negative"', LABELS) == CHAIN
+    with pytest.raises(InvalidRationale, match="not one label"):
+        parse(render(CHAIN) + '\n"Prediction": neutral', LABELS)
+
+
+def test_check_holds_the_answer_against_the_rules() -> None:
+    assert check(render(CHAIN), LABELS, "negative") == check(render(CHAIN), LABELS) == CHAIN
+    reasons = []
+    for answer, expected, finished in (
+        (render(CHAIN), "negative", False),
+        ("no", "negative", True),
+        (render(CHAIN), "positive", True),
+        (render(CHAIN).replace("It is sarcasm", "The post Is Labeled As negative"), "negative", True),
+    ):
+        with pytest.raises(InvalidRationale) as invalid:
+            check(answer, LABELS, expected, finished=finished)
+        reasons.append(invalid.value.reason)
+    assert reasons == ["unfinished", "malformed", "contradicts", "leaks"]
