@@ -1,11 +1,11 @@
 """A chain's settings: the sections that each room declares for itself, in one dataclass, read from YAML and flags."""
 
+import argparse
 import dataclasses
 import difflib
 import re
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass
 class TaskSettings:
+    """What is predicted."""
+
     labels: list[str] = field(default_factory=lambda: ["negative", "neutral", "positive"])
     """Label names, from the most negative to the most positive."""
     polarity: list[int] | None = None
@@ -41,12 +43,16 @@ class TaskSettings:
 
 @dataclass
 class TeacherSettings(TrainSettings):
+    """How a local teacher is trained."""
+
     tasks: dict[str, float] = field(default_factory=lambda: {"predict": 1.0, "explain": 1.0, "classify": 1.0})
     """Tasks and their weights in the loss; a teacher needs predict, explain and classify."""
 
 
 @dataclass
 class AnnotateStageSettings(AnnotateSettings):
+    """Who writes the reasoning data, and how."""
+
     endpoint: EndpointSettings | None = None
     """The teacher as an OpenAI-compatible server."""
     model: ModelSettings | None = None
@@ -55,6 +61,8 @@ class AnnotateStageSettings(AnnotateSettings):
 
 @dataclass
 class Recipe:
+    """The settings of one chain; a stage runs where its section is given, be it empty: {}."""
+
     name: str
     """Name of the chain; it writes to <runs>/<name>."""
     runs: str = "runs"
@@ -95,9 +103,12 @@ class Recipe:
 
 def parser(command: str) -> jsonargparse.ArgumentParser:
     """The options of one command: `--config`, and every field of the recipe by its dotted name."""
-    options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False)
+    options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
+    for path, section in _optional_sections(Recipe):
+        if "." in path:  # jsonargparse names these in its help, but does not answer to them
+            options.add_argument(f"--{path}.help", action=_SectionHelp, const=section)
     return options
 
 
@@ -107,13 +118,12 @@ def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tupl
     Raises:
         SettingsError: one sentence that names the field and the values it takes.
     """
+    _check_files(arguments)
     try:
         parsed = options.parse_args(list(arguments))
-        values = options.instantiate_classes(parsed)
-    except (jsonargparse.ArgumentError, TypeError, ValueError, OSError) as error:
+    except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise SettingsError(_sentence(error)) from None
-    recipe = Recipe(**{item.name: values[item.name] for item in dataclasses.fields(Recipe)})
-    check(recipe)
+    check(recipe := _build(Recipe, parsed, ""))
     return recipe, parsed
 
 
@@ -141,9 +151,10 @@ def check(recipe: Recipe) -> None:
         if sum(item is not None for item in teachers) > 1:
             raise SettingsError("annotate takes one teacher: the teacher section, annotate.endpoint or annotate.model")
         if not any(item is not None for item in teachers) and not annotate.recorded:
-            raise SettingsError("annotate needs a teacher section, annotate.endpoint, annotate.model or annotate.recorded")
+            raise SettingsError("annotate needs a teacher, annotate.endpoint, annotate.model or annotate.recorded")
     for stage in ("assistant", "student"):
-        if getattr(recipe, stage) is not None and annotate is None and set(getattr(recipe, stage).tasks) != {"classify"}:
+        learner: TrainSettings | None = getattr(recipe, stage)
+        if annotate is None and learner is not None and set(learner.tasks) != {"classify"}:
             raise SettingsError(f"{stage}.tasks: reasoning needs an annotate section; without one the task is classify")
     if recipe.augment is not None and (recipe.assistant is None or "reason" not in recipe.assistant.tasks):
         raise SettingsError("augment needs an assistant section that trains the reason task")
@@ -165,37 +176,125 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
 
 
+class _SectionHelp(argparse.Action):
+    """`--student.model.lora.help`: the fields of an optional section inside another one."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **given)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        section = jsonargparse.ArgumentParser(prog=parser.prog)
+        section.add_class_arguments(self.const, self.dest.removesuffix(".help"))
+        section.print_help()
+        parser.exit()
+
+
+def _fields(section: type) -> dict[str, Any]:
+    """Names and types of a section's fields."""
+    return {item.name: item.type for item in dataclasses.fields(section)}
+
+
+def _section(annotation: Any) -> type | None:
+    """The dataclass that a field holds, always or optionally; None for a field of values."""
+    kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
+    return next(filter(dataclasses.is_dataclass, kinds), None)
+
+
+def _optional_sections(section: type, path: str = "") -> Iterator[tuple[str, type]]:
+    for name, annotation in _fields(section).items():
+        if inner := _section(annotation):
+            if inner is not annotation:
+                yield path + name, inner
+            yield from _optional_sections(inner, f"{path}{name}.")
+
+
+def _build(section: type, values: Any, path: str) -> Any:
+    """A section from what was parsed; what its own check refuses is named by its place in the recipe."""
+    inner = {name: _section(annotation) for name, annotation in _fields(section).items()}
+    content = {name: values[name] for name in inner}
+    for name, kind in inner.items():
+        if kind and content[name] is not None:
+            content[name] = _build(kind, content[name], f"{path}{name}.")
+    try:
+        return section(**content)
+    except SettingsError as error:
+        message = str(error)
+        raise SettingsError(message if message.startswith(path) else path + message) from None
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Refuse in recipe files what jsonargparse may pass over: unknown fields, and values in a section's place."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", nargs="?", default=[])
+    for file in filter(None, files.parse_known_args(arguments)[0].config):
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"--config: cannot read {file}: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise SettingsError(f"--config: {file} holds no fields; a recipe takes {', '.join(_fields(Recipe))}")
+        _check_names(content, Recipe, "")
+
+
+def _check_names(values: dict[Any, Any], section: type, path: str) -> None:
+    for name, value in values.items():
+        if name not in _fields(section):
+            raise SettingsError(_unknown(f"{path}{name}"))
+        inner = _section(_fields(section)[name])
+        if inner and isinstance(value, dict):
+            _check_names(value, inner, f"{path}{name}.")
+        elif inner and value is not None:
+            raise SettingsError(_no_section(f"{path}{name}", value))
+
+
+_TAKES = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text; quote it in YAML",
+    "list": "a list such as [a, b]", "dict": "a mapping such as {name: value}",
+}  # fmt: skip
+
+
 def _sentence(error: BaseException) -> str:
-    """The innermost complaint of jsonargparse, with the field's dotted name and what it takes."""
-    text = str(error)
-    keys = re.findall(r"[Pp]arser key \"([^\"]+)\"", text)
-    path = ".".join(keys)
-    unknown = re.search(r"(?:Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --(\S+))", text)
-    if unknown:
-        name = unknown[1] or unknown[2].split("=")[0]
-        path = ".".join(filter(None, [path, name]))
-        return _unknown(path)
-    missing = re.search(r"(?:Key|key) \"([^\"]+)\" is required", text)
-    if missing:
-        return f"{'.'.join(filter(None, [path, missing[1]]))} is required"
-    details = [line.strip(" -") for line in text.splitlines() if re.search(r"Expected |not |Not |invalid|needs|takes", line)]
-    details = [line for line in details if "NoneType" not in line and "Does not validate" not in line]
-    detail = details[0] if details else " ".join(text.split())
-    detail = detail.replace("typing.", "").replace("<class '", "").replace("'>", "").rstrip(".")
-    return f"{path}: {detail}" if path and not detail.startswith(path) else detail
+    """The innermost complaint of jsonargparse, with the field's dotted name, its value, and what it takes."""
+    text = re.sub(r"<class '([^']+)'>", r"\1", str(error)).replace("typing.", "")
+    path = ".".join(re.findall(r"[Pp]arser key \"([^\"]+)\":$", text, re.MULTILINE))
+    dot = path and f"{path}."
+    if unknown := re.search(r"Option '([^']+)' is not accepted|nrecognized arguments: --([^\s=]+)", text):
+        return _unknown(f"{dot}{unknown[1] or unknown[2]}")
+    if unknown := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
+        return _unknown(f"{dot}{unknown[1]}.{unknown[2]}")
+    if missing := re.search(r"arguments are required: (\S+)|[Kk]ey \"([^\"]+)\" is required", text):
+        return f"{dot}{missing[1] or missing[2]} is required"
+    given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
+    value = next(filter(None, given.groups()), "") if given else ""
+    if re.search("dot import path|Not a valid subclass|Unable to load config", text):
+        return _no_section(path, value)
+    kinds = [kind for kind in re.findall(r"Expected an? (\w+(?:\[.*?\])?)", text) if kind != "NoneType"]
+    if not kinds:
+        return f"{dot and path + ': '}{' '.join(text.split())}"
+    choices = re.findall(r"'([^']+)'", kinds[0])
+    takes = f"one of {', '.join(choices)}" if choices else _TAKES.get(kinds[0], kinds[0])
+    return f"{path}: {value} is not {takes}"
+
+
+def _no_section(path: str, value: object) -> str:
+    section: Any = Recipe
+    for part in path.split("."):
+        section = _section(_fields(section)[part])
+    return f"{path}: {value} is not a section; it takes {', '.join(_fields(section))}"
 
 
 def _unknown(path: str) -> str:
     """A field that is not there: where it was looked for, and what is there instead."""
-    here: Any = Recipe
+    section: type | None = Recipe
     parts = path.split(".")
     for depth, part in enumerate(parts):
-        known = {item.name: item.type for item in dataclasses.fields(here)} if dataclasses.is_dataclass(here) else {}
+        known = _fields(section) if section else {}
         if part not in known:
-            section = ".".join(parts[:depth]) or "the recipe"
             close = difflib.get_close_matches(part, known, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            return f"{'.'.join(parts[: depth + 1])} is not a field{hint}; {section} takes {', '.join(known)}"
-        options = typing.get_args(known[part]) if isinstance(known[part], types.UnionType) else (known[part],)
-        here = options[0]
+            where = ".".join(parts[:depth]) or "the recipe"
+            return f"{'.'.join(parts[: depth + 1])} is not a field{hint}; {where} takes {', '.join(known)}"
+        section = _section(known[part])
     return f"{path} is not a field"

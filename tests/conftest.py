@@ -70,3 +70,11 @@ def make_backbone(tokenizer_folder: Path, labels: LabelSpace) -> MakeBackbone:
 def backbone(make_backbone: MakeBackbone) -> Backbone:
     """A tiny model that no test may change."""
     return make_backbone()
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_backbone: MakeBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL on disk, as a real model would be."""
+    folder = tmp_path_factory.mktemp("qwen")
+    make_backbone(seed=3).save(folder)
+    return folder

@@ -134,6 +134,20 @@ def annotate(
     return _result(cases, memory.paid, teacher)
 
 
+def recording_defects(samples: Sequence[Sample], labels: LabelSpace) -> dict[str, int]:
+    """What is wrong with the rationales that labelled samples came with: counts by reason, and of all and valid ones."""
+    counts = Counter({"rationales": 0, "valid": 0})
+    for sample in samples:
+        if sample.rationale and sample.label is not None:
+            counts["rationales"] += 1
+            try:
+                check(sample.rationale, labels, sample.label)
+                counts["valid"] += 1
+            except InvalidRationale as invalid:
+                counts[invalid.reason] += 1
+    return dict(counts)
+
+
 @dataclass
 class _Case:
     """One sample on its way: the question that waits, then the outcome."""

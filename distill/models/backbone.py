@@ -196,7 +196,7 @@ def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, trai
     model = _pretrained(settings, settings.path)
     if train and settings.lora is not None:
         model = _with_lora(model, settings.lora)
-    return Backbone(model, _processor(settings.path, settings.revision), labels, settings)
+    return Backbone(model.train(train), _processor(settings.path, settings.revision), labels, settings)
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:

@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, replace
 
-from distill.annotation.annotate import annotate
+from distill.annotation.annotate import annotate, recording_defects
 from distill.annotation.ledger import Ledger
 from distill.data import jsonl
+from distill.data.corpus import SPLITS
 from distill.stages.context import Context, progress, write_json
 from distill.tracking import StageRun
 
@@ -25,6 +26,10 @@ def run(context: Context, tracked: StageRun) -> None:
         ],
     )
     jsonl.write_rows(folder / "quarantine.jsonl", (asdict(item) for item in outcome.quarantined))
-    write_json(folder / "summary.json", outcome.summary)
-    tracked.log({key: value for key, value in outcome.summary.items() if isinstance(value, int | float)})
+    summary = outcome.summary
+    if settings.recorded:  # of the whole recording, the rows that only judge included
+        splits = {name: getattr(context.corpus, name) for name in SPLITS}
+        summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}
+    write_json(folder / "summary.json", summary)
+    tracked.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
     tracked.log_artifact("rationales", "dataset", folder / "rationales.jsonl")

@@ -33,8 +33,10 @@ def run(context: Context, tracked: StageRun) -> None:
         ask("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
 
     references = _references(context, judged.get("teacher"))
+    itself: list[Rationale | None] = [None] * len(samples)  # a reference is not held against itself
     metrics: dict[str, Any] = {
-        role: role_metrics(answers, samples, references, labels, settings) for role, answers in judged.items()
+        role: role_metrics(answers, samples, itself if answers.rationales is references else references, labels, settings)
+        for role, answers in judged.items()
     }
     gold = [str(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [str(sample.label) for sample in samples], labels)

@@ -33,7 +33,7 @@ def run(recipe: Recipe) -> None:
         annotation=json.loads(summary.read_text()) if summary.exists() else None,
         gallery=_gallery(recipe),
         settings=to_yaml(recipe),
-        dates={name: entry["started"] for name, entry in stages.items()},
+        dates={"started": min(entry["started"] for entry in stages.values()), "judged": stages["evaluate"]["started"]},
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)

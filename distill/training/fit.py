@@ -169,7 +169,7 @@ def _join(earlier: Path, later: Path) -> None:
             parts.append([row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()])
     begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
     rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = sorted({name for row in rows for name in row})  # as the logger orders them
     beside = later.with_suffix(".tmp")
     with beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

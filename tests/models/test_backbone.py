@@ -33,14 +33,6 @@ def mixed(postcards: Corpus) -> list[Sample]:
     return [a, replace(b, images=()), replace(c, images=c.images + a.images), long]
 
 
-@pytest.fixture(scope="module")
-def saved(make_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL on disk, as a real model would be."""
-    folder = tmp_path_factory.mktemp("qwen")
-    make_backbone(seed=3).save(folder)
-    return folder
-
-
 def by_path(folder: Path, lora: LoraSettings | None = None) -> ModelSettings:
     return ModelSettings(str(folder), lora=lora, image_size=56, batch_size=4)
 
@@ -171,8 +163,8 @@ def test_no_token_of_a_post_or_an_answer_is_a_control_token(backbone: Backbone, 
 # ---- adapters ----
 
 
-def test_lora_trains_the_language_model_and_nothing_else(saved: Path) -> None:
-    model = create(by_path(saved, LoraSettings(r=4)), LABELS, Path("unused")).model
+def test_lora_trains_the_language_model_and_nothing_else(model_folder: Path) -> None:
+    model = create(by_path(model_folder, LoraSettings(r=4)), LABELS, Path("unused")).model
     trained = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(trained) == 2 * 7 * 2  # layers x projections x (A, B)
     assert all("language_model" in name and "lora_" in name for name in trained)
@@ -182,13 +174,13 @@ def test_lora_trains_the_language_model_and_nothing_else(saved: Path) -> None:
     )
 
 
-def test_a_ready_model_gets_no_adapter(saved: Path) -> None:
-    model = create(by_path(saved, LoraSettings()), LABELS, Path("unused"), train=False).model
+def test_a_ready_model_gets_no_adapter(model_folder: Path) -> None:
+    model = create(by_path(model_folder, LoraSettings()), LABELS, Path("unused"), train=False).model
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-def test_an_adapter_is_saved_alone_loaded_and_merged(saved: Path, mixed: list[Sample], tmp_path: Path) -> None:
-    settings = by_path(saved, LoraSettings(r=4, dropout=0.5))
+def test_an_adapter_is_saved_alone_loaded_and_merged(model_folder: Path, mixed: list[Sample], tmp_path: Path) -> None:
+    settings = by_path(model_folder, LoraSettings(r=4, dropout=0.5))
     trained = create(settings, LABELS, Path("unused"))
     with torch.no_grad():
         for name, weights in trained.model.named_parameters():
@@ -331,14 +323,14 @@ def sentence(error: pytest.ExceptionInfo[SettingsError]) -> str:
     return message
 
 
-def test_a_missing_or_broken_model_is_one_sentence(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_or_broken_model_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(SettingsError) as error:
             create(by_path(path), LABELS, tmp_path)
         assert str(path) in sentence(error) and "model.path" in sentence(error)
     torn = tmp_path / "torn"
     torn.mkdir()
-    for file in saved.iterdir():
+    for file in model_folder.iterdir():
         content = file.read_bytes()
         (torn / file.name).write_bytes(content[:5000] if file.suffix == ".safetensors" else content)
     with pytest.raises(SettingsError, match="torn cannot be loaded"):
@@ -347,9 +339,9 @@ def test_a_missing_or_broken_model_is_one_sentence(saved: Path, tmp_path: Path) 
         on_meta(by_path(tmp_path / "nothing"))
 
 
-def test_a_missing_adapter_or_tokenizer_is_one_sentence(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_adapter_or_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as error:
-        load(by_path(saved, LoraSettings()), LABELS, tmp_path / "gone")
+        load(by_path(model_folder, LoraSettings()), LABELS, tmp_path / "gone")
     assert "gone" in sentence(error)
     with pytest.raises(SettingsError) as error:
         load(ModelSettings(), LABELS, tmp_path / "gone")
@@ -372,19 +364,19 @@ def test_a_language_model_alone_is_refused(tmp_path: Path) -> None:
     assert "cannot be loaded" in sentence(error)
 
 
-def test_a_model_without_chat_template_is_refused(saved: Path, tmp_path: Path) -> None:
-    for file in saved.iterdir():
+def test_a_model_without_chat_template_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    for file in model_folder.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SettingsError, match="has no chat template"):
         create(by_path(tmp_path), LABELS, tmp_path)
 
 
-def test_lora_on_nothing_or_with_targets_that_match_nothing_is_refused(saved: Path, tokenizer_folder: Path) -> None:
+def test_lora_on_nothing_or_with_targets_that_match_nothing_is_refused(model_folder: Path, tokenizer_folder: Path) -> None:
     with pytest.raises(SettingsError, match=r"model\.lora needs model\.path"):
         create(ModelSettings(lora=LoraSettings()), LABELS, tokenizer_folder)
     with pytest.raises(SettingsError, match=r"model\.lora\.targets"):
-        create(by_path(saved, LoraSettings(targets="nothing_like_it")), LABELS, tokenizer_folder)
+        create(by_path(model_folder, LoraSettings(targets="nothing_like_it")), LABELS, tokenizer_folder)
 
 
 def test_labels_that_share_their_first_token_are_refused(backbone: Backbone) -> None:
@@ -414,8 +406,8 @@ def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_padding_is_
 # ---- shapes without weights ----
 
 
-def test_on_meta_has_the_shapes_and_no_memory(saved: Path) -> None:
-    for settings in (ModelSettings(tiny=TinySettings(hidden=128, vocabulary=500)), by_path(saved)):
+def test_on_meta_has_the_shapes_and_no_memory(model_folder: Path) -> None:
+    for settings in (ModelSettings(tiny=TinySettings(hidden=128, vocabulary=500)), by_path(model_folder)):
         model = on_meta(settings)
         assert {weights.device.type for weights in model.parameters()} == {"meta"}
         assert sum(weights.numel() for weights in model.parameters()) > 100_000

@@ -1,0 +1,234 @@
+"""Multitask fine-tuning: the loss of a step, accumulation, warm-up, the plateau, and that it learns pictures."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill.data.corpus import Corpus, DataSettings, read_corpus
+from distill.data.postcards import PostcardSettings
+from distill.models.backbone import IGNORE, Backbone, ModelSettings, create
+from distill.models.local import Local
+from distill.models.reasoner import Sampling
+from distill.models.tiny import TinySettings, train_tokenizer
+from distill.task.labels import LabelSpace
+from distill.task.prompts import render
+from distill.task.rationale import InvalidRationale, check
+from distill.task.sample import Sample
+from distill.training import assistant
+from distill.training.assistant import AssistantModule, TrainSettings, without_prompt
+from distill.training.batches import encode_tasks
+from distill.training.datamodule import ReasoningDataModule
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False,
+}  # fmt: skip
+
+
+def learn(
+    backbone: Backbone, corpus: Corpus, samples: Sequence[Sample], settings: TrainSettings, **trainer: Any
+) -> tuple[AssistantModule, L.Trainer]:
+    module = AssistantModule(backbone, settings)
+    data = ReasoningDataModule(
+        backbone, samples, corpus.validation[:9], settings.tasks, batch_size=settings.batch_size
+    )
+    runner = L.Trainer(**QUIET | trainer)
+    runner.fit(module, data)
+    return module, runner
+
+
+# ---- one step ----
+
+
+def test_only_the_positions_that_predict_an_answer_are_computed(backbone: Backbone, postcards: Corpus) -> None:
+    features = encode_tasks(postcards.train[:3], backbone, {"reason": 1.0})["reason"]
+    inputs, labels = without_prompt(features)
+    first = int((features["labels"] != IGNORE).nonzero()[:, 1].min())
+    assert "labels" not in inputs and labels.shape[1] == features["labels"].shape[1] - first + 1
+    assert (labels[:, 0] == IGNORE).all() and (labels[:, 1] != IGNORE).any()
+
+
+def test_the_loss_of_a_task_is_that_of_the_whole_sequence(backbone: Backbone, postcards: Corpus) -> None:
+    features = encode_tasks(postcards.train[:3], backbone, {"reason": 1.0})["reason"]
+    loss = AssistantModule(backbone, TrainSettings()).task_loss(features).total
+    with torch.no_grad():
+        logits = backbone.model(**{k: v for k, v in features.items() if k != "labels"}).logits
+    expected = [
+        F.cross_entropy(row[:-1], labels[1:], ignore_index=IGNORE)
+        for row, labels in zip(logits, features["labels"], strict=True)
+    ]
+    torch.testing.assert_close(loss.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
+
+
+def test_a_step_adds_the_tasks_by_their_weights(backbone: Backbone, postcards: Corpus) -> None:
+    tasks = {"reason": 2.0, "classify": 0.5}
+    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks)))
+    batch = encode_tasks(postcards.train[:3], backbone, tasks)
+    parts = {task: module.task_loss(features).total.detach() for task, features in batch.items()}
+    expected = 2.0 * parts["reason"] + 0.5 * parts["classify"]
+    torch.testing.assert_close(module.training_step(batch, 0).detach(), expected)
+
+
+def logging_nothing(module: AssistantModule) -> AssistantModule:
+    module.log = lambda *args, **options: None  # type: ignore[method-assign]
+    return module
+
+
+def test_a_sample_weighs_the_same_whoever_shares_its_batch(backbone: Backbone, postcards: Corpus) -> None:
+    """Of four samples one has a rationale: two batches of two must add up to one of four."""
+    tasks = {"reason": 1.0, "classify": 1.0}
+    samples = [postcards.train[0], *(replace(sample, rationale=None) for sample in postcards.train[1:4])]
+    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks)))
+    whole, one, two = (
+        module.training_step(encode_tasks(part, backbone, tasks), 0).detach()
+        for part in (samples, samples[:2], samples[2:])
+    )
+    torch.testing.assert_close((one + two) / 2, whole, atol=1e-5, rtol=0)
+
+
+# ---- whole runs ----
+
+
+def test_accumulated_steps_equal_those_of_the_large_batch(make_backbone: Any, postcards: Corpus) -> None:
+    """Through the real Trainer, samples with answers of very different lengths and some without a rationale."""
+    samples = list(postcards.train[:16])
+    samples[3] = replace(samples[3], rationale='"Prediction": positive')
+    samples[5] = replace(samples[5], rationale=None)
+    weights = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        backbone = make_backbone(1)
+        settings = TrainSettings(batch_size=batch_size, learning_rate=1e-3)
+        _, runner = learn(backbone, postcards, samples, settings, max_epochs=2, accumulate_grad_batches=accumulate)
+        assert runner.global_step == 4
+        weights.append(torch.cat([w.detach().flatten() for w in backbone.model.parameters()]))
+    start = torch.cat([w.detach().flatten() for w in make_backbone(1).model.parameters()])
+    assert float((weights[0] - start).abs().max()) > 1e-3
+    # AdamW divides by the gradient's size, so rounding shows where a gradient is all but zero
+    assert float((weights[0] - weights[1]).abs().mean()) < 1e-6
+    assert float((weights[0] - weights[1]).norm() / (weights[0] - start).norm()) < 1e-2
+
+
+def test_the_rate_rises_over_the_warm_up(make_backbone: Any, postcards: Corpus) -> None:
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    settings = TrainSettings(batch_size=4, learning_rate=4e-3, warmup_steps=4, tasks={"classify": 1.0})
+    learn(make_backbone(), postcards, postcards.train[:24], settings, max_epochs=1, callbacks=[Watch()])
+    np.testing.assert_allclose(rates, [1e-3, 2e-3, 3e-3, 4e-3, 4e-3, 4e-3])
+
+
+def test_the_rate_falls_when_accuracy_stays(
+    make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience 1: at the second validation without progress the rate halves, never below the lowest."""
+    script = iter([0, 3, 3, 1, 3, 3, 3])  # how many of nine are right
+    monkeypatch.setattr(assistant, "score_labels", lambda backbone, features: scripted(next(script), postcards))
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    settings = TrainSettings(
+        batch_size=8, learning_rate=8e-3, tasks={"classify": 1.0}, patience=1, min_learning_rate=3e-3
+    )
+    learn(make_backbone(), postcards, postcards.train[:8], settings, max_epochs=7, callbacks=[Watch()])
+    np.testing.assert_allclose(rates, [8e-3, 8e-3, 8e-3, 4e-3, 4e-3, 3e-3, 3e-3])
+
+
+def scripted(right: int, corpus: Corpus) -> tuple[torch.Tensor, None]:
+    labels = LabelSpace()
+    gold = torch.tensor([labels.index(sample.label) for sample in corpus.validation[:9]])
+    predicted = torch.where(torch.arange(9) < right, gold, (gold + 1) % 3)
+    return F.one_hot(predicted, 3).float(), None
+
+
+def test_validation_metrics_are_those_of_sklearn(
+    make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    backbone = make_backbone()
+    _, runner = learn(
+        backbone, postcards, postcards.train[:8], TrainSettings(batch_size=8, tasks={"classify": 1.0}), max_epochs=1
+    )
+    predicted = Local(backbone, "").classify(postcards.validation[:9]).probabilities.argmax(1)
+    gold = [backbone.labels.index(sample.label) for sample in postcards.validation[:9]]
+    metrics = {name: float(value) for name, value in runner.callback_metrics.items()}
+    assert metrics["val/accuracy"] == pytest.approx(accuracy_score(gold, predicted))
+    assert metrics["val/macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro", zero_division=0))
+    assert metrics["train/loss"] == pytest.approx(metrics["train/classify_loss"])
+
+
+def test_half_precision_is_the_trainers_to_set(make_backbone: Any, postcards: Corpus) -> None:
+    backbone = make_backbone()
+    before = [weights.detach().clone() for weights in backbone.model.parameters()]
+    _, runner = learn(
+        backbone, postcards, postcards.train[:8], TrainSettings(batch_size=4), max_epochs=1, precision="bf16-mixed"
+    )
+    assert torch.isfinite(runner.callback_metrics["train/loss"])
+    assert {weights.dtype for weights in backbone.model.parameters()} == {torch.float32}
+    assert any(not torch.equal(one, two) for one, two in zip(before, backbone.model.parameters(), strict=True))
+
+
+# ---- pictures ----
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Path) -> None:
+    """With the pictures shuffled between posts, accuracy falls to what text alone can reach: 5/9."""
+    labels = LabelSpace()
+    cards = PostcardSettings(labelled=630, unlabelled=0, validation=9, test=180)
+    corpus = read_corpus(DataSettings(source="postcards", root=str(tmp_path / "data"), postcards=cards), labels)
+    tasks = {"reason": 1.0, "classify": 1.0}
+    texts = [render(task, sample, labels) for sample in corpus.train[:100] for task in tasks]  # type: ignore[arg-type]
+    texts += [str(sample.rationale) for sample in corpus.train]
+    train_tokenizer(texts, 768).save_pretrained(tmp_path / "tokenizer")
+    L.seed_everything(1, verbose=False)
+    size = TinySettings(hidden=128, layers=2, vision_hidden=64, vision_depth=1)
+    backbone = create(ModelSettings(tiny=size, image_size=56, batch_size=32), labels, tmp_path / "tokenizer")
+    settings = TrainSettings(batch_size=16, learning_rate=1e-3, warmup_steps=20, tasks=tasks)
+    learn(backbone, corpus, corpus.train, settings, max_steps=350, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0)
+    reasoner = Local(backbone, "student")
+
+    pictures = [sample.images for sample in corpus.test]
+    random.Random(0).shuffle(pictures)
+    shuffled = [replace(sample, images=images) for sample, images in zip(corpus.test, pictures, strict=True)]
+    right, wrong = (accuracy(reasoner, samples) for samples in (corpus.test, shuffled))
+    assert right > 0.85, f"{right:.3f} with the right pictures, {wrong:.3f} with shuffled ones"
+    assert 0.35 < wrong < 5 / 9 + 0.1, f"{right:.3f} with the right pictures, {wrong:.3f} with shuffled ones"
+
+    # label scoring reads the label that the model would write
+    scored = reasoner.classify(corpus.test)
+    written = [answer.text.strip() for _, answer in reasoner.reason(corpus.test, "classify", Sampling(max_new_tokens=4))]
+    names = [labels.names[index] for index in scored.probabilities.argmax(1)]
+    assert np.mean([one == two for one, two in zip(names, written, strict=True)]) >= 0.99
+    assert scored.label_mass.min() > 0.9
+
+    # and its rationales say what is in the picture
+    sample = corpus.test[:32]
+    grounded = 0
+    for index, answer in reasoner.reason(sample, "reason", Sampling(max_new_tokens=128)):
+        try:
+            rationale = check(answer.text, labels, finished=answer.finished)
+        except InvalidRationale:
+            continue
+        grounded += sample[index].attributes["face"] in rationale.image_analysis
+    assert grounded >= 0.75 * len(sample)
+
+
+def accuracy(reasoner: Local, samples: Sequence[Sample]) -> float:
+    predicted = reasoner.classify(samples).probabilities.argmax(1)
+    gold = [reasoner.backbone.labels.index(sample.label) for sample in samples]
+    return float(np.mean(predicted == np.array(gold)))

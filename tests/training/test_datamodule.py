@@ -1,0 +1,101 @@
+"""The loaders: every sample once an epoch, shared out between processes, and a place that is kept."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distill.data.corpus import Corpus
+from distill.errors import SettingsError
+from distill.models.backbone import Backbone
+from distill.task.sample import Sample
+from distill.training.datamodule import ReasoningDataModule
+
+
+def module(backbone: Backbone, corpus: Corpus, train: int = 10, validation: int = 7, **options: Any) -> ReasoningDataModule:
+    options = {"batch_size": 4, "tasks": {"classify": 1.0}} | options
+    tasks = options.pop("tasks")
+    data = ReasoningDataModule(backbone, corpus.train[:train], corpus.validation[:validation], tasks, **options)
+    data._training_batch = list  # type: ignore[method-assign, assignment]  # the samples themselves
+    return data
+
+
+def as_process(data: ReasoningDataModule, rank: int, world: int, epoch: int = 0) -> ReasoningDataModule:
+    loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=epoch)))
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop)  # type: ignore[assignment]
+    return data
+
+
+def ids(batches: Any) -> list[list[str]]:
+    return [[sample.id for sample in batch] for batch in batches]
+
+
+def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own(backbone: Backbone, postcards: Corpus) -> None:
+    epochs = [ids(as_process(module(backbone, postcards), 0, 1, epoch).train_dataloader()) for epoch in (0, 1, 0)]
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == sorted(sample.id for sample in postcards.train[:10])
+    assert epochs[0] != epochs[1] and epochs[0] == epochs[2]
+    other = ids(as_process(module(backbone, postcards, seed=1), 0, 1).train_dataloader())
+    assert other != epochs[0]
+
+
+def test_two_processes_share_the_batches_of_one_of_twice_the_size(backbone: Backbone, postcards: Corpus) -> None:
+    whole = ids(as_process(module(backbone, postcards, 16, batch_size=8), 0, 1).train_dataloader())
+    parts = [ids(as_process(module(backbone, postcards, 16), rank, 2).train_dataloader()) for rank in (0, 1)]
+    assert [sorted(one + two) for one, two in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_its_state_was_taken(backbone: Backbone, postcards: Corpus, workers: int) -> None:
+    data = module(backbone, postcards, 20, workers=workers)
+    loader = data.train_dataloader()
+    stream = iter(loader)
+    for _ in range(2):
+        next(stream)
+    state = loader.state_dict()
+    rest = ids(stream)
+    again = data.train_dataloader()
+    again.load_state_dict(state)
+    assert ids(again) == rest and len(rest) == 3
+
+
+def test_loaders_draw_nothing_from_what_dropout_draws_from(backbone: Backbone, postcards: Corpus) -> None:
+    data = module(backbone, postcards)
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    list(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_gives_every_process_equally_many_and_every_sample_once(
+    backbone: Backbone, postcards: Corpus, world: int
+) -> None:
+    golds = []
+    for rank in range(world):
+        loader = as_process(module(backbone, postcards), rank, world).val_dataloader()
+        golds.append(torch.cat([gold for _, gold in loader]).tolist())
+    assert {len(gold) for gold in golds} == {-(-7 // world)}
+    found = [label for gold in golds for label in gold if label >= 0]
+    expected = [backbone.labels.index(sample.label) for sample in postcards.validation[:7]]
+    assert sorted(found) == sorted(expected)
+    assert sum(gold.count(-1) for gold in golds) == -7 % world
+
+
+def test_validation_asks_closed_classify_prompts(backbone: Backbone, postcards: Corpus) -> None:
+    features, gold = next(iter(module(backbone, postcards).val_dataloader()))
+    assert "labels" not in features and len(gold) == 7
+    expected = backbone.encode(postcards.validation[:7], "classify")
+    assert torch.equal(features["input_ids"], expected["input_ids"])
+
+
+def test_samples_without_any_answer_are_left_out(backbone: Backbone, postcards: Corpus) -> None:
+    a, b, c = postcards.train[:3]
+    rows: list[Sample] = [a, replace(b, rationale=None), replace(c, rationale=None, label=None)]
+    kept = ReasoningDataModule(backbone, rows, postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2).train
+    assert [sample.id for sample in kept] == [a.id, b.id]
+    with pytest.raises(SettingsError, match="none of the 1 training posts has an answer to reason or classify"):
+        ReasoningDataModule(backbone, rows[2:], postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2)
