@@ -25,4 +25,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV)

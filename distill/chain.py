@@ -4,10 +4,12 @@
 and the versions it ran with.
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,8 @@ from distill.data.corpus import data_fingerprint
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe, to_yaml
 from distill.stages import annotate, assistant, augment, evaluate, export, student, teacher
-from distill.stages.context import Context, write_json
+from distill.stages.context import Context, write_json, write_text
+from distill.task import prompts
 from distill.tracking import Tracker
 from distill.training.fit import active_folder
 
@@ -55,6 +58,7 @@ STAGES = {
 """In the order of a chain; a recipe has the stages whose sections it has."""
 
 _PAID = "ledger.jsonl"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _LIBRARIES = ("distill", "torch", "lightning", "transformers", "peft", "datasets", "wandb")
 
 
@@ -64,14 +68,18 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """What each stage is made from, as a hash: its settings, the data, the seed, and the stages it reads."""
-    data = data_fingerprint(recipe.data)
+    """What each stage is made from, as a hash: its settings, the data, the seed, and the stages it reads.
+
+    The folder of the data does not count, only what is in it.
+    """
     settings = asdict(recipe)
+    data = [data_fingerprint(recipe.data), {name: value for name, value in settings["data"].items() if name != "root"}]
     found: dict[str, str] = {}
     for name in stages_of(recipe):
         stage = STAGES[name]
         made_from = [
             data,
+            prompts.VERSION,
             recipe.seed,
             settings["task"],
             settings[name],
@@ -123,15 +131,32 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             return ran
     except OSError as error:
         raise RunError(f"{error.filename or recipe.folder}: {error.strerror or error}") from error
+    except Exception as error:
+        if (reason := _disk_failure(error)) is None:
+            raise
+        raise RunError(f"{recipe.folder}: {reason}") from error
+
+
+def _disk_failure(error: BaseException | None) -> str | None:
+    """What the disk said, where that is at the bottom of an error: torch and the writers in Rust hide it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.strerror
+        if (said := re.search(r"\(os error (\d+)\)", str(error))) and int(said[1]) in _FULL:
+            return os.strerror(int(said[1]))
+        error = error.__context__
+    return None
 
 
 def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manifest") -> None:
     recipe, stage = context.recipe, STAGES[name]
     folder, fingerprint = recipe.folder / name, context.fingerprints[name]
-    if manifest.stages.get(name, {}).get("fingerprint") != fingerprint:
-        _clear(folder)  # what stands there was made from something else; answers that were paid for stay
+    if name != "export" and manifest.stages.get(name, {}).get("fingerprint") != fingerprint:
+        # what stands there was made from something else; answers that were paid for stay, and so does an export until
+        # the next one is checked
+        _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (recipe.folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
     log.info("stage %s", name)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     earlier = manifest.stages.get(name, {})
@@ -191,7 +216,7 @@ class _Manifest:
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time works on a run. Raises RunError where another one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -90,6 +90,6 @@ def _quieten() -> None:
     """This house's own messages, and of the libraries' only what matters."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|peft)\..*")
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchdata|transformers|peft)\..*")

@@ -145,6 +145,10 @@ def check(recipe: Recipe) -> None:
                 raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
             if settings.model.lora is not None and not settings.model.path:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model has nothing to adapt")
+    stages = [item.name for item in dataclasses.fields(Recipe) if _section(item.type) is not item.type]
+    given = [name for name in stages if _section(_fields(Recipe)[name]) and getattr(recipe, name) is not None]
+    if recipe.data.source == "mosi" and given:
+        raise SettingsError(f"data.source mosi has continuous labels, which {given[0]} cannot use; it takes label names")
     annotate, student = recipe.annotate, recipe.student
     if annotate is not None:
         teachers = [recipe.teacher, annotate.endpoint, annotate.model]

@@ -3,13 +3,12 @@
 The protocol advances in rounds over all open samples, so that a teacher always has many questions to answer at once.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distill.annotation.ledger import Ledger, Memory
+from distill.annotation.ledger import Ledger, Memory, read_scores
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -119,7 +118,7 @@ def annotate(
         if progress is not None:
             progress(settled, total)
 
-    for index, answer in memory.classify([case.sample for case in unlabelled]):
+    for index, answer in memory.scores([case.sample for case in unlabelled]):
         _label_confident(unlabelled[index], answer, labels, settings)
         settle(unlabelled[index])
     while waiting := [case for case in cases if case.open]:
@@ -201,7 +200,7 @@ def _label_confident(case: _Case, answer: Answer, labels: LabelSpace, settings: 
     if answer.error is not None:
         case.quarantine("unanswered", answer.error, "")
         return
-    probabilities = json.loads(answer.text)
+    probabilities, _ = read_scores(answer)
     best = max(probabilities)
     if best < settings.confidence:
         case.below_threshold = True

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from distill.errors import RunError
 from distill.models.endpoint import Endpoint
-from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.models.reasoner import Answer, ClassScores, Reasoner, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
@@ -41,6 +43,12 @@ def key(model: str, template: str, sampling: Sampling, prompt: str, images: Sequ
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError for a file that cannot be read."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_scores(answer: Answer) -> tuple[list[float], float]:
+    """Probabilities [K] and label mass from the line that a classification left in the ledger."""
+    probabilities, mass = json.loads(answer.text)
+    return probabilities, mass
 
 
 class Ledger:
@@ -137,7 +145,7 @@ class Ledger:
 
 @dataclass
 class Memory:
-    """A teacher that is asked only what its ledger does not hold; `paid` is every answer that was used, old or new."""
+    """A Reasoner that is asked only what its ledger does not hold; `paid` is every answer that was used, old or new."""
 
     teacher: Reasoner
     labels: LabelSpace
@@ -146,25 +154,39 @@ class Memory:
     paid: dict[str, Answer] = field(default_factory=dict)
     digests: dict[Path, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.name = self.teacher.name
+
     def reason(
-        self, samples: Sequence[Sample], template: prompts.Template, sampling: Sampling
+        self, samples: Sequence[Sample], template: prompts.Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """As `Reasoner.reason`; each new answer is in the ledger before it is handed on."""
         return self._ask(
             samples, template, sampling, partial(self.teacher.reason, template=template, sampling=sampling)
         )
 
-    def classify(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Answer]]:
-        """Label probabilities in any order: pairs of a sample's index and an answer whose text is a JSON list."""
+    def classify(self, samples: Sequence[Sample]) -> ClassScores:
+        """As `Reasoner.classify`; where the teacher did not answer, the labels are equally likely, at a mass of 0."""
+        probabilities = np.full((len(samples), len(self.labels)), 1 / len(self.labels))
+        mass = np.zeros(len(samples))
+        for index, answer in self.scores(samples):
+            if answer.error is None:
+                probabilities[index], mass[index] = read_scores(answer)
+        return ClassScores(probabilities, mass)
+
+    def scores(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Answer]]:
+        """Label scores as they come: pairs of a sample's index and an answer that `read_scores` reads."""
         return self._ask(samples, "classify", Sampling(), self._scores)
 
     def _scores(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Answer]]:
         if isinstance(self.teacher, Endpoint):  # each is paid for, so each is handed over as it comes
             for index, scored in self.teacher.scores(samples):
-                yield index, replace(scored.answer, text=json.dumps(scored.probabilities.tolist()))
+                text = json.dumps([scored.probabilities.tolist(), float(scored.label_mass)])
+                yield index, replace(scored.answer, text=text)
         else:
-            for index, row in enumerate(self.teacher.classify(samples).probabilities):
-                yield index, Answer(json.dumps(row.tolist()), finished=True)
+            found = self.teacher.classify(samples)
+            for index, (row, mass) in enumerate(zip(found.probabilities, found.label_mass, strict=True)):
+                yield index, Answer(json.dumps([row.tolist(), float(mass)]), finished=True)
 
     def _ask(
         self,

@@ -1,5 +1,6 @@
 """One role judged on the test split: label scoring, reasoning, and the metrics of both."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def role_metrics(
         judged.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
     )
     named = [
-        rationale is not None and value in f"{rationale.text_analysis} {rationale.image_analysis}".split()
+        rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")
         for sample, rationale in zip(samples, judged.rationales, strict=True)
         for value in sample.attributes.values()
     ]

@@ -45,19 +45,22 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     dtype = student.model.dtype
     model = student.merged().eval()
-    with quiet():
-        model.save_pretrained(beside)  # type: ignore[operator]
-        student.processor.save_pretrained(beside)
-    _name_standard_classes(beside)
-    if adapter.exists() and (adapter / "adapter_config.json").exists():
-        shutil.copytree(adapter, beside / "adapter")
-    figures = check(beside, model.float(), student, samples[: settings.check_samples])
-    model.to(dtype)  # type: ignore[arg-type]
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    (beside / "export.json").write_text(json.dumps(figures, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(beside, folder)
+    try:
+        with quiet():
+            model.save_pretrained(beside)  # type: ignore[operator]
+            student.processor.save_pretrained(beside)
+        _name_standard_classes(beside)
+        if (adapter / "adapter_config.json").exists():
+            shutil.copytree(adapter, beside / "adapter")
+        figures = check(beside, model.float(), student, samples[: settings.check_samples])
+        model.to(dtype)  # type: ignore[arg-type]
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        (beside / "export.json").write_text(json.dumps(figures, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return figures
 
 

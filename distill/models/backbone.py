@@ -196,7 +196,7 @@ def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, trai
     model = _pretrained(settings, settings.path)
     if train and settings.lora is not None:
         model = _with_lora(model, settings.lora)
-    return Backbone(model.train(train), _processor(settings.path, settings.revision), labels, settings)
+    return Backbone(model.train(train), _processor(model, settings.path, settings.revision), labels, settings)
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
@@ -214,7 +214,7 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
             raise SettingsError(f"the adapter in {adapter} cannot be loaded: {_first_line(error)}") from error
     else:
         model = _pretrained(settings, str(adapter))
-    return Backbone(model.eval(), _processor(str(adapter), "main"), labels, settings)
+    return Backbone(model.eval(), _processor(model, str(adapter), "main"), labels, settings)
 
 
 def on_meta(settings: ModelSettings) -> torch.nn.Module:
@@ -317,9 +317,9 @@ def _four_bits(settings: ModelSettings) -> Any:
     )
 
 
-def _processor(path: str, revision: str) -> Any:
+def _processor(model: Any, path: str, revision: str) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
+        processor = tiny.processor_class(model.config).from_pretrained(path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

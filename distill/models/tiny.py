@@ -6,10 +6,12 @@ They make the whole chain run on a CPU without a model hub. The architecture is 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -52,8 +54,13 @@ class ImageOnlyProcessor(Qwen2_5_VLProcessor):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
 
-if not is_torchvision_available():
-    AutoProcessor.register(Qwen2_5_VLConfig, ImageOnlyProcessor, exist_ok=True)
+def processor_class(config: PretrainedConfig) -> Any:
+    """What reads the processor of a model: AutoProcessor, but for Qwen2.5-VL without torchvision.
+
+    Registering the image-only class with AutoProcessor would not do: a folder that names the standard class gets that.
+    """
+    image_only = isinstance(config, Qwen2_5_VLConfig) and not is_torchvision_available()
+    return ImageOnlyProcessor if image_only else AutoProcessor
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -1,6 +1,9 @@
 """What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, and one way to train."""
 
 import json
+import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +30,9 @@ from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import DEFAULTS, fit, fits_here
+from distill.training.fit import DEFAULTS, active_folder, fit, fits_here
+
+log = logging.getLogger(__name__)
 
 _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
@@ -51,16 +56,24 @@ class Context:
     def corpus(self) -> Corpus:
         """The data, read and checked once; what was dropped is written to `quarantine.jsonl` in the run's folder."""
         corpus = read_corpus(self.recipe.data, self.labels)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_quarantine(self.folder / "quarantine.jsonl", corpus.dropped)
+        if active_folder() is None:  # the processes of one training would write it at once
+            report = self.folder / "quarantine.jsonl"
+            write_quarantine(report, corpus.dropped)
+            if corpus.dropped:
+                first = corpus.dropped[0]
+                found = f"{len(corpus.dropped)} rows are left out and listed in {report}; the first:"
+                log.warning("data: %s %s row %d: %s", found, first.file, first.row, first.reason)
         return corpus
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer that the chain's tiny models of one vocabulary size share; trained when missing."""
         parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.recipe.task.labels, prompts.VERSION)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
-        if not settings.path and not (folder / "tokenizer.json").exists():
-            tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(folder)
+        if not settings.path and not folder.exists():
+            beside = folder.with_name(f".{folder.name}.new")
+            shutil.rmtree(beside, ignore_errors=True)
+            tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(beside)
+            os.replace(beside, folder)
         return folder
 
     def _texts(self) -> list[str]:
@@ -106,7 +119,7 @@ class Context:
         logger = tracked.lightning_logger()
         arguments = DEFAULTS | self.recipe.trainer | settings.trainer
         for name in ("max_epochs", "check_val_every_n_epoch"):
-            if (arguments.get(name) or 0) > 0:
+            if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= longer
         fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
@@ -177,7 +190,18 @@ def progress(description: str) -> Callable[[int, int], None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it holds either all of the text or what it held before. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from distill.annotation.ledger import Ledger, Memory
 from distill.data import jsonl
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import Judged, judge, read, role_metrics
@@ -24,8 +25,9 @@ def run(context: Context, tracked: StageRun) -> None:
         judged[role] = judge(reasoner, samples, labels, settings, template, progress(f"evaluate {role}"))
 
     teacher = context.teacher() if settings.teacher else None
-    if teacher is not None:
-        ask("teacher", teacher, "predict")
+    if teacher is not None:  # through a ledger, for what it answers may have to be paid for
+        with Ledger(context.folder / "evaluate" / "ledger.jsonl") as ledger:
+            ask("teacher", Memory(teacher, labels, ledger, chunk=256), "predict")
     if recipe.assistant is not None:
         ask("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
     ask("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)

@@ -1,6 +1,7 @@
 """`report.html` and the table at the end of a chain, from what the stages left."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
     """Test posts spread over the split, those on which the roles disagree first."""
     rows = [row.fields or {} for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
 
-    def agreed(row: dict[str, Any]) -> bool:
+    def agreed(row: Mapping[str, Any]) -> bool:
         return {answer["label"] for answer in row["roles"].values()} == {row["gold"]}
 
     disputed = [row for row in rows if not agreed(row)]
@@ -72,7 +73,7 @@ def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
     return [_entry(Path(recipe.data.root), row) for row in chosen]
 
 
-def _entry(root: Path, row: dict[str, Any]) -> dict[str, Any]:
+def _entry(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "text": row["text"],

@@ -105,7 +105,7 @@ def fit(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     if started:
         sys.exit(0)
     _leave_group()

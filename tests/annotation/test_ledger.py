@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from distill.annotation import ledger as module
-from distill.annotation.ledger import Ledger, Memory, digest, key
+from distill.annotation.ledger import Ledger, Memory, digest, key, read_scores
 from distill.errors import RunError
 from distill.models.reasoner import Answer, ClassScores, Sampling
 from distill.task.labels import LabelSpace
@@ -227,10 +227,12 @@ def test_probabilities_are_remembered_for_their_labels_only(tmp_path: Path) -> N
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         teacher = Teacher()
         for _ in range(2):
-            found = dict(Memory(teacher, LabelSpace(), ledger, chunk=64).classify(samples))
-            assert json.loads(found[1].text) == [0.1, 0.2, 0.7]
+            found = dict(Memory(teacher, LabelSpace(), ledger, chunk=64).scores(samples))
+            assert read_scores(found[1])[0] == [0.1, 0.2, 0.7]
+            whole = Memory(teacher, LabelSpace(), ledger, chunk=64).classify(samples)
+            assert whole.probabilities.tolist() == [[0.1, 0.2, 0.7]] * 2 and whole.label_mass.tolist() == [1, 1]
         assert teacher.asked == ["s0", "s1"]
-        dict(Memory(teacher, LabelSpace.from_names(["bad", "so so", "good"]), ledger, chunk=64).classify(samples))
+        dict(Memory(teacher, LabelSpace.from_names(["bad", "so so", "good"]), ledger, chunk=64).scores(samples))
         assert teacher.asked == ["s0", "s1"] * 2
 
 

@@ -45,7 +45,7 @@ def rationale(label: str, words: str = "the words are plain") -> str:
 
 def answer(question: Question) -> str:
     """Explain the label that is given away, else predict what the picture shows; classify in one line."""
-    hint = question.text.partition("The sentiment is known to be ")[2].partition(".")[0]
+    hint = question.text.partition("\nThe sentiment is ")[2].partition(".")[0]
     if question.text.startswith("Classify"):
         return f'"Prediction": {question.sentiment}'
     return rationale(hint or question.sentiment)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone
-from distill.models.tiny import SPECIAL_TOKENS, TinySettings, build_config, load_tokenizer, train_tokenizer
+from distill.models.tiny import SPECIAL_TOKENS, TinySettings, build_config, load_tokenizer, train_tokenizer, processor_class
 
 
 def test_the_tokenizer_returns_any_text_unchanged(tokenizer_folder: Path, postcards: Corpus) -> None:
@@ -49,7 +49,7 @@ def test_the_model_is_the_real_architecture_with_tied_embeddings(backbone: Backb
 def test_a_saved_model_and_processor_load_as_stock_ones(backbone: Backbone, tmp_path: Path) -> None:
     backbone.save(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    processor = AutoProcessor.from_pretrained(tmp_path)
+    processor = processor_class(model.config).from_pretrained(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hello<|im_end|>\n"
     features = processor(text=[text], images=[picture], return_tensors="pt")

@@ -199,7 +199,7 @@ def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Pat
     size = TinySettings(hidden=128, layers=2, vision_hidden=64, vision_depth=1)
     backbone = create(ModelSettings(tiny=size, image_size=56, batch_size=32), labels, tmp_path / "tokenizer")
     settings = TrainSettings(batch_size=16, learning_rate=1e-3, warmup_steps=20, tasks=tasks)
-    learn(backbone, corpus, corpus.train, settings, max_steps=350, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0)
+    learn(backbone, corpus, corpus.train, settings, max_steps=220, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0)
     reasoner = Local(backbone, "student")
 
     pictures = [sample.images for sample in corpus.test]

@@ -1,0 +1,447 @@
+"""Recipes: overrides, round trips, every refusal in one sentence, and the documentation of every field."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import Qwen2_5_VLConfig
+
+from distill.errors import SettingsError
+from distill.models.backbone import LoraSettings, ModelSettings, on_meta
+from distill.recipe import Recipe, check, load, parser, to_yaml
+from tests import micro
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+ENDPOINT = {"base_url": "http://localhost:8000/v1", "model": "big-vl"}
+
+
+def loaded(*arguments: str) -> Recipe:
+    return load(parser("run"), arguments)[0]
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(SettingsError) as error:
+        loaded(*arguments)
+    message = str(error.value)
+    assert message and "\n" not in message
+    assert not re.search(r"class|Traceback|jsonargparse|Namespace|Union", message)
+    return message
+
+
+def printed(command: str, *arguments: str) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        load(parser(command), arguments)
+    assert end.value.code == 0
+    return output.getvalue()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return micro.write(tmp_path, micro.TAUGHT)
+
+
+def change(path: Path, name: str, value: Any) -> None:
+    """Set one field of a recipe file by its dotted name."""
+    content = yaml.safe_load(path.read_text())
+    *sections, field = name.split(".")
+    place = content
+    for section in sections:
+        if not isinstance(place.get(section), dict):
+            place[section] = {}
+        place = place[section]
+    place[field] = value
+    path.write_text(yaml.safe_dump(content))
+
+
+# ---- what is read ----
+
+
+def test_any_field_is_overridden_by_its_dotted_name(path: Path) -> None:
+    recipe = loaded(
+        *("--config", str(path), "--student.distillation.weight", "0.5", "--student.model.tiny.hidden=128"),
+        *("--trainer.max_epochs", "7", "--student.trainer.precision", "bf16-mixed", "--task.labels", "[bad, good]"),
+        *("--augment.temperature", "1", "--tracking.mode", "offline", "--teacher.tasks.classify", "2.5"),
+    )
+    assert recipe.student is not None and recipe.teacher is not None and recipe.augment is not None
+    assert (recipe.student.distillation.weight, recipe.student.model.tiny.hidden) == (0.5, 128)
+    assert recipe.student.model.tiny.layers == 1  # what stands beside it stays as the file has it
+    assert recipe.trainer == {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "max_epochs": 7}
+    assert recipe.student.trainer == {"max_epochs": 2, "precision": "bf16-mixed"}
+    assert recipe.labels.polarity == (-1, 1)
+    assert recipe.augment.temperature == 1.0
+    assert recipe.tracking.mode == "offline"
+    assert recipe.teacher.tasks == {"predict": 1.0, "explain": 1.0, "classify": 2.5}
+
+
+def test_sections_come_and_go_by_flags(path: Path) -> None:
+    recipe = loaded(
+        *("--config", str(path), "--teacher", "null", "--annotate.endpoint", json.dumps(ENDPOINT)),
+        *("--annotate.endpoint.concurrency", "3", "--export", "null"),
+        *("--student.model.path", "some/model", "--student.model.lora", "{}", "--student.model.lora.r", "4"),
+    )
+    assert recipe.teacher is None and recipe.export is None
+    assert recipe.annotate is not None and recipe.annotate.endpoint is not None and recipe.student is not None
+    assert (recipe.annotate.endpoint.model, recipe.annotate.endpoint.concurrency) == ("big-vl", 3)
+    assert recipe.annotate.max_new_tokens == 100
+    assert recipe.student.model.lora == LoraSettings(r=4)
+
+
+def test_later_files_and_flags_win(path: Path, tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("seed: 5\nstudent: {batch_size: 3}\n")
+    recipe = loaded("--config", str(path), "--config", str(over), "--seed", "6")
+    assert recipe.student is not None
+    assert (recipe.seed, recipe.student.batch_size, recipe.student.trainer) == (6, 3, {"max_epochs": 2})
+
+
+@pytest.mark.parametrize("source", [None, *RECIPES], ids=lambda p: p.stem if p else "micro")
+def test_what_is_printed_and_what_a_run_keeps_load_back(source: Path | None, path: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(source or path), "--seed", "9", "--student.distillation.temperature", "3"]
+    recipe = loaded(*arguments)
+    again = tmp_path / "again.yaml"
+    again.write_text(printed("run", *arguments, "--print_config"))
+    assert loaded("--config", str(again)) == recipe
+    again.write_text(to_yaml(recipe))
+    assert loaded("--config", str(again)) == recipe
+
+
+# ---- what is refused: names ----
+
+UNKNOWN = {
+    "studnet": ("student", "the recipe takes name, runs, seed"),
+    "student.modle": ("model", "student takes model, tasks"),
+    "student.model.pth": ("path", "student.model takes path"),
+    "student.model.tiny.hiden": ("hidden", "student.model.tiny takes hidden"),
+    "student.model.lora.rr": ("r", "student.model.lora takes r, alpha"),
+    "student.distillation.wieght": ("weight", "student.distillation takes weight, temperature, positions"),
+    "annotate.endpoint.base": ("base_url", "annotate.endpoint takes base_url, model"),
+    "annotate.model.pth": ("path", "annotate.model takes path"),
+    "annotate.chunks": ("chunk", "annotate takes retries"),
+    "data.rot": ("root", "data takes source, root"),
+    "data.postcards.sed": ("seed", "data.postcards takes seed"),
+    "task.label": ("labels", "task takes labels, polarity"),
+    "tracking.mod": ("mode", "tracking takes project, mode"),
+    "export.samples": (None, "export takes check_samples"),
+}
+
+
+@pytest.mark.parametrize("value", [3, {}, "text", None], ids=repr)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_field_in_a_file_is_named_with_those_there_are(name: str, value: Any, path: Path) -> None:
+    change(path, name, value)
+    meant, takes = UNKNOWN[name]
+    message = refused("--config", str(path))
+    assert message.startswith(f"{name} is not a field")
+    assert meant is None or f"did you mean {meant}?" in message
+    assert takes in message
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_flag_is_named_with_those_there_are(name: str, path: Path) -> None:
+    message = refused("--config", str(path), f"--{name}", "3")
+    assert message.startswith(f"{name} is not a field") and UNKNOWN[name][1] in message
+    assert refused("--config", str(path), f"--{name}=3") == message
+    section, _, field = name.rpartition(".")
+    if section:
+        assert refused("--config", str(path), f"--{section}", json.dumps({field: 3})).startswith(name)
+
+
+def test_an_argument_of_the_trainer_is_checked_too(path: Path) -> None:
+    assert refused("--config", str(path), "--trainer.max_epoch", "3").startswith("trainer.max_epoch is not a setting of")
+    assert "callbacks" in refused("--config", str(path), "--student.trainer.callbacks", "[]")
+    assert refused("--config", str(path), "extra") == "unrecognized arguments: extra"
+
+
+# ---- what is refused: values ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "takes"),
+    [
+        ("seed", "x", "a whole number"),
+        ("seed", 1.5, "a whole number"),
+        ("student.batch_size", "many", "a whole number"),
+        ("student.learning_rate", "fast", "a number"),
+        ("student.model.tiny.hidden", "wide", "a whole number"),
+        ("student.model.lora.r", "x", "a whole number"),
+        ("student.tasks", [1], "a mapping"),
+        ("student.hard_labels_baseline", "perhaps", "true or false"),
+        ("annotate.recorded", "maybe", "true or false"),
+        ("annotate.unlabelled", "keep", "one of skip, keep_confident"),
+        ("data.source", "csv", "one of jsonl, twitter, mvsa, mosi, postcards"),
+        ("data.train", "x.jsonl", "a list"),
+        ("student.distillation.positions", "some", "one of response, all"),
+        ("student.model.dtype", "int8", "one of float32, bfloat16, float16"),
+        ("tracking.mode", "on-line", "one of auto, online, offline, disabled"),
+        ("task.labels", "positive", "a list"),
+        ("task.polarity", "x", "a list"),
+        ("trainer", 3, "a mapping"),
+        ("student", 3, "a section; it takes model, tasks"),
+        ("student.model", 3, "a section; it takes path"),
+        ("student.model.lora", 3, "a section; it takes r, alpha"),
+        ("data", 3, "a section; it takes source"),
+    ],
+)
+def test_a_wrong_type_is_named_with_its_value_and_what_is_taken(
+    name: str, value: Any, takes: str, path: Path, tmp_path: Path
+) -> None:
+    expected = f"{name}: {value} is not {takes}"
+    assert refused("--config", str(path), f"--{name}", str(value)).startswith(expected)
+    change(path, name, value)
+    assert refused("--config", str(path)).startswith(expected)
+
+
+def test_text_that_yaml_reads_as_a_number_wants_quotes(path: Path) -> None:
+    change(path, "name", 3)
+    assert refused("--config", str(path)) == "name: 3 is not text; quote it in YAML"
+
+
+def test_what_is_required_is_named_where_it_is_missing(path: Path) -> None:
+    change(path, "annotate.endpoint", {"base_url": "http://h"})
+    assert refused("--config", str(path)) == "annotate.endpoint.model is required"
+    change(path, "annotate", None)
+    change(path, "name", None)
+    assert refused("--config", str(path)) == "name is required"
+    assert refused("--seed", "3") == "name is required"
+    assert "expected one argument" in refused("--config")
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "nope.yaml"
+    assert refused("--config", str(missing)) == f"--config: cannot read {missing}: No such file or directory"
+    assert "Is a directory" in refused("--config", str(tmp_path))
+    path = tmp_path / "r.yaml"
+    for content, complaint in (
+        ("name: [x\n  foo: }", "is not valid YAML"),
+        ("name: q\n\tseed: 1\n", "line 2"),
+        ("", "holds no fields"),
+        ("- a\n- b\n", "holds no fields"),
+    ):
+        path.write_text(content)
+        message = refused("--config", str(path))
+        assert str(path) in message and complaint in message
+    path.write_bytes(b"name: \xff\xfe")
+    assert "is not valid YAML" in refused("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("annotate.retries", -1, "annotate.retries is -1; it takes 0 or more"),
+        ("annotate.confidence", 2.0, "annotate.confidence is 2.0; it takes above 0, at most 1"),
+        ("annotate.endpoint", ENDPOINT | {"base_url": "x"}, "annotate.endpoint.base_url is 'x'; it takes an address"),
+        ("annotate.endpoint", ENDPOINT | {"concurrency": 0}, "annotate.endpoint.concurrency is 0"),
+    ],
+)
+def test_what_a_section_refuses_itself_is_named_by_its_place(name: str, value: Any, sentence: str, path: Path) -> None:
+    change(path, name, value)
+    assert refused("--config", str(path)).startswith(sentence)
+
+
+# ---- what is refused: combinations ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"name": "a/b"}, "name: 'a/b' takes letters"),
+        ({"name": "../up"}, "name: '../up' takes letters"),
+        ({"name": ".hidden"}, "name: '.hidden' takes letters"),
+        ({"task.labels": ["one"]}, "task.labels needs at least two names"),
+        ({"task.labels": ["a", "A"]}, "task.labels names one label twice"),
+        ({"task.polarity": [1]}, "task.polarity needs one of -1, 0, 1 for each label"),
+        ({"student.tasks": {"sing": 1.0}}, "student.tasks.sing: 1.0 is not a task"),
+        ({"student.tasks": {"reason": 0.0}}, "student.tasks.reason: 0.0 is not a task with a positive weight"),
+        ({"student.tasks": {}}, "student.tasks: at least one task"),
+        ({"assistant.batch_size": 0}, "assistant.batch_size is 0; it takes 1 or more"),
+        ({"teacher.model.lora": {}}, "teacher.model.lora needs teacher.model.path"),
+        ({"annotate.endpoint": ENDPOINT}, "annotate takes one teacher"),
+        ({"annotate.model": {"path": "p"}}, "annotate takes one teacher"),
+        ({"teacher": None}, "annotate needs a teacher"),
+        ({"annotate": None}, "assistant.tasks: reasoning needs an annotate section"),
+        ({"annotate": None, "assistant": None, "augment": None, "student.distillation.weight": 0.0},
+         "student.tasks: reasoning needs an annotate section"),
+        ({"assistant": None}, "augment needs an assistant section"),
+        ({"assistant.tasks": {"classify": 1.0}}, "augment needs an assistant section that trains the reason task"),
+        ({"student.distillation.weight": 1.5}, "student.distillation.weight is 1.5; it takes 0 to 1"),
+        ({"student.distillation.temperature": 0.0}, "student.distillation.temperature is 0.0; it takes more than 0"),
+        ({"assistant": None, "augment": None}, "student.distillation.weight needs an assistant section"),
+        ({"student": None}, "evaluate needs a student section"),
+        ({"student": None, "evaluate": None}, "export needs a student section"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_impossible_combination_is_refused(changes: dict[str, Any], sentence: str, path: Path) -> None:
+    for name, value in changes.items():
+        change(path, name, value)
+    assert refused("--config", str(path)).startswith(sentence)
+
+
+def test_the_ablations_of_the_paper_are_sections_left_out(path: Path) -> None:
+    for changes in (
+        {"augment": None},
+        {"assistant": None, "augment": None, "student.distillation.weight": 0.0},
+        {"student.tasks": {"classify": 1.0}},
+        {"student.distillation.weight": 0.0},
+        {"teacher": None, "annotate.recorded": True},
+        {"teacher": None, "annotate": None, "assistant": None, "augment": None, "student.distillation.weight": 0.0,
+         "student.tasks": {"classify": 1.0}},
+    ):  # fmt: skip
+        content = yaml.safe_load(path.read_text())
+        for name, value in changes.items():
+            change(path, name, value)
+        check(loaded("--config", str(path)))
+        path.write_text(yaml.safe_dump(content))
+
+
+# ---- documentation ----
+
+
+def fields(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted name of every field, with the page of help where it should stand."""
+    for item in dataclasses.fields(section):
+        name = prefix + item.name
+        kinds = typing.get_args(item.type) or (item.type,)
+        inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        yield name, item.name
+        if inner is not None:
+            yield from fields(inner, f"{name}.")
+
+
+def documented(page: str) -> set[str]:
+    """The options of a help page that come with a sentence, not with a type alone."""
+    entries = re.split(r"\n  (?=--)", page.partition("\noptions:")[2])
+    return {
+        re.split(r"[\s,]", entry)[0].removeprefix("--")
+        for entry in entries
+        if re.search(r"\w\. ?\(|\w: .* \(type", " ".join(" ".join(entry.split()[1:]).split()))
+        and not re.search(r"^\S+\s+\S*\s*\((required, )?type", " ".join(entry.split()))
+    }
+
+
+def test_every_field_is_documented_in_a_help_page() -> None:
+    pages = [printed("run", "--help")]
+    while True:
+        shown = set(re.findall(r"--([\w.]+)\.help", "".join(pages)))
+        if len(pages) == len(shown) + 1:
+            break
+        pages = [pages[0], *(printed("run", f"--{name}.help") for name in sorted(shown))]
+    found = set().union(*map(documented, pages))
+    sections = {name for name, _ in fields(Recipe) if any(other.startswith(f"{name}.") for other, _ in fields(Recipe))}
+    values = {name for name, _ in fields(Recipe)} - sections
+    assert len(values) > 100
+    assert values - found == set()
+
+
+def test_every_field_has_a_docstring_of_its_own() -> None:
+    """A type alone is no documentation: the sentence under the field must be there, for sections too."""
+    import ast
+    import inspect
+
+    def classes(section: Any) -> Iterator[type]:
+        yield section
+        for item in dataclasses.fields(section):
+            for kind in typing.get_args(item.type) or (item.type,):
+                if dataclasses.is_dataclass(kind):
+                    yield from classes(kind)
+
+    for settings in {base for found in classes(Recipe) for base in found.__mro__ if base is not object}:
+        body = ast.parse(inspect.getsource(settings)).body[0].body  # type: ignore[attr-defined]
+        for at, statement in enumerate(body):
+            if isinstance(statement, ast.AnnAssign):
+                after = body[at + 1] if at + 1 < len(body) else None
+                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                assert str(text).strip(), f"{settings.__name__}.{ast.unparse(statement.target)} has no docstring"
+
+
+# ---- the recipes that are there ----
+
+
+def published(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, tied: bool) -> Any:
+    """The config of a published Qwen2.5-VL, as its model card gives the sizes."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": vocabulary,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": hidden,
+            "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+        },
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The configs of the hub models that recipes name."""
+    sizes = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": published(2048, 36, 16, 2, 11008, 151_936, True),
+        "Qwen/Qwen2.5-VL-7B-Instruct": published(3584, 28, 28, 4, 18944, 152_064, False),
+    }
+    folders = {name: tmp_path_factory.mktemp("hub") for name in sizes}
+    for name, folder in folders.items():
+        sizes[name].save_pretrained(folder)
+    return folders
+
+
+PARAMETERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 3.7546e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.2922e9}
+LAYERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 36, "Qwen/Qwen2.5-VL-7B-Instruct": 28}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_how_to_run_it_and_its_models_can_be_built(path: Path, hub: dict[str, Path]) -> None:
+    assert path.read_text().startswith(f"# distill run --config recipes/{path.name}")
+    recipe = loaded("--config", str(path))
+    assert recipe.name == path.stem
+    sections = [recipe.teacher, recipe.assistant, recipe.student]
+    models = [section.model for section in sections if section is not None]
+    assert len(models) >= 2
+    for settings in models:
+        if not settings.path:
+            assert sum(weights.numel() for weights in on_meta(settings).parameters()) < 5e6
+            continue
+        model = on_meta(dataclasses.replace(settings, path=str(hub[settings.path])))
+        assert {weights.device.type for weights in model.parameters()} == {"meta"}
+        assert sum(w.numel() for w in model.parameters()) == pytest.approx(PARAMETERS[settings.path], rel=1e-3)
+        assert settings.lora is not None
+        adapted = [name for name, _ in model.named_modules() if re.fullmatch(settings.lora.targets, name)]
+        assert len(adapted) == 7 * LAYERS[settings.path]
+        assert all("language_model" in name and "visual" not in name for name in adapted)
+
+
+@pytest.mark.parametrize("name", ["twitter15", "twitter17", "mvsa-single", "mvsa-multiple"])
+def test_the_papers_recipes_have_its_hyperparameters(name: str) -> None:
+    """MulCoT-RD, arXiv 2508.05234, as DESIGN section 4 quotes it."""
+    recipe = loaded("--config", str(next(path for path in RECIPES if path.stem == name)))
+    assert recipe.seed == 42 and recipe.assistant is not None and recipe.student is not None
+    for section, path, dropout in ((recipe.assistant, "7B", 0.2), (recipe.student, "3B", 0.05)):
+        assert section.model.path == f"Qwen/Qwen2.5-VL-{path}-Instruct"
+        assert section.model.lora == LoraSettings(r=16, alpha=32, dropout=dropout)
+        assert (section.model.image_size, section.model.dtype) == (280, "bfloat16")
+        assert (section.batch_size, section.learning_rate, section.tasks) == (2, 3e-4, {"reason": 1.0, "classify": 1.0})
+        assert (section.patience, section.factor, section.min_learning_rate) == (2, 0.5, 1e-6)
+        trainer = recipe.trainer | section.trainer
+        assert (trainer["max_epochs"], trainer["accumulate_grad_batches"]) == (20, 20)
+    distillation = recipe.student.distillation
+    assert (distillation.weight, distillation.temperature, distillation.positions) == (0.3, 2.0, "response")
+    assert recipe.augment is not None and (recipe.augment.temperature, recipe.augment.max_new_tokens) == (0.7, 512)
+    assert recipe.annotate is not None and recipe.annotate.endpoint is not None
+    assert (recipe.annotate.retries, recipe.annotate.unlabelled) == (3, "skip")
+    assert "72B" in recipe.annotate.endpoint.model
+
+
+def test_a_model_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^model.path: no/such-model cannot be loaded"):
+        on_meta(ModelSettings(path="no/such-model"))

@@ -1,0 +1,148 @@
+"""Distillation through the real modules: the published loss, the frozen assistant, the vocabulary that both share."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill.data.corpus import Corpus
+from distill.models.backbone import Backbone, Features
+from distill.training.batches import encode_tasks
+from distill.training.datamodule import ReasoningDataModule
+from distill.training.fit import fit
+from distill.training.soft_targets import SoftTargets
+from distill.training.student import DistillationSettings, StudentModule, StudentSettings
+
+Make = Any
+
+
+def settings(**distillation: Any) -> StudentSettings:
+    return StudentSettings(batch_size=4, learning_rate=1e-3, distillation=DistillationSettings(**distillation))
+
+
+def student_of(student: Backbone, assistant: Backbone, **distillation: Any) -> StudentModule:
+    return StudentModule(student, settings(**distillation), SoftTargets(assistant, student))
+
+
+@pytest.fixture
+def features(backbone: Backbone, postcards: Corpus) -> Features:
+    """A padded batch: a long post, a short one, one without a picture."""
+    long, short, bare = postcards.train[:3]
+    samples = [replace(long, text=long.text * 3), short, replace(bare, images=())]
+    return encode_tasks(samples, backbone, {"reason": 1.0})["reason"]
+
+
+def full_logits(backbone: Backbone, features: Features) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.model(**{name: value for name, value in features.items() if name != "labels"}).logits
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (0.8, 1.0)])
+def test_all_positions_is_the_published_formula(
+    make_backbone: Make, features: Features, weight: float, temperature: float
+) -> None:
+    """transformers' own loss for the labels, and torch's KL over every position of the padded grid."""
+    student, assistant = make_backbone(1), make_backbone(2, hidden=128)
+    module = student_of(student, assistant, weight=weight, temperature=temperature, positions="all")
+    loss = module.task_loss(features)
+    hard = student.model(**features).loss  # labels included: the model computes it itself
+    z_s, z_a = full_logits(student, features).flatten(0, 1), full_logits(assistant, features).flatten(0, 1)
+    assert len(z_s) == features["input_ids"].numel()
+    soft = F.kl_div(
+        F.log_softmax(z_s / temperature, -1), F.softmax(z_a / temperature, -1), reduction="batchmean"
+    )
+    torch.testing.assert_close(loss.total, (1 - weight) * hard + weight * soft, atol=1e-5, rtol=0)
+
+
+def test_response_positions_are_those_that_predict_the_answer(make_backbone: Make, features: Features) -> None:
+    student, assistant = make_backbone(1), make_backbone(2)
+    loss = student_of(student, assistant, weight=0.4, temperature=3.0).task_loss(features)
+    z_s, z_a = full_logits(student, features), full_logits(assistant, features)
+    hard, soft = [], []
+    for row, labels in enumerate(features["labels"]):
+        at = (labels != -100).nonzero()[:, 0] - 1
+        hard.append(F.cross_entropy(z_s[row, at], labels[at + 1]))
+        log_p, q = F.log_softmax(z_s[row, at] / 3, -1), F.softmax(z_a[row, at] / 3, -1)
+        soft.append((q * (q.log() - log_p)).sum(-1).mean())
+    torch.testing.assert_close(loss.hard.detach(), torch.stack(hard).mean(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss.soft.detach(), torch.stack(soft).mean(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss.total, 0.6 * loss.hard + 0.4 * loss.soft)
+
+
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_a_student_equal_to_its_assistant_has_nothing_to_learn_from_it(
+    make_backbone: Make, features: Features, positions: Any
+) -> None:
+    loss = student_of(make_backbone(1), make_backbone(1), positions=positions).task_loss(features)
+    assert abs(float(loss.soft.detach())) < 1e-7
+    assert float(loss.hard.detach()) > 1
+
+
+def test_without_soft_targets_the_cross_entropy_alone_is_left(make_backbone: Make, features: Features) -> None:
+    student = make_backbone(1)
+    for positions in ("response", "all"):
+        plain = StudentModule(student, settings(positions=positions)).task_loss(features)
+        taught = student_of(student, make_backbone(2), weight=0.0, positions=positions).task_loss(features)
+        assert plain.total == taught.total == plain.hard and float(plain.soft) == 0
+
+
+@pytest.mark.parametrize("padded", ["student", "assistant"])
+def test_a_padded_vocabulary_changes_no_divergence(make_backbone: Make, features: Features, padded: str) -> None:
+    expected = student_of(make_backbone(1), make_backbone(2)).task_loss(features)
+    models = {"student": make_backbone(1), "assistant": make_backbone(2)}
+    models[padded].model.resize_token_embeddings(832)
+    found = student_of(models["student"], models["assistant"]).task_loss(features)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_assistant_belongs_to_nobody_and_never_changes(
+    make_backbone: Make, postcards: Corpus, tmp_path: Path
+) -> None:
+    student, assistant = make_backbone(1), make_backbone(2)
+    module = student_of(student, assistant)
+    theirs = {id(weights) for weights in assistant.model.parameters()}
+    assert not theirs & {id(weights) for weights in module.parameters()}
+    assert len(module.state_dict()) == len(student.model.state_dict())
+    before = {name: weights.clone() for name, weights in assistant.model.state_dict().items()}
+    own = [weights.detach().clone() for weights in student.model.parameters()]
+    data = ReasoningDataModule(
+        student, postcards.train[:8], postcards.validation[:6], module.settings.tasks, batch_size=4
+    )
+    options = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    trainer = fit(module, data, tmp_path, options)
+    assert float(trainer.callback_metrics["train/reason_kl"]) > 0
+    assert float(trainer.callback_metrics["train/classify_kl"]) > 0
+    after = assistant.model.state_dict()
+    assert all(torch.equal(weights, after[name]) for name, weights in before.items())
+    assert not assistant.model.training and all(weights.grad is None for weights in assistant.model.parameters())
+    assert any(not torch.equal(one, two) for one, two in zip(own, student.model.parameters(), strict=True))
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = {name for name, weights in module.named_parameters() if weights.requires_grad}
+    assert set(saved["state_dict"]) == trained
+    sizes = [weights.numel() for weights in saved["state_dict"].values()]
+    assert sum(sizes) == sum(weights.numel() for weights in student.model.parameters())
+
+
+def test_a_student_comes_closer_to_its_assistant(make_backbone: Make, postcards: Corpus) -> None:
+    student, assistant = make_backbone(1), make_backbone(2)
+    module = student_of(student, assistant, weight=1.0)
+    divergences = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            divergences.append(float(trainer.callback_metrics["train/reason_kl"]))
+
+    data = ReasoningDataModule(
+        student, postcards.train[:16], postcards.validation[:6], module.settings.tasks, batch_size=8
+    )
+    trainer = L.Trainer(
+        max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False, callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[-1] < 0.8 * divergences[0]
