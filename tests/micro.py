@@ -43,8 +43,9 @@ FLUENT: dict[str, Any] = LEARNER | {
 
 TAUGHT: dict[str, Any] = RECORDED | {
     "teacher": FLUENT,
-    "annotate": {"max_new_tokens": 100, "retries": 1, "unlabelled": "keep_confident", "confidence": 0.4},
+    "annotate": {"max_new_tokens": 100, "retries": 1, "unlabelled": "keep_confident", "confidence": 0.4, "chunk": 4},
     "assistant": FLUENT,
+    "augment": {"max_new_tokens": 100, "chunk": 4},
 }
 """Teacher and assistant learn the format of a rationale, if not the truth; the teacher labels what has no label."""
 

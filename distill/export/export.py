@@ -41,8 +41,9 @@ def export(
     Raises:
         RunError: the reloaded model answers differently, or does not load.
     """
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, earlier = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+    for leftover in (beside, earlier):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     dtype = student.model.dtype
     model = student.merged().eval()
     try:
@@ -57,8 +58,9 @@ def export(
         (beside / "README.md").write_text(card, encoding="utf-8")
         (beside / "export.json").write_text(json.dumps(figures, indent=2) + "\n")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, earlier)
         os.replace(beside, folder)
+        shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return figures

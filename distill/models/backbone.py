@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from distill.data.images import decode
@@ -44,7 +44,7 @@ class LoraSettings:
     dropout: float = 0.05
     """Dropout before the adapter."""
     targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over module names; the default takes the language model's projections, not the vision tower's."""
+    """Regular expression over module names; the default takes the language model's projections, no vision tower's."""
     quantize: bool = False
     """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
 
@@ -103,7 +103,7 @@ class Backbone:
         *,
         padding_side: Literal["left", "right"] = "right",
     ) -> Features:
-        """Tensors of B samples, padded to the longest: `input_ids`, `attention_mask` [B, T], pictures as the model wants.
+        """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and what pictures need.
 
         With `answers`, each is appended with its end token and `labels` [B, T] marks it, IGNORE elsewhere. Without
         answers, a *classify* prompt is closed with the forced prefix, so that the next token is the label's.
@@ -113,10 +113,8 @@ class Backbone:
         images = pictures if all(pictures) else [image for row in pictures for image in row] or None
         tokenizer = self.processor.tokenizer
         begins = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)  # written by the chat template
-        features = dict(
-            self.processor(
-                text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=not begins
-            )
+        features: Features = dict(
+            self.processor(text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=not begins)
         )
         if answers is not None:
             endings = [[*self._tokens(answer), tokenizer.eos_token_id] for answer in answers]
@@ -164,7 +162,7 @@ class Backbone:
     def save(self, folder: Path) -> None:
         """Write the trained weights (the adapter alone under LoRA) and the processor."""
         with quiet():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder)  # type: ignore[operator]
             self.processor.save_pretrained(folder)
 
     def merged(self) -> torch.nn.Module:
@@ -274,7 +272,7 @@ def quiet():  # type: ignore[no-untyped-def]
 def _control_tokens(processor: Any) -> re.Pattern[str]:
     """What the tokenizer, or the processor before it, takes for a control token wherever it stands in a text."""
     tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {getattr(processor, name, None) for name in ("image_token", "video_token")} - {None}
+    tokens |= {getattr(processor, name) for name in ("image_token", "video_token") if hasattr(processor, name)}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 

@@ -51,7 +51,8 @@ class Local:
         first = 0
         for batch in _batches(samples, self.backbone.settings.batch_size):
             features = _to(self.backbone.encode(batch, template, padding_side="left"), self.backbone.device)
-            with torch.random.fork_rng(_devices(self.backbone.device)):  # what a caller draws between two batches changes nothing, nor does this
+            # a caller may draw between two batches: neither changes what the other gets
+            with torch.random.fork_rng(_devices(self.backbone.device)):
                 torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
                 output = model.generate(**features, **options)  # type: ignore[operator]
             prompts = features["attention_mask"].sum(1).tolist()

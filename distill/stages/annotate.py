@@ -14,10 +14,9 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
-    with Ledger(folder / "ledger.jsonl") as ledger:
-        outcome = annotate(
-            context.corpus.train, context.labels, context.teacher(), settings, ledger, progress("annotate")
-        )
+    samples, teacher = context.corpus.train, context.teacher()
+    with Ledger(folder / "ledger.jsonl") as ledger, progress("annotate") as show:
+        outcome = annotate(samples, context.labels, teacher, settings, ledger, show)
     context.write_rationales(
         "annotate",
         [

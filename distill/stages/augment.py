@@ -13,10 +13,9 @@ def run(context: Context, tracked: StageRun) -> None:
     labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
     posts = {sample.id: sample for sample in context.rationales("annotate")} | labelled  # gold labels before a teacher's
     folder = context.folder / "augment"
-    with Ledger(folder / "ledger.jsonl") as ledger:
-        kept, summary = augment(
-            list(posts.values()), context.labels, context.reasoner("assistant"), settings, ledger, progress("augment")
-        )
+    assistant = context.reasoner("assistant")
+    with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
+        kept, summary = augment(list(posts.values()), context.labels, assistant, settings, ledger, show)
     context.write_rationales(
         "augment",
         [(sample, rationale, {"source": "augmented", "teacher_label": sample.id not in labelled}) for sample, rationale in kept],

@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -175,17 +176,16 @@ class Context:
         return self.rationales(*stages)
 
 
-def progress(description: str) -> Callable[[int, int], None]:
-    """A progress bar as a function of what is done and what there is."""
-    bar: tqdm = tqdm(desc=description, unit="post", leave=False)
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as a function of what is done and what there is; it leaves an empty line, also after a failure."""
+    with tqdm(desc=description, unit="post", leave=False) as bar:
 
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    return show
+        yield show
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -22,7 +22,8 @@ def run(context: Context, tracked: StageRun) -> None:
     judged: dict[str, Judged] = {}
 
     def ask(role: str, reasoner: Reasoner, template: Template | None) -> None:
-        judged[role] = judge(reasoner, samples, labels, settings, template, progress(f"evaluate {role}"))
+        with progress(f"evaluate {role}") as show:
+            judged[role] = judge(reasoner, samples, labels, settings, template, show)
 
     teacher = context.teacher() if settings.teacher else None
     if teacher is not None:  # through a ledger, for what it answers may have to be paid for

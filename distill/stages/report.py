@@ -60,7 +60,7 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
     """Test posts spread over the split, those on which the roles disagree first."""
-    rows = [row.fields or {} for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
+    rows = [dict(row.fields) for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
 
     def agreed(row: Mapping[str, Any]) -> bool:
         return {answer["label"] for answer in row["roles"].values()} == {row["gold"]}

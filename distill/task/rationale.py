@@ -21,7 +21,9 @@ _HEADER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
-_LEAKS = ("is labeled as", "is labelled as", "the given label", "the provided label", "the gold label", "is known to be")
+_LEAKS = (
+    "is labeled as", "is labelled as", "the given label", "the provided label", "the gold label", "is known to be",
+)  # fmt: skip
 
 
 class InvalidRationale(ValueError):

@@ -79,7 +79,7 @@ class AssistantModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         predicted, gold = (torch.cat(column) for column in zip(*self._judged, strict=True))
         self._judged.clear()
-        predicted, gold = (self.all_gather(column).flatten().cpu() for column in (predicted, gold))
+        predicted, gold = (torch.as_tensor(self.all_gather(part)).flatten().cpu() for part in (predicted, gold))
         seen = gold >= 0  # fillers that give every process equally many
         accuracy = float((predicted == gold)[seen].float().mean())
         macro_f1 = float(f1_score(gold[seen], predicted[seen], average="macro", zero_division=0))
@@ -98,7 +98,7 @@ class AssistantModule(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, "max", settings.factor, settings.patience, min_lr=settings.min_learning_rate
         )
-        # stepped after each validation: Lightning would do it after the checkpoint is written, and a resumed run miss it
+        # stepped after each validation: Lightning does it after the checkpoint is written, and a resumed run misses it
         plan = {"scheduler": scheduler, "monitor": "val/accuracy", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": plan}
 

@@ -33,8 +33,7 @@ def check_tasks(tasks: Mapping[str, float], field: str) -> None:
     """Raises SettingsError for an unknown task or a weight that is not positive."""
     for name, weight in tasks.items():
         if name not in get_args(Template) or weight <= 0:
-            raise SettingsError(
-                f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {', '.join(get_args(Template))}"
-            )
+            known = ", ".join(get_args(Template))
+            raise SettingsError(f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {known}")
     if not tasks:
         raise SettingsError(f"{field}: at least one task is needed")

@@ -50,11 +50,11 @@ class ReasoningDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         world, rank = self._processes()
-        sampler = StatefulDistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+        sampler = StatefulDistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)
         if self.trainer:  # a resumed run starts its workers before Lightning tells the sampler which epoch it is
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
-            self.train,  # type: ignore[arg-type]
+            self.train,
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,

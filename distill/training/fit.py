@@ -160,7 +160,7 @@ def _set_aside(path: Path) -> Path | None:
 
 def _join(earlier: Path, later: Path) -> None:
     """Put the rows of the earlier part before those of the later one that went on from its last checkpoint."""
-    parts = []
+    parts: list[list[dict[str, Any]]] = []
     for path in (earlier, later):
         if not path.exists():  # all epochs were done: there was nothing to go on with
             parts.append([])

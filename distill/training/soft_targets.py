@@ -32,12 +32,16 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
     """How many ids both models have, after checking that an id means the same to both.
 
     Raises:
-        SettingsError: the tokenizers differ, or the two see pictures differently, so that one cannot read the other's batch.
+        SettingsError: the tokenizers differ, or the two see pictures differently: one cannot read the other's batch.
     """
     if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
-        raise SettingsError("student.distillation: student and assistant have different tokenizers; set its weight to 0")
+        raise SettingsError(
+            "student.distillation: student and assistant have different tokenizers; set its weight to 0"
+        )
     if assistant.processor.image_processor.to_dict() != student.processor.image_processor.to_dict():
-        raise SettingsError("student.distillation: student and assistant process images differently; set its weight to 0")
+        raise SettingsError(
+            "student.distillation: student and assistant process images differently; set its weight to 0"
+        )
     sizes = [backbone.model.get_output_embeddings().weight.shape[0] for backbone in (assistant, student)]  # type: ignore[operator]
     if sizes[0] != sizes[1]:
         logger.info("vocabularies of %d (assistant) and %d (student) ids, cut to the shared %d", *sizes, min(sizes))

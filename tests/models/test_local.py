@@ -130,9 +130,7 @@ def test_a_model_may_have_published_end_tokens_of_its_own(make_backbone: Any, po
 
 def test_published_sampling_settings_do_not_leak_in(make_backbone: Any, posts: list[Sample]) -> None:
     plain, tuned = make_backbone(), make_backbone()
-    tuned.model.generation_config.update(
-        do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=5.0
-    )
+    tuned.model.generation_config.update(do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=5.0)
     for temperature in (0.0, 0.9):
         texts = [
             [a.text for a in answers(Local(model, ""), posts, temperature=temperature, max_new_tokens=12)]
@@ -150,6 +148,11 @@ def test_the_same_seed_draws_the_same_answers_and_another_attempt_others(
     assert one == two
     others = [answers(reasoner, posts, **options, attempt=1), answers(reasoner, posts, **options, seed=43)]
     assert one != others[0] and one != others[1] and others[0] != others[1]
+
+
+def test_the_same_post_twice_is_drawn_for_twice(make_backbone: Any, posts: list[Sample]) -> None:
+    drawn = answers(Local(make_backbone(batch_size=1), ""), posts[:1] * 4, temperature=0.9, max_new_tokens=8)
+    assert len({answer.text for answer in drawn}) == 4
 
 
 def test_drawing_between_batches_changes_nothing_and_is_not_changed(make_backbone: Any, posts: list[Sample]) -> None:

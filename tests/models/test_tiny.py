@@ -10,7 +10,14 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone
-from distill.models.tiny import SPECIAL_TOKENS, TinySettings, build_config, load_tokenizer, train_tokenizer, processor_class
+from distill.models.tiny import (
+    SPECIAL_TOKENS,
+    TinySettings,
+    build_config,
+    load_tokenizer,
+    processor_class,
+    train_tokenizer,
+)
 
 
 def test_the_tokenizer_returns_any_text_unchanged(tokenizer_folder: Path, postcards: Corpus) -> None:

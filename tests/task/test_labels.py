@@ -45,7 +45,12 @@ def test_anything_else_is_no_label(text: str) -> None:
 
 def test_labels_of_several_words_and_with_punctuation_are_found() -> None:
     labels = LabelSpace(("very good", "n.a.", "C++"), (1, 0, -1))
-    assert [labels.find(text) for text in ("Very good.", '"n.a."', "**c++**", "very")] == ["very good", "n.a.", "C++", None]
+    assert [labels.find(text) for text in ("Very good.", '"n.a."', "**c++**", "very")] == [
+        "very good",
+        "n.a.",
+        "C++",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

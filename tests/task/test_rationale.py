@@ -61,8 +61,9 @@ def test_render_is_the_canonical_look() -> None:
 def test_what_is_rendered_is_parsed_back() -> None:
     """Random texts of what could confuse a parser; white space is all that render may change."""
     pieces = [
-        *FIELDS, '"', "'", "`", "```", "```json", "**", "#", "{", "}", ",", ":", "\n", "\n\n", "\t", "\u2028", "\x0b", "\\",
-        '"Prediction": positive', "Prediction:", "- ", "> ", "é", "😀", "x", "not", "neutral", " ", "null", "[", "]", "0",
+        *FIELDS, '"', "'", "`", "```", "```json", "**", "#", "{", "}", ",", ":", "\n", "\n\n", "\t",
+        '"Prediction": positive', "Prediction:", "- ", "> ", "é", "😀", "x", "not", "neutral", " ", "null", "0",
+        "\u2028", "\x0b", "\\", "[", "]",
     ]  # fmt: skip
     rng = random.Random(0)
     seen = 0
@@ -132,7 +133,12 @@ def test_a_quoted_post_never_changes_the_label(look: str, trap: str) -> None:
     """Within the line, on lines of its own, in each field and after the end: the label is right, or there is none."""
     answer = LOOKS[look]
     for text in [*astuple(CHAIN)[:4], None]:
-        for quote in (f"The post says {trap}.", f"The post says:\n{trap}\n", f"{trap} it says", f"\n\n{trap}\n\nit says"):
+        for quote in (
+            f"The post says {trap}.",
+            f"The post says:\n{trap}\n",
+            f"{trap} it says",
+            f"\n\n{trap}\n\nit says",
+        ):
             attacked = f"{answer}\n{quote}" if text is None else answer.replace(text, f"{text[:-1]}. {quote}")
             assert attacked != answer
             try:
@@ -204,7 +210,9 @@ def test_text_without_a_chain_is_malformed(answer: str) -> None:
         parse(answer, LABELS)
 
 
-@pytest.mark.parametrize("label", ["mixed", "negative or neutral", "<negative, neutral or positive>", "somewhat negative"])
+@pytest.mark.parametrize(
+    "label", ["mixed", "negative or neutral", "<negative, neutral or positive>", "somewhat negative"]
+)
 def test_a_prediction_that_is_not_one_label_is_malformed(label: str) -> None:
     with pytest.raises(InvalidRationale, match="not one label"):
         parse(render(CHAIN).replace("negative", label), LABELS)

@@ -37,9 +37,7 @@ def learn(
     backbone: Backbone, corpus: Corpus, samples: Sequence[Sample], settings: TrainSettings, **trainer: Any
 ) -> tuple[AssistantModule, L.Trainer]:
     module = AssistantModule(backbone, settings)
-    data = ReasoningDataModule(
-        backbone, samples, corpus.validation[:9], settings.tasks, batch_size=settings.batch_size
-    )
+    data = ReasoningDataModule(backbone, samples, corpus.validation[:9], settings.tasks, batch_size=settings.batch_size)
     runner = L.Trainer(**QUIET | trainer)
     runner.fit(module, data)
     return module, runner
@@ -199,7 +197,16 @@ def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Pat
     size = TinySettings(hidden=128, layers=2, vision_hidden=64, vision_depth=1)
     backbone = create(ModelSettings(tiny=size, image_size=56, batch_size=32), labels, tmp_path / "tokenizer")
     settings = TrainSettings(batch_size=16, learning_rate=1e-3, warmup_steps=20, tasks=tasks)
-    learn(backbone, corpus, corpus.train, settings, max_steps=220, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0)
+    learn(
+        backbone,
+        corpus,
+        corpus.train,
+        settings,
+        max_steps=220,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+    )
     reasoner = Local(backbone, "student")
 
     pictures = [sample.images for sample in corpus.test]
@@ -211,7 +218,9 @@ def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Pat
 
     # label scoring reads the label that the model would write
     scored = reasoner.classify(corpus.test)
-    written = [answer.text.strip() for _, answer in reasoner.reason(corpus.test, "classify", Sampling(max_new_tokens=4))]
+    written = [
+        answer.text.strip() for _, answer in reasoner.reason(corpus.test, "classify", Sampling(max_new_tokens=4))
+    ]
     names = [labels.names[index] for index in scored.probabilities.argmax(1)]
     assert np.mean([one == two for one, two in zip(names, written, strict=True)]) >= 0.99
     assert scored.label_mass.min() > 0.9

@@ -25,7 +25,12 @@ def test_each_task_has_its_own_answers_to_the_same_pictures(backbone: Backbone, 
 
 def test_a_task_takes_the_samples_whose_answer_is_known(backbone: Backbone, postcards: Corpus) -> None:
     whole, other = postcards.train[:2]
-    samples = [whole, replace(other, rationale=None), replace(other, label=None), replace(other, label=None, rationale=None)]
+    samples = [
+        whole,
+        replace(other, rationale=None),
+        replace(other, label=None),
+        replace(other, label=None, rationale=None),
+    ]
     assert [answer("classify", sample) is None for sample in samples] == [False, False, True, True]
     assert [answer("reason", sample) is None for sample in samples] == [False, True, False, True]
     batch = encode_tasks(samples, backbone, {"reason": 1.0, "classify": 1.0})

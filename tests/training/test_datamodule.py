@@ -14,7 +14,9 @@ from distill.task.sample import Sample
 from distill.training.datamodule import ReasoningDataModule
 
 
-def module(backbone: Backbone, corpus: Corpus, train: int = 10, validation: int = 7, **options: Any) -> ReasoningDataModule:
+def module(
+    backbone: Backbone, corpus: Corpus, train: int = 10, validation: int = 7, **options: Any
+) -> ReasoningDataModule:
     options = {"batch_size": 4, "tasks": {"classify": 1.0}} | options
     tasks = options.pop("tasks")
     data = ReasoningDataModule(backbone, corpus.train[:train], corpus.validation[:validation], tasks, **options)
@@ -36,7 +38,8 @@ def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own(backbone: Backb
     epochs = [ids(as_process(module(backbone, postcards), 0, 1, epoch).train_dataloader()) for epoch in (0, 1, 0)]
     assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
     for epoch in epochs:
-        assert sorted(sum(epoch, [])) == sorted(sample.id for sample in postcards.train[:10])
+        found = [identity for batch in epoch for identity in batch]
+        assert sorted(found) == sorted(sample.id for sample in postcards.train[:10])
     assert epochs[0] != epochs[1] and epochs[0] == epochs[2]
     other = ids(as_process(module(backbone, postcards, seed=1), 0, 1).train_dataloader())
     assert other != epochs[0]
@@ -95,7 +98,9 @@ def test_validation_asks_closed_classify_prompts(backbone: Backbone, postcards: 
 def test_samples_without_any_answer_are_left_out(backbone: Backbone, postcards: Corpus) -> None:
     a, b, c = postcards.train[:3]
     rows: list[Sample] = [a, replace(b, rationale=None), replace(c, rationale=None, label=None)]
-    kept = ReasoningDataModule(backbone, rows, postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2).train
+    kept = ReasoningDataModule(
+        backbone, rows, postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2
+    ).train
     assert [sample.id for sample in kept] == [a.id, b.id]
     with pytest.raises(SettingsError, match="none of the 1 training posts has an answer to reason or classify"):
         ReasoningDataModule(backbone, rows[2:], postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2)

@@ -42,9 +42,7 @@ def test_all_positions_is_the_published_formula(weight: float, temperature: floa
         assert float(loss.total) == pytest.approx(expected, abs=1e-5)
 
 
-def by_hand(
-    student: torch.Tensor, assistant: torch.Tensor, labels: torch.Tensor, t: float
-) -> tuple[float, float]:
+def by_hand(student: torch.Tensor, assistant: torch.Tensor, labels: torch.Tensor, t: float) -> tuple[float, float]:
     """Cross-entropy and KL of `response`, one number at a time."""
     hard = soft = 0.0
     for b in range(B):
@@ -134,7 +132,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
     student, assistant, labels = batch(7)
     student.requires_grad_()
     for positions in ("response", "all"):
-        assert torch.autograd.gradcheck(lambda z, p=positions: task_loss(z, labels, assistant, 0.3, 2.0, p).total, student)
+        assert torch.autograd.gradcheck(
+            lambda z, p=positions: task_loss(z, labels, assistant, 0.3, 2.0, p).total, student
+        )
         (gradient,) = torch.autograd.grad(task_loss(student, labels, assistant, 0.3, 2.0, positions).total, student)
         assert gradient.dtype == torch.float64
 

@@ -52,9 +52,7 @@ def test_all_positions_is_the_published_formula(
     hard = student.model(**features).loss  # labels included: the model computes it itself
     z_s, z_a = full_logits(student, features).flatten(0, 1), full_logits(assistant, features).flatten(0, 1)
     assert len(z_s) == features["input_ids"].numel()
-    soft = F.kl_div(
-        F.log_softmax(z_s / temperature, -1), F.softmax(z_a / temperature, -1), reduction="batchmean"
-    )
+    soft = F.kl_div(F.log_softmax(z_s / temperature, -1), F.softmax(z_a / temperature, -1), reduction="batchmean")
     torch.testing.assert_close(loss.total, (1 - weight) * hard + weight * soft, atol=1e-5, rtol=0)
 
 

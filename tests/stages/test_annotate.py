@@ -1,0 +1,111 @@
+"""Stage `annotate`: the rationales, their ledger and their counts, from a model, a recording and a server."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_dataset
+
+from distill import chain
+from distill.data.corpus import read_corpus
+from distill.recipe import Recipe
+from distill.task.rationale import check
+from tests import micro
+from tests.models.openai_server import Question, Server, rationale
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_rationale_is_valid_and_predicts_its_label(finished: Recipe, folder: Path) -> None:
+    kept = rows(folder / "annotate" / "rationales.jsonl")
+    gold = {sample.id: sample.label for sample in read_corpus(finished.data, finished.labels).train}
+    assert len(kept) > 10
+    for row in kept:
+        assert check(row["rationale"], finished.labels, row["label"]).prediction == row["label"]
+        assert row["teacher_label"] == (gold[row["id"]] is None)
+        assert gold[row["id"]] in (None, row["label"])
+    assert {row["source"] for row in kept} <= {"predicted", "explained"}
+    assert any(row["teacher_label"] for row in kept), "posts without a label get the teacher's"
+
+
+def test_every_post_is_kept_or_quarantined_with_a_reason_and_counted(finished: Recipe, folder: Path) -> None:
+    summary = json.loads((folder / "annotate" / "summary.json").read_text())
+    kept = rows(folder / "annotate" / "rationales.jsonl")
+    quarantined = rows(folder / "annotate" / "quarantine.jsonl")
+    train = read_corpus(finished.data, finished.labels).train
+    assert not {row["id"] for row in kept} & {row["id"] for row in quarantined}
+    assert len(kept) + len(quarantined) + summary["unannotated"] == summary["n"] == len(train) == 36
+    sources = Counter(row["source"] for row in kept)
+    assert (sources["predicted"], sources["explained"]) == (summary["predicted"], summary["explained"])
+    assert Counter(row["reason"] for row in quarantined) == summary["quarantined"]["by_reason"]
+    assert sum(row["teacher_label"] for row in kept) == summary["unlabelled"]["kept"]
+    assert 0 < summary["teacher_accuracy"] <= 1
+
+
+def test_each_answer_stands_in_the_ledger_once(folder: Path) -> None:
+    ledger = rows(folder / "annotate" / "ledger.jsonl")
+    assert len({entry["key"] for entry in ledger}) == len(ledger)
+    assert json.loads((folder / "annotate" / "summary.json").read_text())["paid"]["answers"] == len(ledger)
+    assert {entry["template"] for entry in ledger} <= {"predict", "explain", "classify"}
+
+
+def test_the_rationales_are_a_table_that_datasets_reads(folder: Path, tmp_path: Path) -> None:
+    path = folder / "annotate" / "rationales.jsonl"
+    table = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    assert len(table) == len(rows(path))
+    assert {"id", "text", "label", "images", "rationale", "source", "teacher_label", "split"} <= set(table.column_names)
+
+
+def test_a_recording_is_taken_as_it_is_and_pays_for_nothing(tmp_path: Path) -> None:
+    recipe = micro.read(micro.write(tmp_path, micro.RECORDED))
+    chain.run(recipe, until="annotate")
+    kept = rows(recipe.folder / "annotate" / "rationales.jsonl")
+    recorded = [sample for sample in read_corpus(recipe.data, recipe.labels).train if sample.rationale]
+    assert [(row["id"], row["rationale"]) for row in kept] == [(sample.id, sample.rationale) for sample in recorded]
+    assert {row["source"] for row in kept} == {"recorded"}
+    assert (recipe.folder / "annotate" / "ledger.jsonl").read_bytes() == b""
+    summary = json.loads((recipe.folder / "annotate" / "summary.json").read_text())
+    assert summary["recorded"] == 27
+    assert summary["recording"]["test"] == {"rationales": 9, "valid": 9}
+
+
+def test_a_server_is_asked_once_for_each_post_however_often_the_stage_runs(tmp_path: Path) -> None:
+    """Half the posts are predicted wrongly and explained; a second recipe over the same server pays for nothing."""
+
+    def answer(question: Question) -> str:
+        hint = question.text.partition("The sentiment is ")[2].partition(".")[0]
+        return rationale(hint or "negative")
+
+    with Server(answer=answer) as server:
+        endpoint = {"base_url": server.url, "model": "big-vl", "backoff_s": 0.01}
+        content = micro.RECORDED | {"annotate": {"endpoint": endpoint}}
+        recipe = micro.read(micro.write(tmp_path, content))
+        chain.run(recipe, until="annotate")
+        summary = json.loads((recipe.folder / "annotate" / "summary.json").read_text())
+        assert (summary["predicted"], summary["explained"]) == (12, 15)  # four of nine cells of the grid are negative
+        assert server.paid == 27 + 15
+        ledger = (recipe.folder / "annotate" / "ledger.jsonl").read_bytes()
+        for changes in ({"chunk": 3}, {"retries": 0, "confidence": 0.8}):
+            other = micro.read(micro.write(tmp_path, content | {"annotate": {"endpoint": endpoint} | changes}))
+            assert chain.run(other, until="annotate") == ["annotate"]
+            assert len(rows(recipe.folder / "annotate" / "rationales.jsonl")) == 27
+        assert server.paid == 27 + 15
+        assert (recipe.folder / "annotate" / "ledger.jsonl").read_bytes() == ledger
+
+
+def test_unlabelled_posts_are_skipped_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    recipe = micro.read(micro.write(tmp_path, micro.RECORDED))
+    chain.run(recipe, until="annotate")
+    summary = json.loads((recipe.folder / "annotate" / "summary.json").read_text())
+    assert (summary["unannotated"], summary["unlabelled"]["kept"]) == (9, 0)
+
+
+@pytest.mark.parametrize("stage", ["annotate", "augment"])
+def test_pictures_are_named_from_the_root_of_the_data(stage: str, finished: Recipe, folder: Path) -> None:
+    kept = rows(folder / stage / "rationales.jsonl")
+    assert all((Path(finished.data.root) / name).is_file() for row in kept for name in row["images"])
+    assert all(row["images"] and row["attributes"]["face"] for row in kept)

@@ -1,0 +1,128 @@
+"""What stages share: the data read once, tokenizers, models by their weights, and training rows."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.chain import fingerprints
+from distill.errors import SettingsError
+from distill.models.endpoint import Endpoint
+from distill.models.tiny import load_tokenizer
+from distill.recipe import Recipe
+from distill.stages.context import Context, progress
+from distill.tracking import Tracker
+from tests import micro
+
+
+@pytest.fixture
+def context(finished: Recipe) -> Context:
+    return Context(finished, fingerprints(finished))
+
+
+def fresh(folder: Path, *flags: str, **changes: object) -> Context:
+    recipe = micro.read(micro.write(folder, micro.RECORDED, **changes), *flags)
+    return Context(recipe, fingerprints(recipe))
+
+
+def test_the_corpus_is_read_once_and_its_bad_rows_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = fresh(tmp_path)
+    assert context.corpus is context.corpus
+    assert (context.folder / "quarantine.jsonl").read_text() == "" and caplog.text == ""
+    picture = context.corpus.train[3].images[0]
+    picture.write_bytes(b"no picture")
+    again = fresh(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="distill"):
+        assert len(again.corpus.train) == 35
+    assert picture.name in (again.folder / "quarantine.jsonl").read_text()
+    assert "1 rows are left out and listed in" in caplog.text and "train.jsonl row 4" in caplog.text
+
+
+def test_processes_of_one_training_do_not_write_the_report_of_bad_rows_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = fresh(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("DISTILL_ACTIVE_FIT", str(context.folder / "student"))
+    assert len(context.corpus.train) == 36
+    assert not (context.folder / "quarantine.jsonl").exists()
+
+
+def test_a_tokenizer_is_shared_by_size_and_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = fresh(tmp_path)
+    assert context.recipe.student is not None
+    settings = context.recipe.student.model
+    folder = context.tokenizer(settings)
+    assert len(load_tokenizer(folder)) == 600
+    assert context.tokenizer(replace(settings, tiny=replace(settings.tiny, hidden=128))) == folder
+    other = replace(settings, tiny=replace(settings.tiny, vocabulary=500))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            context.tokenizer(other)
+    assert len(load_tokenizer(context.tokenizer(other))) == 500
+
+
+def test_a_trained_model_answers_under_a_name_that_changes_with_its_weights(context: Context, tmp_path: Path) -> None:
+    names = {context.reasoner("student").name, context.reasoner("student", "hard_labels").name}
+    other = Context(context.recipe, context.fingerprints | {"student": "another"})
+    assert len(names | {other.reasoner("student").name}) == 3
+
+
+def test_the_teacher_is_whom_the_recipe_names(context: Context, tmp_path: Path) -> None:
+    teacher = context.teacher()
+    assert teacher is not None and teacher.name.startswith("teacher-")
+    assert fresh(tmp_path).teacher() is None  # a recording
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "big-vl"}
+    remote = fresh(tmp_path, annotate={"endpoint": endpoint}).teacher()
+    assert isinstance(remote, Endpoint) and remote.name == "big-vl"
+    ready = fresh(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
+    assert ready is not None and ready.name.startswith(str(context.folder / "export"))
+    assert ready.classify(context.corpus.test[:2]).probabilities.shape == (2, 3)
+
+
+def test_rationales_read_back_as_samples_of_the_corpus(context: Context) -> None:
+    train = {sample.id: sample for sample in context.corpus.train}
+    rows = context.training_rows("annotate", "augment")
+    assert len(rows) == len(context.rationales("annotate")) + len(context.rationales("augment"))
+    for row in rows:
+        assert replace(row, label=None, rationale=None) == replace(train[row.id], label=None, rationale=None)
+        assert row.rationale
+
+
+def test_without_rows_there_is_no_training(tmp_path: Path) -> None:
+    context = fresh(tmp_path)
+    with (
+        Tracker(context.recipe.tracking, tmp_path, "x").stage("student", {}) as tracked,
+        pytest.raises(SettingsError, match="student: no training rows are left"),
+    ):
+        context.train("student", lambda model: None, [], tracked)  # type: ignore[arg-type, return-value]
+
+
+def test_a_wrong_value_for_the_trainer_is_named(tmp_path: Path) -> None:
+    context = fresh(tmp_path, student__trainer={"max_epochs": "many"})
+    with (
+        Tracker(context.recipe.tracking, tmp_path, "x").stage("student", {}) as tracked,
+        pytest.raises(SettingsError, match="^trainer: "),
+    ):
+        from distill.training.student import StudentModule
+
+        assert context.recipe.student is not None
+        settings = context.recipe.student
+        rows = [sample for sample in context.corpus.train if sample.label]
+        context.train("student", lambda model: StudentModule(model, settings), rows, tracked)
+
+
+def test_a_progress_bar_leaves_an_empty_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), progress("annotate") as show:
+        show(1, 3)
+        raise RuntimeError
+    shown = capsys.readouterr().err
+    assert "annotate" in shown and shown.rpartition("\r")[2] == ""
