@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,9 +164,7 @@ def check(recipe: Recipe) -> None:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model has nothing to adapt")
     given = [name for name, _ in optional_sections(Recipe) if "." not in name and getattr(recipe, name) is not None]
     if recipe.data.source == "mosi" and given:
-        raise SettingsError(
-            f"data.source mosi has continuous labels, which {given[0]} cannot use; it takes label names"
-        )
+        raise SettingsError(f"data.source mosi has continuous labels; {given[0]} takes label names")
     annotate, student = recipe.annotate, recipe.student
     if annotate is not None:
         teachers = [recipe.teacher, annotate.endpoint, annotate.model]
@@ -195,12 +194,17 @@ def check(recipe: Recipe) -> None:
 def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:
     """Raises SettingsError for a name or a value that lightning.Trainer does not take."""
     check_trainer(arguments, field)
-    options = jsonargparse.ArgumentParser(exit_on_error=False)
-    options.add_class_arguments(L.Trainer, "trainer")
     try:
-        options.parse_object({"trainer": dict(arguments)})
+        _trainer_options().parse_object({"trainer": dict(arguments)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(sentence(Recipe, error).replace("trainer", field, 1)) from None
+
+
+@functools.cache
+def _trainer_options() -> jsonargparse.ArgumentParser:
+    options = jsonargparse.ArgumentParser(exit_on_error=False)
+    options.add_class_arguments(L.Trainer, "trainer")
+    return options
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -23,7 +23,7 @@ RECORDED: dict[str, Any] = {
         "source": "postcards",
         "postcards": {"labelled": 27, "unlabelled": 9, "validation": 9, "test": 9, "image_size": 28},
     },
-    "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
+    "trainer": {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1},
     "tracking": {"mode": "disabled"},
     "annotate": {"recorded": True},
     "assistant": LEARNER,

@@ -82,7 +82,7 @@ def test_any_field_is_overridden_by_its_dotted_name(path: Path) -> None:
     assert recipe.student is not None and recipe.teacher is not None and recipe.augment is not None
     assert (recipe.student.distillation.weight, recipe.student.model.tiny.hidden) == (0.5, 128)
     assert recipe.student.model.tiny.layers == 1  # what stands beside it stays as the file has it
-    assert recipe.trainer == {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "max_epochs": 7}
+    assert recipe.trainer == micro.RECORDED["trainer"] | {"max_epochs": 7}
     assert recipe.student.trainer == {"max_epochs": 2, "precision": "bf16-mixed"}
     assert recipe.labels.polarity == (-1, 1)
     assert recipe.augment.temperature == 1.0
@@ -195,6 +195,9 @@ def test_an_argument_of_the_trainer_is_checked_too(path: Path) -> None:
         ("task.labels", "positive", "a list"),
         ("task.polarity", "x", "a list"),
         ("trainer", 3, "a mapping"),
+        ("trainer.max_epochs", "many", "a whole number"),
+        ("student.trainer.precision", "bf8", "a whole number or one of transformer-engine"),
+        ("student.trainer.enable_progress_bar", "perhaps", "true or false"),
         ("student", 3, "a section; it takes model, tasks"),
         ("student.model", 3, "a section; it takes path"),
         ("student.model.lora", 3, "a section; it takes r, alpha"),
@@ -285,6 +288,7 @@ def test_what_a_section_refuses_itself_is_named_by_its_place(name: str, value: A
         ({"student.distillation.weight": 1.5}, "student.distillation.weight is 1.5; it takes 0 to 1"),
         ({"student.distillation.temperature": 0.0}, "student.distillation.temperature is 0.0; it takes more than 0"),
         ({"assistant": None, "augment": None}, "student.distillation.weight needs an assistant section"),
+        ({"data.source": "mosi"}, "data.source mosi has continuous labels; teacher takes label names"),
         ({"student": None}, "evaluate needs a student section"),
         ({"student": None, "evaluate": None}, "export needs a student section"),
     ],

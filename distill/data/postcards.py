@@ -57,6 +57,9 @@ TEXTS = (
 )
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+OWN = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", "postcards.json"}
+"""What a folder of postcards holds; one with anything else in it is left alone."""
+
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
 
@@ -98,12 +101,16 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
             for row in _posts(split, count, labelled, rng, settings.image_size, beside):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (beside / marker.name).write_text(json.dumps(asdict(settings)))
+    aside = root.with_name(f".{root.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if root.exists():
-        if any(root.iterdir()) and not marker.exists():
+        if strangers := {path.name for path in root.iterdir()} - OWN:
             shutil.rmtree(beside)
-            raise FileExistsError(f"data.root: {root} holds other files; name an empty or new folder for the postcards")
-        shutil.rmtree(root)
+            name = min(strangers)
+            raise FileExistsError(f"data.root: {root} holds {name}; name an empty or new folder for the postcards")
+        os.replace(root, aside)
     os.replace(beside, root)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _posts(

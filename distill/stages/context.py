@@ -31,7 +31,7 @@ from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import DEFAULTS, active_folder, fit, fits_here
+from distill.training.fit import active_folder, fit, fits_here, with_defaults
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Context:
             seed=self.recipe.seed,
         )
         logger = tracked.lightning_logger()
-        arguments = DEFAULTS | self.recipe.trainer | settings.trainer
+        arguments = with_defaults(self.recipe.trainer, settings.trainer)
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= longer

@@ -54,17 +54,16 @@ class AssistantModule(L.LightningModule):
         self._resumed: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        curve: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
         total = torch.zeros((), device=self.device)
         samples = max(len(features["input_ids"]) for features in batch.values())
         for task, features in batch.items():
             loss = self.task_loss(features)
             size = len(features["input_ids"])
-            self.log(f"train/{task}_loss", loss.hard, batch_size=size, **curve)
-            self.log(f"train/{task}_kl", loss.soft, batch_size=size, **curve)
+            self.log(f"train/{task}_loss", loss.hard, batch_size=size, sync_dist=True)
+            self.log(f"train/{task}_kl", loss.soft, batch_size=size, sync_dist=True)
             # where some samples lack a rationale, the others weigh no more for it: so accumulation equals a large batch
             total = total + self.settings.tasks[task] * loss.total * size / samples
-        self.log("train/loss", total, prog_bar=True, batch_size=samples, **curve)
+        self.log("train/loss", total, prog_bar=True, batch_size=samples, sync_dist=True)
         return total
 
     def task_loss(self, features: Features) -> TaskLoss:

@@ -63,6 +63,14 @@ class LatestCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer arguments, later sections over earlier ones and all over DEFAULTS; `max_steps` alone has no epoch limit."""
+    given = {name: value for section in sections for name, value in section.items()}
+    if "max_steps" in given:
+        given = {"max_epochs": -1} | given
+    return DEFAULTS | given
+
+
 def fits_here(folder: Path) -> bool:
     """Whether this process trains in `folder`.
 
@@ -96,7 +104,7 @@ def fit(
     earlier = _set_aside(folder / "metrics.csv") if not started else None
     try:
         trainer = L.Trainer(
-            **(DEFAULTS | dict(arguments)),
+            **with_defaults(arguments),
             default_root_dir=folder,
             callbacks=[best, LatestCheckpoint(last)],
             plugins=[AtomicCheckpointIO()],

@@ -106,20 +106,6 @@ def test_without_rows_there_is_no_training(tmp_path: Path) -> None:
         context.train("student", lambda model: None, [], tracked)  # type: ignore[arg-type, return-value]
 
 
-def test_a_wrong_value_for_the_trainer_is_named(tmp_path: Path) -> None:
-    context = fresh(tmp_path, student__trainer={"max_epochs": "many"})
-    with (
-        Tracker(context.recipe.tracking, tmp_path, "x").stage("student", {}) as tracked,
-        pytest.raises(SettingsError, match="^trainer: "),
-    ):
-        from distill.training.student import StudentModule
-
-        assert context.recipe.student is not None
-        settings = context.recipe.student
-        rows = [sample for sample in context.corpus.train if sample.label]
-        context.train("student", lambda model: StudentModule(model, settings), rows, tracked)
-
-
 def test_a_progress_bar_leaves_an_empty_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), progress("annotate") as show:
         show(1, 3)

@@ -1,0 +1,102 @@
+"""One role on the test split: what is asked, what is read, and which metrics come of it."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from distill.data.corpus import Corpus
+from distill.evaluation.evaluate import EvaluateSettings, Judged, judge, read, role_metrics
+from distill.models.reasoner import Answer, ClassScores, Sampling
+from distill.task.labels import LabelSpace
+from distill.task.prompts import Template
+from distill.task.rationale import Rationale, parse
+from distill.task.sample import Sample
+from tests.models.openai_server import rationale
+
+LABELS = LabelSpace()
+SETTINGS = EvaluateSettings(max_new_tokens=77)
+POSTS = [Sample(f"p{n}", f"post {n}", label=LABELS.names[n]) for n in range(3)]
+
+
+class Role:
+    """Is sure of the gold label, and answers with `texts`, in another order than it was asked."""
+
+    name = "role"
+
+    def __init__(self, texts: Sequence[Answer]) -> None:
+        self.texts = texts
+        self.asked: list[tuple[Template, Sampling]] = []
+
+    def classify(self, samples: Sequence[Sample]) -> ClassScores:
+        probabilities = np.full((len(samples), 3), 0.1)
+        for row, sample in zip(probabilities, samples, strict=True):
+            row[LABELS.index(sample.label)] = 0.8
+        return ClassScores(probabilities, np.linspace(0.5, 1, len(samples)))
+
+    def reason(
+        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
+    ) -> Iterator[tuple[int, Answer]]:
+        self.asked.append((template, sampling))
+        yield from reversed(list(enumerate(self.texts)))
+
+
+def test_answers_are_put_in_the_order_of_the_samples_and_read() -> None:
+    texts = [rationale("negative"), "no answer", rationale("negative")]
+    role = Role([Answer(texts[0], True), Answer(texts[1], True), Answer(texts[2], finished=False)])
+    told: list[tuple[int, int]] = []
+    judged = judge(role, POSTS, LABELS, SETTINGS, "predict", lambda done, total: told.append((done, total)))
+    assert judged.texts == texts
+    assert judged.rationales == [parse(texts[0], LABELS), None, None]  # the last was cut by the token limit
+    assert role.asked == [("predict", Sampling(0.0, 77))], "greedy, so that it can be done again"
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert [judged.label(index, LABELS) for index in range(3)] == list(LABELS.names)
+
+
+def test_a_role_without_reasoning_is_not_asked_to_reason() -> None:
+    role = Role([])
+    judged = judge(role, POSTS, LABELS, SETTINGS, None)
+    assert judged.texts is None and judged.rationales is None and role.asked == []
+    metrics = role_metrics(judged, POSTS, [None] * 3, LABELS, SETTINGS)
+    assert set(metrics) == {"n", "accuracy", "weighted_f1", "macro_f1", "confusion", "ece", "aurc", "label_mass"}
+    assert (metrics["n"], metrics["accuracy"], metrics["label_mass"]) == (3, 1.0, 0.75)
+
+
+def judged_with(rationales: list[Rationale | None]) -> Judged:
+    scores = Role([]).classify(POSTS)
+    return Judged(scores, [""] * 3, rationales)
+
+
+def test_the_metrics_of_reasoning_count_what_does_not_parse() -> None:
+    """Right and consistent, then wrong and inconsistent, then in no format."""
+    found: list[Rationale | None] = [parse(rationale(label), LABELS) for label in ("negative", "positive")]
+    metrics = role_metrics(judged_with([*found, None]), POSTS, [*found, None], LABELS, SETTINGS)
+    assert metrics["parse_rate"] == pytest.approx(2 / 3)
+    assert metrics["reasoned_accuracy"] == pytest.approx(1 / 3)
+    assert metrics["consistency"] == pytest.approx(1 / 2)
+    assert metrics["bleu4"] == pytest.approx(1.0) and metrics["rouge_l"] == pytest.approx(1.0)
+    assert "grounded" not in metrics  # these posts have no gold attributes
+
+
+def test_gold_rationales_are_wholly_grounded_and_others_as_far_as_they_name_what_is_there(postcards: Corpus) -> None:
+    posts = postcards.test[:9]
+    gold = [read(post.rationale, LABELS) for post in posts]
+    assert all(gold) and all(len(post.attributes) == 4 for post in posts)
+    scores = Role([]).classify(posts)
+
+    def grounded(rationales: list[Rationale | None]) -> float:
+        judged = Judged(scores, [""] * 9, rationales)
+        return float(role_metrics(judged, posts, [None] * 9, LABELS, SETTINGS)["grounded"])
+
+    assert grounded(gold) == 1.0
+    assert grounded([None] * 9) == 0.0
+    assert grounded([gold[0], *[None] * 8]) == pytest.approx(1 / 9)
+    blind = Rationale("The words are there.", "There is a picture, unsmiling.", "They agree.", "So it is.", "negative")
+    assert grounded([blind] * 9) == 0.0  # part of a word names nothing
+
+
+def test_a_rationale_that_breaks_the_format_reads_as_none() -> None:
+    assert read(None, LABELS) is None
+    assert read("nothing of the kind", LABELS) is None
+    assert read(rationale("neutral"), LABELS, finished=False) is None
+    assert read(rationale("neutral"), LABELS) == parse(rationale("neutral"), LABELS)
