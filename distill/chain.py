@@ -1,7 +1,7 @@
 """The stages of a recipe in order: each is skipped while nothing it was made from has changed.
 
-`chain.json` in the run's folder is the manifest: per stage its status, fingerprint, inputs, outputs, seconds, peak memory
-and the versions it ran with.
+`chain.json` in the run's folder is the manifest: per stage its status, fingerprint, inputs, outputs, seconds, peak
+memory and the versions it ran with.
 """
 
 import errno
@@ -165,7 +165,7 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
         "status": "running",
         "fingerprint": fingerprint,
         "started": started,
-        "inputs": {earlier: context.fingerprints[earlier] for earlier in stage.reads if earlier in context.fingerprints},
+        "inputs": {read: context.fingerprints[read] for read in stage.reads if read in context.fingerprints},
         "outputs": [f"{name}/{output}" for output in stage.outputs],
         "versions": {library: version(library) for library in _LIBRARIES},
     }
@@ -242,7 +242,8 @@ def _peak_memory_mb() -> dict[str, int]:
     except (OSError, StopIteration):
         import resource
 
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 << 20 if os.uname().sysname == "Darwin" else 1024)
+        unit = 1 << 20 if os.uname().sysname == "Darwin" else 1 << 10
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated() >> 20
     return peak

@@ -280,7 +280,7 @@ FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_concl
 def test_a_teacher_without_anything_to_teach(distill: Command, tmp_path: Path) -> None:
     outcome = distill("run", "--config", rows_recipe(tmp_path, train=ROWS))
     assert outcome.status == 2
-    assert outcome.sentence.startswith("assistant: no training rows are left; see ")
+    assert outcome.sentence.startswith("assistant: no training rows are left; ")
 
 
 # ---- bad models: 2 ----

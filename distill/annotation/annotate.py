@@ -31,9 +31,9 @@ class AnnotateSettings:
     max_new_tokens: int = 1024
     """Token limit of an answer; an answer that reaches it is invalid."""
     unlabelled: Literal["skip", "keep_confident"] = "skip"
-    """Posts without a gold label: skip them, or keep_confident: let the teacher's own confident prediction label them."""
+    """Posts without a gold label: skip, or keep_confident, where the teacher's own confident prediction labels them."""
     confidence: float = 0.9
-    """Lowest probability of a kept prediction; k agreeing answers over K labels give at most 1 - (1 - 1/K) / (k + 1)."""
+    """Lowest probability of a kept prediction; k answers that agree on one of K labels give 1 - (1 - 1/K) / (k + 1)."""
     recorded: bool = False
     """Take the rationales that are already in the data, where they are valid."""
     chunk: int = 64
@@ -134,7 +134,7 @@ def annotate(
 
 
 def recording_defects(samples: Sequence[Sample], labels: LabelSpace) -> dict[str, int]:
-    """What is wrong with the rationales that labelled samples came with: counts by reason, and of all and valid ones."""
+    """What is wrong with the rationales of labelled samples: counts by reason, and of all and valid ones."""
     counts = Counter({"rationales": 0, "valid": 0})
     for sample in samples:
         if sample.rationale and sample.label is not None:

@@ -14,6 +14,8 @@ from distill.task.sample import Sample
 
 @dataclass
 class AugmentSettings:
+    """How the assistant writes rationales of its own."""
+
     temperature: float = 0.7
     """Temperature of the assistant's rationales."""
     max_new_tokens: int = 512

@@ -18,6 +18,8 @@ from distill.task.sample import Sample
 
 @dataclass
 class EvaluateSettings:
+    """How the roles are judged."""
+
     teacher: bool = True
     """Judge the teacher too, where it can be asked; behind an endpoint this pays for the test split."""
     max_new_tokens: int = 512

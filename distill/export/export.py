@@ -27,6 +27,8 @@ _BATCH = 8
 
 @dataclass
 class ExportSettings:
+    """How the student is exported."""
+
     check_samples: int = 32
     """Test posts on which the reloaded export must answer as the student did."""
 
@@ -94,7 +96,14 @@ def check(folder: Path, model: torch.nn.Module, student: Backbone, samples: Sequ
 
 
 def model_card(
-    name: str, base: str, licence: str, data: str, recipe: str, metrics: Mapping[str, Any], example: Sample, student: Backbone
+    name: str,
+    base: str,
+    licence: str,
+    data: str,
+    recipe: str,
+    metrics: Mapping[str, Any],
+    example: Sample,
+    student: Backbone,
 ) -> str:
     """The README.md of an exported student: what it is, how to ask it, what it was made from, how good it is."""
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": licence}
@@ -105,13 +114,14 @@ def model_card(
     fence = "`" * 3
     text = f"""# {name}
 
-A student that classifies the sentiment of posts with text and images and can reason about them, distilled with `distill`
-(MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL built from a config"}. Labels: {", ".join(student.labels.names)}.
+A student that classifies the sentiment of posts with text and images and can reason about them, distilled with
+`distill` (MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL built from a config"}.
+Labels: {", ".join(student.labels.names)}.
 
 ## Asking it
 
-The label is the likeliest label token after the forced prefix `{CLASSIFY_PREFIX}` of the *classify* question, here for one
-post (pictures go before it in the message):
+The label is the likeliest label token after the forced prefix `{CLASSIFY_PREFIX}` of the *classify* question, here for
+one post (pictures go before it in the message):
 
 {fence}text
 {render("classify", example, student.labels)}

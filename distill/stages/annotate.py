@@ -17,13 +17,11 @@ def run(context: Context, tracked: StageRun) -> None:
     samples, teacher = context.corpus.train, context.teacher()
     with Ledger(folder / "ledger.jsonl") as ledger, progress("annotate") as show:
         outcome = annotate(samples, context.labels, teacher, settings, ledger, show)
-    context.write_rationales(
-        "annotate",
-        [
-            (replace(kept.sample, label=kept.label), kept.rationale, {"source": kept.source, "teacher_label": kept.teacher_label})
-            for kept in outcome.kept
-        ],
-    )
+    rows = []
+    for kept in outcome.kept:
+        extra = {"source": kept.source, "teacher_label": kept.teacher_label}
+        rows.append((replace(kept.sample, label=kept.label), kept.rationale, extra))
+    context.write_rationales("annotate", rows)
     jsonl.write_rows(folder / "quarantine.jsonl", (asdict(item) for item in outcome.quarantined))
     summary = outcome.summary
     if settings.recorded:  # of the whole recording, the rows that only judge included

@@ -11,15 +11,16 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     tracked.use_artifact("assistant")
     labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
-    posts = {sample.id: sample for sample in context.rationales("annotate")} | labelled  # gold labels before a teacher's
+    taught = {sample.id: sample for sample in context.rationales("annotate")}
+    posts = taught | labelled  # gold labels before a teacher's
     folder = context.folder / "augment"
     assistant = context.reasoner("assistant")
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
         kept, summary = augment(list(posts.values()), context.labels, assistant, settings, ledger, show)
-    context.write_rationales(
-        "augment",
-        [(sample, rationale, {"source": "augmented", "teacher_label": sample.id not in labelled}) for sample, rationale in kept],
-    )
+    rows = []
+    for sample, rationale in kept:
+        rows.append((sample, rationale, {"source": "augmented", "teacher_label": sample.id not in labelled}))
+    context.write_rationales("augment", rows)
     write_json(folder / "summary.json", summary)
     tracked.log({key: value for key, value in summary.items() if isinstance(value, int)})
     tracked.log_artifact("augmented-rationales", "dataset", folder / "rationales.jsonl")

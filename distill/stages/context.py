@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, and one way to train."""
+"""What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, a way to train."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ class Context:
         return corpus
 
     def tokenizer(self, settings: ModelSettings) -> Path:
-        """The folder of the tokenizer that the chain's tiny models of one vocabulary size share; trained when missing."""
+        """The folder of the tokenizer that tiny models of one vocabulary size share; trained when missing."""
         parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.recipe.task.labels, prompts.VERSION)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
         if not settings.path and not folder.exists():
@@ -104,7 +104,7 @@ class Context:
         if not fits_here(folder):
             return
         if not rows:
-            raise SettingsError(f"{stage}: no training rows are left; see {self.folder}/*/quarantine.jsonl for the reasons")
+            raise SettingsError(f"{stage}: no training rows are left; {self.folder}/*/quarantine.jsonl says why")
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
         learner = module(model)
@@ -154,9 +154,7 @@ class Context:
         ).strategy.root_device  # fmt: skip
         return str(kind)
 
-    def write_rationales(
-        self, stage: str, kept: Sequence[tuple[Sample, Rationale, dict[str, Any]]]
-    ) -> None:
+    def write_rationales(self, stage: str, kept: Sequence[tuple[Sample, Rationale, dict[str, Any]]]) -> None:
         """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look."""
         rows = (
             jsonl.row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
@@ -166,7 +164,8 @@ class Context:
 
     def rationales(self, *stages: str) -> list[Sample]:
         """The reasoning data of the stages that the recipe has."""
-        paths = [self.folder / stage / "rationales.jsonl" for stage in stages if getattr(self.recipe, stage) is not None]
+        present = [stage for stage in stages if getattr(self.recipe, stage) is not None]
+        paths = [self.folder / stage / "rationales.jsonl" for stage in present]
         return [jsonl.sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
 
     def training_rows(self, *stages: str) -> list[Sample]:

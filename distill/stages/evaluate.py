@@ -36,11 +36,11 @@ def run(context: Context, tracked: StageRun) -> None:
         ask("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
 
     references = _references(context, judged.get("teacher"))
-    itself: list[Rationale | None] = [None] * len(samples)  # a reference is not held against itself
-    metrics: dict[str, Any] = {
-        role: role_metrics(answers, samples, itself if answers.rationales is references else references, labels, settings)
-        for role, answers in judged.items()
-    }
+    none: list[Rationale | None] = [None] * len(samples)
+    metrics: dict[str, Any] = {}
+    for role, answers in judged.items():
+        held_against = none if answers.rationales is references else references  # a reference is not, against itself
+        metrics[role] = role_metrics(answers, samples, held_against, labels, settings)
     gold = [str(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [str(sample.label) for sample in samples], labels)
     write_json(context.folder / "evaluate" / "metrics.json", metrics)
@@ -82,4 +82,5 @@ def _answer(context: Context, answers: Judged, index: int) -> dict[str, Any]:
 def _table_row(context: Context, row: Mapping[str, Any]) -> dict[str, Any]:
     image = context.corpus.root / row["images"][0] if row["images"] else None
     predicted = {role: answer["label"] for role, answer in row["roles"].items()}
-    return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": row["roles"]["student"]["rationale"]}
+    said = row["roles"]["student"]["rationale"]
+    return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": said}

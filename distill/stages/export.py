@@ -18,8 +18,8 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = recipe.student.model
     corpus = context.corpus
     data = (
-        f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and {len(corpus.test)} "
-        f"test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
+        f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and "
+        f"{len(corpus.test)} test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
     )
     card = model_card(
         recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,

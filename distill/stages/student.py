@@ -15,7 +15,8 @@ HARD_LABELS = "hard_labels"
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.student
     assert settings is not None
-    for stage, artifact in (("annotate", "rationales"), ("assistant", "assistant"), ("augment", "augmented-rationales")):
+    artifacts = {"annotate": "rationales", "assistant": "assistant", "augment": "augmented-rationales"}
+    for stage, artifact in artifacts.items():
         if getattr(context.recipe, stage) is not None:
             tracked.use_artifact(artifact)
 

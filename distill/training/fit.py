@@ -64,7 +64,7 @@ class LatestCheckpoint(Checkpoint):
 
 
 def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer arguments, later sections over earlier ones and all over DEFAULTS; `max_steps` alone has no epoch limit."""
+    """Trainer arguments: later sections over earlier ones over DEFAULTS; `max_steps` alone has no epoch limit."""
     given = {name: value for section in sections for name, value in section.items()}
     if "max_steps" in given:
         given = {"max_epochs": -1} | given

@@ -368,7 +368,7 @@ def test_remote_probabilities_are_paid_once(tmp_path: Path, knows: str) -> None:
     samples = [replace(sample, label=None) for sample in posts(tmp_path, 12)]
 
     def logprobs(question: Question) -> list[dict[str, Any]]:
-        return [token(question.sentiment, **({label: 0.02 for label in COLOURS} | {question.sentiment: 0.96}))]
+        return [token(question.sentiment, **(dict.fromkeys(COLOURS, 0.02) | {question.sentiment: 0.96}))]
 
     settings = {"unlabelled": "keep_confident", "confidence": 0.85}
     with Server(logprobs=logprobs if knows == "log-probabilities" else lambda question: None) as server:

@@ -322,7 +322,7 @@ def test_a_bare_label_is_not_overruled_by_what_is_quoted_after_it() -> None:
 
 def test_classify_reads_log_probabilities(tmp_path: Path) -> None:
     def logprobs(question: Question) -> list[dict[str, Any]]:
-        rest = {label: 0.1 for label in COLOURS} | {question.sentiment: 0.7}
+        rest = dict.fromkeys(COLOURS, 0.1) | {question.sentiment: 0.7}
         return [token('"Prediction":'), token(question.sentiment, **rest)]
 
     samples = posts(tmp_path, 9)

@@ -1,0 +1,240 @@
+"""The exported student: complete, loadable by strangers, checked, and never half there."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from distill.data.corpus import Corpus
+from distill.errors import RunError
+from distill.export import export as room
+from distill.export.export import ExportSettings, base_licence, check, export, model_card
+from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
+from distill.task.labels import LabelSpace
+
+LABELS = LabelSpace()
+FEW = ExportSettings(check_samples=4)
+CARD = "---\nlicense: apache-2.0\n---\n\n# card\n"
+
+
+@pytest.fixture
+def student(model_folder: Path) -> Backbone:
+    return load(ModelSettings(image_size=56), LABELS, model_folder)
+
+
+@pytest.fixture(scope="module")
+def exported(model_folder: Path, postcards: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a tiny student; no test may change it."""
+    student = load(ModelSettings(image_size=56), LABELS, model_folder)
+    folder = tmp_path_factory.mktemp("run") / "export"
+    figures = export(student, postcards.test, folder, model_folder, CARD, FEW)
+    assert figures["samples"] == figures["labels_equal"] == 4 and figures["difference"] <= 1e-4
+    return folder
+
+
+@torch.inference_mode()
+def logits_of(model: torch.nn.Module, student: Backbone, corpus: Corpus) -> torch.Tensor:
+    inputs = student.encode(corpus.test[:6], "classify")
+    return model(**inputs).logits[torch.arange(6), inputs["attention_mask"].sum(1) - 1]
+
+
+# ---- what is in it ----
+
+
+def test_the_folder_is_complete_and_nothing_stands_beside_it(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "processor_config.json", "README.md", "export.json",
+    }  # fmt: skip
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
+    assert (exported / "README.md").read_text() == CARD
+    assert json.loads((exported / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+
+
+def test_it_names_the_classes_that_transformers_has(exported: Path) -> None:
+    """With torchvision the standard processor wants a video half; without, nothing of this package may be named."""
+    processor = json.loads((exported / "processor_config.json").read_text())
+    assert processor["processor_class"] == "Qwen2_5_VLProcessor"
+    assert processor["image_processor"]["image_processor_type"] == "Qwen2VLImageProcessor"
+    video, image = processor["video_processor"], processor["image_processor"]
+    assert video["video_processor_type"] == "Qwen2VLVideoProcessor"
+    assert all(video[name] == image[name] for name in ("patch_size", "merge_size", "image_mean", "image_std"))
+    assert json.loads((exported / "tokenizer_config.json").read_text())["processor_class"] == "Qwen2_5_VLProcessor"
+    for path in exported.glob("*.json"):
+        assert "ImageOnlyProcessor" not in path.read_text() and "distill" not in path.read_text()
+
+
+STRANGER = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+folder, posts = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+for text, path in posts:
+    seen = pictures(images=[Image.open(path).convert("RGB")], return_tensors="pt")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tokens = int(seen["image_grid_thw"].prod()) // pictures.merge_size**2
+    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens) + '"Prediction":'
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    types = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    with torch.inference_mode():
+        print(json.dumps(model(input_ids=ids, mm_token_type_ids=types, **seen).logits[0, -1].tolist()))
+assert "distill" not in sys.modules
+"""
+
+
+def test_a_stranger_asks_it_as_its_card_says_and_gets_the_students_answer(
+    exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path
+) -> None:
+    """A process with transformers alone, and a prompt put together from the card and the chat template."""
+    from distill.task.prompts import render
+
+    posts = [(render("classify", post, LABELS), str(post.images[0])) for post in postcards.test[:6]]
+    command = [sys.executable, "-I", "-c", STRANGER, str(exported), json.dumps(posts)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    answered = torch.tensor([json.loads(line) for line in outcome.stdout.splitlines()])
+    assert torch.allclose(answered, logits_of(student.model, student, postcards), atol=1e-4)
+
+
+# ---- an adapter ----
+
+
+def test_an_adapter_is_merged_and_lies_beside_the_weights(
+    model_folder: Path, postcards: Corpus, tmp_path: Path
+) -> None:
+    settings = ModelSettings(path=str(model_folder), lora=LoraSettings(r=4, dropout=0.0), image_size=56)
+    fresh = create(settings, LABELS, tmp_path)
+    for name, weights in fresh.model.named_parameters():
+        if "lora_B" in name:  # an adapter begins as nothing
+            torch.nn.init.normal_(weights, std=0.2)
+    adapter = tmp_path / "student" / "adapter"
+    fresh.save(adapter)
+
+    student = load(settings, LABELS, adapter)
+    with_adapter = logits_of(student.model, student, postcards)
+    plain = load(ModelSettings(image_size=56), LABELS, model_folder)
+    assert (with_adapter - logits_of(plain.model, plain, postcards)).abs().max() > 0.1, "the adapter does something"
+
+    folder = tmp_path / "export"
+    export(student, postcards.test, folder, adapter, CARD, FEW)
+    merged = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert torch.allclose(logits_of(merged, student, postcards), with_adapter, atol=1e-4)
+    assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (folder / "adapter").iterdir()
+    }
+    apart = load(settings, LABELS, folder / "adapter")
+    assert torch.allclose(logits_of(apart.model, apart, postcards), with_adapter, atol=1e-6)
+
+
+# ---- the check ----
+
+
+def corrupt(folder: Path, how: str) -> None:
+    path = folder / "model.safetensors"
+    if how == "torn":
+        path.write_bytes(path.read_bytes()[:-4000])
+        return
+    weights = load_file(path)
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = torch.full_like(weights[name], torch.nan) if how == "nan" else weights[name] + 0.01
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ("drifted", r"^export: reloaded, \d of 4 labels agree and logits differ by .*, more than 1e-04$"),
+        ("nan", r"^export: reloaded, \d of 4 labels agree and logits differ by inf, more than 1e-04$"),
+        ("torn", r"^export: .* does not load with transformers alone: "),
+    ],
+)
+def test_weights_that_went_wrong_are_refused_and_the_earlier_export_survives(
+    how: str, complaint: str, exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path,
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(room, "_name_standard_classes", lambda written: corrupt(written, how))
+    with pytest.raises(RunError, match=complaint):
+        export(student, postcards.test, folder, model_folder, CARD, FEW)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_full_disk_leaves_the_earlier_export(
+    exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(student.processor, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(student, postcards.test, folder, model_folder, CARD, FEW)
+    assert (folder / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_what_a_kill_left_is_replaced(
+    exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for leftover in ("export", ".export.new", ".export.old"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "half").write_text("there")
+    monkeypatch.setattr(room, "check", lambda *_: {"samples": 0})
+    export(student, postcards.test, tmp_path / "export", model_folder, CARD, FEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert "half" not in names and names == {path.name for path in exported.iterdir()}
+
+
+def test_every_sample_is_compared_whatever_the_size_of_a_batch(
+    exported: Path, student: Backbone, postcards: Corpus
+) -> None:
+    assert check(exported, student.model, student, postcards.test[:11])["samples"] == 11
+
+
+# ---- the card ----
+
+
+def test_a_card_names_base_licence_data_recipe_and_metrics(student: Backbone, postcards: Corpus) -> None:
+    metrics = {"n": 45, "accuracy": 0.912345, "macro_f1": 0.5, "confusion": [[1]], "parse_rate": 1.0}
+    text = model_card(
+        "mine", "Qwen/Qwen2.5-VL-3B-Instruct", "other", "my data", "name: mine", metrics, postcards.test[0], student
+    )
+    card = ModelCard(text)
+    assert card.data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "other",
+        "base_model": "Qwen/Qwen2.5-VL-3B-Instruct",
+    }  # fmt: skip
+    for part in ("# mine", "| accuracy | 0.9123 |", "| parse_rate | 1 |", "my data", "```yaml\nname: mine\n```"):
+        assert part in card.text
+    assert "confusion" not in card.text and "Labels: negative, neutral, positive." in card.text
+    assert f'Post: "{postcards.test[0].text}"' in card.text
+
+
+def test_the_licence_is_that_of_the_base_where_its_card_names_one(tmp_path: Path) -> None:
+    assert base_licence("", "main") == "apache-2.0"
+    assert base_licence(str(tmp_path), "main") == "other"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# base\n")
+    assert base_licence(str(tmp_path), "main") == "mit"
+    (tmp_path / "README.md").write_text("# a card without a header\n")
+    assert base_licence(str(tmp_path), "main") == "other"
+    assert base_licence("no/such-model-anywhere", "main") == "other"
