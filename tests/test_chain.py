@@ -346,16 +346,33 @@ def test_two_processes_train_every_part_of_a_chain(tmp_path: Path) -> None:
 # ---- a kill ----
 
 
-def killed_in_every_stage(processes: Any, path: Path, recipe: Recipe) -> Iterator[str]:
+def command(path: Path) -> None:
+    """The whole command, as the target of a process."""
+    sys.exit(cli.main(["run", "--config", str(path)]))
+
+
+def started(path: Path) -> Any:
+    """The command in a process of its own, which need not load the libraries first."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["distill.cli", "distill.chain"])
+    process = processes.Process(target=command, args=(path,))
+    process.start()
+    return process
+
+
+def wait_until_under_way(process: Any, name: str, recipe: Recipe) -> None:
+    deadline = time.monotonic() + 120
+    while not under_way(name, recipe):
+        assert process.is_alive() and time.monotonic() < deadline, f"{name} did not get under way"
+        time.sleep(0.002)
+
+
+def killed_in_every_stage(path: Path, recipe: Recipe) -> Iterator[str]:
     """Run the command in a process and kill it, once in each stage; yields each stage that was killed."""
     chances = random.Random(4)
     for name in stages_of(recipe):
-        process = processes.Process(target=cli.main, args=(["run", "--config", str(path)],))
-        process.start()
-        deadline = time.monotonic() + 120
-        while not under_way(name, recipe):
-            assert process.is_alive() and time.monotonic() < deadline, f"{name} did not get under way"
-            time.sleep(0.002)
+        process = started(path)
+        wait_until_under_way(process, name, recipe)
         time.sleep(chances.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -385,10 +402,8 @@ def manifest_or_none(recipe: Recipe) -> dict[str, Any]:
 def test_killed_once_in_every_stage_the_chain_completes_and_pays_for_nothing_twice(
     path: Path, recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["distill.cli", "distill.chain"])
     trainings, killed_in = {}, []
-    for name in killed_in_every_stage(processes, path, recipe):
+    for name in killed_in_every_stage(path, recipe):
         assert manifest(recipe)[name]["status"] == "running"
         killed_in.append(name)
         if name in ("teacher", "assistant"):
@@ -414,6 +429,20 @@ def test_killed_once_in_every_stage_the_chain_completes_and_pays_for_nothing_twi
     leftovers = [path.name for path in recipe.folder.rglob("*") if path.name.endswith((".tmp", ".part", ".new"))]
     assert leftovers == []
     assert run(recipe) == []
+
+
+@pytest.mark.slow
+def test_a_training_that_its_user_interrupts_ends_with_130_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    path = micro.write(tmp_path, micro.RECORDED, assistant__trainer={"max_epochs": 200})
+    recipe = micro.read(path)
+    process = started(path)
+    wait_until_under_way(process, "assistant", recipe)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert manifest(recipe)["assistant"]["status"] == "failed"
+    last = torch.load(recipe.folder / "assistant" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < last["global_step"] < 200 * 4
 
 
 def mark_first_step(folder: Path) -> int:

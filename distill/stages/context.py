@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from tqdm import tqdm
 
 from distill.data import jsonl
@@ -105,6 +106,8 @@ class Context:
             return
         if not rows:
             raise SettingsError(f"{stage}: no training rows are left; {self.folder}/*/quarantine.jsonl says why")
+        # workers need cores of their own: threads that have to wait for a core cost more than they bring
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - settings.workers)))
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
         learner = module(model)
@@ -122,7 +125,12 @@ class Context:
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= longer
-        fit(learner, data, folder, arguments, [logger] if logger and not part else [])
+        try:
+            fit(learner, data, folder, arguments, [logger] if logger and not part else [])
+        except SystemExit as end:
+            if end.code:  # so Lightning ends after Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
         model.save(folder / "adapter")
 
     def load(self, stage: str, part: str = "") -> Backbone:
