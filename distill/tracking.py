@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class TrackingSettings:
+    """Where the runs are tracked."""
+
     project: str = "distill"
     """Project in wandb."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"

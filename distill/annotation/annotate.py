@@ -22,6 +22,8 @@ Source = Literal["recorded", "predicted", "explained"]
 
 @dataclass
 class AnnotateSettings:
+    """How the teacher is asked."""
+
     retries: int = 3
     """How often an invalid answer is asked again before its sample goes to quarantine."""
     temperature: float = 0.0

@@ -23,6 +23,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class DataSettings:
+    """Where the posts are, and how they are split."""
+
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
     """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels), or the built-in postcards."""
     root: str = "data"

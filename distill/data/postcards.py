@@ -65,6 +65,8 @@ SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 18
 
 @dataclass
 class PostcardSettings:
+    """Size and seed of the built-in corpus."""
+
     seed: int = 7
     """Seed of texts and pictures."""
     labelled: int = 400

@@ -121,6 +121,8 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
 
     from distill.models.backbone import quiet
 
+    if not model:
+        raise _Missing("no model is named")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
         with quiet():

@@ -37,6 +37,8 @@ Features = dict[str, torch.Tensor]
 
 @dataclass
 class LoraSettings:
+    """A low-rank adapter on a pretrained model."""
+
     r: int = 16
     """Rank of the adapter."""
     alpha: int = 32
@@ -51,6 +53,8 @@ class LoraSettings:
 
 @dataclass
 class ModelSettings:
+    """Which model, and how it is loaded."""
+
     path: str = ""
     """Folder or hub name of an image-text-to-text model; empty: a tiny model is built."""
     revision: str = "main"

@@ -30,6 +30,8 @@ _PATIENCE = 8  # answers given up in a row before the server is; never fewer tha
 
 @dataclass
 class EndpointSettings:
+    """A server that speaks the OpenAI chat protocol."""
+
     base_url: str
     """Address of the server up to its version, such as http://localhost:8000/v1."""
     model: str

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from distill.errors import SettingsError
+
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>",
@@ -35,16 +37,26 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class TinySettings:
+    """Size of a tiny model."""
+
     hidden: int = 128
-    """Width of the language model; a multiple of 64."""
+    """Width of the language model; a multiple of 32."""
     layers: int = 2
     """Layers of the language model."""
     vision_hidden: int = 64
-    """Width of the vision tower; a multiple of 32."""
+    """Width of the vision tower; a multiple of 16."""
     vision_depth: int = 1
     """Layers of the vision tower."""
     vocabulary: int = 2048
     """Size of the byte-pair vocabulary trained on the corpus, special tokens included."""
+
+    def __post_init__(self) -> None:
+        for name, step in (("hidden", 32), ("layers", 1), ("vision_hidden", 16), ("vision_depth", 1)):
+            value = getattr(self, name)
+            if value < 1 or value % step:
+                raise SettingsError(f"{name} is {value}; it takes a positive multiple of {step}")
+        if self.vocabulary < 512:
+            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes 512 or more, for every byte is in it")
 
 
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):

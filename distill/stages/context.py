@@ -125,12 +125,7 @@ class Context:
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= longer
-        try:
-            fit(learner, data, folder, arguments, [logger] if logger and not part else [])
-        except SystemExit as end:
-            if end.code:  # so Lightning ends after Ctrl-C
-                raise KeyboardInterrupt from None
-            raise
+        fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
 
     def load(self, stage: str, part: str = "") -> Backbone:

@@ -17,6 +17,8 @@ from distill.training.losses import TaskLoss, task_loss
 
 @dataclass
 class TrainSettings:
+    """How one model is trained."""
+
     model: ModelSettings = field(default_factory=ModelSettings)
     """The model to train."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})

@@ -38,11 +38,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         beside = Path(f"{path}.tmp")
         beside.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 class LatestCheckpoint(Checkpoint):
@@ -113,12 +116,13 @@ def fit(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except SystemExit:  # so Lightning ends after Ctrl-C
+        raise KeyboardInterrupt from None
     if started:
         sys.exit(0)
     _leave_group()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if earlier is not None:
         _join(earlier, folder / "metrics.csv")
     _load_best(module, checkpoints)

@@ -10,6 +10,8 @@ from distill.training.soft_targets import SoftTargets
 
 @dataclass
 class DistillationSettings:
+    """What the student takes from the assistant's distribution."""
+
     weight: float = 0.3
     """Share of the soft targets in each task's loss, λ; 0 trains on hard targets alone."""
     temperature: float = 2.0
@@ -20,6 +22,8 @@ class DistillationSettings:
 
 @dataclass
 class StudentSettings(TrainSettings):
+    """How the student is trained."""
+
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     """How the assistant's soft targets enter the loss."""
     hard_labels_baseline: bool = True
