@@ -69,9 +69,9 @@ class PostcardSettings:
 
     seed: int = 7
     """Seed of texts and pictures."""
-    labelled: int = 400
+    labelled: int = 300
     """Training posts with a gold label and a gold rationale."""
-    unlabelled: int = 1200
+    unlabelled: int = 1100
     """Training posts without either."""
     validation: int = 198
     """Validation posts, all labelled."""
