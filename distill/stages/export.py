@@ -5,6 +5,7 @@ import json
 from distill.export.export import base_licence, export, model_card
 from distill.recipe import to_yaml
 from distill.stages.context import Context
+from distill.task.sample import Sample
 from distill.tracking import StageRun
 
 
@@ -21,9 +22,11 @@ def run(context: Context, tracked: StageRun) -> None:
         f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and "
         f"{len(corpus.test)} test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
     )
+    # a made-up post: a card travels further than the data may
+    example = Sample("example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)")
     card = model_card(
         recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,
-        corpus.test[0], student,
+        example, student,
     )  # fmt: skip
     folder = context.folder / "export"
     figures = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)
