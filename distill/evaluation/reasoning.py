@@ -10,7 +10,9 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
+import httpx
 import numpy as np
+from huggingface_hub import constants
 
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
@@ -126,7 +128,7 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
         with quiet():
-            encoder = SentenceTransformer(model, local_files_only=offline)
+            encoder = SentenceTransformer(model, local_files_only=offline or not _hub_answers())
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         how = "download it once with a connection, or name the folder of a copy"
@@ -136,6 +138,16 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
         encoder.encode(list(side), normalize_embeddings=True, show_progress_bar=False) for side in (texts, references)
     ]
     return [float(one @ other) for one, other in zip(*embedded, strict=True)]
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the model hub can be reached; asked once, for its own client tries each file for minutes."""
+    try:
+        httpx.head(constants.ENDPOINT, timeout=5)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 @cache

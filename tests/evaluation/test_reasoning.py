@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -201,3 +202,21 @@ def test_refuses_sequences_that_do_not_match() -> None:
         reasoning_metrics(PREDICTIONS, REFERENCES[:2], GOLD, CLASSIFIED, LABELS)
     with pytest.raises(ValueError, match="angry"):
         reasoning_metrics(PREDICTIONS, REFERENCES, ["angry"] * 4, CLASSIFIED, LABELS)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(url: str, timeout: float) -> None:
+        asked.append(url)
+        assert timeout <= 5
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(httpx, "head", refuse)
+    reasoning._hub_answers.cache_clear()
+    for _ in range(2):
+        with pytest.raises(reasoning._Missing, match="cannot be loaded"):
+            reasoning._similarity([("a", "b")], "nobody/has-this-model")
+    reasoning._hub_answers.cache_clear()
+    assert len(asked) == 1
