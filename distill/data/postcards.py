@@ -106,7 +106,8 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
     aside = root.with_name(f".{root.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if root.exists():
-        if strangers := {path.name for path in root.iterdir()} - OWN:
+        found = {path.name for path in root.iterdir()}  # ours appear whole, so without the marker nothing is ours
+        if strangers := found - OWN if marker.exists() else found:
             shutil.rmtree(beside)
             name = min(strangers)
             raise FileExistsError(f"data.root: {root} holds {name}; name an empty or new folder for the postcards")

@@ -55,8 +55,9 @@ class TinySettings:
             value = getattr(self, name)
             if value < 1 or value % step:
                 raise SettingsError(f"{name} is {value}; it takes a positive multiple of {step}")
-        if self.vocabulary < 512:
-            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes 512 or more, for every byte is in it")
+        least = 256 + len(SPECIAL_TOKENS)
+        if self.vocabulary < least:
+            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes {least} or more, for every byte is in it")
 
 
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):

@@ -148,3 +148,12 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
         generate(root, SMALL)
     assert content(root) == {"thesis.txt": b"three years of work"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_strangers_file_beside_ours_is_not_deleted(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    generate(root, SMALL)
+    (root / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
+        generate(root, replace(SMALL, test=9))
+    assert (root / "notes.txt").read_text() == "mine" and len(rows(root, "test")) == 36

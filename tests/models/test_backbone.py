@@ -216,7 +216,7 @@ def test_an_adapter_is_saved_alone_loaded_and_merged(model_folder: Path, mixed: 
     again.processor.save_pretrained(tmp_path / "merged")
     whole = create(by_path(tmp_path / "merged"), LABELS, Path("unused"), train=False)
     assert not any("lora" in name for name, _ in whole.model.named_parameters())
-    assert abs(Local(whole, "").classify(mixed).probabilities - expected).max() < 1e-6
+    assert abs(Local(whole, "").classify(mixed).probabilities - expected).max() < 1e-5
 
 
 def test_a_tiny_model_is_saved_and_loaded_whole(make_backbone: Any, mixed: list[Sample], tmp_path: Path) -> None:

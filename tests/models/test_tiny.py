@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from distill.data.corpus import Corpus
+from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.models.tiny import (
     SPECIAL_TOKENS,
@@ -77,3 +78,9 @@ def test_the_model_sees_the_picture(backbone: Backbone, postcards: Corpus) -> No
 def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize("wrong", [{"hidden": 100}, {"layers": 0}, {"vision_hidden": 24}, {"vocabulary": 200}])
+def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match=rf"^{next(iter(wrong))} is \d+; it takes"):
+        TinySettings(**wrong)
