@@ -1,6 +1,7 @@
 """The `distill` command."""
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -50,12 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         _command(arguments[0], arguments[1:])
+        sys.stdout.flush()
     except (SettingsError, RunError) as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         print("distill: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:  # noqa: BLE001 - a fault of ours: one sentence, and the trace for whoever mends it
         traceback.print_exc()
         print(f"distill: unexpected {type(error).__name__}: {error}", file=sys.stderr)

@@ -373,3 +373,13 @@ def test_lightnings_chatter_is_kept_from_the_user() -> None:
     cli._quieten()
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         assert not logging.getLogger(f"lightning.pytorch.{name}").isEnabledFor(logging.INFO)
+
+
+def test_a_reader_that_has_seen_enough_gets_no_trace() -> None:
+    code = "from distill import cli; cli._command = lambda *_: print('x' * 10**6); raise SystemExit(cli.main(['run']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1 and "Traceback" not in said and "BrokenPipe" not in said

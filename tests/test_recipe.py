@@ -313,7 +313,9 @@ def test_the_ablations_of_the_paper_are_sections_left_out(path: Path) -> None:
         content = yaml.safe_load(path.read_text())
         for name, value in changes.items():
             change(path, name, value)
-        check(loaded("--config", str(path)))
+        recipe = loaded("--config", str(path))
+        check(recipe)
+        assert all(getattr(recipe, name) is None for name, value in changes.items() if value is None)
         path.write_text(yaml.safe_dump(content))
 
 
