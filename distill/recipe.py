@@ -22,7 +22,7 @@ from distill.export.export import ExportSettings
 from distill.models.backbone import ModelSettings
 from distill.models.chat import EndpointSettings
 from distill.settings import SectionHelp, build, check_names, fields, optional_sections, sentence
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
@@ -36,10 +36,13 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class TaskSettings:
     """What is predicted."""
 
-    labels: list[str] = field(default_factory=lambda: ["negative", "neutral", "positive"])
-    """Label names, from the most negative to the most positive."""
+    labels: list[str] | None = None
+    """Label names, from the most negative to the most positive; null: negative, neutral, positive, or a scale's
+    centres."""
     polarity: list[int] | None = None
     """Polarity of each label (-1, 0, 1); null: spread evenly over the names."""
+    scale: Scale | None = None
+    """Continuous labels: the scale, and the bins it is cut into. Without it, labels are names."""
 
 
 @dataclass
@@ -99,7 +102,10 @@ class Recipe:
 
     @property
     def labels(self) -> LabelSpace:
-        return LabelSpace.from_names(self.task.labels, self.task.polarity)
+        task = self.task
+        if task.scale is not None:
+            return LabelSpace.from_scale(task.scale, task.labels)
+        return LabelSpace.from_names(task.labels or LabelSpace().names, task.polarity)
 
 
 def parser(command: str) -> jsonargparse.ArgumentParser:

@@ -44,7 +44,7 @@ def build(section: type, values: Any, path: str = "") -> Any:
             content[name] = build(inner, content[name], f"{path}{name}.")
     try:
         return section(**content)
-    except SettingsError as error:
+    except ValueError as error:  # SettingsError among them
         message = str(error)
         raise SettingsError(message if message.startswith(path) else path + message) from None
 

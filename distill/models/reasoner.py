@@ -6,8 +6,26 @@ from typing import Protocol
 
 import numpy as np
 
-from distill.task.prompts import Template
+from distill.task.prompts import Earlier, Template
 from distill.task.sample import Sample
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What answers took: how often a model was asked, the tokens it read and wrote, and seconds until it answered."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.calls + other.calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -15,6 +33,7 @@ class Answer:
     """One generated answer. `finished` is False where the token limit cut it or nothing usable came back.
 
     `error` says in a sentence why nothing came back (a refused request, a passed deadline); `text` is empty then.
+    `calls` and `seconds` are what it took; a model that answers a batch at once shares the batch's seconds out.
     """
 
     text: str
@@ -22,6 +41,12 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    calls: int = 1
+    seconds: float = 0.0
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.calls, self.prompt_tokens, self.completion_tokens, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -39,11 +64,18 @@ class ClassScores:
     """Label scoring of B samples over K labels.
 
     probabilities: [B, K], rows sum to 1; label_mass: [B], how much of the next-token probability the labels held
-    before they were normalised (NaN where the model does not tell).
+    before they were normalised (NaN where the model does not tell); costs: B, what each answer took, where that was
+    counted. A sample without an answer has equally likely labels at a mass of exactly 0.
     """
 
     probabilities: np.ndarray
     label_mass: np.ndarray
+    costs: tuple[Cost, ...] = ()
+
+    @property
+    def answered(self) -> np.ndarray:
+        """[B] False where the model gave no answer."""
+        return self.label_mass != 0
 
 
 class Reasoner(Protocol):
@@ -51,8 +83,12 @@ class Reasoner(Protocol):
 
     name: str
 
-    def classify(self, samples: Sequence[Sample]) -> ClassScores:
-        """Label probabilities of B samples, in their order."""
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+        """Label probabilities of B samples, in their order.
+
+        Args:
+            earlier: B pairs of earlier answers; the samples are then put to *review* instead of *classify*.
+        """
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()

@@ -69,7 +69,7 @@ class Context:
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer that tiny models of one vocabulary size share; trained when missing."""
-        parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.recipe.task.labels, prompts.VERSION)
+        parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.labels.names, prompts.VERSION)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
         if not settings.path and not folder.exists():
             beside = folder.with_name(f".{folder.name}.new")

@@ -3,6 +3,7 @@
 `VERSION` is part of the key under which a paid answer is kept (`annotation/ledger.py`): change it with any wording.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 from distill.task.labels import LabelSpace
@@ -10,10 +11,24 @@ from distill.task.sample import Sample
 
 VERSION = "1"
 
-Template = Literal["predict", "explain", "reason", "classify"]
+Template = Literal["predict", "explain", "reason", "classify", "review"]
 
 CLASSIFY_PREFIX = '"Prediction":'
-"""The forced beginning of an answer to *classify*; label scoring reads the next token after it."""
+"""The forced beginning of an answer to *classify* or *review*; label scoring reads the next token after it."""
+
+SCORED: tuple[Template, ...] = ("classify", "review")
+"""The questions whose answer is a label alone."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What student and teacher said before a review: label names, and their probabilities in [0, 1]."""
+
+    student: str
+    student_confidence: float
+    teacher: str
+    teacher_confidence: float
+
 
 _DEFINITIONS = {
     "negative": "disapproval, sadness or mockery",
@@ -29,7 +44,7 @@ _FIELDS = (
     '"Prediction": <{names}>',
 )
 
-_FULL = """Judge the sentiment of {target}.
+_FULL = """Judge the sentiment of {target}{scale}.
 {definitions}{post}
 {hint}Answer with these five fields, one a line, and nothing else:
 {fields}"""
@@ -37,30 +52,44 @@ _FULL = """Judge the sentiment of {target}.
 _HINT = "The sentiment is {label}. Explain it from the post itself, as if found on your own.\n"
 
 _SHORT: dict[str, str] = {
-    "reason": "Reason in five fields about the sentiment of {target}: {names}.\n{post}",
-    "classify": "Classify the sentiment of {target}: {names}.\n{post}\nAnswer: {prefix} <label>",
+    "reason": "Reason in five fields about the sentiment of {target}{scale}: {names}.\n{post}",
+    "classify": "Classify the sentiment of {target}{scale}: {names}.\n{post}\nAnswer: {prefix} <label>",
+    "review": "Classify the sentiment of {target}{scale}: {names}.\n{post}\n{earlier}Answer: {prefix} <label>",
 }
 
+_EARLIER = "A first reader said {} ({:.0%} sure), a second one {} ({:.0%} sure). Either may be wrong.\n"
 
-def render(template: Template, sample: Sample, labels: LabelSpace) -> str:
+
+def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earlier | None = None) -> str:
     """The text of one question about one post; its images go before it in the message.
 
     *predict* and *explain* are the teacher's questions (MulCoT-RD, reasoning data), *reason* and *classify* the two
-    tasks of assistant and student. Only *explain* contains the sample's label.
+    tasks of assistant and student, *review* the teacher's second look (U-ACS, stage 3). Only *explain* contains the
+    sample's label, and only *review* what was answered before: label names and numbers, never free text.
 
     Raises:
-        ValueError: *explain* for a sample without a label.
+        ValueError: *explain* for a sample without a label, *review* without earlier answers or with a label that is
+            not in the space.
     """
     if template == "explain":
         labels.index(sample.label)
+    said = ""
+    if template == "review":
+        if earlier is None:
+            raise ValueError("a review needs the earlier answers")
+        for name in (earlier.student, earlier.teacher):
+            labels.index(name)
+        said = _EARLIER.format(earlier.student, earlier.student_confidence, earlier.teacher, earlier.teacher_confidence)
     named = [name for name in labels.names if name in _DEFINITIONS]
     names = ", ".join(labels.names[:-1]) + " or " + labels.names[-1]
     return (_SHORT.get(template) or _FULL).format(
         target="the post" if sample.aspect is None else f'the post towards "{_line(sample.aspect)}"',
         names=names,
+        scale=f" on a scale from {labels.names[0]} (negative) to {labels.names[-1]} (positive)" if labels.scale else "",
         definitions="".join(f"{name}: {_DEFINITIONS[name]}.\n" for name in named),
+        earlier=said,
         post=f'Post: "{_line(sample.text)}"',
-        hint=_HINT.format(label=sample.label) if template == "explain" else "",
+        hint=_HINT.format(label=labels.name(sample.label)) if template == "explain" else "",
         fields="\n".join(_FIELDS).format(names=names),
         prefix=CLASSIFY_PREFIX,
     )

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, VERSION, Template, render
+from distill.task.prompts import CLASSIFY_PREFIX, VERSION, Earlier, Template, render
 from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
