@@ -26,7 +26,7 @@ import torch
 from distill.data.corpus import data_fingerprint
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe, to_yaml
-from distill.stages import annotate, assistant, augment, evaluate, export, student, teacher
+from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
 from distill.stages.context import Context, write_json, write_text
 from distill.task import prompts
 from distill.tracking import Tracker
@@ -52,6 +52,13 @@ STAGES = {
     "student": Stage(student.run, ("annotate", "assistant", "augment"), ("trainer",), ("adapter", "metrics.csv")),
     "evaluate": Stage(
         evaluate.run, ("teacher", "annotate", "assistant", "student"), (), ("metrics.json", "predictions.jsonl")
+    ),
+    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), (), ("calibration.json",)),
+    "cascade": Stage(
+        cascade.run,
+        ("teacher", "annotate", "student", "calibrate"),
+        (),
+        ("metrics.json", "decisions.jsonl", "deferral_curve.csv"),
     ),
     "export": Stage(export.run, ("student", "evaluate"), (), ("config.json", "README.md")),
 }

@@ -17,6 +17,8 @@ COMMANDS = {
     "augment": "the assistant writes more, kept when right",
     "student": "distil the student",
     "evaluate": "judge every role on the test split",
+    "calibrate": "fit temperatures and thresholds on the validation split",
+    "cascade": "student and teacher share the test split, in three stages",
     "export": "write the student as a folder that transformers loads",
     "report": "write report.html anew and print the table",
 }
@@ -85,7 +87,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(f"{settings.folder}: nothing to do, every stage is up to date")
     elif command == "run":
         print(f"ran {', '.join(ran)}")
-    if command in ("run", "evaluate", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
+    if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
         if ran or not (settings.folder / "report.html").exists():
             report.run(settings)
         print(report.summary(settings))

@@ -15,7 +15,9 @@ import yaml
 
 from distill.annotation.annotate import AnnotateSettings
 from distill.annotation.augment import AugmentSettings
-from distill.data.corpus import DataSettings
+from distill.cascade.calibration import CalibrateSettings
+from distill.cascade.cascade import CascadeSettings
+from distill.data.corpus import DataSettings, check_labels
 from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
@@ -50,7 +52,8 @@ class TeacherSettings(TrainSettings):
     """How a local teacher is trained."""
 
     tasks: dict[str, float] = field(default_factory=lambda: {"predict": 1.0, "explain": 1.0, "classify": 1.0})
-    """Tasks and their weights in the loss; a teacher needs predict, explain and classify."""
+    """Tasks and their weights in the loss: predict, explain and classify where a teacher annotates, classify alone
+    where it does not; review prepares it for the cascade's second look."""
 
 
 @dataclass
@@ -93,12 +96,22 @@ class Recipe:
     """Stage: distil the student."""
     evaluate: EvaluateSettings | None = None
     """Stage: judge every role on the test split."""
+    calibrate: CalibrateSettings | None = None
+    """Stage: fit temperatures and thresholds of the cascade on the validation split."""
+    cascade: CascadeSettings | None = None
+    """Stage: student and teacher share the test split; what that is worth."""
     export: ExportSettings | None = None
     """Stage: write the student as a folder that transformers loads."""
 
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher who can be asked: a trained one, an endpoint or a ready model."""
+        annotate = self.annotate or AnnotateStageSettings()
+        return any(item is not None for item in (self.teacher, annotate.endpoint, annotate.model))
 
     @property
     def labels(self) -> LabelSpace:
@@ -113,8 +126,9 @@ def parser(command: str) -> jsonargparse.ArgumentParser:
     options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
-    for path, section in optional_sections(Recipe):
-        if "." in path:  # jsonargparse names these in its help, but does not answer to them
+    optional = dict(optional_sections(Recipe))
+    for path, section in optional.items():
+        if any(path.startswith(f"{outer}.") for outer in optional):  # named in jsonargparse's help, but not answered to
             options.add_argument(f"--{path}.help", action=SectionHelp, const=section)
     return options
 
@@ -168,9 +182,7 @@ def check(recipe: Recipe) -> None:
                 raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
             if settings.model.lora is not None and not settings.model.path:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model has nothing to adapt")
-    given = [name for name, _ in optional_sections(Recipe) if "." not in name and getattr(recipe, name) is not None]
-    if recipe.data.source == "mosi" and given:
-        raise SettingsError(f"data.source mosi has continuous labels; {given[0]} takes label names")
+    check_labels(recipe.data, recipe.labels)
     annotate, student = recipe.annotate, recipe.student
     if annotate is not None:
         teachers = [recipe.teacher, annotate.endpoint, annotate.model]
@@ -178,10 +190,16 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("annotate takes one teacher: the teacher section, annotate.endpoint or annotate.model")
         if not any(item is not None for item in teachers) and not annotate.recorded:
             raise SettingsError("annotate needs a teacher, annotate.endpoint, annotate.model or annotate.recorded")
-    for stage in ("assistant", "student"):
+    for stage in ("assistant", "student", "teacher"):
         learner: TrainSettings | None = getattr(recipe, stage)
-        if annotate is None and learner is not None and set(learner.tasks) != {"classify"}:
-            raise SettingsError(f"{stage}.tasks: reasoning needs an annotate section; without one the task is classify")
+        tasks = set() if learner is None else set(learner.tasks) - ({"review"} if stage == "teacher" else set())
+        if annotate is None and learner is not None and tasks != {"classify"}:
+            raise SettingsError(
+                f"{stage}.tasks: reasoning needs an annotate section; without one the task is classify"
+                + (", with review or without" if stage == "teacher" else "")
+            )
+    if annotate is not None and recipe.task.scale is not None:
+        raise SettingsError("annotate takes label names; with task.scale the models classify alone")
     if recipe.augment is not None and (recipe.assistant is None or "reason" not in recipe.assistant.tasks):
         raise SettingsError("augment needs an assistant section that trains the reason task")
     if student is not None:
@@ -192,9 +210,15 @@ def check(recipe: Recipe) -> None:
             raise SettingsError(f"student.distillation.temperature is {options.temperature}; it takes more than 0")
         if options.weight > 0 and recipe.assistant is None:
             raise SettingsError("student.distillation.weight needs an assistant section; without one it takes 0")
-    for stage in ("evaluate", "export"):
+        if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
+            raise SettingsError("student.distillation.weight takes 0 where task.scale.spread makes the targets soft")
+    for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
+    if recipe.calibrate is not None and not recipe.has_teacher:
+        raise SettingsError("calibrate needs a teacher to ask: teacher, annotate.endpoint or annotate.model")
+    if recipe.cascade is not None and recipe.calibrate is None:
+        raise SettingsError("cascade needs a calibrate section, for its thresholds")
 
 
 def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:

@@ -26,7 +26,8 @@ from distill.recipe import Recipe
 from distill.stages.context import Context, write_json, write_text
 from tests import micro
 
-ALL = ["teacher", "annotate", "assistant", "augment", "student", "evaluate", "export"]
+JUDGED = ["evaluate", "calibrate", "cascade", "export"]
+ALL = ["teacher", "annotate", "assistant", "augment", "student", *JUDGED]
 
 
 @pytest.fixture
@@ -81,7 +82,9 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_chain_has_the_stages_whose_sections_its_recipe_has(recipe: Recipe, path: Path) -> None:
     assert stages_of(recipe) == ALL == list(STAGES)
-    fewer = micro.read(path, "--teacher", "null", "--annotate.recorded", "true", "--augment", "null")
+    flags = ["--teacher", "null", "--annotate.recorded", "true"]
+    flags += [word for stage in ("augment", "calibrate", "cascade") for word in (f"--{stage}", "null")]
+    fewer = micro.read(path, *flags)
     assert stages_of(fewer) == ["annotate", "assistant", "student", "evaluate", "export"]
 
 
@@ -103,16 +106,18 @@ def test_everything_runs_once_in_order_and_a_second_run_touches_no_file(recipe: 
 @pytest.mark.parametrize(
     ("flags", "again"),
     [
-        (["--student.distillation.weight", "0.5"], ["student", "evaluate", "export"]),
+        (["--student.distillation.weight", "0.5"], ["student", *JUDGED]),
         (["--evaluate.max_new_tokens", "50"], ["evaluate", "export"]),
-        (["--augment.temperature", "0.9"], ["augment", "student", "evaluate", "export"]),
-        (["--assistant.batch_size", "2"], ["assistant", "augment", "student", "evaluate", "export"]),
+        (["--augment.temperature", "0.9"], ["augment", "student", *JUDGED]),
+        (["--assistant.batch_size", "2"], ["assistant", "augment", "student", *JUDGED]),
         (["--annotate.retries", "2"], ALL[1:]),
         (["--trainer.precision", "bf16-mixed"], ALL),
         (["--seed", "2"], ALL),
         (["--task.labels", "[bad, fair, good]"], ALL),
         (["--data.postcards.labelled", "36"], ALL),
-        (["--augment", "null"], ["student", "evaluate", "export"]),
+        (["--augment", "null"], ["student", *JUDGED]),
+        (["--calibrate.budget", "0.2"], ["calibrate", "cascade"]),
+        (["--cascade.on_agreement", "average"], ["cascade"]),
         (["--tracking.project", "other"], []),
         (["--export", "null"], []),
     ],
@@ -145,7 +150,7 @@ def test_until_and_only(recipe: Recipe, path: Path, fakes: Fakes) -> None:
     for wanted in ({"until": "serve"}, {"only": "serve"}):
         with pytest.raises(SettingsError, match=r"^the recipe has no section serve; its stages are teacher, annotate"):
             run(recipe, **wanted)
-    assert run(recipe) == ["evaluate", "export"]
+    assert run(recipe) == JUDGED
 
 
 # ---- what a chain is made from ----
@@ -214,7 +219,7 @@ def test_an_export_stands_until_the_next_one_replaces_it(recipe: Recipe, path: P
     with pytest.raises(RunError, match="stop here"):
         run(other)
     assert (recipe.folder / "export" / "model.safetensors").read_text() == "weights"
-    assert run(other) == ["evaluate", "export"]
+    assert run(other) == JUDGED
 
 
 # ---- failures ----
@@ -280,7 +285,7 @@ def test_a_full_disk_is_one_sentence_whoever_notices_it(error: Exception, recipe
         run(recipe)
     assert "\n" not in str(raised.value)
     assert manifest(recipe)["student"]["status"] == "failed"
-    assert run(recipe) == ["student", "evaluate", "export"]
+    assert run(recipe) == ["student", *JUDGED]
 
 
 def test_a_fault_of_ours_is_not_blamed_on_the_disk(recipe: Recipe, fakes: Fakes) -> None:
@@ -388,7 +393,7 @@ def under_way(name: str, recipe: Recipe) -> bool:
     ledger = folder / "ledger.jsonl"
     if name in ("teacher", "assistant", "student"):
         return (folder / "checkpoints" / "last.ckpt").exists()
-    return name == "export" or (ledger.exists() and ledger.stat().st_size > 0)
+    return name in ("calibrate", "cascade", "export") or (ledger.exists() and ledger.stat().st_size > 0)
 
 
 def manifest_or_none(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,9 +21,10 @@ import numpy as np
 
 from distill.errors import RunError
 from distill.models.endpoint import Endpoint
-from distill.models.reasoner import Answer, ClassScores, Reasoner, Sampling
+from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
+from distill.task.prompts import Earlier, Template
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
@@ -158,49 +158,67 @@ class Memory:
         self.name = self.teacher.name
 
     def reason(
-        self, samples: Sequence[Sample], template: prompts.Template = "reason", sampling: Sampling = Sampling()
+        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """As `Reasoner.reason`; each new answer is in the ledger before it is handed on."""
-        return self._ask(
-            samples, template, sampling, partial(self.teacher.reason, template=template, sampling=sampling)
-        )
 
-    def classify(self, samples: Sequence[Sample]) -> ClassScores:
-        """As `Reasoner.classify`; where the teacher did not answer, the labels are equally likely, at a mass of 0."""
+        def ask(indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+            return self.teacher.reason([samples[index] for index in indices], template, sampling)
+
+        return self._ask(samples, template, sampling, ask)
+
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+        """As `Reasoner.classify`; where the teacher did not answer, the labels are equally likely, at a mass of 0.
+
+        The costs are those of the answers when they were paid for, were it on another day.
+        """
         probabilities = np.full((len(samples), len(self.labels)), 1 / len(self.labels))
         mass = np.zeros(len(samples))
-        for index, answer in self.scores(samples):
+        costs = [Cost()] * len(samples)
+        for index, answer in self.scores(samples, earlier):
+            costs[index] = answer.cost
             if answer.error is None:
                 probabilities[index], mass[index] = read_scores(answer)
-        return ClassScores(probabilities, mass)
+        return ClassScores(probabilities, mass, tuple(costs))
 
-    def scores(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Answer]]:
+    def scores(
+        self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None
+    ) -> Iterator[tuple[int, Answer]]:
         """Label scores as they come: pairs of a sample's index and an answer that `read_scores` reads."""
-        return self._ask(samples, "classify", Sampling(), self._scores)
 
-    def _scores(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Answer]]:
+        def ask(indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+            said = None if earlier is None else [earlier[index] for index in indices]
+            return self._scores([samples[index] for index in indices], said)
+
+        return self._ask(samples, "classify" if earlier is None else "review", Sampling(), ask, earlier)
+
+    def _scores(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None) -> Iterator[tuple[int, Answer]]:
         if isinstance(self.teacher, Endpoint):  # each is paid for, so each is handed over as it comes
-            for index, scored in self.teacher.scores(samples):
+            for index, scored in self.teacher.scores(samples, earlier):
                 text = json.dumps([scored.probabilities.tolist(), float(scored.label_mass)])
                 yield index, replace(scored.answer, text=text)
-        else:
-            found = self.teacher.classify(samples)
-            for index, (row, mass) in enumerate(zip(found.probabilities, found.label_mass, strict=True)):
-                yield index, Answer(json.dumps([row.tolist(), float(mass)]), finished=True)
+            return
+        found = self.teacher.classify(samples, earlier)
+        costs = found.costs or (Cost(calls=1),) * len(samples)
+        for index, (row, mass, cost) in enumerate(zip(found.probabilities, found.label_mass, costs, strict=True)):
+            error = None if mass != 0 else "the model gave no answer"
+            yield index, Answer(json.dumps([row.tolist(), float(mass)]), True, error=error, **asdict(cost))
 
     def _ask(
         self,
         samples: Sequence[Sample],
-        template: prompts.Template,
+        template: Template,
         sampling: Sampling,
-        ask: Callable[[Sequence[Sample]], Iterator[tuple[int, Answer]]],
+        ask: Callable[[Sequence[int]], Iterator[tuple[int, Answer]]],
+        earlier: Sequence[Earlier] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         waiting: dict[str, list[int]] = {}  # samples that are alike share one answer
         for index, sample in enumerate(samples):
             try:
-                waiting.setdefault(self._key(sample, template, sampling), []).append(index)
+                name = self._key(sample, template, sampling, None if earlier is None else earlier[index])
+                waiting.setdefault(name, []).append(index)
             except OSError as error:
-                yield index, Answer("", finished=False, error=f"an image cannot be read: {error}")
+                yield index, Answer("", finished=False, error=f"an image cannot be read: {error}", calls=0)
         for name in list(waiting):
             if (answer := self.ledger.get(name)) is not None:
                 self.paid[name] = answer
@@ -210,7 +228,7 @@ class Memory:
         meta: dict[str, Any] = {"model": self.teacher.name, "version": prompts.VERSION, "template": template}
         meta |= {"temperature": sampling.temperature, "attempt": sampling.attempt}
         for part in (names[begin : begin + self.chunk] for begin in range(0, len(names), self.chunk)):
-            for position, answer in ask([samples[waiting[name][0]] for name in part]):
+            for position, answer in ask([waiting[name][0] for name in part]):
                 name = part[position]
                 if answer.error is None:
                     self.ledger.put(name, {"id": samples[waiting[name][0]].id, **meta}, answer)
@@ -218,9 +236,9 @@ class Memory:
                 for index in waiting[name]:
                     yield index, answer
 
-    def _key(self, sample: Sample, template: prompts.Template, sampling: Sampling) -> str:
-        question = prompts.render(template, sample, self.labels)
-        if template == "classify":  # names no labels, though the probabilities are theirs
+    def _key(self, sample: Sample, template: Template, sampling: Sampling, earlier: Earlier | None) -> str:
+        question = prompts.render(template, sample, self.labels, earlier)
+        if template in prompts.SCORED:  # the probabilities are those of these labels
             question += "\n" + ", ".join(self.labels.names)
         for path in sample.images:
             if path not in self.digests:

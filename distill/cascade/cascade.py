@@ -190,13 +190,16 @@ class Rules:
         return weights / weights.sum() @ np.stack([student.probabilities, teacher.probabilities])
 
 
-def run(samples: Sequence[Sample], student: Reasoner, teacher: Reasoner, rules: Rules) -> list[Decision]:
+def run(samples: Sequence[Sample], student: ClassScores, teacher: Reasoner, rules: Rules) -> list[Decision]:
     """Take B samples through the three stages, each stage one batch.
 
+    Args:
+        student: what the student says of the samples (`Reasoner.classify`).
+
     Raises:
-        RunError: a model cannot be reached at all.
+        RunError: the teacher cannot be reached at all.
     """
-    opinions = rules.student(student.classify(samples))
+    opinions = rules.student(student)
     decisions: list[Decision | None] = [rules.first(opinion) for opinion in opinions]
     asked = [index for index, decision in enumerate(decisions) if decision is None]
     firsts = (

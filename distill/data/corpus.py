@@ -26,7 +26,8 @@ class DataSettings:
     """Where the posts are, and how they are split."""
 
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
-    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels), or the built-in postcards."""
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels, which need task.scale), or the
+    built-in postcards."""
     root: str = "data"
     """Folder of the data; image paths are resolved inside it and may not leave it."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
@@ -43,8 +44,6 @@ class DataSettings:
     """Seed of the stratified split."""
     images: str = "images"
     """Folder of the images, below the root (twitter); jsonl and mosi rows name their images from the root."""
-    scale: list[float] = field(default_factory=lambda: [-3.0, 3.0])
-    """Lowest and highest label of continuous data (mosi)."""
     max_pixels: int = 50_000_000
     """Images with more pixels than this are dropped unread."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
@@ -88,8 +87,10 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
     """Read, check and split a corpus. Every image is decoded once; what is wrong with a row drops that row only.
 
     Raises:
-        SettingsError: a missing file, a file without a usable row, or a split that cannot be made.
+        SettingsError: continuous labels without a scale or a scale without them, a missing file, a file without a
+            usable row, or a split that cannot be made.
     """
+    check_labels(settings, labels)
     _check_settings(settings)
     if settings.source == "postcards":
         _make_postcards(settings)
@@ -113,6 +114,14 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
             )
     dropped = [Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason]
     return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root)
+
+
+def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
+    """Raises SettingsError where labels are numbers and the label space has no scale for them, or the reverse."""
+    if settings.source == "mosi" and labels.scale is None:
+        raise SettingsError("data.source mosi has continuous labels; task.scale must say how they are cut into bins")
+    if settings.source != "mosi" and labels.scale is not None:
+        raise SettingsError(f"task.scale needs continuous labels: data.source mosi, not {settings.source}")
 
 
 def data_fingerprint(settings: DataSettings) -> str:
@@ -146,8 +155,6 @@ def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:
 
 
 def _check_settings(settings: DataSettings) -> None:
-    if len(settings.scale) != 2 or not settings.scale[0] < settings.scale[1]:
-        raise SettingsError(f"data.scale needs two numbers, the lower first, not {settings.scale}")
     if not _files(settings)["train"]:
         raise SettingsError("data.train names no file")
     missing = _missing(settings)
@@ -211,20 +218,12 @@ def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels
     if reason is None:
         try:
             sample = jsonl.sample(row.fields, Path(settings.root))
-            _check_label(sample.label, settings, labels)
+            if sample.label is not None:
+                labels.index(sample.label)
         except ValueError as error:
             sample, reason = None, str(error)
     identity = row.fields.get("id")
     return _Entry(split, file, row.number, sample, "" if identity is None else str(identity), reason)
-
-
-def _check_label(label: object, settings: DataSettings, labels: LabelSpace) -> None:
-    if label is None:
-        return
-    if settings.source != "mosi":
-        labels.index(label)
-    elif isinstance(label, float) and not settings.scale[0] <= label <= settings.scale[1]:
-        raise ValueError(f"label {label} is outside the scale from {settings.scale[0]} to {settings.scale[1]}")
 
 
 def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]:

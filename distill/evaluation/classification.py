@@ -40,14 +40,24 @@ def classification_metrics(gold: Sequence[str], probabilities: np.ndarray, label
     # A rounding error above 1 would make torchmetrics take the probabilities for logits.
     probabilities = probabilities.clip(0.0, 1.0)
     predicted = probabilities.argmax(axis=1)
-    ece = multiclass_calibration_error(
-        torch.from_numpy(probabilities), torch.from_numpy(truth), num_classes=len(labels), n_bins=ECE_BINS
-    )
     return {
         **_label_metrics(truth, predicted, len(labels)),
-        "ece": float(ece),
+        "ece": calibration_error(probabilities, truth),
         "aurc": aurc(predicted != truth, probabilities.max(axis=1)),
     }
+
+
+def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error of the highest probability over 15 equal bins (Guo et al., arXiv 1706.04599).
+
+    Args:
+        probabilities: [B, K], in [0, 1].
+        truth: [B] indices of the gold labels.
+    """
+    found = multiclass_calibration_error(
+        torch.from_numpy(probabilities), torch.from_numpy(truth), num_classes=probabilities.shape[1], n_bins=ECE_BINS
+    )
+    return float(found)
 
 
 def majority_baseline(train_gold: Sequence[str], test_gold: Sequence[str], labels: LabelSpace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from distill.evaluation.classification import classification_metrics
 from distill.evaluation.reasoning import reasoning_metrics
+from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
@@ -39,6 +40,10 @@ class Judged:
     def label(self, index: int, labels: LabelSpace) -> str:
         return labels.names[int(self.scores.probabilities[index].argmax())]
 
+    def value(self, index: int, labels: LabelSpace) -> float | None:
+        """The value on the labels' scale, where they have one."""
+        return float(labels.scale.expectation(self.scores.probabilities[index])) if labels.scale else None
+
 
 def judge(
     reasoner: Reasoner,
@@ -63,6 +68,11 @@ def judge(
     return Judged(scores, texts, rationales)
 
 
+def gold_values(samples: Sequence[Sample]) -> list[float]:
+    """The values of samples that are labelled on a scale."""
+    return [sample.label for sample in samples if isinstance(sample.label, float)]
+
+
 def read(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rationale | None:
     """A rationale from text, None where it breaks the format."""
     try:
@@ -80,10 +90,14 @@ def role_metrics(
 ) -> dict[str, Any]:
     """One object of `metrics.json` (DESIGN section 3) for N samples.
 
+    On a scale, the figures of classification are over its bins, and those of the recovered values stand beside them.
     Where the samples have gold attributes, `grounded` is the share of them that a rationale names, over all samples.
     """
-    gold = [str(sample.label) for sample in samples]
+    gold = [labels.name(sample.label) for sample in samples]
     metrics = classification_metrics(gold, judged.scores.probabilities, labels)
+    if labels.scale is not None:
+        predicted = labels.scale.expectation(judged.scores.probabilities)
+        metrics |= regression_metrics(gold_values(samples), predicted, labels.scale)
     metrics["label_mass"] = float(np.mean(judged.scores.label_mass))
     if judged.rationales is None:
         return metrics

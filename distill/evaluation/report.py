@@ -5,9 +5,7 @@ security policy keeps it so. Whatever comes from posts and models is escaped by 
 """
 
 import base64
-import csv
 import io
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
+from distill.evaluation.charts import cascade_charts, training
 from distill.task.labels import LabelSpace
 from distill.task.rationale import FIELDS, InvalidRationale, parse
 
@@ -41,6 +40,17 @@ CLASSIFICATION = {
     "ece": "ECE",
     "aurc": "AURC",
 }
+REGRESSION = {
+    "mae": "MAE",
+    "correlation": "correlation",
+    "acc7": "Acc-7",
+    "acc5": "Acc-5",
+    "acc2_with_zero": "Acc-2 (≥ 0)",
+    "acc2_without_zero": "Acc-2 (no 0)",
+    "f1_with_zero": "F1 (≥ 0)",
+    "f1_without_zero": "F1 (no 0)",
+}
+"""Values on a scale; Acc-2 and F1 in both published conventions."""
 REASONING = {
     "reasoned_accuracy": "reasoned accuracy",
     "parse_rate": "parse rate",
@@ -58,8 +68,7 @@ _PRINTED = {
     "rouge_l": "ROUGE-L",
     "consistency": "consistency",
 }
-_PICTURE_SIDE, _MAX_POINTS = 320, 300
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 44, 10, 10, 28  # of a chart, in SVG units
+_PICTURE_SIDE = 320
 
 
 @dataclass
@@ -69,12 +78,14 @@ class Report:
     name: str
     labels: LabelSpace
     roles: Roles
-    majority: Metrics | None = None
-    """What `majority_baseline` returns."""
+    baselines: Mapping[str, Metrics] = field(default_factory=dict)
+    """By title, what answering without a look at the post gets: `majority_baseline`, on a scale `trivial_baseline`."""
     curves: Mapping[str, Path] = field(default_factory=dict)
     """Per role the `metrics.csv` of Lightning's CSVLogger; a missing file shows no curve."""
     annotation: Mapping[str, Any] | None = None
     """The annotation's `summary.json`."""
+    cascade: Mapping[str, Any] | None = None
+    """The cascade's `metrics.json`, with the rows of `deferral_curve.csv` under `deferral`."""
     gallery: Sequence[Mapping[str, Any]] = ()
     """Test posts: id, text, aspect, image (a path or None), gold, answers {role: {label, probability}}, rationale and
     reference (text as generated, or None)."""
@@ -86,16 +97,13 @@ class Report:
     """Versions of the libraries that matter."""
 
 
-def format_table(roles: Roles, majority: Metrics | None = None) -> str:
-    """The table that ends a chain, as plain text: the majority class, then the roles that exist."""
-    shown = _columns(roles, CLASSIFICATION | _PRINTED)
+def format_table(roles: Roles, baselines: Mapping[str, Metrics] | None = None) -> str:
+    """The table that ends a chain, as plain text: the baselines by their titles, then the roles that exist."""
+    shown = _columns(roles, CLASSIFICATION | REGRESSION | _PRINTED)
     rows = [["", *shown.values()]]
-    if majority is not None:
-        rows.append(
-            [f"majority class ({majority['label']})", *(" ".join(_cell(majority, key)).strip() for key in shown)]
-        )
-    for role, title in _titles(roles).items():
-        rows.append([title, *(" ".join(_cell(roles[role], key)).strip() for key in shown)])
+    lines_of = dict(baselines or {}) | {title: roles[role] for role, title in _titles(roles).items()}
+    for title, metrics in lines_of.items():
+        rows.append([title, *(" ".join(_cell(metrics, key)).strip() for key in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
@@ -114,11 +122,16 @@ def write_report(path: Path, report: Report) -> None:
         report=report,
         titles=titles,
         classification=_columns(report.roles, CLASSIFICATION),
+        regression=_columns(report.roles, REGRESSION),
         reasoning=_columns(report.roles, REASONING),
         cell=_cell,
         seeds=max((len(_runs(metrics)) for metrics in report.roles.values()), default=0),
         confusions={title: _confusion(report.roles[role]) for role, title in titles.items()},
-        curves={TITLES.get(role, role): charts for role, file in report.curves.items() if (charts := _charts(file))},
+        curves={TITLES.get(role, role): found for role, file in report.curves.items() if (found := training(file))},
+        cascade=cascade_charts(report.cascade) if report.cascade else {},
+        priced=any(
+            stage["cost"]["currency"] is not None for stage in (report.cascade or {"stages": {}})["stages"].values()
+        ),
         annotation=_flatten(report.annotation or {}),
         gallery=[_post(entry, report.labels) for entry in report.gallery],
         names=TITLES,
@@ -164,74 +177,6 @@ def _confusion(metrics: Metrics | Sequence[Metrics]) -> list[list[tuple[int, flo
     matrices = [run["confusion"] for run in _runs(metrics) if "confusion" in run]
     total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
     return [[(count, count / max(sum(row), 1)) for count in row] for row in total]
-
-
-def _charts(path: Path) -> dict[str, dict[str, Any]]:
-    """The training curves of one role: losses, and what was measured on the validation split."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        step = _number(row.get("step"))
-        for name, text in row.items():
-            value = _number(text)
-            if isinstance(name, str) and "/" in name and step is not None and value is not None:
-                curves.setdefault(name, []).append((step, value))
-    curves = {name: _thin(sorted(points)) for name, points in curves.items()}
-    losses = {n: p for n, p in curves.items() if n.startswith("train/") and any(y for _, y in p)}
-    judged = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
-    charts = {"loss": _chart(losses), "validation": _chart(judged, top=1.0)}
-    return {title: chart for title, chart in charts.items() if chart}
-
-
-def _number(text: Any) -> float | None:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most _MAX_POINTS points: means of equally many neighbours."""
-    width = math.ceil(len(points) / _MAX_POINTS)
-    groups = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups]
-
-
-def _chart(curves: Mapping[str, list[tuple[float, float]]], top: float = 0.0) -> dict[str, Any]:
-    """Lines in SVG coordinates with their axes from zero; empty where there is nothing to draw."""
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return {}
-    y_ticks = _ticks(max(top, max(y for _, y in points)))
-    x_ticks = _ticks(max(x for x, _ in points))
-    wide = _WIDTH - _LEFT - _RIGHT
-    high = _HEIGHT - _TOP - _BOTTOM
-
-    def x_of(x: float) -> float:
-        return round(_LEFT + wide * x / x_ticks[-1], 1)
-
-    def y_of(y: float) -> float:
-        return round(_TOP + high * (1 - max(y, 0.0) / y_ticks[-1]), 1)
-
-    return {
-        "size": (_WIDTH, _HEIGHT),
-        "frame": (_LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
-        "x_ticks": [(x_of(tick), f"{tick:g}") for tick in x_ticks],
-        "y_ticks": [(y_of(tick), f"{tick:g}") for tick in y_ticks],
-        "lines": {name: [(x_of(x), y_of(y)) for x, y in curve] for name, curve in curves.items()},
-    }
-
-
-def _ticks(top: float) -> list[float]:
-    """Round numbers from zero to `top` or just above."""
-    top = max(top, 1e-9)
-    power = 10 ** math.floor(math.log10(top / 4))
-    step = next(factor * power for factor in (1, 2, 5, 10) if top / (factor * power) <= 5)
-    return [round(i * step, 12) for i in range(math.ceil(top / step - 1e-9) + 1)]
 
 
 def _flatten(summary: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -4,9 +4,6 @@ Nothing else in the house knows transformers or peft. A backbone is either pretr
 tiny and built from a config (`tiny`, all weights train).
 """
 
-import logging
-import re
-import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,21 +15,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from distill.data.images import decode
 from distill.errors import SettingsError
 from distill.models import tiny
+from distill.models.encoding import IGNORE, Encoder, Features, Side, label_tokens
 from distill.models.tiny import TinySettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
-from distill.task.prompts import Template
+from distill.task.prompts import Earlier, Template
 from distill.task.sample import Sample
 
-logger = logging.getLogger(__name__)
-
-IGNORE = -100
-"""The label of positions that carry no loss."""
-
-Features = dict[str, torch.Tensor]
+__all__ = ["IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "load", "on_meta", "quiet"]
 
 
 @dataclass
@@ -77,7 +69,8 @@ class Backbone:
     """A model, its processor and the label space it speaks of.
 
     Attributes:
-        label_ids: [K], the token that follows the forced prefix for each label.
+        label_tokens: K lists, the tokens of each label after the forced prefix, its end token included.
+        label_ids: [K], the first of them; where `labels_share_tokens`, two or more labels begin with one token.
     """
 
     def __init__(self, model: torch.nn.Module, processor: Any, labels: LabelSpace, settings: ModelSettings) -> None:
@@ -92,12 +85,22 @@ class Backbone:
             raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.label_ids = torch.tensor(label_tokens(tokenizer, labels))
-        self._control = _control_tokens(processor)
+        self.encoder = Encoder(processor, settings.image_size)
+        self.label_tokens = label_tokens(tokenizer, labels)
+        self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
+        if self.labels_share_tokens and settings.attention == "flash_attention_2":
+            raise SettingsError(
+                "model.attention: flash_attention_2 cannot score labels that begin with one token; take sdpa or eager"
+            )
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def labels_share_tokens(self) -> bool:
+        """Whether the first token alone does not tell the labels apart."""
+        return len(set(self.label_ids.tolist())) < len(self.labels)
 
     def encode(
         self,
@@ -105,63 +108,31 @@ class Backbone:
         template: Template,
         answers: Sequence[str] | None = None,
         *,
-        padding_side: Literal["left", "right"] = "right",
+        earlier: Sequence[Earlier] | None = None,
+        padding_side: Side = "right",
     ) -> Features:
         """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and what pictures need.
 
         With `answers`, each is appended with its end token and `labels` [B, T] marks it, IGNORE elsewhere. Without
-        answers, a *classify* prompt is closed with the forced prefix, so that the next token is the label's.
+        answers, *classify* and *review* are closed with the forced prefix, so that the next token is the label's.
+
+        Args:
+            earlier: B pairs of earlier answers, which *review* asks about.
+
+        Raises:
+            ValueError: *review* without earlier answers.
         """
-        texts = [self._prompt(sample, template) for sample in samples]
-        pictures = [[self._picture(path) for path in sample.images] for sample in samples]
-        images = pictures if all(pictures) else [image for row in pictures for image in row] or None
-        tokenizer = self.processor.tokenizer
-        begins = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)  # written by the chat template
-        features: Features = dict(
-            self.processor(text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=not begins)
-        )
+        said = earlier if earlier is not None else (None,) * len(samples)
+        questions = [
+            (prompts.render(template, sample, self.labels, before), sample.images)
+            for sample, before in zip(samples, said, strict=True)
+        ]
         if answers is not None:
-            endings = [[*self._tokens(answer), tokenizer.eos_token_id] for answer in answers]
+            endings = [[*self.encoder.tokens(answer), self.processor.tokenizer.eos_token_id] for answer in answers]
         else:
-            endings = [self._tokens(prompts.CLASSIFY_PREFIX) if template == "classify" else []] * len(texts)
-        rows = [mask.bool() for mask in features["attention_mask"]]
-        shape = features["input_ids"].shape
-
-        def extended(name: str, tail: Sequence[list[int]], padding: int) -> torch.Tensor:
-            parts = [
-                torch.cat([line[row], line.new_tensor(end)])
-                for line, row, end in zip(features[name], rows, tail, strict=True)
-            ]
-            return torch.nn.utils.rnn.pad_sequence(parts, True, padding, padding_side)
-
-        if answers is not None:
-            features["labels"] = torch.full(shape, IGNORE)
-        aligned = {name: value for name, value in features.items() if value.shape == shape}
-        for name in aligned:
-            if name in ("input_ids", "labels"):
-                tail, padding = endings, IGNORE if name == "labels" else tokenizer.pad_token_id
-            else:  # mm_token_type_ids marks pictures, of which an ending has none
-                tail, padding = [[int(name == "attention_mask")] * len(end) for end in endings], 0
-            aligned[name] = extended(name, tail, padding)
-        return features | aligned
-
-    def _prompt(self, sample: Sample, template: Template) -> str:
-        content = [{"type": "image"} for _ in sample.images]
-        content.append({"type": "text", "text": self._plain(prompts.render(template, sample, self.labels))})
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-    def _picture(self, path: Path) -> Any:
-        image = decode(path, sys.maxsize)  # the reader of the corpus applied the user's limit
-        size = self.settings.image_size
-        return image.resize((size, size)) if size and image.size != (size, size) else image
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(self._plain(text), add_special_tokens=False)["input_ids"]
-
-    def _plain(self, text: str) -> str:
-        """Text in which nothing is a control token: a post that says `<|im_end|>` must end no message."""
-        return self._control.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+            closing = self.encoder.tokens(prompts.CLASSIFY_PREFIX) if template in prompts.SCORED else []
+            endings = [closing] * len(questions)
+        return self.encoder.encode(questions, endings, labelled=answers is not None, padding_side=padding_side)
 
     def save(self, folder: Path) -> None:
         """Write the trained weights (the adapter alone under LoRA) and the processor."""
@@ -236,31 +207,6 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
 
 
-def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[int]:
-    """The first token of each label after the forced prefix (DESIGN section 6).
-
-    Raises:
-        SettingsError: the prefix is tokenised differently before a label, or two labels begin with one token.
-    """
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    prefix = ids(prompts.CLASSIFY_PREFIX)
-    first: dict[int, str] = {}
-    for name in labels.names:
-        tokens = ids(f"{prompts.CLASSIFY_PREFIX} {name}")
-        if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
-            raise SettingsError(f"task.labels: the tokenizer joins {name!r} with the text before it; name it otherwise")
-        token = tokens[len(prefix)]
-        if token in first:
-            raise SettingsError(
-                f"task.labels: {first[token]!r} and {name!r} begin with the same token; name one of them otherwise"
-            )
-        first[token] = name
-    return list(first)
-
-
 @contextmanager
 def quiet():  # type: ignore[no-untyped-def]
     """Loading and saving without transformers' own progress bars."""
@@ -271,13 +217,6 @@ def quiet():  # type: ignore[no-untyped-def]
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _control_tokens(processor: Any) -> re.Pattern[str]:
-    """What the tokenizer, or the processor before it, takes for a control token wherever it stands in a text."""
-    tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {getattr(processor, name) for name in ("image_token", "video_token") if hasattr(processor, name)}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 
 def _pretrained(settings: ModelSettings, path: str) -> Any:

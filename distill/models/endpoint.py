@@ -4,11 +4,10 @@ import base64
 import io
 import logging
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +15,12 @@ import numpy as np
 
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
-from distill.models.chat import Chat, EndpointSettings, Tokens
-from distill.models.reasoner import Answer, ClassScores, Sampling
+from distill.models.chat import Chat, EndpointSettings, unanswered
+from distill.models.reading import agreement, label_probabilities
+from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
+from distill.task.prompts import Earlier, Template
 from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
@@ -30,9 +31,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CLASSIFY_TOKENS = 32
-_PREDICTION = re.compile(r"(?:^|[{,])[ \t\"'*#>\u0120\u2581-]*prediction[\"'*]*[ \t]*:", re.IGNORECASE | re.MULTILINE)
-_QUOTES = " \t\r\n\"'`*_.,;:{}[]\u0120\u2581"  # and the two signs by which tokenizers write a space
-_FLOOR = 1e-12  # no label is impossible
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ class Endpoint:
         self.labels = labels
         self._max_pixels = max_pixels
         self._chat = Chat(settings)
+        self._lock = threading.Lock()
+        self._token_ids: list[int] | None = None
 
     def close(self) -> None:
         """Close the connections."""
@@ -73,7 +73,7 @@ class Endpoint:
         return (prompt_tokens * (prompt or 0.0) + completion_tokens * (completion or 0.0)) / 1e6
 
     def reason(
-        self, samples: Sequence[Sample], template: prompts.Template = "reason", sampling: Sampling = Sampling()
+        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """Answers in the order of their completion; a consumer that stops early loses only those in flight.
 
@@ -87,29 +87,40 @@ class Endpoint:
             try:
                 content = self._content(sample, prompts.render(template, sample, self.labels))
             except (ImageError, OSError) as error:
-                return Answer("", False, error=str(error))
+                return unanswered(str(error))
             return self._chat.ask(content, sampling, stop, schema=schema)[0]
 
         return self._as_completed(ask, len(samples))
 
-    def classify(self, samples: Sequence[Sample]) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
         """Label probabilities of B samples; a sample without an answer is undecided, at a label mass of 0.
+
+        They are read from log-probabilities (`label_probabilities`): of the labels' own tokens where the server knows
+        `logprob_token_ids` and `/tokenize`, as vLLM does, otherwise of the likeliest tokens. Where it gives none, the
+        greedy answer and further ones drawn at temperature 1 are counted (`agreement`).
 
         Raises:
             RunError: as `reason`.
         """
-        scores = ClassScores(np.zeros((len(samples), len(self.labels))), np.zeros(len(samples)))
-        for index, scored in self.scores(samples):
-            scores.probabilities[index], scores.label_mass[index] = scored.probabilities, scored.label_mass
+        probabilities, mass = np.zeros((len(samples), len(self.labels))), np.zeros(len(samples))
+        costs = [Cost()] * len(samples)
+        for index, scored in self.scores(samples, earlier):
+            probabilities[index], mass[index], costs[index] = (
+                scored.probabilities,
+                scored.label_mass,
+                scored.answer.cost,
+            )
             if scored.answer.error is not None:
                 log.warning("sample %s counts as undecided: %s", samples[index].id, scored.answer.error)
-        return scores
+        return ClassScores(probabilities, mass, tuple(costs))
 
-    def scores(self, samples: Sequence[Sample]) -> Iterator[tuple[int, Scored]]:
+    def scores(
+        self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None
+    ) -> Iterator[tuple[int, Scored]]:
         """The parts of `classify` as they come, each with what was paid for it."""
 
         def score(index: int, stop: threading.Event) -> Scored:
-            return self._score(samples[index], stop)
+            return self._score(samples[index], None if earlier is None else earlier[index], stop)
 
         return self._as_completed(score, len(samples))
 
@@ -148,35 +159,51 @@ class Endpoint:
             stop.set()  # wakes those that wait for a retry
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, sample: Sample, stop: threading.Event) -> Scored:
+    def _score(self, sample: Sample, earlier: Earlier | None, stop: threading.Event) -> Scored:
         undecided = np.full(len(self.labels), 1 / len(self.labels))
-        question = prompts.render("classify", sample, self.labels)
+        template: Template = "classify" if earlier is None else "review"
         try:
-            content = self._content(sample, question)
+            content = self._content(sample, prompts.render(template, sample, self.labels, earlier))
         except (ImageError, OSError) as error:
-            return Scored(undecided, 0.0, Answer("", False, error=str(error)))
-        paid: list[Answer] = []
-        if self._chat.top_logprobs:
-            # Without a schema: a grammar would force a label, and the label mass would tell nothing.
-            answer, tokens = self._chat.ask(content, Sampling(0.0, _CLASSIFY_TOKENS), stop, logprobs=True)
-            if answer.error is not None or not answer.text.strip():
-                return Scored(undecided, 0.0, answer)
-            if tokens:
-                return Scored(*label_probabilities(tokens, self.labels), answer)
-            self._chat.without_logprobs("gives no log-probabilities")
-            paid.append(answer)
-        drawn: list[Answer] = []
-        for attempt in range(self.settings.agreement_samples):
-            answer, _ = self._chat.ask(content, Sampling(1.0, _CLASSIFY_TOKENS, attempt), stop)
-            if answer.error is None:
-                drawn.append(answer)
-        if not drawn:
+            return Scored(undecided, 0.0, unanswered(str(error)))
+        # Without a schema: a grammar would force a label, and the label mass would tell nothing.
+        greedy = Sampling(0.0, _CLASSIFY_TOKENS)
+        answer, tokens = self._chat.ask(content, greedy, stop, logprobs=True, token_ids=self._label_token_ids())
+        if answer.error is not None or not answer.text.strip():
             return Scored(undecided, 0.0, answer)
-        prompt_tokens = sum(answer.prompt_tokens for answer in paid + drawn)
-        completion_tokens = sum(answer.completion_tokens for answer in paid + drawn)
-        texts = [answer.text for answer in drawn]
-        total = Answer("\n".join(texts), True, prompt_tokens, completion_tokens)
-        return Scored(agreement(texts, self.labels), math.nan, total)
+        if tokens:
+            return Scored(*label_probabilities(tokens, self.labels), answer)
+        self._chat.without_logprobs("gives no log-probabilities")
+        asked = [answer]
+        for attempt in range(1, self.settings.agreement_samples):
+            asked.append(self._chat.ask(content, Sampling(1.0, _CLASSIFY_TOKENS, attempt), stop)[0])
+        texts = [answer.text for answer in asked if answer.error is None]
+        cost = sum((answer.cost for answer in asked), Cost())
+        return Scored(agreement(texts, self.labels), math.nan, Answer("\n".join(texts), True, **asdict(cost)))
+
+    def _label_token_ids(self) -> Sequence[int]:
+        """The tokens by which the server's tokenizer writes the labels, with and without a space before them.
+
+        Asked for once; none where the server does not tell.
+        """
+        with self._lock:
+            if self._token_ids is None and self._chat.top_logprobs:
+                self._token_ids = self._ask_for_token_ids()
+            return self._token_ids or ()
+
+    def _ask_for_token_ids(self) -> list[int]:
+        prefix = self._chat.tokenize(prompts.CLASSIFY_PREFIX)
+        if prefix is None:
+            return []
+        found: dict[int, None] = {}  # in order, each once
+        for name in self.labels.names:
+            behind = self._chat.tokenize(f"{prompts.CLASSIFY_PREFIX} {name}")
+            alone = self._chat.tokenize(name)
+            if behind is None or alone is None:
+                return []
+            same = behind[: len(prefix)] == prefix
+            found |= dict.fromkeys([*(behind[len(prefix) :] if same else []), *alone])
+        return list(found)
 
     def _content(self, sample: Sample, text: str) -> str | list[dict[str, Any]]:
         """A message: the pictures as `data:` URIs, then the text. Raises ImageError."""
@@ -191,55 +218,6 @@ class Endpoint:
         picture.save(jpeg, "JPEG", quality=95)
         data = base64.b64encode(jpeg.getvalue()).decode()
         return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
-
-
-def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray, float]:
-    """Label probabilities [K] from the tokens of an answer to *classify*, and the label mass.
-
-    They are read where the label begins: after the last `"Prediction":` that opens a line or a JSON field, otherwise
-    at the answer's first token. A likely token counts for the one label that it begins, and for none if it begins two.
-    A label that no likely token begins has at most the probability of the least likely of them, and at most what they
-    leave; it is given that bound. The mass is the sum before normalising, 1 at most.
-    """
-    begin = _label_begins("".join(token for token, _ in tokens), labels)
-    end, likely = 0, None
-    for token, top in tokens:
-        start, end = end, end + len(token)
-        if end > begin and token[max(0, begin - start) :].strip(_QUOTES):
-            likely = top
-            break
-    if not likely:
-        return np.full(len(labels), 1 / len(labels)), 0.0
-    mass = np.zeros(len(labels))
-    names = [name.casefold() for name in labels.names]
-    for token, logprob in likely.items():
-        stem = token.strip(_QUOTES).casefold()
-        begun = [k for k, name in enumerate(names) if stem and name.startswith(stem)]
-        if len(begun) == 1:
-            mass[begun[0]] += math.exp(min(logprob, 0.0))
-    seen = [math.exp(min(logprob, 0.0)) for logprob in likely.values()]
-    mass[mass == 0] = max(min(min(seen), 1 - sum(seen)), _FLOOR)
-    return mass / mass.sum(), min(float(mass.sum()), 1.0)
-
-
-def agreement(answers: Sequence[str], labels: LabelSpace) -> np.ndarray:
-    """Label probabilities [K] from k answers to *classify*: their shares, smoothed by one more answer for all alike.
-
-    p_j = (n_j + (1 + r) / K) / (k + 1), where r of the k answers name no label.
-    """
-    found = [labels.find(_first_line(answer[_label_begins(answer, labels) :])) for answer in answers]
-    counts = np.array([found.count(name) for name in labels.names], dtype=float)
-    return (counts + (1 + found.count(None)) / len(labels)) / (len(answers) + 1)
-
-
-def _label_begins(text: str, labels: LabelSpace) -> int:
-    """Where an answer to *classify* begins to name its label; an answer that is the bare label names it at once."""
-    headers = list(_PREDICTION.finditer(text))
-    return headers[-1].end() if headers and labels.find(_first_line(text)) is None else 0
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip(_QUOTES)), "")
 
 
 def _schema(labels: LabelSpace) -> dict[str, Any]:

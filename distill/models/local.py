@@ -1,14 +1,47 @@
 """A Reasoner over a backbone on this machine: label scoring in one forward pass, and generation."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from distill.models.backbone import Backbone, Features
-from distill.models.reasoner import Answer, ClassScores, Sampling
-from distill.task.prompts import Template
+from distill.models.backbone import Backbone
+from distill.models.encoding import Features, Prompt
+from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
+from distill.models.scoring import label_log_probabilities, normalise_labels, score_labels
+from distill.task.prompts import Earlier, Template
 from distill.task.sample import Sample
+
+__all__ = ["Completion", "Local", "Token", "label_log_probabilities", "normalise_labels", "score_labels"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: its text, its log-probability, and those of the tokens that were asked about."""
+
+    text: str
+    logprob: float
+    likely: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of `Local.chat`. `finished` is False where the token limit cut it.
+
+    `tokens` are all generated tokens, the end token included; empty where no log-probabilities were asked for.
+    """
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: tuple[Token, ...] = ()
 
 
 class Local:
@@ -20,48 +53,140 @@ class Local:
         backbone.model.to(device).eval()
 
     @torch.inference_mode()
-    def classify(self, samples: Sequence[Sample]) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
         """Label probabilities of B samples by label scoring (DESIGN section 6)."""
-        parts = []
-        for batch in _batches(samples, self.backbone.settings.batch_size):
-            features = _to(self.backbone.encode(batch, "classify"), self.backbone.device)
-            parts.append(score_labels(self.backbone, features))
+        parts, costs = [], []
+        template: Template = "classify" if earlier is None else "review"
+        for first, batch in self._batches(samples):
+            begin = time.perf_counter()
+            said = None if earlier is None else earlier[first : first + len(batch)]
+            features = self.backbone.encode(batch, template, earlier=said)
+            parts.append([part.cpu() for part in score_labels(self.backbone, self._moved(features))])
+            seconds = (time.perf_counter() - begin) / len(batch)
+            costs += [Cost(1, length, 0, seconds) for length in features["attention_mask"].sum(1).tolist()]
         if not parts:
             return ClassScores(np.zeros((0, len(self.backbone.labels))), np.zeros(0))
-        probabilities, mass = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
-        return ClassScores(probabilities, mass)
+        probabilities, mass = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+        return ClassScores(probabilities, mass, tuple(costs))
 
-    @torch.inference_mode()
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """Generated answers, a batch at a time, in the samples' order; the same seed draws the same answers."""
-        model, tokenizer = self.backbone.model, self.backbone.processor.tokenizer
-        stops = _end_tokens(self.backbone)
-        options = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "eos_token_id": stops,
-            "pad_token_id": tokenizer.pad_token_id,
-            "repetition_penalty": 1.0,  # published models bring penalties and cuts of their own
-        }
-        if sampling.temperature > 0:
-            options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-        else:
-            options |= {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' neutral ones
-        first = 0
-        for batch in _batches(samples, self.backbone.settings.batch_size):
-            features = _to(self.backbone.encode(batch, template, padding_side="left"), self.backbone.device)
-            # a caller may draw between two batches: neither changes what the other gets
-            with torch.random.fork_rng(_devices(self.backbone.device)):
-                torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
-                output = model.generate(**features, **options)  # type: ignore[operator]
-            prompts = features["attention_mask"].sum(1).tolist()
-            for row, prompt in zip(output[:, features["input_ids"].shape[1] :].cpu(), prompts, strict=True):
-                ends = torch.isin(row, torch.tensor(stops)).nonzero()
-                length = int(ends[0]) if len(ends) else len(row)
-                text = tokenizer.decode(row[:length], skip_special_tokens=True)
-                yield first, Answer(text, bool(len(ends)), prompt, length + bool(len(ends)))
-                first += 1
+        for first, batch in self._batches(samples):
+            begin = time.perf_counter()
+            features = self.backbone.encode(batch, template, padding_side="left")
+            found = self._generate(features, sampling, first)
+            seconds = (time.perf_counter() - begin) / len(batch)
+            for index, one in enumerate(found, first):
+                yield index, Answer(one.text, one.finished, one.prompt_tokens, one.completion_tokens, seconds=seconds)
+
+    def chat(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        logprobs: int = 0,
+        token_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Answers to B messages, each a text and the images that go before it, encoded as a sample's question is.
+
+        Args:
+            logprobs: how many of the likeliest tokens to tell at each place.
+            token_ids: tokens whose log-probabilities to tell at each place, likely or not.
+
+        Log-probabilities are those of the model's own distribution, whatever the temperature.
+
+        Raises:
+            ImageError: a picture cannot be read.
+        """
+        found: list[Completion] = []
+        for first, batch in self._batches(prompts):
+            features = self.backbone.encoder.encode(batch, padding_side="left")
+            watch = _Watch(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
+            found += self._generate(features, sampling, first, watch)
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text, as they are in a message."""
+        return self.backbone.encoder.tokens(text)
+
+    @torch.inference_mode()
+    def _generate(
+        self, features: Features, sampling: Sampling, first: int, watch: "_Watch | None" = None
+    ) -> list[Completion]:
+        """Answers to B left-padded prompts, of which the first is number `first` among all that were asked."""
+        tokenizer, stops = self.backbone.processor.tokenizer, _end_tokens(self.backbone)
+        options = _options(sampling) | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+        if watch is not None:
+            options["logits_processor"] = LogitsProcessorList([watch])
+        features = self._moved(features)
+        # a caller may draw between two batches: neither changes what the other gets
+        with torch.random.fork_rng(_devices(self.backbone.device)):
+            torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
+            output = self.backbone.model.generate(**features, **options)  # type: ignore[operator]
+        found = []
+        prompts = features["attention_mask"].sum(1).tolist()
+        for index, row in enumerate(output[:, features["input_ids"].shape[1] :].cpu()):
+            ends = torch.isin(row, torch.tensor(stops)).nonzero()
+            length = int(ends[0]) if len(ends) else len(row)
+            written = length + bool(len(ends))
+            text = tokenizer.decode(row[:length], skip_special_tokens=True)
+            tokens = watch.tokens(output, index, written, tokenizer) if watch is not None else ()
+            found.append(Completion(text, bool(len(ends)), prompts[index], written, tokens))
+        return found
+
+    def _batches(self, items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+        size = self.backbone.settings.batch_size
+        return ((first, items[first : first + size]) for first in range(0, len(items), size))
+
+    def _moved(self, features: Features) -> Features:
+        return {name: value.to(self.backbone.device) for name, value in features.items()}
+
+
+class _Watch(LogitsProcessor):
+    """Notes at each step of a generation, before any temperature, the log-probabilities that were asked about.
+
+    A step's own token is known only when the next one begins: until then its whole distribution is held.
+    """
+
+    def __init__(self, count: int, token_ids: Sequence[int], device: torch.device) -> None:
+        self._count = count
+        self._token_ids = torch.tensor(token_ids, dtype=torch.long, device=device)
+        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._open: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._settle(input_ids)
+        self._open = scores.log_softmax(-1)
+        return scores
+
+    def tokens(self, output: torch.Tensor, row: int, length: int, tokenizer: Any) -> tuple[Token, ...]:
+        """The first `length` generated tokens of one row of the output."""
+        self._settle(output)
+        found = []
+        for ids, values in self._steps[:length]:
+            texts = [tokenizer.decode([token]) for token in ids[row].tolist()]
+            pairs = list(zip(texts, values[row].tolist(), strict=True))
+            likely: dict[str, float] = {}
+            for text, value in sorted(pairs[1:], key=lambda pair: -pair[1]):
+                likely.setdefault(text, value)  # of tokens that read alike the likeliest stays
+            found.append(Token(*pairs[0], likely))
+        return tuple(found)
+
+    def _settle(self, sequences: torch.Tensor) -> None:
+        if self._open is not None:
+            top = self._open.topk(self._count).indices
+            ids = torch.cat([sequences[:, -1:], top, self._token_ids.expand(len(top), -1)], 1)
+            self._steps.append((ids.cpu(), self._open.gather(1, ids).cpu()))
+            self._open = None
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    """How `generate` is to draw; published models bring penalties and cuts of their own."""
+    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "repetition_penalty": 1.0}
+    if sampling.temperature > 0:
+        return options | {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    return options | {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' neutral ones
 
 
 def _end_tokens(backbone: Backbone) -> list[int]:
@@ -71,28 +196,5 @@ def _end_tokens(backbone: Backbone) -> list[int]:
     return sorted({backbone.processor.tokenizer.eos_token_id, *ids} - {None})
 
 
-def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, K] and label mass [B] of right-padded *classify* prompts closed with the forced prefix."""
-    last = features["attention_mask"].sum(1) - 1
-    kept = int(features["input_ids"].shape[1] - last.min())
-    logits = backbone.model(**features, logits_to_keep=kept).logits
-    offset = features["input_ids"].shape[1] - logits.shape[1]
-    return normalise_labels(logits[torch.arange(len(last)), last - offset], backbone.label_ids.to(logits.device))
-
-
-def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the K labels alone and the mass they held, from next-token logits [B, V] and token ids [K]."""
-    log_probabilities = torch.log_softmax(logits.float(), -1)[:, label_ids]
-    return log_probabilities.softmax(-1), log_probabilities.exp().sum(-1)
-
-
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    return (samples[first : first + size] for first in range(0, len(samples), size))
-
-
 def _devices(device: torch.device) -> list[torch.device]:
     return [] if device.type == "cpu" else [device]
-
-
-def _to(features: Features, device: torch.device) -> Features:
-    return {name: value.to(device) for name, value in features.items()}

@@ -1,7 +1,7 @@
 """The one interface of teacher, assistant and student."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,7 @@ class Answer:
 
     `error` says in a sentence why nothing came back (a refused request, a passed deadline); `text` is empty then.
     `calls` and `seconds` are what it took; a model that answers a batch at once shares the batch's seconds out.
+    Two answers that differ in their seconds alone are equal.
     """
 
     text: str
@@ -42,7 +43,7 @@ class Answer:
     completion_tokens: int = 0
     error: str | None = None
     calls: int = 1
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def cost(self) -> Cost:

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
+from distill.annotation.ledger import Ledger, Memory
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
 from distill.errors import SettingsError
@@ -147,6 +148,16 @@ class Context:
             ready = backbone.create(annotate.model, self.labels, self.tokenizer(annotate.model), train=False)
             return Local(ready, f"{annotate.model.path}@{annotate.model.revision}", self.device)
         return None
+
+    @contextmanager
+    def asked_teacher(self) -> Iterator[Memory | None]:
+        """The teacher as evaluate, calibrate and cascade ask it: through one ledger, so that nothing is paid twice."""
+        teacher = self.teacher()
+        if teacher is None:
+            yield None
+            return
+        with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
+            yield Memory(teacher, self.labels, ledger, chunk=256)
 
     @property
     def device(self) -> str:

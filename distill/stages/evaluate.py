@@ -1,12 +1,13 @@
 """Stage `evaluate`: every role on the test split, `metrics.json`, `predictions.jsonl` and the report."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
-from distill.annotation.ledger import Ledger, Memory
 from distill.data import jsonl
 from distill.evaluation.classification import majority_baseline
-from distill.evaluation.evaluate import Judged, judge, read, role_metrics
+from distill.evaluation.evaluate import Judged, gold_values, judge, read, role_metrics
+from distill.evaluation.regression import trivial_baseline
 from distill.models.reasoner import Reasoner
 from distill.stages.context import Context, progress, write_json
 from distill.stages.student import HARD_LABELS
@@ -16,6 +17,7 @@ from distill.tracking import StageRun
 
 
 def run(context: Context, tracked: StageRun) -> None:
+    """On a scale, `gold` and `label` are the bins' names, and `value` stands beside them."""
     recipe, labels, samples = context.recipe, context.labels, context.corpus.test
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None
@@ -25,10 +27,9 @@ def run(context: Context, tracked: StageRun) -> None:
         with progress(f"evaluate {role}") as show:
             judged[role] = judge(reasoner, samples, labels, settings, template, show)
 
-    teacher = context.teacher() if settings.teacher else None
-    if teacher is not None:  # through a ledger, for what it answers may have to be paid for
-        with Ledger(context.folder / "evaluate" / "ledger.jsonl") as ledger:
-            ask("teacher", Memory(teacher, labels, ledger, chunk=256), "predict")
+    with context.asked_teacher() if settings.teacher else nullcontext() as teacher:
+        if teacher is not None:
+            ask("teacher", teacher, "predict" if recipe.annotate is not None else None)
     if recipe.assistant is not None:
         ask("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
     ask("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)
@@ -41,8 +42,11 @@ def run(context: Context, tracked: StageRun) -> None:
     for role, answers in judged.items():
         held_against = none if answers.rationales is references else references  # a reference is not, against itself
         metrics[role] = role_metrics(answers, samples, held_against, labels, settings)
-    gold = [str(sample.label) for sample in context.corpus.train if sample.label is not None]
-    metrics["majority_class"] = majority_baseline(gold, [str(sample.label) for sample in samples], labels)
+    gold = [labels.name(sample.label) for sample in context.corpus.train if sample.label is not None]
+    metrics["majority_class"] = majority_baseline(gold, [labels.name(sample.label) for sample in samples], labels)
+    if labels.scale is not None:
+        train, test = gold_values(context.corpus.train), gold_values(samples)
+        metrics["trivial"] = trivial_baseline(train, test, labels.scale)
     write_json(context.folder / "evaluate" / "metrics.json", metrics)
     rows = [
         {
@@ -50,10 +54,11 @@ def run(context: Context, tracked: StageRun) -> None:
             "text": sample.text,
             "aspect": sample.aspect,
             "images": jsonl.row(sample, context.corpus.root)["images"],
-            "gold": sample.label,
+            "gold": labels.name(sample.label),
             "reference": sample.rationale,
             "roles": {role: _answer(context, answers, index) for role, answers in judged.items()},
         }
+        | ({"value": sample.label} if labels.scale is not None else {})
         for index, sample in enumerate(samples)
     ]
     jsonl.write_rows(context.folder / "evaluate" / "predictions.jsonl", rows)
@@ -71,8 +76,10 @@ def _references(context: Context, teacher: Judged | None) -> list[Rationale | No
 
 
 def _answer(context: Context, answers: Judged, index: int) -> dict[str, Any]:
+    value = answers.value(index, context.labels)
     return {
         "label": answers.label(index, context.labels),
+        **({} if value is None else {"value": value}),
         "probabilities": answers.scores.probabilities[index].tolist(),
         "label_mass": float(answers.scores.label_mass[index]),
         "rationale": None if answers.texts is None else answers.texts[index],

@@ -1,5 +1,6 @@
 """`report.html` and the table at the end of a chain, from what the stages left."""
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,14 @@ _GALLERY = 24
 def run(recipe: Recipe) -> None:
     """Write the report. Raises SettingsError where the chain has not been evaluated."""
     folder = recipe.folder
-    roles, majority = _metrics(recipe)
+    roles, baselines = _metrics(recipe)
     summary = folder / "annotate" / "summary.json"
     stages = json.loads((folder / "chain.json").read_text())["stages"]
     report = Report(
         name=recipe.name,
         labels=recipe.labels,
         roles=roles,
-        majority=majority,
+        baselines=baselines,
         curves={
             "teacher": folder / "teacher" / "metrics.csv",
             "assistant": folder / "assistant" / "metrics.csv",
@@ -32,6 +33,7 @@ def run(recipe: Recipe) -> None:
             "student_hard_labels": folder / "student" / HARD_LABELS / "metrics.csv",
         },
         annotation=json.loads(summary.read_text()) if summary.exists() else None,
+        cascade=_cascade(recipe),
         gallery=_gallery(recipe),
         settings=to_yaml(recipe),
         dates={"started": min(entry["started"] for entry in stages.values()), "judged": stages["evaluate"]["started"]},
@@ -42,8 +44,12 @@ def run(recipe: Recipe) -> None:
 
 def summary(recipe: Recipe) -> str:
     """The table of roles, and where the report and the exported student are."""
-    roles, majority = _metrics(recipe)
-    lines = [format_table(roles, majority), f"report   {recipe.folder / 'report.html'}"]
+    roles, baselines = _metrics(recipe)
+    lines = [format_table(roles, baselines)]
+    if (cascade := _cascade(recipe)) is not None:
+        calls = f"{cascade['teacher_calls_per_sample']:.3f} teacher calls a post"
+        lines.append(f"cascade  accuracy {cascade['accuracy']:.3f} with {calls}")
+    lines.append(f"report   {recipe.folder / 'report.html'}")
     if recipe.export is not None and (recipe.folder / "export" / "config.json").exists():
         lines.append(f"student  {recipe.folder / 'export'}")
     return "\n".join(lines)
@@ -55,7 +61,22 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         raise SettingsError(f"{path} is missing; run: distill run --until evaluate with the same recipe")
     roles = json.loads(path.read_text())
     majority = roles.pop("majority_class")
-    return roles, majority
+    baselines = {f"majority class ({majority['label']})": majority}
+    if (trivial := roles.pop("trivial", None)) is not None:
+        baselines[f"training mean ({trivial['value']:.2f})"] = trivial
+    return roles, baselines
+
+
+def _cascade(recipe: Recipe) -> dict[str, Any] | None:
+    """The cascade's metrics with what its thresholds promise and its deferral curve; None where it did not run."""
+    folder = recipe.folder / "cascade"
+    if recipe.cascade is None or not (folder / "metrics.json").exists():
+        return None
+    metrics = json.loads((folder / "metrics.json").read_text())
+    calibration = json.loads((recipe.folder / "calibrate" / "calibration.json").read_text())
+    with (folder / "deferral_curve.csv").open(newline="", encoding="utf-8") as file:
+        deferral = list(csv.DictReader(file))
+    return metrics | {"promise": calibration["promise"]["says"], "deferral": deferral}
 
 
 def _gallery(recipe: Recipe) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Stage `teacher`: fine-tune a local teacher on the gold rationales of the training split."""
+"""Stage `teacher`: fine-tune a local teacher on the labels and gold rationales of the training split."""
 
 from distill.errors import SettingsError
 from distill.stages.context import Context
+from distill.task.prompts import SCORED
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule
 
@@ -9,7 +10,9 @@ from distill.training.assistant import AssistantModule
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.teacher
     assert settings is not None
-    rows = [sample for sample in context.corpus.train if sample.label is not None and sample.rationale is not None]
-    if not rows:
-        raise SettingsError("teacher: no training row has both a label and a rationale to learn from")
+    rows = [sample for sample in context.corpus.train if sample.label is not None]
+    if not set(settings.tasks) <= set(SCORED):
+        rows = [sample for sample in rows if sample.rationale is not None]
+        if not rows:
+            raise SettingsError("teacher: no training row has both a label and a rationale to learn from")
     context.train("teacher", lambda model: AssistantModule(model, settings), rows, tracked)

@@ -10,9 +10,9 @@ import torch
 from sklearn.metrics import f1_score
 
 from distill.models.backbone import IGNORE, Backbone, Features, ModelSettings
-from distill.models.local import score_labels
+from distill.models.scoring import label_log_probabilities, score_labels
 from distill.training.batches import Batch
-from distill.training.losses import TaskLoss, task_loss
+from distill.training.losses import TaskLoss, label_loss, task_loss
 
 
 @dataclass
@@ -22,7 +22,7 @@ class TrainSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     """The model to train."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
-    """Tasks and their weights in the loss: reason, classify, and for a teacher predict and explain."""
+    """Tasks and their weights in the loss: reason, classify, and for a teacher predict, explain and review."""
     batch_size: int = 2
     """Samples in a step and process; each gives one sequence per task."""
     learning_rate: float = 3e-4
@@ -44,7 +44,10 @@ class TrainSettings:
 
 
 class AssistantModule(L.LightningModule):
-    """Multitask fine-tuning: L = Σ w_k · L_k over the tasks, loss on the answers and their end tokens only."""
+    """Multitask fine-tuning: L = Σ w_k · L_k over the tasks, loss on the answers and their end tokens only.
+
+    Best is the epoch of highest accuracy, ties by macro F1; on a scale, that of lowest mean absolute error.
+    """
 
     def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class AssistantModule(L.LightningModule):
         self.model = backbone.model
         self.settings = settings
         self.strict_loading = False  # checkpoints hold the trainable weights alone
-        self._judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._judged: list[tuple[torch.Tensor, ...]] = []
         self._resumed: dict[str, Any] | None = None
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
@@ -70,37 +73,53 @@ class AssistantModule(L.LightningModule):
 
     def task_loss(self, features: Features) -> TaskLoss:
         """The loss of one task over its B samples, from the last positions that hold every answer."""
+        if "targets" in features:
+            inputs = {name: value for name, value in features.items() if name != "targets"}
+            loss = label_loss(label_log_probabilities(self.backbone, inputs), features["targets"])
+            return TaskLoss(loss, loss, torch.zeros_like(loss))
         inputs, labels = without_prompt(features)
         return task_loss(self.model(**inputs, logits_to_keep=labels.shape[1]).logits, labels)
 
-    def validation_step(self, batch: tuple[Features, torch.Tensor], _: int) -> None:
-        features, gold = batch
-        self._judged.append((score_labels(self.backbone, features)[0].argmax(-1), gold))
+    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor], _: int) -> None:
+        features, gold, values = batch
+        probabilities = score_labels(self.backbone, features)[0]
+        errors = (self._values(probabilities) - values).abs()
+        self._judged.append((probabilities.argmax(-1), gold, errors))
 
     def on_validation_epoch_end(self) -> None:
-        predicted, gold = (torch.cat(column) for column in zip(*self._judged, strict=True))
+        columns = [torch.cat(column) for column in zip(*self._judged, strict=True)]
         self._judged.clear()
-        predicted, gold = (torch.as_tensor(self.all_gather(part)).flatten().cpu() for part in (predicted, gold))
+        predicted, gold, errors = (torch.as_tensor(self.all_gather(column)).flatten().cpu() for column in columns)
         seen = gold >= 0  # fillers that give every process equally many
         accuracy = float((predicted == gold)[seen].float().mean())
         macro_f1 = float(f1_score(gold[seen], predicted[seen], average="macro", zero_division=0))
         # the best epoch is the one of highest accuracy; macro F1 breaks ties, as it counts less than half a sample
-        selection = accuracy + macro_f1 / (2 * int(seen.sum()))
-        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1, "val/selection": selection}
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)
+        progress, selection = accuracy, accuracy + macro_f1 / (2 * int(seen.sum()))
+        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1}
+        if self.backbone.labels.scale is not None:
+            metrics["val/mae"] = float(errors[seen].mean())
+            progress = selection = -metrics["val/mae"]
+        self.log_dict(metrics | {"val/selection": selection}, prog_bar=True, sync_dist=True)
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) and not self.trainer.sanity_checking:
-            scheduler.step(accuracy)
+            scheduler.step(progress)
+
+    def _values(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Values [B] on the labels' scale, from probabilities [B, K]; NaN where there is none."""
+        scale = self.backbone.labels.scale
+        if scale is None:
+            return probabilities.new_full(probabilities.shape[:1], torch.nan)
+        return (probabilities * torch.as_tensor(scale.centres).to(probabilities)).sum(-1)
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
         weights = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, "max", settings.factor, settings.patience, min_lr=settings.min_learning_rate
-        )
+            optimizer, "max", settings.factor, settings.patience, threshold=0.0, min_lr=settings.min_learning_rate
+        )  # any progress counts: a relative threshold asks for less than none where -MAE is maximised
         # stepped after each validation: Lightning does it after the checkpoint is written, and a resumed run misses it
-        plan = {"scheduler": scheduler, "monitor": "val/accuracy", "frequency": sys.maxsize}
+        plan = {"scheduler": scheduler, "monitor": "val/selection", "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": plan}
 
     def optimizer_step(

@@ -1,5 +1,6 @@
 """One datamodule for every role: multitask batches to train on, labelled posts to judge by."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from distill.training.batches import Batch, answer, encode_tasks
 
 
 class ReasoningDataModule(L.LightningDataModule):
-    """Training batches are dicts task -> features; validation batches are closed *classify* prompts with gold indices.
+    """Training batches are dicts task -> features; validation batches are closed *classify* prompts of B samples, their
+    gold indices [B], and their values [B] on the labels' scale (NaN where there is none).
 
     The training loader keeps its place, so that a killed run goes on in the middle of an epoch with the batch it had
     reached. Training samples are shuffled by seed and epoch and shared out between processes; validation samples are
@@ -39,7 +41,8 @@ class ReasoningDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.train = [sample for sample in train if any(answer(task, sample) is not None for task in tasks)]
+        labels = backbone.labels
+        self.train = [sample for sample in train if any(answer(task, sample, labels) is not None for task in tasks)]
         if not self.train:
             raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")
         self.validation = list(validation)
@@ -64,7 +67,7 @@ class ReasoningDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
         world, rank = self._processes()
-        items = [(sample, self.backbone.labels.index(sample.label)) for sample in self.validation]
+        items: list[tuple[Sample, int]] = [(s, self.backbone.labels.index(s.label)) for s in self.validation]
         items += [(items[0][0], -1)] * (-len(items) % world)
         return torch.utils.data.DataLoader(
             items[rank::world],  # type: ignore[arg-type]
@@ -84,6 +87,8 @@ class ReasoningDataModule(L.LightningDataModule):
     def _training_batch(self, samples: Sequence[Sample]) -> Batch:
         return encode_tasks(samples, self.backbone, self.tasks)
 
-    def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor]:
+    def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor, torch.Tensor]:
         samples, gold = zip(*items, strict=True)
-        return self.backbone.encode(samples, "classify"), torch.tensor(gold)
+        values = [sample.label if isinstance(sample.label, float) else math.nan for sample in samples]
+        features = self.backbone.encode(samples, "classify")
+        return features, torch.tensor(gold), torch.tensor(values, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The losses of MulCoT-RD (arXiv 2508.05234) as pure functions over tensors."""
+"""The losses of MulCoT-RD (arXiv 2508.05234) and of labels on a scale, as pure functions over tensors."""
 
 from typing import Literal, NamedTuple
 
@@ -53,6 +53,23 @@ def task_loss(
     else:
         soft = (kl_divergence(token_logits, _exact(soft_targets[:, :-1][answer]), temperature) * share).sum()
     return TaskLoss((1 - weight) * hard + weight * soft, hard, soft)
+
+
+def label_loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against targets over whole labels (U-ACS, arXiv 2509.04459): the mean over B of -Σ_k q_k log P_k.
+
+    Args:
+        log_probabilities: [B, K], log P of each label and its end token. They need not sum to 1: what other answers
+            hold is lost by all labels alike.
+        targets: [B, K], rows sum to 1.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if log_probabilities.shape != targets.shape:
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit labels {tuple(log_probabilities.shape)}")
+    log_probabilities = _exact(log_probabilities)
+    return -(targets.to(log_probabilities) * log_probabilities).sum(-1).mean()
 
 
 def kl_divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -39,6 +39,8 @@ class StudentModule(AssistantModule):
         self.soft_targets = soft_targets
 
     def task_loss(self, features: Features) -> TaskLoss:
+        if "targets" in features:  # soft already: no assistant's distribution beside them, as recipe.check makes sure
+            return super().task_loss(features)
         inputs, labels = without_prompt(features)
         options = self.distillation
         if options.positions == "all":

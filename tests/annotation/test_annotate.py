@@ -43,7 +43,7 @@ class Scripted:
         self.asked: list[tuple[str, str, int, float]] = []
         self.sizes: list[int] = []
 
-    def classify(self, samples: Sequence[Sample]) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: object = None) -> ClassScores:
         self.asked += [(sample.id, "classify", 0, 0.0) for sample in samples]
         return ClassScores(np.array([self.probabilities[sample.id] for sample in samples]), np.ones(len(samples)))
 

@@ -18,9 +18,10 @@ from distill.data import images
 from distill.data.corpus import Corpus, DataSettings, Dropped, data_fingerprint, read_corpus, write_quarantine
 from distill.data.postcards import PostcardSettings
 from distill.errors import RunError, SettingsError
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 
 LABELS = LabelSpace()
+BINS = LabelSpace.from_scale(Scale())
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the real posts of ../shared/data are not on this machine"
@@ -186,8 +187,6 @@ def test_a_useless_file_among_good_ones_is_named(tmp_path: Path) -> None:
         ({"validation": [], "validation_fraction": 1.5}, r"data\.validation_fraction must lie"),
         ({"validation": [], "test": [], "validation_fraction": 0.5, "test_fraction": 0.5}, "leave no training rows"),
         ({"test": []}, r"data\.test: the labelled posts of data\.train are too few"),
-        ({"scale": [3.0, -3.0]}, r"data\.scale needs two numbers"),
-        ({"scale": [3.0]}, r"data\.scale needs two numbers"),
     ],
 )
 def test_impossible_settings_are_named(tmp_path: Path, settings: dict[str, Any], field: str) -> None:
@@ -248,10 +247,17 @@ def test_mvsa_layout_with_its_own_split(tmp_path: Path) -> None:
 def test_continuous_labels_and_their_scale(tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("id,text,label,split\na,x,3,train\nb,y,3.1,train\nc,z,-3,dev\nd,w,0.5,test\n")
     settings = DataSettings("mosi", str(tmp_path), ["all.csv"], ["all.csv"], ["all.csv"])
-    corpus = read_corpus(settings, LABELS)
+    corpus = read_corpus(settings, BINS)
     assert [sample.label for sample in corpus.train + corpus.validation + corpus.test] == [3.0, -3.0, 0.5]
-    assert corpus.dropped == [Dropped("all.csv", 3, "b", "label 3.1 is outside the scale from -3.0 to 3.0")]
-    assert len(read_corpus(dataclasses.replace(settings, scale=[-5.0, 5.0]), LABELS).train) == 2
+    assert corpus.dropped == [Dropped("all.csv", 3, "b", "label 3.1 is outside the scale from -3 to 3")]
+    assert len(read_corpus(settings, LabelSpace.from_scale(Scale(low=-5, high=5))).train) == 2
+
+
+def test_numbers_need_a_scale_and_a_scale_needs_numbers(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data\.source mosi has continuous labels; task\.scale must say"):
+        read_corpus(DataSettings("mosi", str(tmp_path)), LABELS)
+    with pytest.raises(SettingsError, match=r"task\.scale needs continuous labels: data\.source mosi, not jsonl"):
+        read_corpus(ordinary(tmp_path), BINS)
 
 
 def test_postcards_are_made_and_read(tmp_path: Path) -> None:
@@ -322,7 +328,7 @@ def test_real_posts_are_all_read(tmp_path: Path) -> None:
 
 @needs_shared
 def test_real_utterances_are_all_read() -> None:
-    corpus = read_corpus(DataSettings("mosi", str(SHARED / "mosi"), validation=["dev.jsonl"]), LABELS)
+    corpus = read_corpus(DataSettings("mosi", str(SHARED / "mosi"), validation=["dev.jsonl"]), BINS)
     assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [1281, 229, 685]
     assert corpus.dropped == []
     assert all(isinstance(sample.label, float) and not sample.images for sample in corpus.train)

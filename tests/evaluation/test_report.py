@@ -73,7 +73,7 @@ def test_shows_everything_it_is_given(tmp_path: Path) -> None:
     shown = page(
         tmp_path,
         roles={"student": metrics(0.83, rouge_l=0.61), "teacher": metrics(0.98)},
-        majority=MAJORITY,
+        baselines={"majority class (neutral)": MAJORITY},
         curves={"student": curve(tmp_path, rows), "teacher": tmp_path / "none.csv"},
         annotation={"n": 900, "teacher_accuracy": 0.9512, "quarantined": {"total": 4}, "cost": None},
         gallery=[post(image=tmp_path / "big.png", aspect="the mayor", reference="no fields")],
@@ -140,7 +140,7 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
         name=HOSTILE,
         labels=LabelSpace.from_names([HOSTILE, "neutral", "positive"]),
         roles={role: metrics(0.5)},
-        majority={**MAJORITY, "label": HOSTILE},
+        baselines={HOSTILE: MAJORITY},
         curves={role: curve(tmp_path, f'step,"train/{HOSTILE.replace(chr(34), "")}"\n1,2\n2,1\n')},
         annotation={HOSTILE: HOSTILE},
         gallery=[hostile],
@@ -216,7 +216,7 @@ def test_the_table_of_a_chain() -> None:
         "student": metrics(0.93, reasoned_accuracy=0.92, parse_rate=1.0, rouge_l=0.8, consistency=0.99, meteor=0.5),
         "teacher": metrics(0.98, parse_rate=0.97),
     }
-    lines = format_table(roles, MAJORITY).splitlines()
+    lines = format_table(roles, {"majority class (neutral)": MAJORITY}).splitlines()
     assert re.split(r"\s{2,}", lines[0].strip()) == [
         "accuracy",
         "weighted F1",

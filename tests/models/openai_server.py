@@ -69,12 +69,14 @@ class Server:
     answer: Callable[[Question], str] = answer
     logprobs: Callable[[Question], list[dict[str, Any]] | None] = lambda question: None
     refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda body: None
+    tokenize: Callable[[str], list[int]] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     drip_s: float = 0.0
     seed: int = 0
     questions: list[Question] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    tokenized: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
 
@@ -146,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server_of_tests
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":  # beside /v1, as vLLM has it
+            return self.tokens(body)
         question = _understand(body)
         with server.lock:
             server.questions.append(question)
@@ -169,6 +173,16 @@ class _Handler(BaseHTTPRequestHandler):
             kind = "hung up"
         with server.lock:
             server.sent[kind] += 1
+
+    def tokens(self, body: dict[str, Any]) -> None:
+        server = self.server_of_tests
+        with server.lock:
+            server.tokenized.append(body["prompt"])
+        content = b"{}" if server.tokenize is None else json.dumps({"tokens": server.tokenize(body["prompt"])}).encode()
+        self.send_response(404 if server.tokenize is None else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from distill.data.corpus import Corpus
@@ -19,14 +19,15 @@ from distill.models.backbone import (
     LoraSettings,
     ModelSettings,
     create,
-    label_tokens,
     load,
     on_meta,
 )  # fmt: skip
+from distill.models.encoding import label_tokens
 from distill.models.local import Local
 from distill.models.reasoner import Sampling
 from distill.models.tiny import TinySettings
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
+from distill.task.prompts import Earlier, render
 from distill.task.sample import Sample
 
 LABELS = LabelSpace()
@@ -79,8 +80,8 @@ def test_an_answer_is_encoded_as_if_the_whole_text_were_at_once(backbone: Backbo
     sample = mixed[2]
     answer = sample.rationale or '"Text_analysis": "words"'
     features = backbone.encode([sample], "reason", [answer])
-    prompt = backbone._prompt(sample, "reason")
-    pictures = [backbone._picture(path) for path in sample.images]
+    prompt = backbone.encoder.render(render("reason", sample, LABELS), sample.images)
+    pictures = [backbone.encoder.picture(path) for path in sample.images]
     whole = backbone.processor(text=[prompt + answer + "<|im_end|>"], images=[pictures], return_tensors="pt")
     assert torch.equal(features["input_ids"], whole["input_ids"])
     assert torch.equal(features["mm_token_type_ids"], whole["mm_token_type_ids"])
@@ -112,6 +113,22 @@ def test_a_classify_prompt_is_closed_with_the_prefix_and_trained_on_the_same_tok
     assert int(trained[len(asked)]) == int(backbone.label_ids[1])
 
 
+def test_a_review_is_closed_like_a_classify_prompt_and_tells_the_earlier_answers(
+    backbone: Backbone, mixed: list[Sample]
+) -> None:
+    earlier = [Earlier("neutral", 0.4, "positive", 0.6)] * len(mixed)
+    asked = backbone.encode(mixed, "review", earlier=earlier)
+    for row, sample in enumerate(mixed):
+        text = decoded(backbone, asked["input_ids"][row][asked["attention_mask"][row].bool()])
+        assert render("review", sample, LABELS, earlier[row]).splitlines()[-2] in text
+        assert text.endswith('assistant\n"Prediction":')
+    trained = backbone.encode(mixed[:1], "review", ['"Prediction": neutral'], earlier=earlier[:1])
+    alone = backbone.encode(mixed[:1], "review", earlier=earlier[:1])["input_ids"][0]
+    assert torch.equal(trained["input_ids"][0][: len(alone)], alone)
+    with pytest.raises(ValueError, match="earlier"):
+        backbone.encode(mixed, "review")
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_what_a_sample_is_padded_with_changes_nothing(
     backbone: Backbone, mixed: list[Sample], padding_side: Any
@@ -139,7 +156,7 @@ def test_pictures_stay_with_their_samples(backbone: Backbone, mixed: list[Sample
 def test_images_are_squares_of_the_given_size(backbone: Backbone, mixed: list[Sample], make_backbone: Any) -> None:
     assert backbone.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 4, 4]]
     large = make_backbone()
-    large.settings = replace(large.settings, image_size=84)
+    large.encoder.image_size = 84
     assert large.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 6, 6]]
 
 
@@ -392,9 +409,25 @@ def test_lora_on_nothing_or_with_targets_that_match_nothing_is_refused(
         create(by_path(model_folder, LoraSettings(targets="nothing_like_it")), LABELS, tokenizer_folder)
 
 
-def test_labels_that_share_their_first_token_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(SettingsError, match="'qqq one' and 'qqq two' begin with the same token"):
-        label_tokens(backbone.processor.tokenizer, LabelSpace(("qqq one", "qqq two"), (-1, 1)))
+def test_labels_may_share_their_first_token_but_not_all_of_them(backbone: Backbone) -> None:
+    tokenizer = backbone.processor.tokenizer
+    found = label_tokens(tokenizer, LabelSpace(("qqq one", "qqq", "negative"), (1, 0, -1)))
+    assert [tokenizer.decode(tokens) for tokens in found] == [
+        f" {name}<|im_end|>" for name in ("qqq one", "qqq", "negative")
+    ]
+    assert found[0][:2] == found[1][:2]
+    poor = Tokenizer(models.WordLevel({'"Prediction":': 0, "?": 1}, unk_token="?"))
+    poor.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(SettingsError, match="'a' and 'b' with the same tokens"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=poor), LabelSpace(("a", "b"), (-1, 1)))
+
+
+def test_flash_attention_cannot_score_labels_that_share_their_first_token(backbone: Backbone) -> None:
+    flash = replace(backbone.settings, attention="flash_attention_2")
+    with pytest.raises(SettingsError) as error:
+        Backbone(backbone.model, backbone.processor, LabelSpace.from_scale(Scale()), flash)
+    assert "model.attention" in sentence(error)
+    Backbone(backbone.model, backbone.processor, LABELS, flash)
 
 
 def test_a_label_that_the_tokenizer_joins_with_the_prefix_is_refused() -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from distill.errors import RunError, SettingsError
 from distill.models.endpoint import Endpoint, EndpointSettings, agreement, label_probabilities
 from distill.models.reasoner import Answer, Sampling
-from distill.task.labels import LabelSpace
-from distill.task.prompts import render
+from distill.task.labels import LabelSpace, Scale
+from distill.task.prompts import Earlier, render
 from distill.task.rationale import FIELDS, check
 from distill.task.sample import Sample
 from tests.models.openai_server import COLOURS, Question, Server, picture, rationale, token
@@ -271,9 +272,9 @@ def test_label_probabilities_by_hand() -> None:
         token("itive"),
     )
     probabilities, mass = label_probabilities(tokens, LABELS)
-    # "pos" and " positive" begin positive, "Neg" negative, "neu" neutral; "ne" begins two labels and counts for none.
-    assert mass == pytest.approx(0.6 + 0.1 + 0.08 + 0.04)
-    assert probabilities == pytest.approx(np.array([0.08, 0.04, 0.7]) / 0.82)
+    # "pos" and " positive" begin positive, "Neg" negative, "neu" neutral; "ne" begins two labels, which share it.
+    assert mass == pytest.approx(0.6 + 0.1 + 0.08 + 0.05 + 0.04)
+    assert probabilities == pytest.approx(np.array([0.105, 0.065, 0.7]) / 0.87)
 
 
 def test_a_label_outside_the_top_list_is_bounded_and_never_impossible() -> None:
@@ -338,6 +339,143 @@ def test_classify_reads_log_probabilities(tmp_path: Path) -> None:
     assert asked["messages"][0]["content"][1]["text"].startswith(render("classify", samples[0], LABELS)[:20])
 
 
+# ---- labels that begin alike ----
+
+SCALE = LabelSpace.from_scale(Scale())
+
+
+def test_a_token_that_begins_several_labels_is_followed_where_it_was_generated() -> None:
+    first = token(" -", **{" -": 0.5, "2": 0.2, "0": 0.1, "+": 0.2})
+    second = token("2", **{"2": 0.6, "1": 0.3, "3": 0.1})
+    probabilities, mass = label_probabilities(tops(token('"Prediction":'), first, second, token("<|im_end|>")), SCALE)
+    left = 1e-12  # nothing is left over for 1 and 3, and yet they are possible
+    assert mass == pytest.approx(0.8)
+    assert probabilities * 0.8 == pytest.approx([0.05, 0.3, 0.15, 0.1, left, 0.2, left], abs=1e-9)
+
+
+def test_a_token_that_begins_several_labels_is_shared_where_it_was_not_generated() -> None:
+    probabilities, mass = label_probabilities(tops(token("2", **{"2": 0.6, "-": 0.3, "1": 0.05})), SCALE)
+    bound = 0.05  # the least likely of the list, and as much is left
+    expected = np.array([0.1, 0.1, 0.1, bound, 0.05, 0.6, bound])
+    assert mass == pytest.approx(1) and probabilities == pytest.approx(expected / expected.sum())
+
+
+def test_a_space_before_a_number_may_precede_any_and_is_followed() -> None:
+    """As tokenizers write " 3" in two tokens and " -3" in two others."""
+    first = token("\u0120", **{"\u0120": 0.6, "\u0120-": 0.3, "The": 0.1})
+    second = token("3", **{"3": 0.5, "2": 0.25, "1": 0.15, "0": 0.1})
+    probabilities, mass = label_probabilities(tops(first, second), SCALE)
+    expected = np.array([0.1, 0.1, 0.1, 0.06, 0.09, 0.15, 0.3])
+    assert mass == pytest.approx(0.9) and probabilities == pytest.approx(expected / 0.9, abs=1e-9)
+    other = token("\u0120-", **{"\u0120-": 0.65, "\u0120": 0.35})
+    probabilities, _ = label_probabilities(tops(other, token("1", **{"1": 0.8, "2": 0.1, "3": 0.1})), SCALE)
+    assert probabilities == pytest.approx(np.array([0.115, 0.115, 0.57, 0.05, 0.05, 0.05, 0.05]), abs=1e-9)
+
+
+@pytest.mark.parametrize("end", [[], [token("<|im_end|>")], [token("", **{"": 1.0})], [token('"')]])
+def test_a_label_that_begins_another_one_ends_where_the_answer_does(end: list[dict[str, Any]]) -> None:
+    halves = LabelSpace(("0", "1", "1.5"), (0, 1, 1))
+    spread = token("1", **{"1": 0.8, "0": 0.2})
+    assert label_probabilities(tops(spread, *end), halves)[0] == pytest.approx([0.2, 0.8, 0], abs=1e-9)
+    going_on = [token(".", **{".": 0.75, "\n": 0.25}), token("5")]
+    assert label_probabilities(tops(spread, *going_on), halves)[0] == pytest.approx([0.2, 0.2, 0.6], abs=1e-9)
+
+
+def test_the_end_of_an_answer_within_what_labels_share_is_all_of_theirs() -> None:
+    probabilities, mass = label_probabilities(tops(token("-", **{"-": 0.9, "0": 0.1})), SCALE)
+    assert probabilities == pytest.approx([0.3, 0.3, 0.3, 0.1, 0, 0, 0], abs=1e-9) and mass == pytest.approx(1)
+
+
+def test_quotes_that_were_not_taken_count_for_no_label() -> None:
+    spread = {" positive": 0.6, ' "': 0.3, " negative": 0.06}
+    probabilities, mass = label_probabilities(tops(token(" positive", **spread)), LABELS)
+    assert mass == pytest.approx(0.7) and probabilities == pytest.approx(np.array([0.06, 0.04, 0.6]) / 0.7)
+
+
+# ---- servers that tell the log-probabilities of given tokens ----
+
+VOCABULARY = ['"Prediction":', " negative", " neutral", " positive", "negative", "neutral", "positive", "The"]
+
+
+def tokenize(text: str) -> list[int]:
+    found = []
+    while text:
+        word = max((word for word in VOCABULARY if text.startswith(word)), key=len)
+        found.append(VOCABULARY.index(word))
+        text = text[len(word) :]
+    return found
+
+
+def asked_about(question: Question) -> list[dict[str, Any]]:
+    """The likeliest tokens, among which two labels are not; or those that the request names."""
+    words = [" positive", "The"]
+    if "logprob_token_ids" in question.body:
+        words = [VOCABULARY[token_id] for token_id in question.body["logprob_token_ids"]]
+    held = {" positive": 0.9, " neutral": 0.0004, " negative": 0.0001, "The": 0.05}
+    return [token('"Prediction":'), token(" positive", **{word: held.get(word, 1e-9) for word in words})]
+
+
+def test_a_server_is_asked_about_the_labels_own_tokens(tmp_path: Path) -> None:
+    with Server(logprobs=asked_about, tokenize=tokenize) as server:
+        teacher = endpoint(server.url)
+        scores = teacher.classify(posts(tmp_path, 9))
+        teacher.classify(posts(tmp_path, 2))
+    assert {tuple(question.body["logprob_token_ids"]) for question in server.questions} == {(1, 4, 2, 5, 3, 6)}
+    assert len(server.tokenized) == 1 + 2 * 3  # once for all samples
+    expected = np.array([0.0001, 0.0004, 0.9])
+    assert scores.probabilities == pytest.approx(np.tile(expected / expected.sum(), (9, 1)), abs=1e-6)
+    assert scores.label_mass == pytest.approx([expected.sum()] * 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("known", ["nothing", "refused", "left out"])
+def test_a_server_that_cannot_tell_them_gives_the_likeliest(tmp_path: Path, known: str) -> None:
+    def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
+        refused = known == "refused" and "logprob_token_ids" in body
+        return (400, "extra inputs are not permitted: logprob_token_ids; logprobs are") if refused else None
+
+    def top(question: Question) -> list[dict[str, Any]]:
+        return asked_about(replace(question, body={}))
+
+    with Server(logprobs=top, tokenize=None if known == "nothing" else tokenize, refuse=refuse) as server:
+        scores = endpoint(server.url).classify(posts(tmp_path, 9))
+    bodies = [question.body for question in server.questions]
+    assert {body["top_logprobs"] for body in bodies} == {20}
+    assert len(bodies) <= 9 + 4 and sum("logprob_token_ids" in body for body in bodies) <= {"left out": 9}.get(known, 4)
+    assert len(server.tokenized) == (1 if known == "nothing" else 7)
+    assert scores.label_mass == pytest.approx([0.9 + 0.05 + 0.05] * 9)  # both labels have the least likely one's bound
+    assert {cost.calls for cost in scores.costs} == {1}
+
+
+# ---- reviews and costs ----
+
+
+def test_a_review_asks_with_the_earlier_answers_and_no_other_question_does(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 4)
+    earlier = [Earlier("neutral", 0.1 * i, "positive", 0.5) for i in range(4)]
+    spread = {"positive": 0.5, "negative": 0.3, "neutral": 0.2}
+    with Server(logprobs=lambda question: [token("positive", **spread)]) as server:
+        teacher = endpoint(server.url, concurrency=1)
+        scores = teacher.classify(samples, earlier)
+        teacher.classify(samples)
+    texts = [question.text for question in server.questions]
+    assert texts[:4] == [render("review", sample, LABELS, said) for sample, said in zip(samples, earlier, strict=True)]
+    assert texts[4:] == [render("classify", sample, LABELS) for sample in samples]
+    assert scores.probabilities == pytest.approx(np.tile([0.3, 0.2, 0.5], (4, 1)))
+
+
+def test_costs_are_what_the_server_counted_and_the_wait_with_its_retries(tmp_path: Path) -> None:
+    spread = {"positive": 0.5, "negative": 0.3, "neutral": 0.2}
+    with Server(headers={"Retry-After": "0.2"}, logprobs=lambda question: [token("positive", **spread)]) as server:
+        server.refuse = lambda body: (429, "slow down") if server.requests == 1 else None
+        teacher = endpoint(server.url)
+        scores = teacher.classify(posts(tmp_path, 1))
+        (answer,) = answers(teacher, posts(tmp_path, 1))
+    (cost,) = scores.costs
+    assert (cost.calls, cost.prompt_tokens, cost.completion_tokens) == (1, 100, 10)
+    assert cost.seconds >= 0.2 > 0 < answer.seconds
+    assert (answer.cost.calls, answer.cost.prompt_tokens) == (1, 100)
+
+
 def test_a_server_with_fewer_log_probabilities(tmp_path: Path) -> None:
     def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
         return (400, "top_logprobs must be at most 5") if body.get("top_logprobs", 0) > 5 else None
@@ -360,25 +498,42 @@ def test_without_log_probabilities_answers_are_drawn(
             scores = teacher.classify(samples)
             teacher.classify(samples[:2])
     drawn = [question.body for question in server.questions if question.body["temperature"] == 1.0]
-    assert len(drawn) == 14 * 5
-    assert len({body["seed"] for body in drawn}) == 5
+    assert len(drawn) == 14 * 4  # the greedy answer is the first of the five
+    assert len({body["seed"] for body in drawn}) == 4
     assert sum("logprobs" in question.body for question in server.questions) <= 2 * 4
     assert len([record for record in caplog.records if "agreement" in record.message]) == 1
     assert np.isnan(scores.label_mass).all()
+    assert {(cost.calls, cost.prompt_tokens, cost.completion_tokens) for cost in scores.costs} == {(5, 500, 50)}
     # Five answers that agree: (5 + 1/3) / 6.
     assert scores.probabilities.max(1) == pytest.approx([(5 + 1 / 3) / 6] * 12)
     assert [LABELS.names[i] for i in scores.probabilities.argmax(1)] == [sample.label for sample in samples]
 
 
-def test_without_any_answer_a_sample_is_undecided(tmp_path: Path) -> None:
+def test_one_agreement_sample_is_one_request(tmp_path: Path) -> None:
+    with Server() as server:
+        scores = endpoint(server.url, agreement_samples=1).classify(posts(tmp_path, 5))
+        assert server.requests == 5
+    assert {cost.calls for cost in scores.costs} == {1}
+    assert scores.probabilities.max(1) == pytest.approx([(1 + 1 / 3) / 2] * 5)
+
+
+def test_draws_that_are_refused_are_left_out_of_the_agreement(tmp_path: Path) -> None:
     def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
         return (400, "too hot") if body["temperature"] == 1.0 else None
 
     with Server(refuse=refuse) as server:
-        teacher = endpoint(server.url, agreement_samples=2)
+        scores = endpoint(server.url, agreement_samples=3).classify(posts(tmp_path, 1))
+    assert scores.probabilities.max() == pytest.approx((1 + 1 / 3) / 2) and scores.costs[0].calls == 1
+
+
+def test_without_any_answer_a_sample_is_undecided(tmp_path: Path) -> None:
+    with Server(refuse=lambda body: (400, "content policy")) as server:
+        teacher = endpoint(server.url)
         _, scored = next(teacher.scores(posts(tmp_path, 1)))
+        refused = teacher.classify(posts(tmp_path, 1))
         teacher.close()
-    assert scored.answer.error is not None and "too hot" in scored.answer.error
+    assert scored.answer.error is not None and "content policy" in scored.answer.error
+    assert refused.costs[0].calls == refused.costs[0].prompt_tokens == 0 and not refused.answered.any()
     with Server(answer=lambda question: "", logprobs=lambda question: []) as server:
         scores = endpoint(server.url).classify(posts(tmp_path, 1))
         assert server.requests == 1

@@ -25,10 +25,10 @@ def test_the_page_needs_nothing_beside_it(page: str) -> None:
 
 
 def test_the_page_shows_every_role_post_and_curve(page: str, finished: Recipe) -> None:
-    for text in ("teacher", "assistant", "student", "student, hard labels", "majority class", "micro"):
+    for text in ("teacher", "assistant", "student", "student, hard labels", "majority class", "micro", "Cascade"):
         assert text in page
     assert page.count("data:image/") == 9 and all(f"test-000{n}" in page for n in range(9))
-    assert page.count("<svg") >= 3  # the curves of teacher, assistant and student
+    assert page.count("<svg") >= 3 + 4  # the curves of teacher, assistant and student, and of the cascade
     assert "weight: 0.3" in page  # the recipe it was made from
 
 
@@ -36,7 +36,8 @@ def test_the_table_names_the_roles_the_page_and_the_student(finished: Recipe) ->
     table = report.summary(finished).splitlines()
     assert table[-2] == f"report   {finished.folder / 'report.html'}"
     assert table[-1] == f"student  {finished.folder / 'export'}"
-    assert [line.split("  ")[0] for line in table[2:-2]] == [
+    assert re.fullmatch(r"cascade  accuracy \d\.\d{3} with \d\.\d{3} teacher calls a post", table[-3])
+    assert [line.split("  ")[0] for line in table[2:-3]] == [
         "majority class (negative)", "teacher", "assistant", "student", "student, hard labels",
     ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from distill.models.backbone import IGNORE, Backbone, ModelSettings, create
 from distill.models.local import Local
 from distill.models.reasoner import Sampling
 from distill.models.tiny import TinySettings, train_tokenizer
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import render
 from distill.task.rationale import InvalidRationale, check
 from distill.task.sample import Sample
@@ -241,3 +241,90 @@ def accuracy(reasoner: Local, samples: Sequence[Sample]) -> float:
     predicted = reasoner.classify(samples).probabilities.argmax(1)
     gold = [reasoner.backbone.labels.index(sample.label) for sample in samples]
     return float(np.mean(predicted == np.array(gold)))
+
+
+# ---- labels on a scale ----
+
+
+def graded(backbone: Backbone, spread: float = 0.75, names: Sequence[str] | None = None) -> Backbone:
+    """The same model with the bins of a scale for labels, by default -3 .. 3, of which three begin with one token."""
+    return Backbone(
+        backbone.model, backbone.processor, LabelSpace.from_scale(Scale(spread=spread), names), backbone.settings
+    )
+
+
+def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbone: Any, postcards: Corpus) -> None:
+    """Each label written out behind its prompt, one at a time; one sample has a picture, the others have none."""
+    backbone = graded(make_backbone(2))
+    samples = [replace(postcards.train[0], label=1.2), Sample("b", "so so", label=-0.4), Sample("c", "bad", label=-3.0)]
+    features = encode_tasks(samples, backbone, {"classify": 1.0})["classify"]
+    loss = AssistantModule(backbone, TrainSettings()).task_loss(features)
+    expected = 0.0
+    prefix = len(backbone.processor.tokenizer('"Prediction":')["input_ids"])
+    for sample in samples:
+        scale = backbone.labels.scale
+        assert scale is not None
+        for weight, name in zip(scale.targets([float(sample.label)])[0], backbone.labels.names, strict=True):  # type: ignore[arg-type]
+            whole = backbone.encode([sample], "classify", [f'"Prediction": {name}'])
+            answer = whole.pop("labels")[0]
+            with torch.no_grad():
+                log_p = torch.log_softmax(backbone.model(**whole).logits[0], -1)
+            at = (answer != IGNORE).nonzero()[prefix:, 0]  # of the answer, what stands behind the forced prefix
+            expected -= weight * float(log_p[at - 1, answer[at]].sum()) / len(samples)
+    assert float(loss.total.detach()) == float(loss.hard.detach()) == pytest.approx(expected, abs=1e-4)
+    assert float(loss.soft) == 0
+    loss.total.backward()
+    assert all(torch.isfinite(w.grad).all() for w in backbone.model.parameters() if w.grad is not None)
+
+
+def test_validation_on_a_scale_selects_by_the_mean_absolute_error(make_backbone: Any, postcards: Corpus) -> None:
+    backbone = graded(make_backbone())
+    corpus = replace(postcards, validation=[Sample(f"v{n}", "x" * n, label=n / 3 - 1.5) for n in range(1, 10)])
+    train = [Sample(f"t{n}", "good" if n % 2 else "bad", label=2.0 if n % 2 else -2.0) for n in range(8)]
+    settings = TrainSettings(batch_size=8, tasks={"classify": 1.0, "review": 0.5})
+    _, runner = learn(backbone, corpus, train, settings, max_epochs=1)
+    probabilities = Local(backbone, "").classify(corpus.validation).probabilities
+    values = probabilities @ np.arange(-3, 4)
+    gold = np.array([sample.label for sample in corpus.validation], dtype=float)
+    metrics = {name: float(value) for name, value in runner.callback_metrics.items()}
+    assert metrics["val/mae"] == pytest.approx(np.abs(values - gold).mean(), abs=1e-5)
+    assert metrics["val/selection"] == pytest.approx(-metrics["val/mae"])
+    assert metrics["val/accuracy"] == pytest.approx((probabilities.argmax(1) == np.round(gold) + 3).mean())
+    assert metrics["train/review_loss"] > 0
+
+
+def test_the_rate_falls_when_the_error_stays(
+    make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience 0: an error that stays or grows halves the rate, however small the growth."""
+    errors = iter([1.0, 1.00001, 0.9, 0.9])  # of values whose gold is 0
+    backbone = graded(make_backbone())
+    corpus = replace(postcards, validation=[Sample(f"v{n}", "x", label=0.0) for n in range(9)])
+
+    def scripted_bins(*_: Any) -> tuple[torch.Tensor, None]:
+        error = next(errors)
+        row = torch.tensor([0, 0, 0, 1 - error / 3, 0, 0, error / 3])
+        return row.expand(9, 7), None
+
+    monkeypatch.setattr(assistant, "score_labels", scripted_bins)
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    settings = TrainSettings(batch_size=2, learning_rate=8e-3, tasks={"classify": 1.0}, patience=0)
+    learn(backbone, corpus, [Sample("t", "x", label=1.0)], settings, max_epochs=4, callbacks=[Watch()])
+    np.testing.assert_allclose(rates, [8e-3, 4e-3, 4e-3, 2e-3])
+
+
+@pytest.mark.parametrize("spread", [0.75, 0.0])
+def test_a_tiny_model_learns_values_from_words(make_backbone: Any, postcards: Corpus, spread: float) -> None:
+    """Text alone, soft targets and hard ones: five words, each with a value of its own."""
+    backbone = graded(make_backbone(4), spread, None if spread else list("abcdefg"))
+    words = {"awful": -2.6, "weak": -1.2, "plain": 0.0, "nice": 1.4, "great": 2.8}
+    train = [Sample(f"t{n}", f"{n} {word} {n}", label=value) for n in range(12) for word, value in words.items()]
+    corpus = replace(postcards, validation=[Sample(w, f"it is {w} now", label=value) for w, value in words.items()])
+    settings = TrainSettings(batch_size=6, learning_rate=3e-3, tasks={"classify": 1.0}, warmup_steps=10)
+    _, runner = learn(backbone, corpus, train, settings, max_epochs=12)
+    assert float(runner.callback_metrics["val/mae"]) < 0.5

@@ -80,7 +80,7 @@ def test_validation_gives_every_process_equally_many_and_every_sample_once(
     golds = []
     for rank in range(world):
         loader = as_process(module(backbone, postcards), rank, world).val_dataloader()
-        golds.append(torch.cat([gold for _, gold in loader]).tolist())
+        golds.append(torch.cat([gold for _, gold, _ in loader]).tolist())
     assert {len(gold) for gold in golds} == {-(-7 // world)}
     found = [label for gold in golds for label in gold if label >= 0]
     expected = [backbone.labels.index(sample.label) for sample in postcards.validation[:7]]
@@ -89,8 +89,9 @@ def test_validation_gives_every_process_equally_many_and_every_sample_once(
 
 
 def test_validation_asks_closed_classify_prompts(backbone: Backbone, postcards: Corpus) -> None:
-    features, gold = next(iter(module(backbone, postcards).val_dataloader()))
+    features, gold, values = next(iter(module(backbone, postcards).val_dataloader()))
     assert "labels" not in features and len(gold) == 7
+    assert values.isnan().all(), "names have no values"
     expected = backbone.encode(postcards.validation[:7], "classify")
     assert torch.equal(features["input_ids"], expected["input_ids"])
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from distill.models.backbone import IGNORE
-from distill.training.losses import kl_divergence, task_loss
+from distill.task.labels import Scale
+from distill.training.losses import kl_divergence, label_loss, task_loss
 
 B, T, V = 3, 11, 17
 
@@ -160,3 +161,27 @@ def test_different_vocabularies_are_refused() -> None:
     student, assistant, labels = batch()
     with pytest.raises(ValueError, match="do not fit"):
         task_loss(student, labels, assistant[..., :-1])
+
+
+# ---- labels on a scale ----
+
+
+def test_the_loss_of_labels_on_a_scale_against_a_loop() -> None:
+    g = torch.Generator().manual_seed(4)
+    log_p = -3 * torch.rand(B, 7, generator=g, dtype=torch.float64) - 0.5  # whole labels: they need not sum to 1
+    values = [-2.4, 0.1, 3.0]
+    expected = 0.0
+    for row, value in enumerate(values):  # σ = 0.75 bin widths of 1
+        weights = [math.exp(-(((centre - value) / 0.75) ** 2) / 2) for centre in range(-3, 4)]
+        expected -= sum(w / sum(weights) * p for w, p in zip(weights, log_p[row].tolist(), strict=True)) / B
+    targets = torch.tensor(Scale().targets(values))
+    assert float(label_loss(log_p, targets)) == pytest.approx(expected, abs=1e-12)
+    assert float(label_loss(log_p.half(), targets)) == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(ValueError, match=r"\(3, 6\) do not fit labels \(3, 7\)"):
+        label_loss(log_p, targets[:, :6])
+
+
+def test_one_hot_targets_on_a_scale_are_the_likelihood_of_the_bins() -> None:
+    log_p = torch.log_softmax(torch.randn(B, 7, generator=torch.Generator().manual_seed(5)), -1)
+    targets = torch.tensor(Scale(spread=0).targets([-2.4, 0.1, 3.0]))
+    torch.testing.assert_close(label_loss(log_p, targets), F.nll_loss(log_p, torch.tensor([1, 3, 6])))

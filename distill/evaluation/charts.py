@@ -1,0 +1,129 @@
+"""Charts of the report as numbers that an SVG template draws: training curves, and the evidence of the cascade."""
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Points = list[tuple[float, float]]
+
+_MAX_POINTS = 300
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 44, 10, 10, 28  # in SVG units
+
+
+def training(path: Path) -> dict[str, dict[str, Any]]:
+    """The curves of one role from the `metrics.csv` of Lightning's CSVLogger: losses, and what was validated."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    curves: dict[str, Points] = {}
+    for row in rows:
+        step = _number(row.get("step"))
+        for name, text in row.items():
+            value = _number(text)
+            if isinstance(name, str) and "/" in name and step is not None and value is not None:
+                curves.setdefault(name, []).append((step, value))
+    curves = {name: _thin(sorted(points)) for name, points in curves.items()}
+    losses = {n: p for n, p in curves.items() if n.startswith("train/") and any(y for _, y in p)}
+    judged = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
+    charts = {"loss by step": chart(losses), "validation by step": chart(judged, top=1.0)}
+    return {title: found for title, found in charts.items() if found}
+
+
+def cascade_charts(evidence: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The deferral curve with its baselines, and both models' risk-coverage curves and reliability.
+
+    Args:
+        evidence: `cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`.
+    """
+    charts = {}
+    curves: dict[str, Points] = {}
+    band: list[tuple[float, float, float]] = []
+    for row in evidence.get("deferral", ()):
+        at = float(row["deferred"])
+        curves.setdefault(row["policy"].replace("_", " "), []).append((at, float(row["quality"])))
+        if row["policy"] == evidence["measure"]:
+            band.append((at, float(row["low"]), float(row["high"])))
+    if curves:
+        name, quality = ("minus MAE", -evidence["mae"]) if "mae" in evidence else ("accuracy", evidence["accuracy"])
+        spots = {"this cascade": (evidence["teacher_calls_per_sample"], quality)}
+        charts[f"{name} by teacher calls a post"] = chart(curves, bottom=None, band=band, spots=spots)
+    models = evidence.get("selective", {})
+    risks = {role: list(zip(*found["after"]["risk_coverage"].values(), strict=True)) for role, found in models.items()}
+    charts["risk by coverage"] = chart({role: _thin(points) for role, points in risks.items()})
+    for role, found in models.items():
+        lines = {f"{when} calibration": _reliability(found[when]["reliability"]) for when in ("before", "after")}
+        charts[f"accuracy of the {role} by its confidence"] = chart(lines | {"ideal": [(0.0, 0.0), (1.0, 1.0)]})
+    return {title: found for title, found in charts.items() if found}
+
+
+def _reliability(bins: Mapping[str, Sequence[float]]) -> Points:
+    columns = zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True)
+    return [(confidence, accuracy) for confidence, accuracy, count in columns if count]
+
+
+def chart(
+    curves: Mapping[str, Points],
+    *,
+    top: float = 0.0,
+    bottom: float | None = 0.0,
+    band: Sequence[tuple[float, float, float]] = (),
+    spots: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, Any]:
+    """Lines in SVG coordinates with their axes; empty where there is nothing to draw.
+
+    Args:
+        top: what the y axis reaches at least.
+        bottom: where it begins; None: just below the lowest point.
+        band: x, low and high of an area behind the lines.
+        spots: single points by name.
+    """
+    points = [point for curve in curves.values() for point in curve] + list((spots or {}).values())
+    if not points:
+        return {}
+    heights = [y for _, y in points] + [y for _, *sides in band for y in sides]
+    y_ticks = _ticks(min(heights) if bottom is None else bottom, max(top, *heights))
+    x_ticks = _ticks(0.0, max(x for x, _ in points))
+    wide = _WIDTH - _LEFT - _RIGHT
+    high = _HEIGHT - _TOP - _BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        share = (max(y, y_ticks[0]) - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(_LEFT + wide * x / x_ticks[-1], 1), round(_TOP + high * (1 - share), 1)
+
+    return {
+        "size": (_WIDTH, _HEIGHT),
+        "frame": (_LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
+        "x_ticks": [(place(tick, 0.0)[0], f"{tick:g}") for tick in x_ticks],
+        "y_ticks": [(place(0.0, tick)[1], f"{tick:g}") for tick in y_ticks],
+        "lines": {name: [place(x, y) for x, y in curve] for name, curve in curves.items()},
+        "band": [place(x, low) for x, low, _ in band] + [place(x, up) for x, _, up in reversed(band)],
+        "spots": {name: place(*point) for name, point in (spots or {}).items()},
+    }
+
+
+def _number(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _thin(points: Points) -> Points:
+    """At most _MAX_POINTS points: means of equally many neighbours."""
+    width = max(1, math.ceil(len(points) / _MAX_POINTS))
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` or just below to `high` or just above."""
+    span = max(high - low, 1e-9)
+    power = 10 ** math.floor(math.log10(span / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,184 @@
+"""One request to a server that speaks the OpenAI chat protocol, and the answer in its reply."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from distill.errors import RunError, SettingsError
+from distill.models.reasoner import Answer
+
+Tokens = Sequence[tuple[str, Mapping[str, float]]]
+"""The tokens of an answer, each with the likeliest tokens at its place and their log-probabilities."""
+
+_TOKENIZE_S = 10.0
+
+
+@dataclass
+class EndpointSettings:
+    """A server that speaks the OpenAI chat protocol."""
+
+    base_url: str
+    """Address of the server up to its version, such as http://localhost:8000/v1."""
+    model: str
+    """Name of the model, as the server knows it."""
+    api_key_env: str = ""
+    """Environment variable that holds the key; empty: the server wants none."""
+    concurrency: int = 8
+    """How many questions are in flight at once."""
+    timeout_s: float = 120.0
+    """Seconds that one request may take."""
+    deadline_s: float = 600.0
+    """Seconds that one answer may take with all its retries."""
+    max_attempts: int = 6
+    """How often a request is sent before its answer is given up."""
+    backoff_s: float = 1.0
+    """Longest wait before the first retry, in seconds; it doubles with each one, up to a minute."""
+    json_schema: bool = True
+    """Ask for rationales by JSON schema; dropped with a warning where the server cannot."""
+    top_logprobs: int = 20
+    """How many log-probabilities to ask for when classifying, 1 to 20; fewer or none where the server refuses."""
+    agreement_samples: int = 5
+    """Answers drawn for each classification where the server tells no log-probabilities."""
+    max_image_side: int = 1024
+    """Longest side of a picture as it is sent, in pixels; larger ones are scaled down."""
+    prompt_price: float | None = None
+    """Price of a million prompt tokens, in any currency."""
+    completion_price: float | None = None
+    """Price of a million completion tokens, in the same currency."""
+
+    def __post_init__(self) -> None:
+        try:
+            url = httpx.URL(self.base_url)
+        except httpx.InvalidURL:
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
+            raise SettingsError(f"base_url is {self.base_url!r}; it takes an address such as http://localhost:8000/v1")
+        for name in ("concurrency", "timeout_s", "deadline_s", "max_attempts", "agreement_samples", "max_image_side"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it takes a number above 0")
+        if not 1 <= self.top_logprobs <= 20:
+            raise SettingsError(f"top_logprobs is {self.top_logprobs}; it takes 1 to 20")
+
+
+class Connection:
+    """A server with its key; threads may share it.
+
+    Raises:
+        SettingsError: the environment variable that `api_key_env` names is not set.
+    """
+
+    def __init__(self, settings: EndpointSettings) -> None:
+        key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
+        if settings.api_key_env and not key:
+            raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
+        self.settings = settings
+        self._client = httpx.Client(
+            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def send(self, body: Mapping[str, Any], limit_s: float) -> tuple[Answer, Tokens]:
+        """One request, however slowly the server drips its reply, and the answer that is in it.
+
+        Raises:
+            Failed: it may succeed when it is sent again.
+            Refused: it never will.
+            RunError: the server refuses the key or does not serve the model.
+        """
+        url, end, content = self.settings.base_url.rstrip("/"), time.monotonic() + limit_s, bytearray()
+        try:
+            with self._client.stream(
+                "POST", f"{url}/chat/completions", content=json.dumps(body), timeout=limit_s
+            ) as response:
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if time.monotonic() > end:
+                        raise httpx.ReadTimeout(f"the reply took longer than {limit_s:.3g} s")
+        except httpx.HTTPError as error:
+            dead = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            raise Failed(f"{type(error).__name__} {error}".strip(), dead=dead) from error
+        status, text = response.status_code, content.decode("utf-8", "replace")
+        if status in (401, 403):
+            name = self.settings.api_key_env
+            refused = f"refuses the key in {name}" if name else "wants a key, and api_key_env names none"
+            raise RunError(f"the endpoint {url} {refused} (status {status})")
+        if status == 404 or 300 <= status < 400:
+            raise RunError(f"the endpoint at base_url {url} does not serve {self.settings.model} (status {status})")
+        if status in (408, 429) or status >= 500:
+            raise Failed(f"status {status}: {text[:200]}", _retry_after_s(response.headers.get("retry-after", "")))
+        if status >= 400:
+            raise Refused(f"the endpoint refused the question (status {status}): {text[:200]}", text)
+        try:
+            return _read(json.loads(text))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Failed(f"a malformed reply: {text[:200]!r}") from error
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The tokens of a text by the server's own `/tokenize` (vLLM has it beside /v1); None where it has none."""
+        root = self.settings.base_url.rstrip("/").removesuffix("/v1")
+        body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
+        try:
+            response = self._client.post(
+                f"{root}/tokenize", json=body, timeout=min(self.settings.timeout_s, _TOKENIZE_S)
+            )
+            return [int(token) for token in response.raise_for_status().json()["tokens"]]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            return None
+
+
+class Failed(Exception):
+    """A request that may succeed when it is sent again."""
+
+    def __init__(self, why: str, retry_after_s: float = 0.0, dead: bool = False) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+        self.dead = dead  # there was no server at all
+
+
+class Refused(Exception):
+    """A request that the server will never answer."""
+
+    def __init__(self, why: str, reply: str) -> None:
+        super().__init__(why)
+        self.reply = reply
+
+
+def _read(reply: Any) -> tuple[Answer, Tokens]:
+    """The answer in a reply. Raises ValueError, LookupError, TypeError or AttributeError for any other shape."""
+    choice = reply["choices"][0]
+    text = choice["message"].get("content") or ""
+    usage = reply.get("usage") or {}
+    answer = Answer(
+        text.encode("utf-8", "replace").decode(),  # no lone surrogates
+        choice.get("finish_reason") not in ("length", "content_filter"),
+        int(usage.get("prompt_tokens") or 0),
+        int(usage.get("completion_tokens") or 0),
+    )
+    tokens = (choice.get("logprobs") or {}).get("content") or []
+    likely = [
+        {t["token"]: float(t["logprob"]) for t in [token, *(token.get("top_logprobs") or [])]} for token in tokens
+    ]
+    return answer, [(token["token"], top) for token, top in zip(tokens, likely, strict=True)]
+
+
+def _retry_after_s(header: str) -> float:
+    """Seconds to wait by a `Retry-After` header, which gives seconds or a date; 0 for anything else."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0

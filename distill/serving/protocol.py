@@ -1,0 +1,234 @@
+"""What goes over the wire: the requests that are taken, answers in OpenAI's shapes, refusals in one sentence."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distill.models.local import Completion
+
+Json = dict[str, Any]
+
+_LEAST_LOGPROB = -9999.0  # JSON knows no infinity
+
+
+class Refusal(Exception):
+    """A request that is not answered: an HTTP status and one sentence that says what to change."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def body(self) -> Json:
+        """In OpenAI's shape."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SentimentRequest(_Request):
+    """One post in plain JSON."""
+
+    text: str = ""
+    image: str | None = None
+    aspect: str | None = None
+    rationale: bool | None = None
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Request):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Request):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    refusal: None = None
+
+    @property
+    def text(self) -> str:
+        """All text of the message."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        return self.content or ""
+
+    @property
+    def images(self) -> list[str]:
+        """The URLs of its pictures."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+class StreamOptions(_Request):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(_Request):
+    type: Literal["text"]
+
+
+class ChatRequest(_Request):
+    """OpenAI's chat request, with `aspect`, `rationale` and `logprob_token_ids` beside its own fields."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    aspect: str | None = None
+    rationale: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    logprob_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
+    # taken, for clients send them unasked, and without a meaning here
+    n: Literal[1] | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the answer may have."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TokenizeRequest(_Request):
+    """vLLM's request for the tokens of a text."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None
+
+
+R = TypeVar("R", bound=_Request)
+
+
+def read(kind: type[R], body: bytes) -> R:
+    """A request of one kind. Raises Refusal: not JSON, an unknown field, a wrong type."""
+    try:
+        content = _clean(json.loads(body))
+    except (ValueError, RecursionError):
+        raise Refusal(400, "the body is not valid JSON; send an object in UTF-8") from None
+    if not isinstance(content, dict):
+        raise Refusal(400, 'the body is not a JSON object; send one, such as {"text": "..."}')
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(kind, error) from None
+
+
+def _clean(value: Any) -> Any:
+    """JSON without lone surrogates, which are no text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {_clean(name): _clean(item) for name, item in value.items()}
+    return value
+
+
+def _refusal(kind: type[_Request], error: ValidationError) -> Refusal:
+    first = error.errors(include_url=False, include_context=False)[0]
+    names = [str(part) for part in first["loc"] if part not in ("str", "text", "image_url") or first["loc"][0] == part]
+    where = ".".join(names)[:200]
+    if first["type"] == "extra_forbidden" and len(names) == 1:
+        return Refusal(400, f"{where} is not a field; this takes {', '.join(kind.model_fields)}", param=where)
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"{where} is not a field; leave it out", param=where)
+    if first["type"] == "missing":
+        return Refusal(400, f"{where} is required", param=where)
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return Refusal(400, f"{where}: {message}", param=where)
+
+
+def models(names: Sequence[str], created: int) -> Json:
+    """The list of models."""
+    listed = [{"id": name, "object": "model", "created": created, "owned_by": "distill"} for name in names]
+    return {"object": "list", "data": listed}
+
+
+def completion(
+    model: str, content: str, finish: str, usage: Json, *, logprobs: Json | None = None, extra: Json | None = None
+) -> Json:
+    """A chat completion of one choice; `extra` fields stand beside OpenAI's own."""
+    message = {"role": "assistant", "content": content, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
+    return head | {"model": model, "choices": [choice], "usage": usage} | (extra or {})
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    """Token counts in OpenAI's shape."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def logprobs(found: Completion, tops: bool) -> Json:
+    """The log-probabilities of an answer in OpenAI's shape, without those of its end token."""
+
+    def entry(text: str, logprob: float) -> Json:
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode())}
+
+    written = found.tokens[:-1] if found.finished else found.tokens
+    content = [
+        entry(token.text, token.logprob)
+        | {"top_logprobs": [entry(*likely) for likely in token.likely.items()] if tops else []}
+        for token in written
+    ]
+    return {"content": content, "refusal": None}
+
+
+def stream(whole: Json, pieces: Sequence[tuple[str, Json | None]], include_usage: bool) -> Iterator[str]:
+    """A completion as server-sent events: its text in pieces, each with its log-probabilities, and the end."""
+    head = {name: whole[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    choice = whole["choices"][0]
+    own = {name: value for name, value in whole.items() if name not in ("choices", "usage", *head)}
+
+    def event(delta: Json, finish: str | None = None, logprobs: Json | None = None, extra: Json | None = None) -> str:
+        part = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return f"data: {json.dumps(head | {'choices': [part]} | (extra or {}))}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    for piece, logprobs in pieces:
+        yield event({"content": piece}, logprobs=logprobs)
+    yield event({}, choice["finish_reason"], extra=own)
+    if include_usage:
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': whole['usage']})}\n\n"
+    yield "data: [DONE]\n\n"

@@ -1,0 +1,24 @@
+"""Stage `calibrate`: temperatures and thresholds of the cascade, from both models' answers on the validation split."""
+
+from distill.cascade.calibration import calibrate
+from distill.stages.context import Context, write_json
+from distill.tracking import StageRun
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    settings, samples = context.recipe.calibrate, context.corpus.validation
+    assert settings is not None
+    student = context.reasoner("student")
+    scores = student.classify(samples)
+    with context.asked_teacher() as teacher:
+        assert teacher is not None  # the recipe was checked
+        content = calibrate(
+            [sample.label for sample in samples if sample.label is not None],
+            scores,
+            teacher.classify(samples),
+            (student.name, teacher.name),
+            context.labels,
+            settings,
+        )
+    write_json(context.folder / "calibrate" / "calibration.json", content)
+    tracked.log({f"calibrate/{name}": value for name, value in content.items() if isinstance(value, int | float)})

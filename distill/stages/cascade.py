@@ -1,0 +1,61 @@
+"""Stage `cascade`: the three stages over the test split, and the evidence of what they are worth."""
+
+import csv
+import io
+
+from distill.cascade.cascade import Calibration, Rules, describe
+from distill.cascade.cascade import run as take_through
+from distill.cascade.evidence import cascade_metrics, deferral_rows, selective_metrics
+from distill.data import jsonl
+from distill.models.endpoint import Endpoint
+from distill.models.reasoner import Cost
+from distill.stages.context import Context, write_json, write_text
+from distill.tracking import StageRun
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    settings, samples, labels = context.recipe.cascade, context.corpus.test, context.labels
+    assert settings is not None
+    folder = context.folder / "cascade"
+    student = context.reasoner("student")
+    calibration = Calibration.read(context.folder / "calibrate" / "calibration.json", student.name)
+    rules = Rules(labels, calibration, settings.on_agreement)
+    gold = [sample.label for sample in samples if sample.label is not None]
+    scores = {"student": student.classify(samples)}
+    with context.asked_teacher() as teacher:
+        assert teacher is not None  # the recipe was checked
+        decisions = take_through(samples, scores["student"], teacher, rules)
+        if settings.deferral_curve:
+            scores["teacher"] = teacher.classify(samples)
+
+        asked = teacher.teacher
+
+    def price(cost: Cost) -> float | None:
+        return asked.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(asked, Endpoint) else None
+
+    opinions = {"student": rules.student(scores["student"])}
+    if "teacher" in scores:
+        opinions["teacher"] = rules.teacher(scores["teacher"])
+    metrics = cascade_metrics(decisions, gold, labels, opinions.get("teacher"), price)
+    metrics["measure"] = calibration.measure
+    metrics["selective"] = {
+        role: selective_metrics(scores[role], opinions[role], gold, labels, calibration.measure) for role in opinions
+    }
+    rows = []
+    if "teacher" in opinions:
+        rows = deferral_rows(opinions["student"], opinions["teacher"], gold, labels, price, settings.resamples)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["policy", "deferred", "quality", "low", "high", "seconds", "currency"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "deferral_curve.csv", table.getvalue())
+    found = zip(samples, decisions, strict=True)
+    jsonl.write_rows(
+        folder / "decisions.jsonl",
+        (
+            {"id": sample.id, "gold": sample.label, "label": rules.label(decision.probabilities)} | describe(decision)
+            for sample, decision in found
+        ),
+    )
+    write_json(folder / "metrics.json", metrics)
+    tracked.log({f"cascade/{name}": value for name, value in metrics.items() if isinstance(value, int | float)})

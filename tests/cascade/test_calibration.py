@@ -1,0 +1,144 @@
+"""From validation answers to `calibration.json`: what is fitted, what is promised, and what is refused."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill.cascade.calibration import CalibrateSettings, calibrate
+from distill.cascade.cascade import Calibration, Rules, run
+from distill.errors import SettingsError
+from distill.models.reasoner import ClassScores
+from distill.task.labels import LabelSpace, Scale
+from distill.task.prompts import Earlier
+from distill.task.sample import Sample
+
+LABELS = LabelSpace()
+NAMES = ("student-1", "teacher-1")
+
+
+def answers(gold: np.ndarray, sharpness: float, seed: int, sharpen: float = 1.0) -> ClassScores:
+    """Calibrated random answers to `gold`, made `sharpen` times too confident."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(len(gold), 3)) + sharpness * np.eye(3)[gold] * random.random((len(gold), 1))
+    probabilities = np.exp(logits * sharpen)
+    return ClassScores(probabilities / probabilities.sum(1, keepdims=True), np.ones(len(gold)))
+
+
+def validation(n: int = 600, seed: int = 0) -> tuple[list[str], ClassScores, ClassScores]:
+    gold = np.random.default_rng(seed).integers(3, size=n)
+    return [LABELS.names[k] for k in gold], answers(gold, 5, seed + 1, 3.0), answers(gold, 12, seed + 2)
+
+
+class Told:
+    """A teacher whose answers are known."""
+
+    name = NAMES[1]
+
+    def __init__(self, posts: Sequence[Sample], scores: ClassScores) -> None:
+        self.rows = {post.id: row for post, row in zip(posts, scores.probabilities, strict=True)}
+
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+        return ClassScores(np.array([self.rows[sample.id] for sample in samples]), np.ones(len(samples)))
+
+    def reason(self, *_: object, **__: object) -> None:
+        raise AssertionError
+
+
+def test_the_budget_is_kept_by_the_stages_themselves(tmp_path: Path) -> None:
+    gold, student, teacher = validation()
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(budget=0.4))
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(content))
+    rules = Rules(LABELS, Calibration.read(path, NAMES[0]))
+    posts = [Sample(str(index), "x") for index in range(len(gold))]
+    decisions = run(posts, student, Told(posts, teacher), rules)
+    calls = np.mean([decision.teacher_calls for decision in decisions])
+    assert calls == pytest.approx(content["validation"]["teacher_calls_per_sample"])
+    assert calls == pytest.approx(0.4, abs=0.01)
+    assert any(decision.stage == "teacher_review" for decision in decisions), "reviews are counted too"
+    promise = content["promise"]
+    assert promise["calls_low"] < 0.4 < promise["calls_high"] and promise["n"] == content["n"] == 600
+    assert "600 validation posts" in promise["says"] and "0.400 teacher calls" in promise["says"]
+    fresh_gold, fresh, fresh_teacher = validation(20_000, 77)
+    posts = [Sample(str(index), "x") for index in range(len(fresh_gold))]
+    realised = np.mean([d.teacher_calls for d in run(posts, fresh, Told(posts, fresh_teacher), rules)])
+    assert promise["calls_low"] < realised < promise["calls_high"]
+
+
+def test_the_share_of_reviews_is_bounded() -> None:
+    gold, student, teacher = validation()
+    rules = Rules(LABELS, _calibration(calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(review=0.2))))
+    doubts = np.array([opinion.uncertainty for opinion in rules.teacher(teacher)])
+    assert (doubts > rules.calibration.teacher_threshold).mean() == pytest.approx(0.2, abs=0.01)
+
+
+def test_temperatures_undo_false_confidence() -> None:
+    gold, student, teacher = validation()
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings())
+    assert content["student_temperature"] > 2, "made three times too sharp"
+    found = content["models"]["student"]
+    assert found["ece_after"] < 0.6 * found["ece_before"]
+    knots = found["error_probability"]
+    assert knots["error"] == sorted(knots["error"]) and len(knots["error"]) == len(knots["uncertainty"])
+
+
+def test_a_risk_target_is_kept_or_refused_with_the_smallest_that_could_be() -> None:
+    gold, student, teacher = validation(400)
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(by="risk", risk=0.25))
+    assert content["validation"]["student_risk"] < 0.25 and content["promise"]["confidence"] == 0.9
+    assert "at most 25.0% is wrong" in content["promise"]["says"]
+    with pytest.raises(SettingsError, match=r"calibrate\.risk: .*cannot support.*smallest") as refused:
+        calibrate(
+            gold[:40], _first(student, 40), _first(teacher, 40), NAMES, LABELS, CalibrateSettings(by="risk", risk=0.001)
+        )
+    smallest = float(str(refused.value).split()[-1])
+    calibrate(
+        gold[:40], _first(student, 40), _first(teacher, 40), NAMES, LABELS, CalibrateSettings(by="risk", risk=smallest)
+    )
+
+
+def test_fixed_thresholds_are_taken_as_they_are_and_promise_nothing() -> None:
+    settings = CalibrateSettings(by="fixed", student_threshold=0.25, teacher_threshold=0.5)
+    content = calibrate(*validation(60), NAMES, LABELS, settings)
+    assert (content["student_threshold"], content["teacher_threshold"]) == (0.25, 0.5)
+    assert content["promise"] == {"by": "fixed", "says": "The thresholds were given; they promise nothing."}
+
+
+def test_on_a_scale_an_error_is_one_of_polarity() -> None:
+    labels = LabelSpace.from_scale(Scale(-1, 1, 3))
+    gold = [-0.9, 0.0, 0.2, 0.8, -0.2, 1.0]
+    rows = np.array(
+        [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.5, 0.4], [0.1, 0.1, 0.8], [0.1, 0.3, 0.6], [0.1, 0.1, 0.8]]
+    )
+    scores = ClassScores(rows, np.ones(6))
+    settings = CalibrateSettings(by="fixed", student_threshold=1.0)
+    content = calibrate(gold, scores, scores, NAMES, labels, settings)
+    assert content["validation"]["student_risk"] == pytest.approx(1 / 6), "only -0.2 got another sign"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 2.5}, r"calibrate\.budget is 2\.5; it takes 0 to 2"),
+        ({"risk": 0.0}, r"calibrate\.risk is 0\.0"),
+        ({"confidence": 1.0}, r"calibrate\.confidence"),
+        ({"by": "fixed"}, r"calibrate\.student_threshold goes with"),
+        ({"student_threshold": 0.5}, r"calibrate\.student_threshold goes with"),
+        ({"teacher_threshold": 1.5}, r"calibrate\.teacher_threshold is 1\.5"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        CalibrateSettings(**settings)
+
+
+def _calibration(content: dict) -> Calibration:
+    return Calibration(**{item.name: content[item.name] for item in fields(Calibration)})
+
+
+def _first(scores: ClassScores, n: int) -> ClassScores:
+    return ClassScores(scores.probabilities[:n], scores.label_mass[:n])

@@ -1,0 +1,202 @@
+"""Label scoring: whole labels in one forward pass against each of them on its own, and against generation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill.data.corpus import Corpus
+from distill.models import tiny
+from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
+from distill.models.local import Local, label_log_probabilities, normalise_labels, score_labels
+from distill.models.reasoner import Sampling
+from distill.task.labels import LabelSpace, Scale
+from distill.task.prompts import CLASSIFY_PREFIX, Earlier
+from distill.task.sample import Sample
+from tests.models.test_backbone import build_idefics3, build_llava
+
+SCALE = LabelSpace.from_scale(Scale())
+ALIKE = LabelSpace(("qqq one", "qqq", "qqq one two", "negative"), (1, 0, 1, -1))
+"""One label's tokens begin another's, which begin a third's."""
+
+
+@pytest.fixture(scope="module")
+def posts(postcards: Corpus) -> list[Sample]:
+    """Of different lengths, with a picture, without any, with two."""
+    a, b, c, d = postcards.test[:4]
+    return [a, replace(b, images=()), replace(c, images=c.images + a.images), replace(d, text=d.text * 3)]
+
+
+def speaking(backbone: Backbone, labels: LabelSpace, **settings: Any) -> Backbone:
+    return Backbone(backbone.model, backbone.processor, labels, replace(backbone.settings, **settings))
+
+
+Make = Callable[..., Backbone]
+
+
+@pytest.fixture(scope="module", params=["qwen", "qwen with eager attention", "qwen with adapter", "llava", "idefics3"])
+def made(
+    request: pytest.FixtureRequest, make_backbone: Make, tokenizer_folder: Path, model_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Backbone:  # fmt: skip
+    """Tiny models of random weights."""
+    torch.manual_seed(0)
+    folder = model_folder
+    if request.param in ("llava", "idefics3"):
+        folder = tmp_path_factory.mktemp(request.param)
+        build = {"llava": build_llava, "idefics3": build_idefics3}[request.param]
+        build(folder, tiny.load_tokenizer(tokenizer_folder))
+    settings = ModelSettings(
+        str(folder),
+        image_size=56,
+        attention="eager" if "eager" in request.param else "sdpa",
+        lora=LoraSettings(r=4) if "adapter" in request.param else None,
+    )
+    backbone = create(settings, SCALE, Path("unused"))
+    backbone.model.eval()
+    return backbone
+
+
+def on_its_own(backbone: Backbone, sample: Sample, label: str) -> torch.Tensor:
+    """Log-probability of a label and its end token by a plain forward pass over the whole text of one sample."""
+    features = backbone.encode([sample], "classify", [f"{CLASSIFY_PREFIX} {label}"])
+    labels = features.pop("labels")
+    prompt = backbone.encode([sample], "classify")["input_ids"].shape[1]
+    logits = backbone.model(**features).logits.log_softmax(-1)
+    written = labels[0, prompt:]
+    return logits[0, prompt - 1 : -1].gather(1, written[:, None]).sum()
+
+
+@pytest.mark.parametrize("space", [SCALE, ALIKE, LabelSpace()], ids=["scale", "nested", "words"])
+def test_branches_score_as_if_each_label_were_alone(made: Backbone, posts: list[Sample], space: LabelSpace) -> None:
+    backbone = speaking(made, space)
+    with torch.inference_mode():
+        found = label_log_probabilities(backbone, backbone.encode(posts, "classify"))
+        expected = [[on_its_own(backbone, sample, name) for name in space.names] for sample in posts]
+    assert found.shape == (len(posts), len(space))
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_samples_without_any_picture_score_as_if_alone(made: Backbone, posts: list[Sample]) -> None:
+    bare = [replace(sample, images=()) for sample in posts]
+    with torch.inference_mode():
+        found = label_log_probabilities(made, made.encode(bare, "classify"))
+        expected = [[on_its_own(made, sample, name) for name in SCALE.names] for sample in bare]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_gradients_are_those_of_the_labels_alone(made: Backbone, posts: list[Sample]) -> None:
+    """Those of a random target's cross-entropy, as training on a scale takes it."""
+    made.model.double()  # but norms and rotary embeddings stay in single precision
+    targets = torch.rand(len(posts), len(SCALE), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = [w for w in made.model.parameters() if w.requires_grad]
+
+    def gradients(scores: torch.Tensor) -> list[torch.Tensor]:
+        loss = -(targets * scores.log_softmax(-1)).sum() - scores.sum()
+        return [g for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
+
+    try:
+        found = gradients(label_log_probabilities(made, made.encode(posts, "classify")))
+        rows = [torch.stack([on_its_own(made, sample, name) for name in SCALE.names]) for sample in posts]
+        expected = gradients(torch.stack(rows))
+    finally:
+        made.model.float()
+    assert len(found) == len(expected) > 10 and any(bool(g.abs().max() > 1e-3) for g in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_pictures_are_encoded_once_and_logits_taken_where_labels_are(backbone: Backbone, posts: list[Sample]) -> None:
+    scaled = speaking(backbone, SCALE)
+    calls: list[int] = []
+    shapes: list[torch.Size] = []
+    model = scaled.model
+    hooks = [
+        model.model.visual.register_forward_hook(lambda *_: calls.append(1)),  # type: ignore[union-attr]
+        model.lm_head.register_forward_hook(lambda *args: shapes.append(args[2].shape)),  # type: ignore[union-attr, operator]
+    ]
+    with torch.inference_mode():
+        label_log_probabilities(scaled, scaled.encode(posts, "classify"))
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 1
+    branches = sum(len(tokens) - 1 for tokens in scaled.label_tokens)
+    assert [shape[:2] for shape in shapes] == [(len(posts), 1 + branches)]
+
+
+def test_labels_that_share_tokens_are_scored_whole_and_others_by_their_first(
+    backbone: Backbone, posts: list[Sample]
+) -> None:
+    scaled = speaking(backbone, SCALE)
+    features = scaled.encode(posts, "classify")
+    with torch.inference_mode():
+        whole = label_log_probabilities(scaled, features).double()
+        probabilities, mass = score_labels(scaled, features)
+        torch.testing.assert_close(
+            probabilities.double(), whole.exp() / whole.exp().sum(1, keepdim=True), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(mass.double(), whole.exp().sum(1), atol=0, rtol=1e-4)
+        logits = backbone.model(**backbone.encode(posts[:1], "classify")).logits[:, -1]
+        first = normalise_labels(logits, backbone.label_ids)
+        torch.testing.assert_close(score_labels(backbone, backbone.encode(posts[:1], "classify")), first)
+
+
+def test_a_mass_too_small_for_a_float_is_still_an_answer(make_backbone: Make, posts: list[Sample]) -> None:
+    scaled = speaking(make_backbone(), SCALE)
+    with torch.no_grad():
+        for weights in scaled.model.parameters():
+            weights.mul_(20)
+    scores = Local(scaled, "").classify(posts)
+    assert scores.answered.all() and scores.label_mass.min() < 1e-30
+    np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-5)
+
+
+WORDS = ("dreadful", "poor", "so so", "well", "fine", "great", "perfect")
+
+
+def valued(sample: Sample, index: int) -> Sample:
+    """A post whose word says where on the scale it is."""
+    return replace(sample, text=f"{WORDS[index % 7]} weather, {sample.text.split()[-1]}", label=SCALE.names[index % 7])
+
+
+@pytest.fixture(scope="module")
+def trained(make_backbone: Make, postcards: Corpus) -> Backbone:
+    """A model that has learned what the words say, to their value on the scale."""
+    scaled = speaking(make_backbone(seed=1), SCALE)
+    samples = [replace(valued(sample, i), images=()) for i, sample in enumerate(postcards.train[:28])]
+    features = scaled.encode(samples, "classify", [f"{CLASSIFY_PREFIX} {sample.label}" for sample in samples])
+    optimizer = torch.optim.AdamW(scaled.model.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss = scaled.model(**features).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scaled.model.eval()
+    return scaled
+
+
+def test_the_likeliest_label_is_the_generated_one(trained: Backbone, postcards: Corpus) -> None:
+    samples = [valued(sample, i) for i, sample in enumerate([*postcards.test, *postcards.validation])]
+    reasoner = Local(trained, "")
+    scores = reasoner.classify(samples)
+    assert scores.label_mass.min() > 0.5  # it keeps to the format
+    answers = [answer.text.strip() for _, answer in reasoner.reason(samples, "classify", Sampling(max_new_tokens=6))]
+    assert len(set(answers)) > 4
+    likeliest = [SCALE.names[i] for i in scores.probabilities.argmax(1)]
+    equal = np.mean([one == other for one, other in zip(likeliest, answers, strict=True)])
+    assert equal >= 0.99
+
+
+def test_a_review_is_scored_behind_its_own_prompt(trained: Backbone, posts: list[Sample]) -> None:
+    earlier = [Earlier("-3", 0.9, name, 0.5) for name in SCALE.names[:4]]
+    reasoner = Local(trained, "")
+    scores = reasoner.classify(posts, earlier)
+    for row, (sample, said) in enumerate(zip(posts, earlier, strict=True)):
+        alone = reasoner.classify([sample], [said])
+        np.testing.assert_allclose(scores.probabilities[row], alone.probabilities[0], atol=1e-5)
+        assert scores.costs[row].prompt_tokens == alone.costs[0].prompt_tokens
+    assert abs(scores.probabilities - reasoner.classify(posts).probabilities).max() > 1e-4

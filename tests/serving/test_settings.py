@@ -1,0 +1,43 @@
+"""Settings of the gateway, and of endpoints that it asks."""
+
+import math
+from typing import Any
+
+import pytest
+
+from distill.errors import SettingsError
+from distill.models.chat import EndpointSettings
+from distill.serving.settings import ServeSettings, in_service
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deadline_s": 0},
+        {"deadline_s": math.nan},
+        {"queue": 0},
+        {"batch_size": -1},
+        {"batch_wait_ms": -1},
+        {"port": 70000},
+        {"max_body_mb": 0},
+        {"image_hosts": ["https://images.example.org"]},
+        {"image_hosts": ["a b"]},
+    ],
+)
+def test_impossible_settings_are_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(change))):
+        ServeSettings(**change)
+
+
+def test_a_part_of_the_deadline_is_kept_for_writing() -> None:
+    assert ServeSettings(deadline_s=30).answer_s == 29.5
+    assert ServeSettings(deadline_s=1).answer_s == pytest.approx(0.9)
+
+
+def test_an_endpoint_in_service_is_asked_once_and_never_longer_than_anybody_waits() -> None:
+    settings = EndpointSettings("http://localhost/v1", "big", timeout_s=120, deadline_s=600, max_image_side=640)
+    served = in_service(settings, 8)
+    assert (served.max_attempts, served.agreement_samples) == (1, 1)
+    assert (served.timeout_s, served.deadline_s) == (8, 8)
+    assert (served.base_url, served.max_image_side) == (settings.base_url, 640)
+    assert in_service(EndpointSettings("http://localhost/v1", "big", timeout_s=2), 8).timeout_s == 2

@@ -1,0 +1,57 @@
+"""Stage `cascade`: the contract of its files, and that each figure follows from the decisions."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+CONTRACT = {
+    "accuracy", "weighted_f1", "macro_f1", "stage_fractions", "teacher_calls_per_sample", "cost_ratio",
+    "student_accuracy", "teacher_accuracy", "review_flips",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "cascade" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def decisions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "cascade" / "decisions.jsonl").read_text().splitlines()]
+
+
+def test_the_metrics_are_those_of_the_design(metrics: dict, decisions: list[dict]) -> None:
+    assert set(metrics) >= CONTRACT and metrics["n"] == len(decisions) == 9
+    right = sum(row["label"] == row["gold"] for row in decisions)
+    assert metrics["accuracy"] == pytest.approx(right / 9)
+    for stage, share in metrics["stage_fractions"].items():
+        assert share == pytest.approx(sum(row["stage"] == stage for row in decisions) / 9)
+    assert metrics["teacher_calls_per_sample"] == pytest.approx(sum(row["teacher_calls"] for row in decisions) / 9)
+
+
+def test_both_models_alone_are_as_evaluated(folder: Path, metrics: dict) -> None:
+    roles = json.loads((folder / "evaluate" / "metrics.json").read_text())
+    assert metrics["student_accuracy"] == pytest.approx(roles["student"]["accuracy"])
+    assert metrics["teacher_accuracy"] == pytest.approx(roles["teacher"]["accuracy"])
+    assert metrics["selective"]["student"]["before"]["ece"] == pytest.approx(roles["student"]["ece"], abs=1e-6)
+
+
+def test_a_decision_says_who_answered_and_why(decisions: list[dict], folder: Path) -> None:
+    calibration = json.loads((folder / "calibrate" / "calibration.json").read_text())
+    for row in decisions:
+        sure = row["student"]["uncertainty"] <= calibration["student_threshold"]
+        assert (row["stage"] == "student") == sure and row["reason"]
+        assert (row["teacher"] is None) == sure
+        assert sum(row["probabilities"]) == pytest.approx(1)
+        assert row["cost"]["calls"] == 1 + row["teacher_calls"]
+
+
+def test_the_deferral_curve_is_a_table(folder: Path, metrics: dict) -> None:
+    with (folder / "cascade" / "deferral_curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["policy"] for row in rows} == {"entropy", "max_probability", "margin", "random", "oracle"}
+    first = next(row for row in rows if row["policy"] == "entropy")
+    assert float(first["deferred"]) == 0 and float(first["quality"]) == pytest.approx(metrics["student_accuracy"])
+    assert all(float(row["low"]) <= float(row["high"]) for row in rows)
