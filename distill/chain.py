@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -126,9 +126,7 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
         with _locked(recipe.folder):
             manifest = _Manifest(recipe.folder)
             if only is not None:
-                stale = [n for n in STAGES[only].reads if n in names and not manifest.done(n, found[n])]
-                if stale:
-                    raise SettingsError(f"{only} reads {stale[0]}, which has not run with this recipe; run it first")
+                _check_read(only, STAGES[only].reads, manifest, found)
                 names = [only]
             ran = []
             for name in names:
@@ -142,6 +140,26 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
         if (reason := _disk_failure(error)) is None:
             raise
         raise RunError(f"{recipe.folder}: {reason}") from error
+
+
+def ready(recipe: Recipe, command: str, reads: Sequence[str]) -> dict[str, str]:
+    """The fingerprints of the stages, for a command that is no stage itself and reads what they left.
+
+    Raises:
+        SettingsError: the recipe lacks a stage that the command needs, or it is missing or stale.
+    """
+    found = fingerprints(recipe)
+    for name in reads:
+        if name not in found and name != "teacher":
+            raise SettingsError(f"{command} needs a {name} section")
+    _check_read(command, reads, _Manifest(recipe.folder), found)
+    return found
+
+
+def _check_read(reader: str, reads: Sequence[str], manifest: "_Manifest", found: Mapping[str, str]) -> None:
+    stale = [name for name in reads if name in found and not manifest.done(name, found[name])]
+    if stale:
+        raise SettingsError(f"{reader} reads {stale[0]}, which has not run with this recipe; run it first")
 
 
 def _disk_failure(error: BaseException | None) -> str | None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "cascade": "student and teacher share the test split, in three stages",
     "export": "write the student as a folder that transformers loads",
     "report": "write report.html anew and print the table",
+    "serve": "put student and teacher into service behind one OpenAI-compatible address",
 }
 
 _USAGE = """usage: distill COMMAND --config RECIPE [--FIELD VALUE ...]
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(command: str, arguments: Sequence[str]) -> None:
     from distill import chain, recipe  # late: --help of the whole needs no torch
-    from distill.stages import report
+    from distill.stages import report, serve
 
     options = recipe.parser(command)
     if command == "run":
@@ -81,6 +82,9 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     if command == "report":
         report.run(settings)
         print(report.summary(settings))
+        return
+    if command == "serve":
+        serve.run(settings, chain.ready(settings, command, ("teacher", "student", "calibrate")))
         return
     ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)
     if not ran:

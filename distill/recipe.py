@@ -23,6 +23,7 @@ from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
 from distill.models.backbone import ModelSettings
 from distill.models.chat import EndpointSettings
+from distill.serving.settings import ServeSettings
 from distill.settings import SectionHelp, build, check_names, fields, optional_sections, sentence
 from distill.task.labels import LabelSpace, Scale
 from distill.tracking import TrackingSettings
@@ -102,6 +103,8 @@ class Recipe:
     """Stage: student and teacher share the test split; what that is worth."""
     export: ExportSettings | None = None
     """Stage: write the student as a folder that transformers loads."""
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    """How `distill serve` puts student and teacher into service."""
 
     @property
     def folder(self) -> Path:
@@ -192,12 +195,10 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("annotate needs a teacher, annotate.endpoint, annotate.model or annotate.recorded")
     for stage in ("assistant", "student", "teacher"):
         learner: TrainSettings | None = getattr(recipe, stage)
-        tasks = set() if learner is None else set(learner.tasks) - ({"review"} if stage == "teacher" else set())
-        if annotate is None and learner is not None and tasks != {"classify"}:
-            raise SettingsError(
-                f"{stage}.tasks: reasoning needs an annotate section; without one the task is classify"
-                + (", with review or without" if stage == "teacher" else "")
-            )
+        also = {"review"} if stage == "teacher" else set()
+        if annotate is None and learner is not None and set(learner.tasks) - also != {"classify"}:
+            known = " and ".join(["classify", *also])
+            raise SettingsError(f"{stage}.tasks: reasoning needs an annotate section; without one the task is {known}")
     if annotate is not None and recipe.task.scale is not None:
         raise SettingsError("annotate takes label names; with task.scale the models classify alone")
     if recipe.augment is not None and (recipe.assistant is None or "reason" not in recipe.assistant.tasks):

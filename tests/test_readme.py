@@ -21,7 +21,7 @@ from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone
 from distill.models.tiny import ImageOnlyProcessor
 from distill.recipe import Recipe
-from distill.stages import report
+from distill.stages import report, serve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,6 +60,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Recipe, s
     monkeypatch.setattr(chain, "run", run)
     monkeypatch.setattr(report, "run", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(report, "summary", lambda settings: "")
+    monkeypatch.setattr(chain, "ready", lambda settings, command, reads: {})
+    monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
     monkeypatch.setattr(cli, "_quieten", lambda: None)
     monkeypatch.chdir(ROOT)
     return seen

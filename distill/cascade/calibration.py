@@ -75,7 +75,16 @@ def calibrate(
     """
     truth = np.array([labels.index(label) for label in gold])
     temperatures = [fit_temperature(scores.probabilities, truth) for scores in (student, teacher)]
-    calibration = Calibration(*names, settings.measure, *temperatures, 0.0, 0.0, settings.min_label_mass)
+    calibration = Calibration(
+        student=names[0],
+        teacher=names[1],
+        measure=settings.measure,
+        student_temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+        student_threshold=0.0,
+        teacher_threshold=0.0,
+        min_label_mass=settings.min_label_mass,
+    )
     rules = Rules(labels, calibration)
     firsts, seconds = rules.student(student), rules.teacher(teacher)
     doubts = [np.array([opinion.uncertainty for opinion in opinions]) for opinions in (firsts, seconds)]

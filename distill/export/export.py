@@ -104,36 +104,47 @@ def model_card(
     metrics: Mapping[str, Any],
     example: Sample,
     student: Backbone,
+    reasons: bool = True,
 ) -> str:
-    """The README.md of an exported student: what it is, how to ask it, what it was made from, how good it is."""
+    """The README.md of an exported student: what it is, how to ask it, what it was made from, how good it is.
+
+    `reasons` says whether it learned to reason.
+    """
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": licence}
     if base:
         header["base_model"] = base
-    shown = ("n", "accuracy", "weighted_f1", "macro_f1", "ece", "reasoned_accuracy", "parse_rate", "consistency")
+    shown = (
+        "n", "accuracy", "weighted_f1", "macro_f1", "ece", "mae", "correlation", "acc2_with_zero", "acc2_without_zero",
+        "reasoned_accuracy", "parse_rate", "consistency",
+    )  # fmt: skip
     rows = "\n".join(f"| {key} | {value:.4g} |" for key in shown if isinstance(value := metrics.get(key), int | float))
     fence = "`" * 3
+    scored = "the likeliest label token"
+    if student.labels_share_tokens:
+        scored = "that of the highest probability, over all its tokens and the end token,"
+    values = reasoning = ""
+    if (scale := student.labels.scale) is not None:
+        centres = ", ".join(f"{centre:g}" for centre in scale.centres)
+        values = f"The value is the sum of the bins' centres ({centres}), each times its label's probability.\n\n"
+    if reasons:
+        question = render("reason", example, student.labels)
+        reasoning = f"It reasons in five fields when asked:\n\n{fence}text\n{question}\n{fence}\n\n"
     text = f"""# {name}
 
-A student that classifies the sentiment of posts with text and images and can reason about them, distilled with
-`distill` (MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL built from a config"}.
+A student that classifies the sentiment of posts with text and images{" and can reason about them" if reasons else ""},
+made with `distill` (MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL built from a config"}.
 Labels: {", ".join(student.labels.names)}.
 
 ## Asking it
 
-The label is the likeliest label token after the forced prefix `{CLASSIFY_PREFIX}` of the *classify* question, here for
+The label is {scored} after the forced prefix `{CLASSIFY_PREFIX}` of the *classify* question, here for
 one post (pictures go before it in the message):
 
 {fence}text
 {render("classify", example, student.labels)}
 {fence}
 
-It reasons in five fields when asked:
-
-{fence}text
-{render("reason", example, student.labels)}
-{fence}
-
-Pictures are resized to {student.settings.image_size} x {student.settings.image_size} pixels (0: as the processor does).
+{values}{reasoning}Pictures are resized to {student.settings.image_size} x {student.settings.image_size} pixels (0: as the processor does).
 
 ## Test metrics
 

@@ -150,7 +150,7 @@ def read(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise _refusal(kind, error) from None
+        raise _refusal(kind, content, error) from None
 
 
 def _clean(value: Any) -> Any:
@@ -164,18 +164,25 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def _refusal(kind: type[_Request], error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False, include_context=False)[0]
-    names = [str(part) for part in first["loc"] if part not in ("str", "text", "image_url") or first["loc"][0] == part]
+def _refusal(kind: type[_Request], content: Json, error: ValidationError) -> Refusal:
+    """The complaint that lies deepest: of a field with several shapes it is about the one that was meant."""
+    found = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
+    names, value = [], content
+    for part in found["loc"]:  # among the names of fields stand those of shapes
+        inside = value[part] if isinstance(value, list) and isinstance(part, int) else None
+        if isinstance(value, dict) and (part in value or part == found["loc"][-1]):
+            inside = value.get(part)
+        elif inside is None:
+            continue
+        names.append(str(part))
+        value = inside
     where = ".".join(names)[:200]
-    if first["type"] == "extra_forbidden" and len(names) == 1:
-        return Refusal(400, f"{where} is not a field; this takes {', '.join(kind.model_fields)}", param=where)
-    if first["type"] == "extra_forbidden":
-        return Refusal(400, f"{where} is not a field; leave it out", param=where)
-    if first["type"] == "missing":
+    if found["type"] == "missing":
         return Refusal(400, f"{where} is required", param=where)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return Refusal(400, f"{where}: {message}", param=where)
+    if found["type"] == "extra_forbidden":
+        known = f"this takes {', '.join(kind.model_fields)}" if len(names) == 1 else "leave it out"
+        return Refusal(400, f"{where} is not a field; {known}", param=where)
+    return Refusal(400, f"{where}: {found['msg'][0].lower()}{found['msg'][1:]}", param=where)
 
 
 def models(names: Sequence[str], created: int) -> Json:

@@ -64,10 +64,17 @@ class Server(uvicorn.Server):
         patience = math.ceil(settings.deadline_s) + 1
         super().__init__(
             uvicorn.Config(
-                app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False, backlog=_BACKLOG,
-                timeout_keep_alive=_IDLE_S, timeout_graceful_shutdown=patience,
+                app,
+                host=settings.host,
+                port=settings.port,
+                backlog=_BACKLOG,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_IDLE_S,
+                timeout_graceful_shutdown=patience,
             )
-        )  # fmt: skip
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to stop."""

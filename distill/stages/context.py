@@ -32,6 +32,7 @@ from distill.task.rationale import Rationale, render
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
+from distill.training.batches import made_up_answers
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import active_folder, fit, fits_here, with_defaults
 
@@ -70,7 +71,8 @@ class Context:
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer that tiny models of one vocabulary size share; trained when missing."""
-        parts = (data_fingerprint(self.recipe.data), settings.tiny.vocabulary, self.labels.names, prompts.VERSION)
+        texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
+        parts = (*texts, settings.tiny.vocabulary)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
         if not settings.path and not folder.exists():
             beside = folder.with_name(f".{folder.name}.new")
@@ -79,12 +81,20 @@ class Context:
             os.replace(beside, folder)
         return folder
 
+    @property
+    def _reviews(self) -> bool:
+        """Whether a teacher learns to review, so that the tokenizer must know that question too."""
+        return self.recipe.teacher is not None and "review" in self.recipe.teacher.tasks
+
     def _texts(self) -> list[str]:
         """What the models will read and write: posts, rationales, questions and answers."""
         posts = self.corpus.train
         texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
+        if self._reviews:
+            said = [(post, made_up_answers(post, self.labels)) for post in labelled[:100]]
+            texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in said]
         return texts + [f"{prompts.CLASSIFY_PREFIX} {name}" for name in self.labels.names for _ in range(100)]
 
     def train(

@@ -26,7 +26,7 @@ def run(context: Context, tracked: StageRun) -> None:
     example = Sample("example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)")
     card = model_card(
         recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,
-        example, student,
+        example, student, "reason" in recipe.student.tasks,
     )  # fmt: skip
     folder = context.folder / "export"
     figures = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)

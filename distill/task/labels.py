@@ -88,10 +88,10 @@ class LabelSpace:
             raise ValueError("task.labels needs names with a letter or digit, each on one line")
         if len(plain) < len(self.names):
             raise ValueError(f"task.labels names one label twice: {', '.join(self.names)}")
-        if len(self.polarity) != len(self.names) or not set(self.polarity) <= {-1, 0, 1}:
-            raise ValueError("task.polarity needs one of -1, 0, 1 for each label")
         if self.scale is not None and self.scale.bins != len(self.names):
             raise ValueError(f"task.labels needs one name for each of the {self.scale.bins} bins of task.scale")
+        if len(self.polarity) != len(self.names) or not set(self.polarity) <= {-1, 0, 1}:
+            raise ValueError("task.polarity needs one of -1, 0, 1 for each label")
 
     def __len__(self) -> int:
         return len(self.names)

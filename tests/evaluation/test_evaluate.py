@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from distill.data.corpus import Corpus
-from distill.evaluation.evaluate import EvaluateSettings, Judged, judge, read, role_metrics
+from distill.evaluation.evaluate import EvaluateSettings, Judged, gold_values, judge, read, role_metrics
 from distill.models.reasoner import Answer, ClassScores, Sampling
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale, parse
 from distill.task.sample import Sample
@@ -100,3 +100,27 @@ def test_a_rationale_that_breaks_the_format_reads_as_none() -> None:
     assert read("nothing of the kind", LABELS) is None
     assert read(rationale("neutral"), LABELS, finished=False) is None
     assert read(rationale("neutral"), LABELS) == parse(rationale("neutral"), LABELS)
+
+
+# ---- labels on a scale ----
+
+BINS = LabelSpace.from_scale(Scale())
+
+
+def test_on_a_scale_the_figures_of_bins_and_of_values_stand_side_by_side() -> None:
+    posts = [Sample(f"p{n}", "x", label=value) for n, value in enumerate([-2.0, 0.4, 2.2])]
+    probabilities = np.eye(7)[[1, 3, 6]] * 0.5
+    probabilities[:, 3] += 0.5
+    judged = Judged(ClassScores(probabilities, np.ones(3)), None, None)
+    metrics = role_metrics(judged, posts, [None] * 3, BINS, SETTINGS)
+    assert [judged.value(index, BINS) for index in range(3)] == [-1.0, 0.0, 1.5]
+    assert judged.value(0, LABELS) is None
+    assert metrics["n"] == 3 and np.shape(metrics["confusion"]) == (7, 7)
+    assert metrics["mae"] == pytest.approx((1.0 + 0.4 + 0.7) / 3)
+    assert metrics["acc2_without_zero"] == pytest.approx(2 / 3)
+    assert metrics["acc2_with_zero"] == 1.0
+    assert {"ece", "aurc", "correlation", "acc7", "acc5", "f1_with_zero", "f1_without_zero"} <= set(metrics)
+
+
+def test_the_values_of_samples_are_those_that_are_numbers() -> None:
+    assert gold_values([Sample("a", "x", label=0.0), Sample("b", "x"), Sample("c", "x", label=-1.5)]) == [0.0, -1.5]

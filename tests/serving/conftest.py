@@ -62,7 +62,12 @@ def student(fluent: Backbone) -> Local:
 
 @contextmanager
 def running(
-    student: Reasoner, teacher: Reasoner | None = None, chosen: Rules | None = None, **settings: Any
+    student: Reasoner,
+    teacher: Reasoner | None = None,
+    chosen: Rules | None = None,
+    *,
+    ready: bool = True,
+    **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A gateway on a free port, in a thread of this process, and a client of it."""
     settings = {"port": 0, "max_new_tokens": 96} | settings
@@ -75,7 +80,7 @@ def running(
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            until(lambda: client.get("/health/ready").status_code == 200)
+            until(lambda: not ready or client.get("/health/ready").status_code == 200)
             yield client
     finally:
         server.should_exit = True

@@ -87,7 +87,9 @@ def test_labels_on_a_scale_come_with_their_value(make_backbone: Callable[..., An
     backbone = create(ModelSettings(tiny=size, image_size=28), scale, tokenizer_folder)
     with running(Local(backbone, "scaled"), None, Rules(scale, CALIBRATION), rationale=False) as client:
         found = ask(client, text="words").json()
-    value = sum(found["probabilities"][name] * centre for name, centre in zip(scale.names, scale.scale.centres))
+    value = sum(
+        found["probabilities"][name] * centre for name, centre in zip(scale.names, scale.scale.centres, strict=False)
+    )
     assert found["value"] == pytest.approx(value)
     assert found["label"] == scale.name(found["value"])
 
@@ -300,7 +302,7 @@ def test_hostile_texts_get_ordinary_answers(gateway: httpx.Client, text: str) ->
 def test_a_text_of_too_many_tokens_is_refused(student: Local) -> None:
     with running(student, max_text_tokens=20, rationale=False) as client:
         words = "the card shows a blank face under a grey sky "  # many bytes, few tokens
-        assert 20 < len(words) and len(student.tokenize(words)) <= 20
+        assert len(words) > 20 and len(student.tokenize(words)) <= 20
         assert ask(client, text=words).status_code == 200
         for text in (words * 3, "x" * 10_000):
             assert "20 tokens" in message(ask(client, text=text), 400)

@@ -2,12 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
+from distill import chain
+from distill.data import jsonl
+from distill.evaluation.regression import regression_metrics
 from distill.recipe import Recipe
+from distill.stages import report
 from distill.task.rationale import InvalidRationale, parse
+from tests import micro
 
 ROLES = ("teacher", "assistant", "student", "student_hard_labels")
 CLASSIFICATION = {"n", "accuracy", "weighted_f1", "macro_f1", "confusion", "ece", "aurc"}
@@ -100,3 +108,80 @@ def test_grounded_is_what_the_rationales_name_of_the_pictures(
         named += [value in said for value in attributes[row["id"]]]
     assert metrics["teacher"]["grounded"] == pytest.approx(sum(named) / len(named), abs=1 / 9)
     assert 0 < metrics["teacher"]["grounded"] < 1
+
+
+# ---- labels on a scale, posts with and without pictures ----
+
+TEXTS = ("dreadful", "it drags on", "as films go", "rather nice", "superb")
+CLASSIFY: dict[str, Any] = micro.LEARNER | {"tasks": {"classify": 1.0}}
+GRADED: dict[str, Any] = {name: micro.RECORDED[name] for name in ("seed", "trainer", "tracking", "export")} | {
+    "name": "graded",
+    "task": {"scale": {"low": -3, "high": 3}},
+    "data": {"source": "mosi", "validation": ["dev.jsonl"]},
+    "teacher": micro.LEARNER | {"tasks": {"classify": 1.0, "review": 0.5}},
+    "student": CLASSIFY | {"distillation": {"weight": 0.0}, "hard_labels_baseline": False},
+    "evaluate": {},
+}
+
+
+def write_graded(root: Path) -> None:
+    """Thirty training utterances and nine to judge by; every third has a picture, one label is off the scale."""
+    root.mkdir(parents=True)
+    Image.new("RGB", (28, 28), "blue").save(root / "blue.png")
+    for split, size in (("train", 30), ("dev", 9), ("test", 9)):
+        rows = [
+            {"id": f"{split}{n}", "text": f"{n} {TEXTS[n % 5]}", "label": round(1.3 * (n % 5 - 2), 1)}
+            | ({"image": "blue.png"} if n % 3 == 0 else {})
+            for n in range(size)
+        ]
+        rows += [{"id": f"{split}-far", "text": "beyond words", "label": 7.0}]
+        jsonl.write_rows(root / f"{split}.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("graded")
+    write_graded(folder / "data")
+    recipe = micro.read(micro.write(folder, GRADED))
+    assert chain.run(recipe) == ["teacher", "student", "evaluate", "export"]
+    return recipe
+
+
+def test_on_a_scale_each_role_has_the_figures_of_its_values(graded: Recipe) -> None:
+    metrics = json.loads((graded.folder / "evaluate" / "metrics.json").read_text())
+    assert set(metrics) == {"teacher", "student", "majority_class", "trivial"}
+    rows = [json.loads(line) for line in (graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 9, "the label off the scale is left out, with its reason"
+    assert "label 7 is outside the scale from -3 to 3" in (graded.folder / "quarantine.jsonl").read_text()
+    scale = graded.task.scale
+    assert scale is not None
+    gold = [row["value"] for row in rows]
+    for role in ("teacher", "student"):
+        values = [row["roles"][role]["value"] for row in rows]
+        expected = regression_metrics(gold, values, scale)
+        assert {name: metrics[role][name] for name in expected} == pytest.approx(expected)
+        assert set(metrics[role]) >= CLASSIFICATION and len(metrics[role]["confusion"]) == 7
+        assert metrics[role]["accuracy"] == np.mean([row["roles"][role]["label"] == row["gold"] for row in rows])
+    train = [round(1.3 * (n % 5 - 2), 1) for n in range(30)]
+    assert metrics["trivial"]["value"] == pytest.approx(np.mean(train))
+    assert metrics["trivial"]["mae"] == pytest.approx(np.abs(np.array(gold) - np.mean(train)).mean())
+    assert metrics["trivial"]["correlation"] is None
+
+
+def test_a_prediction_on_a_scale_has_bins_and_values(graded: Recipe) -> None:
+    for line in (graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["gold"] == graded.labels.name(row["value"])
+        assert row["images"] == (["blue.png"] if int(row["id"].removeprefix("test")) % 3 == 0 else [])
+        for answer in row["roles"].values():
+            assert answer["value"] == pytest.approx(np.array(answer["probabilities"]) @ np.arange(-3, 4))
+            assert answer["label"] in graded.labels.names
+
+
+def test_posts_without_pictures_are_exported_and_reported_as_others_are(graded: Recipe) -> None:
+    figures = json.loads((graded.folder / "export" / "export.json").read_text())
+    assert figures["samples"] == figures["labels_equal"] == 4  # the first has a picture, the next two have none
+    report.run(graded)
+    page = (graded.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/") == 3 and all(f"test{n}" in page for n in range(9))
+    assert "student" in report.summary(graded)

@@ -1,15 +1,18 @@
 """Stage `teacher`: what a trained teacher leaves, and what it cannot learn from."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from distill import chain
+from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.models.backbone import load
 from distill.recipe import Recipe
+from distill.stages.context import Context
 from tests import micro
 
 
@@ -37,3 +40,30 @@ def test_without_a_labelled_rationale_there_is_nothing_to_learn(tmp_path: Path) 
     recipe = micro.read(micro.write(tmp_path, micro.TAUGHT, data__postcards__labelled=0))
     with pytest.raises(SettingsError, match="no training row has both a label and a rationale to learn from"):
         chain.run(recipe, until="teacher")
+
+
+def test_without_an_annotate_section_labels_are_enough(tmp_path: Path) -> None:
+    """Posts without any rationale, on which the teacher learns to classify and to review."""
+    content = {name: part for name, part in micro.RECORDED.items() if name not in ("annotate", "assistant", "augment")}
+    content |= {"teacher": micro.LEARNER | {"tasks": {"classify": 1.0, "review": 0.5}}}
+    content |= {"student": None, "evaluate": None, "export": None}
+    recipe = micro.read(micro.write(tmp_path, content))
+    for file in ("train", "validation", "test"):  # the postcards as a user's own rows, stripped of their rationales
+        Context(recipe, {}).corpus  # noqa: B018
+        rows = [json.loads(line) for line in (tmp_path / "data" / f"{file}.jsonl").read_text().splitlines()]
+        jsonl.write_rows(tmp_path / "data" / f"{file}.jsonl", ({**row, "rationale": None} for row in rows))
+    content |= {"data": {"source": "jsonl", "validation": ["validation.jsonl"]}}
+    recipe = micro.read(micro.write(tmp_path, content))
+    assert chain.run(recipe) == ["teacher"]
+    with (recipe.folder / "teacher" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == 2 * 4 and all(float(row["train/review_loss"]) > 0 for row in rows)
+
+
+def test_what_reasons_must_have_something_to_reason_from(tmp_path: Path) -> None:
+    content = {name: part for name, part in micro.TAUGHT.items() if name not in ("annotate", "assistant", "augment")}
+    content |= {"student": None, "evaluate": None, "export": None}
+    message = "teacher.tasks: reasoning needs an annotate section; without one the task is classify and review"
+    for tasks in ({"predict": 1.0, "explain": 1.0, "classify": 1.0}, {"review": 1.0}):
+        with pytest.raises(SettingsError, match=message):
+            micro.read(micro.write(tmp_path, content | {"teacher": micro.LEARNER | {"tasks": tasks}}))

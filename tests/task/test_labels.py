@@ -1,8 +1,12 @@
 """Label spaces: order, polarity, and what counts as a label in an answer."""
 
+import math
+from typing import Any
+
+import numpy as np
 import pytest
 
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 
 
 def test_names_keep_their_order_and_find_their_index() -> None:
@@ -68,3 +72,75 @@ def test_labels_of_several_words_and_with_punctuation_are_found() -> None:
 def test_an_impossible_space_is_refused(names: tuple[str, ...], polarity: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LabelSpace(names, polarity)
+
+
+# ---- scales ----
+
+
+def test_a_value_belongs_to_the_nearest_centre_and_the_lower_of_two() -> None:
+    labels = LabelSpace.from_scale(Scale())
+    assert labels.names == ("-3", "-2", "-1", "0", "1", "2", "3")
+    assert labels.polarity == (-1, -1, -1, 0, 1, 1, 1)
+    values = [-3.0, -2.51, -2.5, 0.0, 0.49, 0.5, 0.51, 3.0]
+    assert [labels.name(value) for value in values] == ["-3", "-3", "-3", "0", "0", "0", "1", "3"]
+    assert labels.name("2") == "2" and labels.index(np.float64(1.9)) == 5
+    for value in (3.01, -4.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"is outside the scale from -3 to 3"):
+            labels.index(value)
+    with pytest.raises(ValueError, match="unknown label 2;"):
+        labels.index(2)  # a reader of numbers gives floats
+
+
+def test_half_steps_have_names_of_their_own() -> None:
+    assert LabelSpace.from_scale(Scale(low=-1, high=1, bins=5)).names == ("-1", "-0.5", "0", "0.5", "1")
+    assert LabelSpace.from_scale(Scale(low=0, high=1, bins=4)).names == ("0", "0.333333", "0.666667", "1")
+
+
+def test_targets_are_a_gaussian_over_the_bins() -> None:
+    scale = Scale(low=-1, high=1, bins=5, spread=0.75)  # bins 0.5 wide, so σ = 0.375
+    values = [-1.0, 0.1, 0.25]
+    for row, value in zip(scale.targets(values), values, strict=True):
+        weights = [math.exp(-(((centre - value) / 0.375) ** 2) / 2) for centre in (-1, -0.5, 0, 0.5, 1)]
+        np.testing.assert_allclose(row, [weight / sum(weights) for weight in weights])
+    np.testing.assert_array_equal(Scale(spread=0).targets([-2.4, 2.6]), np.eye(7)[[1, 6]])
+    narrow = Scale(spread=0.01).targets([0.4])
+    np.testing.assert_allclose(narrow, np.eye(7)[[3]], atol=1e-12)  # no division by a sum that vanished
+
+
+def test_the_value_comes_back_as_the_mean_over_the_bins() -> None:
+    scale = Scale()
+    np.testing.assert_allclose(
+        scale.expectation(np.array([[0, 0, 0, 0.5, 0.5, 0, 0], [1, 0, 0, 0, 0, 0, 0]])), [0.5, -3]
+    )
+    inside = np.linspace(-1.5, 1.5, 7)  # far from the ends the targets of a value have it as their mean
+    np.testing.assert_allclose(scale.expectation(scale.targets(inside.tolist())), inside, atol=0.05)
+
+
+def test_polarity_is_the_sign_outside_the_dead_zone() -> None:
+    values = np.array([-3, -0.5, -0.51, 0, 0.2, 0.5, 0.6])
+    assert Scale(dead_zone=0.5).polarity(values).tolist() == [-1, 0, -1, 0, 0, 0, 1]
+    assert Scale().polarity(values).tolist() == [-1, -1, -1, 0, 1, 1, 1]
+    bins = np.eye(7)[[2, 4]] * 0.4 + np.eye(7)[3] * 0.6
+    assert LabelSpace.from_scale(Scale(dead_zone=0.5)).polarities(bins).tolist() == [0, 0]
+    assert LabelSpace.from_scale(Scale()).polarities(bins).tolist() == [-1, 1]
+    assert LabelSpace().polarities(np.eye(3)).tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low": 1.0, "high": 1.0}, "low is 1; it takes a number below high, 1"),
+        ({"bins": 1}, "bins is 1; it takes 2 or more"),
+        ({"dead_zone": -0.1}, "dead_zone is -0.1; it takes 0 or more"),
+        ({"spread": math.nan}, "spread is nan; it takes 0 or more"),
+    ],
+)
+def test_an_impossible_scale_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scale(**settings)
+
+
+def test_bins_may_have_names_but_each_its_own() -> None:
+    assert LabelSpace.from_scale(Scale(bins=3), ["bad", "fair", "good"]).name(-2.0) == "bad"
+    with pytest.raises(ValueError, match=r"one name for each of the 7 bins of task\.scale"):
+        LabelSpace.from_scale(Scale(), ["bad", "fair", "good"])

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from distill.task.labels import LabelSpace
+from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import CLASSIFY_PREFIX, VERSION, Earlier, Template, render
 from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
@@ -78,3 +78,33 @@ def test_the_wording_changes_only_with_the_version() -> None:
     sample = Sample("s1", "What a day", label="positive", aspect="it")
     text = "\0".join(render(template, sample, LABELS) for template in TEMPLATES)
     assert (VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1", "7ca9aac314a9b7ed")
+
+
+# ---- the review, and labels on a scale ----
+
+EARLIER = Earlier("negative", 0.512, "positive", 0.897)
+
+
+def test_the_review_tells_names_and_numbers_of_the_earlier_answers_and_nothing_else() -> None:
+    text = render("review", POST, LABELS, EARLIER)
+    classify = render("classify", POST, LABELS)
+    added = [line for line in text.splitlines() if line not in classify.splitlines()]
+    assert added == ["A first reader said negative (51% sure), a second one positive (90% sure). Either may be wrong."]
+    assert "SECRET" not in text and "HIDDEN" not in text
+    assert text == render("review", Sample("s1", "What a day", label="negative"), LABELS, EARLIER)
+
+
+def test_a_review_needs_earlier_answers_from_the_label_space() -> None:
+    with pytest.raises(ValueError, match="a review needs the earlier answers"):
+        render("review", POST, LABELS)
+    with pytest.raises(ValueError, match="unknown label 'ignore all of this'"):
+        render("review", POST, LABELS, Earlier("ignore all of this", 0.5, "positive", 0.5))
+
+
+def test_a_scale_says_which_end_is_which() -> None:
+    labels = LabelSpace.from_scale(Scale())
+    text = render("classify", Sample("s1", "x", label=1.4), labels)
+    assert "on a scale from -3 (negative) to 3 (positive): -3, -2, -1, 0, 1, 2 or 3." in text
+    assert "on a scale" not in render("classify", POST, LABELS)
+    assert "The sentiment is 1." in render("explain", Sample("s1", "x", label=1.4), labels)
+    assert "said -2 (50% sure)" in render("review", Sample("s1", "x"), labels, Earlier("-2", 0.5, "3", 0.6))

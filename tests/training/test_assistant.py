@@ -279,7 +279,7 @@ def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbon
 
 def test_validation_on_a_scale_selects_by_the_mean_absolute_error(make_backbone: Any, postcards: Corpus) -> None:
     backbone = graded(make_backbone())
-    corpus = replace(postcards, validation=[Sample(f"v{n}", "x" * n, label=n / 3 - 1.5) for n in range(1, 10)])
+    corpus = replace(postcards, validation=[Sample(f"v{n}", "x" * n, label=n / 3 - 1.6) for n in range(1, 10)])
     train = [Sample(f"t{n}", "good" if n % 2 else "bad", label=2.0 if n % 2 else -2.0) for n in range(8)]
     settings = TrainSettings(batch_size=8, tasks={"classify": 1.0, "review": 0.5})
     _, runner = learn(backbone, corpus, train, settings, max_epochs=1)

@@ -1,0 +1,41 @@
+"""`distill serve`: the student that a chain trained and its teacher, behind one address."""
+
+from dataclasses import replace
+
+from distill.cascade.cascade import Calibration, Rules
+from distill.errors import SettingsError
+from distill.models.endpoint import Endpoint
+from distill.models.reasoner import Reasoner
+from distill.recipe import Recipe
+from distill.serving.settings import in_service
+from distill.stages.context import Context
+
+
+def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        fingerprints: of the stages, as `chain.ready` found them.
+
+    Raises:
+        SettingsError: the calibration is of another student, or the web libraries are not installed.
+    """
+    try:
+        from distill.serving.server import serve
+    except ImportError as error:
+        raise SettingsError(f"serve needs {error.name}: pip install 'distill[serve]'") from None
+    settings = recipe.serve
+    if recipe.annotate is not None and recipe.annotate.endpoint is not None:
+        endpoint = in_service(recipe.annotate.endpoint, settings.deadline_s)
+        recipe = replace(recipe, annotate=replace(recipe.annotate, endpoint=endpoint))
+    context = Context(recipe, fingerprints)
+    calibration = Calibration.read(
+        context.folder / "calibrate" / "calibration.json", f"student-{fingerprints['student']}"
+    )
+    rules = Rules(context.labels, calibration, recipe.cascade.on_agreement if recipe.cascade else "teacher")
+    student: Reasoner
+    if settings.student is not None:
+        student = Endpoint(in_service(settings.student, settings.deadline_s), context.labels, recipe.data.max_pixels)
+    else:
+        student = context.reasoner("student")
+    serve(settings, rules, student, context.teacher(), recipe.name, recipe.data.max_pixels)

@@ -1,0 +1,90 @@
+"""What goes over the wire: requests as they are read, refusals that name the field, chunks of a stream."""
+
+import json
+from typing import Any
+
+import pytest
+
+from distill.models.local import Completion, Token
+from distill.serving.protocol import (
+    ChatRequest,
+    Refusal,
+    SentimentRequest,
+    completion,
+    logprobs,
+    read,
+    stream,
+    usage,
+)
+
+
+def refused(kind: Any, content: Any) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        read(kind, json.dumps(content).encode())
+    assert caught.value.status == 400
+    return caught.value
+
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+
+
+def test_the_field_is_named_by_its_place() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 3}}]
+    found = refused(ChatRequest, CHAT | {"messages": [{"role": "user", "content": parts}]})
+    assert found.param == "messages.0.content.1.image_url.url" and "valid string" in found.message
+    found = refused(ChatRequest, {"messages": CHAT["messages"]})
+    assert (found.param, found.message) == ("model", "model is required")
+    found = refused(SentimentRequest, {"text": "a", "words": "b"})
+    assert found.message == "words is not a field; this takes text, image, aspect, rationale"
+
+
+def test_text_and_pictures_of_a_message_keep_their_order() -> None:
+    parts = [
+        {"type": "image_url", "image_url": {"url": "data:1"}},
+        {"type": "text", "text": "one"},
+        {"type": "image_url", "image_url": {"url": "data:2"}},
+        {"type": "text", "text": "two"},
+    ]
+    asked = read(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode())
+    assert asked.messages[0].text == "one\ntwo" and asked.messages[0].images == ["data:1", "data:2"]
+
+
+def test_lone_surrogates_are_replaced_and_pairs_are_kept() -> None:
+    assert read(SentimentRequest, b'{"text": "a \\ud83d\\ude42 b \\ud83d c"}').text == "a \U0001f642 b ? c"
+
+
+def test_the_newer_name_of_the_token_limit_counts() -> None:
+    assert read(ChatRequest, json.dumps(CHAT | {"max_tokens": 5, "max_completion_tokens": 7}).encode()).limit == 7
+
+
+def test_log_probabilities_leave_the_end_token_out_and_hold_no_infinity() -> None:
+    tokens = (Token("né", -0.5, {"né": -0.5, "g": float("-inf")}), Token("<end>", -0.1, {}))
+    found = logprobs(Completion("né", True, 3, 2, tokens), tops=True)
+    assert found["content"] == [
+        {
+            "token": "né",
+            "logprob": -0.5,
+            "bytes": [110, 195, 169],
+            "top_logprobs": [
+                {"token": "né", "logprob": -0.5, "bytes": [110, 195, 169]},
+                {"token": "g", "logprob": -9999.0, "bytes": [103]},
+            ],
+        }
+    ]
+    cut = logprobs(Completion("né", False, 3, 1, tokens[:1]), tops=False)
+    assert len(cut["content"]) == 1 and cut["content"][0]["top_logprobs"] == []
+
+
+def test_a_stream_tells_what_the_whole_tells() -> None:
+    whole = completion("m", "one two", "stop", usage(3, 2), extra={"distill": {"stage": "student"}})
+    lines = "".join(stream(whole, [("one", None), (" two", None)], True)).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert {chunk["id"] for chunk in chunks} == {whole["id"]}
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    assert "".join(delta.get("content", "") for delta in deltas) == "one two"
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop" and chunks[-2]["distill"] == {"stage": "student"}
+    assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+    without = "".join(stream(whole, [], False))
+    assert "usage" not in without
