@@ -144,7 +144,7 @@ one post (pictures go before it in the message):
 {render("classify", example, student.labels)}
 {fence}
 
-{values}{reasoning}Pictures are resized to {student.settings.image_size} x {student.settings.image_size} pixels (0: as the processor does).
+{values}{reasoning}Pictures are resized to squares of {student.settings.image_size} pixels (0: as the processor does).
 
 ## Test metrics
 
