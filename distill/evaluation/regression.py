@@ -12,8 +12,10 @@ from sklearn.metrics import f1_score
 
 from distill.task.labels import Scale
 
+Values = Sequence[float] | np.ndarray
 
-def regression_metrics(gold: Sequence[float], predicted: Sequence[float], scale: Scale) -> dict[str, Any]:
+
+def regression_metrics(gold: Values, predicted: Values, scale: Scale) -> dict[str, Any]:
     """The figures of one role on B values.
 
     Returns:
@@ -40,7 +42,7 @@ def regression_metrics(gold: Sequence[float], predicted: Sequence[float], scale:
     return metrics
 
 
-def trivial_baseline(train_gold: Sequence[float], test_gold: Sequence[float], scale: Scale) -> dict[str, Any]:
+def trivial_baseline(train_gold: Values, test_gold: Values, scale: Scale) -> dict[str, Any]:
     """What answering without a look at the post gets on the test split.
 
     Returns:

@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 backlog=_BACKLOG,
                 log_level="warning",
-                access_log=False,
+                access_log=False, log_config=None,
                 server_header=False,
                 timeout_keep_alive=_IDLE_S,
                 timeout_graceful_shutdown=patience,
