@@ -79,7 +79,8 @@ class Load:
             nonlocal answered
             number = first
             while time.perf_counter() < end:
-                answered += await self.ask(number) == 200
+                status = await self.ask(number)
+                answered += status == 200
                 number += CALLERS
 
         begin = time.perf_counter()

@@ -68,6 +68,16 @@ class AnnotateStageSettings(AnnotateSettings):
 
 
 @dataclass
+class CalibrateStageSettings(CalibrateSettings):
+    """How the cascade's thresholds are fitted, and with whom."""
+
+    endpoint: EndpointSettings | None = None
+    """The cascade's teacher as an OpenAI-compatible server, where it is not the one that annotates."""
+    model: ModelSettings | None = None
+    """The cascade's teacher as a ready model on this machine, where it is not the one that annotates."""
+
+
+@dataclass
 class Recipe:
     """The settings of one chain; a stage runs where its section is given, be it empty: {}."""
 
@@ -97,7 +107,7 @@ class Recipe:
     """Stage: distil the student."""
     evaluate: EvaluateSettings | None = None
     """Stage: judge every role on the test split."""
-    calibrate: CalibrateSettings | None = None
+    calibrate: CalibrateStageSettings | None = None
     """Stage: fit temperatures and thresholds of the cascade on the validation split."""
     cascade: CascadeSettings | None = None
     """Stage: student and teacher share the test split; what that is worth."""
@@ -109,12 +119,6 @@ class Recipe:
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether there is a teacher who can be asked: a trained one, an endpoint or a ready model."""
-        annotate = self.annotate or AnnotateStageSettings()
-        return any(item is not None for item in (self.teacher, annotate.endpoint, annotate.model))
 
     @property
     def labels(self) -> LabelSpace:
@@ -216,8 +220,14 @@ def check(recipe: Recipe) -> None:
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
-    if recipe.calibrate is not None and not recipe.has_teacher:
-        raise SettingsError("calibrate needs a teacher to ask: teacher, annotate.endpoint or annotate.model")
+    if (calibrate := recipe.calibrate) is not None:
+        if calibrate.endpoint is not None and calibrate.model is not None:
+            raise SettingsError("calibrate takes one teacher: calibrate.endpoint or calibrate.model")
+        named = [item for section in (annotate, calibrate) if section for item in (section.endpoint, section.model)]
+        if all(item is None for item in [recipe.teacher, *named]):
+            raise SettingsError(
+                "calibrate needs a teacher to ask: teacher, or an endpoint or model of annotate or of calibrate"
+            )
     if recipe.cascade is not None and recipe.calibrate is None:
         raise SettingsError("cascade needs a calibrate section, for its thresholds")
 

@@ -297,7 +297,15 @@ def test_what_a_section_refuses_itself_is_named_by_its_place(name: str, value: A
         ({"annotate": None, "assistant": None, "augment": None, "student": None, "evaluate": None, "export": None},
          "teacher.tasks: reasoning needs an annotate section; without one the task is classify and review"),
         ({"student": None}, "evaluate needs a student section"),
-        ({"student": None, "evaluate": None}, "export needs a student section"),
+        ({"student": None, "evaluate": None}, "calibrate needs a student section"),
+        ({"student": None, "evaluate": None, "calibrate": None, "cascade": None}, "export needs a student section"),
+        ({"calibrate": None}, "cascade needs a calibrate section, for its thresholds"),
+        ({"teacher": None, "annotate.recorded": True},
+         "calibrate needs a teacher to ask: teacher, or an endpoint or model of annotate or of calibrate"),
+        ({"calibrate": {"endpoint": {"base_url": "http://a/v1", "model": "a"}, "model": {"path": "b"}}},
+         "calibrate takes one teacher: calibrate.endpoint or calibrate.model"),
+        ({"calibrate.risk": 2.0}, "calibrate.risk is 2.0; it takes above 0, below 1"),
+        ({"serve": {"port": 70000}}, "serve.port is 70000; it takes 0 to 65535"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -313,9 +321,10 @@ def test_the_ablations_of_the_paper_are_sections_left_out(path: Path) -> None:
         {"assistant": None, "augment": None, "student.distillation.weight": 0.0},
         {"student.tasks": {"classify": 1.0}},
         {"student.distillation.weight": 0.0},
-        {"teacher": None, "annotate.recorded": True},
+        {"calibrate": None, "cascade": None},
+        {"teacher": None, "annotate.recorded": True, "calibrate": None, "cascade": None},
         {"teacher": None, "annotate": None, "assistant": None, "augment": None, "student.distillation.weight": 0.0,
-         "student.tasks": {"classify": 1.0}},
+         "student.tasks": {"classify": 1.0}, "calibrate": None, "cascade": None},
     ):  # fmt: skip
         content = yaml.safe_load(path.read_text())
         for name, value in changes.items():

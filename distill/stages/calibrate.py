@@ -10,7 +10,7 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     student = context.reasoner("student")
     scores = student.classify(samples)
-    with context.asked_teacher() as teacher:
+    with context.asked_teacher(of_cascade=True) as teacher:
         assert teacher is not None  # the recipe was checked
         content = calibrate(
             [sample.label for sample in samples if sample.label is not None],

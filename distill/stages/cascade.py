@@ -22,7 +22,7 @@ def run(context: Context, tracked: StageRun) -> None:
     rules = Rules(labels, calibration, settings.on_agreement)
     gold = [sample.label for sample in samples if sample.label is not None]
     scores = {"student": student.classify(samples)}
-    with context.asked_teacher() as teacher:
+    with context.asked_teacher(of_cascade=True) as teacher:
         assert teacher is not None  # the recipe was checked
         decisions = take_through(samples, scores["student"], teacher, rules)
         if settings.deferral_curve:

@@ -25,7 +25,7 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
-from distill.recipe import Recipe
+from distill.recipe import AnnotateStageSettings, CalibrateStageSettings, Recipe
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
@@ -147,22 +147,28 @@ class Context:
         """The model that a stage trained, ready to answer; its name changes with its weights."""
         return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
 
-    def teacher(self) -> Reasoner | None:
-        """Who annotates: the trained teacher, an endpoint or a ready model; None for a recording."""
-        annotate = self.recipe.annotate
-        if self.recipe.teacher is not None:
-            return self.reasoner("teacher")
-        if annotate is not None and annotate.endpoint is not None:
-            return Endpoint(annotate.endpoint, self.labels, self.recipe.data.max_pixels)
-        if annotate is not None and annotate.model is not None:
-            ready = backbone.create(annotate.model, self.labels, self.tokenizer(annotate.model), train=False)
-            return Local(ready, f"{annotate.model.path}@{annotate.model.revision}", self.device)
+    def teacher(self, *, of_cascade: bool = False) -> Reasoner | None:
+        """Who annotates: the trained teacher, an endpoint or a ready model; None for a recording.
+
+        `of_cascade`: who takes what the student is not sure of; the same, unless `calibrate` names another.
+        """
+        recipe = self.recipe
+        asked: CalibrateStageSettings | AnnotateStageSettings | None = recipe.calibrate if of_cascade else None
+        if asked is None or (asked.endpoint is None and asked.model is None):
+            if recipe.teacher is not None:
+                return self.reasoner("teacher")
+            asked = recipe.annotate
+        if asked is not None and asked.endpoint is not None:
+            return Endpoint(asked.endpoint, self.labels, recipe.data.max_pixels)
+        if asked is not None and asked.model is not None:
+            ready = backbone.create(asked.model, self.labels, self.tokenizer(asked.model), train=False)
+            return Local(ready, f"{asked.model.path}@{asked.model.revision}", self.device)
         return None
 
     @contextmanager
-    def asked_teacher(self) -> Iterator[Memory | None]:
+    def asked_teacher(self, *, of_cascade: bool = False) -> Iterator[Memory | None]:
         """The teacher as evaluate, calibrate and cascade ask it: through one ledger, so that nothing is paid twice."""
-        teacher = self.teacher()
+        teacher = self.teacher(of_cascade=of_cascade)
         if teacher is None:
             yield None
             return

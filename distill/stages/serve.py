@@ -25,9 +25,11 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     except ImportError as error:
         raise SettingsError(f"serve needs {error.name}: pip install 'distill[serve]'") from None
     settings = recipe.serve
-    if recipe.annotate is not None and recipe.annotate.endpoint is not None:
-        endpoint = in_service(recipe.annotate.endpoint, settings.deadline_s)
-        recipe = replace(recipe, annotate=replace(recipe.annotate, endpoint=endpoint))
+    for name in ("annotate", "calibrate"):
+        section = getattr(recipe, name)
+        if section is not None and section.endpoint is not None:
+            endpoint = in_service(section.endpoint, settings.deadline_s)
+            recipe = replace(recipe, **{name: replace(section, endpoint=endpoint)})
     context = Context(recipe, fingerprints)
     calibration = Calibration.read(
         context.folder / "calibrate" / "calibration.json", f"student-{fingerprints['student']}"
@@ -38,4 +40,4 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
         student = Endpoint(in_service(settings.student, settings.deadline_s), context.labels, recipe.data.max_pixels)
     else:
         student = context.reasoner("student")
-    serve(settings, rules, student, context.teacher(), recipe.name, recipe.data.max_pixels)
+    serve(settings, rules, student, context.teacher(of_cascade=True), recipe.name, recipe.data.max_pixels)

@@ -85,6 +85,10 @@ def test_the_teacher_is_whom_the_recipe_names(context: Context, tmp_path: Path) 
     assert isinstance(remote, Endpoint) and remote.name == "big-vl"
     ready = fresh(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
     assert ready is not None and ready.name.startswith(str(context.folder / "export"))
+    other = fresh(tmp_path, calibrate={"endpoint": endpoint | {"model": "another"}})
+    partner = other.teacher(of_cascade=True)
+    assert other.teacher() is None and isinstance(partner, Endpoint) and partner.name == "another"
+    assert (same := context.teacher(of_cascade=True)) is not None and same.name == teacher.name
     assert ready.classify(context.corpus.test[:2]).probabilities.shape == (2, 3)
 
 
