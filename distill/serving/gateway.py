@@ -262,19 +262,16 @@ def create_app(
         app.add_api_route(path, handler, methods=[method], response_model=None)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(Exception, _refused)
     return app
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    """Every refusal and every fault in OpenAI's shape."""
+    """Every refusal in OpenAI's shape."""
     if isinstance(error, HTTPException):
         asked = f"{request.method} {request.url.path[:100]}"
-        error = Refusal(
-            error.status_code, f"{asked} is not served here; the README names what is", **error.headers or {}
-        )
-    if not isinstance(error, Refusal):  # its trace is logged by the server
-        error = Refusal(500, "the gateway failed; its log says why")
+        message = f"{asked} is not served here; the README names what is"
+        return JSONResponse(Refusal(error.status_code, message).body(), error.status_code, headers=error.headers)
+    assert isinstance(error, Refusal)
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 

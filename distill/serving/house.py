@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import logging
 import os
 import time
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +19,8 @@ from distill.serving.metrics import Metrics
 from distill.serving.pair import NoAnswer, TooBusy
 from distill.serving.protocol import Refusal
 from distill.serving.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _busy(why: str) -> Refusal:
 
 
 class Counted:
-    """ASGI middleware: each answered request in the metrics, by its route."""
+    """ASGI middleware: each answered request in the metrics, by its route; a fault of ours is an answer, too."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -106,7 +110,7 @@ class Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.monotonic(), 500
+        begin, status = time.monotonic(), 0
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -116,6 +120,12 @@ class Counted:
 
         try:
             await self._app(scope, receive, counted)
+        except Exception:
+            log.exception("%s failed", scope["path"])
+            if status:  # half an answer is out already
+                raise
+            fault = Refusal(500, "the gateway failed; its log says why")
+            await JSONResponse(fault.body(), fault.status)(scope, receive, counted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(route, status, time.monotonic() - begin)

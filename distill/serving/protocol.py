@@ -167,7 +167,8 @@ def _clean(value: Any) -> Any:
 def _refusal(kind: type[_Request], content: Json, error: ValidationError) -> Refusal:
     """The complaint that lies deepest: of a field with several shapes it is about the one that was meant."""
     found = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
-    names, value = [], content
+    names: list[str] = []
+    value: Any = content
     for part in found["loc"]:  # among the names of fields stand those of shapes
         inside = value[part] if isinstance(value, list) and isinstance(part, int) else None
         if isinstance(value, dict) and (part in value or part == found["loc"][-1]):

@@ -1,0 +1,49 @@
+"""What Prometheus reads."""
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from distill.cascade.cascade import Decision
+from distill.models.reasoner import ClassScores
+from distill.serving.metrics import Metrics
+from tests.serving.conftest import rules
+
+
+def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """Values by name and labels, through Prometheus' own parser."""
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_decisions_are_counted_by_stage_with_the_share_of_teacher_calls() -> None:
+    metrics = Metrics()
+    said = rules().student(ClassScores(np.array([[0.2, 0.3, 0.5]]), np.ones(1)))[0]
+    for decision in (
+        Decision("student", "the student is certain", said.probabilities, said),
+        Decision("student", "the teacher is busy", said.probabilities, said, degraded=True),
+        Decision("teacher_first", "the teacher is certain", said.probabilities, said, said),
+        Decision("teacher_review", "reviewed", said.probabilities, said, said, said),
+    ):
+        metrics.decision(decision)
+    found = read(metrics)
+    assert found["distill_posts_total", "student"] == 2 and found["distill_posts_total", "teacher_review"] == 1
+    assert found["distill_degraded_total", "the teacher is busy"] == 1
+    assert found["distill_teacher_calls_total",] == 3 and found["distill_teacher_share",] == 3 / 4
+
+
+def test_requests_and_batches_are_counted() -> None:
+    metrics = Metrics()
+    metrics.request("/v1/sentiment", 200, 0.03)
+    metrics.request("/v1/sentiment", 429, 0.001)
+    metrics.batch("classify", 5)
+    found = read(metrics)
+    assert found["distill_requests_total", "/v1/sentiment", "429"] == 1
+    assert found["distill_request_seconds_count", "/v1/sentiment"] == 2
+    assert found["distill_request_seconds_bucket", "0.05", "/v1/sentiment"] == 2
+    assert found["distill_student_batch_size_sum", "classify"] == 5
+
+
+def test_two_gateways_in_one_process_do_not_share_their_metrics() -> None:
+    one, two = Metrics(), Metrics()
+    one.batch("classify", 5)
+    assert ("distill_student_batch_size_sum", "classify") not in read(two)
