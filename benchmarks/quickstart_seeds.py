@@ -24,11 +24,14 @@ ROLES = {
 }
 
 
-def table(metrics: Mapping[int, Mapping[str, Any]], seconds: Mapping[int, float]) -> str:
-    """Markdown: a row per role with its test accuracies in percent, the student's gain in points, the seconds.
+def table(
+    metrics: Mapping[int, Mapping[str, Any]], cascades: Mapping[int, Mapping[str, Any]], seconds: Mapping[int, float]
+) -> str:
+    """Markdown: a row per role with its test accuracies in percent, the student's gain in points, the cascade, seconds.
 
     Args:
         metrics: per seed the content of `evaluate/metrics.json`.
+        cascades: per seed the content of `cascade/metrics.json`.
         seconds: per seed what the stages took, of `chain.json`.
     """
     seeds = list(metrics)
@@ -45,6 +48,8 @@ def table(metrics: Mapping[int, Mapping[str, Any]], seconds: Mapping[int, float]
         row(title, percent[role], ".1f")
     pairs = zip(percent["student"], percent["student_hard_labels"], strict=True)
     row("student minus hard labels, points", [student - hard for student, hard in pairs], "+.1f")
+    row("cascade", [100 * cascades[seed]["accuracy"] for seed in seeds], ".1f")
+    row("teacher calls a post, %", [100 * cascades[seed]["teacher_calls_per_sample"] for seed in seeds], ".1f")
     row("seconds for the whole chain", [seconds[seed] for seed in seeds], ".0f")
     return "\n".join(lines)
 
@@ -54,6 +59,7 @@ def main() -> int:
     parser.add_argument("seeds", nargs="*", type=int, default=[1, 2, 3], metavar="SEED", help="seeds (default: 1 2 3)")
     seeds: list[int] = list(dict.fromkeys(parser.parse_args().seeds))
     metrics: dict[int, Any] = {}
+    cascades: dict[int, Any] = {}
     seconds: dict[int, float] = {}
     for seed in seeds:
         name = f"quickstart-{seed}"
@@ -65,9 +71,10 @@ def main() -> int:
             return outcome.returncode
         folder = ROOT / "runs" / name
         metrics[seed] = json.loads((folder / "evaluate" / "metrics.json").read_text())
+        cascades[seed] = json.loads((folder / "cascade" / "metrics.json").read_text())
         stages = json.loads((folder / "chain.json").read_text())["stages"]
         seconds[seed] = sum(stage["seconds"] for stage in stages.values())
-    print(table(metrics, seconds))
+    print(table(metrics, cascades, seconds))
     return 0
 
 

@@ -125,7 +125,11 @@ class Connection:
             raise Failed(f"a malformed reply: {text[:200]!r}") from error
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The tokens of a text by the server's own `/tokenize` (vLLM has it beside /v1); None where it has none."""
+        """The tokens of a text by the server's own `/tokenize` (vLLM has it beside /v1); None where it has none.
+
+        Raises:
+            Failed: the server cannot be reached.
+        """
         root = self.settings.base_url.rstrip("/").removesuffix("/v1")
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
         try:
@@ -133,6 +137,8 @@ class Connection:
                 f"{root}/tokenize", json=body, timeout=min(self.settings.timeout_s, _TOKENIZE_S)
             )
             return [int(token) for token in response.raise_for_status().json()["tokens"]]
+        except httpx.TransportError as error:
+            raise Failed(f"{type(error).__name__} {error}".strip()) from error
         except (httpx.HTTPError, ValueError, LookupError, TypeError):
             return None
 

@@ -1,6 +1,7 @@
 """A Reasoner behind any server that speaks the OpenAI chat protocol: vLLM, SGLang, llama.cpp, or a paid service."""
 
 import base64
+import contextlib
 import io
 import logging
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
 from distill.models.chat import Chat, EndpointSettings, unanswered
+from distill.models.connection import Failed
 from distill.models.reading import agreement, label_probabilities
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
 from distill.task import prompts
@@ -184,11 +186,12 @@ class Endpoint:
     def _label_token_ids(self) -> Sequence[int]:
         """The tokens by which the server's tokenizer writes the labels, with and without a space before them.
 
-        Asked for once; none where the server does not tell.
+        Asked for once; none where the server does not tell, or cannot be reached just now.
         """
         with self._lock:
             if self._token_ids is None and self._chat.top_logprobs:
-                self._token_ids = self._ask_for_token_ids()
+                with contextlib.suppress(Failed):
+                    self._token_ids = self._ask_for_token_ids()
             return self._token_ids or ()
 
     def _ask_for_token_ids(self) -> list[int]:

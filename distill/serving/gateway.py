@@ -38,7 +38,17 @@ _BYTES = 4, 16  # of a token: usual, and the most that any text can hope for
 
 
 class Gateway:
-    """The routes, over one pair."""
+    """The routes, over one pair.
+
+    Args:
+        rules: of the cascade, with the calibration of this very pair.
+        teacher: None where there is none; what the student is not certain of is then flagged `degraded`.
+        name: under which the pair is offered as a model; the student alone is `NAME-student`.
+        max_pixels: of a picture.
+
+    Raises:
+        SettingsError: the environment variable that `api_key_env` names is not set.
+    """
 
     def __init__(
         self,
@@ -226,28 +236,9 @@ class Gateway:
                 await asyncio.sleep(2)
 
 
-def create_app(
-    settings: ServeSettings,
-    rules: Rules,
-    student: Reasoner,
-    teacher: Reasoner | None,
-    name: str,
-    max_pixels: int = MAX_PIXELS,
-) -> FastAPI:
-    """The gateway as an ASGI application.
-
-    Args:
-        rules: of the cascade, with the calibration of this very pair.
-        teacher: None where there is none; what the student is not certain of is then flagged `degraded`.
-        name: under which the pair is offered as a model; the student alone is `NAME-student`.
-        max_pixels: of a picture.
-
-    Raises:
-        SettingsError: the environment variable that `api_key_env` names is not set.
-    """
-    gateway = Gateway(settings, rules, student, teacher, name, max_pixels)
+def create_app(gateway: Gateway) -> FastAPI:
+    """The gateway as an ASGI application."""
     app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.gateway = gateway
     app.add_middleware(Counted, metrics=gateway.metrics)
     for method, path, handler in (
         ("GET", "/", gateway.show_page),

@@ -8,11 +8,8 @@ from types import FrameType
 
 import uvicorn
 
-from distill.cascade.cascade import Rules
-from distill.data.images import MAX_PIXELS
 from distill.errors import SettingsError
-from distill.models.reasoner import Reasoner
-from distill.serving.gateway import create_app
+from distill.serving.gateway import Gateway, create_app
 from distill.serving.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -21,23 +18,16 @@ _BACKLOG = 2048
 _IDLE_S = 5  # after which an idle connection is closed
 
 
-def serve(
-    settings: ServeSettings,
-    rules: Rules,
-    student: Reasoner,
-    teacher: Reasoner | None,
-    name: str,
-    max_pixels: int = MAX_PIXELS,
-) -> None:
-    """Serve the pair until SIGTERM or SIGINT; what is in flight then is answered first. Arguments as `create_app`.
+def serve(gateway: Gateway) -> None:
+    """Serve until SIGTERM or SIGINT; what is in flight then is answered first.
 
     Raises:
-        SettingsError: the address cannot be listened on, or `api_key_env` names no variable.
+        SettingsError: the address cannot be listened on.
     """
-    server = Server(settings, rules, student, teacher, name, max_pixels)
-    with _listen(settings) as listener:
+    server = Server(gateway)
+    with _listen(gateway.settings) as listener:
         host, port = listener.getsockname()[:2]
-        log.info("%s answers on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
+        log.info("%s answers on http://%s:%d", gateway.name, f"[{host}]" if ":" in host else host, port)
         # uvicorn raises the signal that stopped it once more when all is done; an orderly end is no failure
         before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -50,21 +40,12 @@ def serve(
 class Server(uvicorn.Server):
     """uvicorn over the gateway; not ready any more from the moment it is told to stop."""
 
-    def __init__(
-        self,
-        settings: ServeSettings,
-        rules: Rules,
-        student: Reasoner,
-        teacher: Reasoner | None,
-        name: str,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        app = create_app(settings, rules, student, teacher, name, max_pixels)
-        self.gateway = app.state.gateway
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway, settings = gateway, gateway.settings
         patience = math.ceil(settings.deadline_s) + 1
         super().__init__(
             uvicorn.Config(
-                app,
+                create_app(gateway),
                 host=settings.host,
                 port=settings.port,
                 backlog=_BACKLOG,

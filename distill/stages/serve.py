@@ -21,10 +21,12 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
         SettingsError: the calibration is of another student, or the web libraries are not installed.
     """
     try:
+        from distill.serving.gateway import Gateway
         from distill.serving.server import serve
     except ImportError as error:
         raise SettingsError(f"serve needs {error.name}: pip install 'distill[serve]'") from None
-    settings = recipe.serve
+    assert recipe.student is not None  # it was trained
+    settings = replace(recipe.serve, rationale=recipe.serve.rationale and "reason" in recipe.student.tasks)
     for name in ("annotate", "calibrate"):
         section = getattr(recipe, name)
         if section is not None and section.endpoint is not None:
@@ -40,4 +42,5 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
         student = Endpoint(in_service(settings.student, settings.deadline_s), context.labels, recipe.data.max_pixels)
     else:
         student = context.reasoner("student")
-    serve(settings, rules, student, context.teacher(of_cascade=True), recipe.name, recipe.data.max_pixels)
+    teacher = context.teacher(of_cascade=True)
+    serve(Gateway(settings, rules, student, teacher, recipe.name, recipe.data.max_pixels))

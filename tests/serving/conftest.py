@@ -19,6 +19,7 @@ from distill.models.backbone import Backbone, ModelSettings, create
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
 from distill.models.tiny import TinySettings
+from distill.serving.gateway import Gateway
 from distill.serving.server import Server
 from distill.serving.settings import ServeSettings
 from distill.task.labels import LabelSpace
@@ -71,7 +72,7 @@ def running(
 ) -> Iterator[httpx.Client]:
     """A gateway on a free port, in a thread of this process, and a client of it."""
     settings = {"port": 0, "max_new_tokens": 96} | settings
-    server = Server(ServeSettings(**settings), chosen or rules(), student, teacher, "pair")
+    server = Server(Gateway(ServeSettings(**settings), chosen or rules(), student, teacher, "pair"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -11,7 +11,7 @@ import pytest
 from distill.data.corpus import Corpus
 from distill.errors import SettingsError
 from distill.models.local import Local
-from distill.serving.gateway import create_app
+from distill.serving.gateway import Gateway
 from distill.serving.settings import ServeSettings
 from tests.serving.conftest import message, metric, rules, running
 from tests.serving.test_gateway import ask
@@ -62,7 +62,7 @@ def test_without_the_token_nobody_comes_in(student: Local, monkeypatch: pytest.M
 def test_a_token_that_is_not_set_is_refused_at_once(student: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GATE_KEY", raising=False)
     with pytest.raises(SettingsError, match="GATE_KEY"):
-        create_app(ServeSettings(api_key_env="GATE_KEY"), rules(), student, None, "pair")
+        Gateway(ServeSettings(api_key_env="GATE_KEY"), rules(), student, None, "pair")
 
 
 def test_beyond_the_queue_nobody_is_kept_waiting(student: Local, postcards: Corpus) -> None:

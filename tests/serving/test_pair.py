@@ -25,7 +25,7 @@ from tests.serving.conftest import NEVER_SURE, message, metric, rules, running, 
 from tests.serving.test_pictures import uri
 
 LABELS = LabelSpace()
-DEADLINE = 1.0
+DEADLINE = 3.0
 
 
 def teacher_at(url: str, deadline_s: float = DEADLINE, **settings: Any) -> Endpoint:

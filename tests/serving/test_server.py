@@ -17,6 +17,7 @@ import pytest
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.models.local import Local
+from distill.serving.gateway import Gateway
 from distill.serving.server import serve
 from distill.serving.settings import ServeSettings
 from tests.models.openai_server import Server
@@ -82,4 +83,4 @@ def test_a_port_in_use_is_refused_in_a_sentence(student: Local) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServeSettings(port=taken.getsockname()[1])
         with pytest.raises(SettingsError, match=rf"serve.port.*{settings.port}"):
-            serve(settings, rules(), student, None, "pair")
+            serve(Gateway(settings, rules(), student, None, "pair"))

@@ -19,6 +19,7 @@ def main(folder: str, port: str, teacher_url: str) -> None:
     from distill.models.backbone import ModelSettings, load
     from distill.models.endpoint import Endpoint, EndpointSettings
     from distill.models.local import Local
+    from distill.serving.gateway import Gateway
     from distill.serving.server import serve
     from distill.serving.settings import ServeSettings, in_service
     from distill.task.labels import LabelSpace
@@ -29,7 +30,7 @@ def main(folder: str, port: str, teacher_url: str) -> None:
     student = Local(load(ModelSettings(image_size=28), labels, Path(folder)), "tiny")
     teacher = Endpoint(in_service(EndpointSettings(teacher_url, "big-vl"), settings.deadline_s), labels)
     rules = Rules(labels, Calibration("tiny", "big-vl", "entropy", 1.0, 1.0, -1.0, 1.0))
-    serve(settings, rules, student, teacher, "pair")
+    serve(Gateway(settings, rules, student, teacher, "pair"))
 
 
 if __name__ == "__main__":
