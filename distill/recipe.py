@@ -220,6 +220,10 @@ def check(recipe: Recipe) -> None:
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
+    for name in ("annotate", "calibrate"):
+        section: AnnotateStageSettings | CalibrateStageSettings | None = getattr(recipe, name)
+        if section is not None and section.model is not None and not section.model.path:
+            raise SettingsError(f"{name}.model.path is required: an untrained tiny model is no teacher")
     if (calibrate := recipe.calibrate) is not None:
         if calibrate.endpoint is not None and calibrate.model is not None:
             raise SettingsError("calibrate takes one teacher: calibrate.endpoint or calibrate.model")

@@ -88,9 +88,9 @@ def test_alone_it_shows_its_commands_and_fails(distill: Command) -> None:
 
 
 def test_an_unknown_command_is_named_with_those_there_are(distill: Command) -> None:
-    outcome = distill("serve", "--config", "x.yaml")
+    outcome = distill("deploy", "--config", "x.yaml")
     assert outcome.status == 2
-    assert outcome.sentence == f"serve is not a command; the commands are {', '.join(COMMANDS)}"
+    assert outcome.sentence == f"deploy is not a command; the commands are {', '.join(COMMANDS)}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -301,14 +301,11 @@ def test_a_model_without_a_chat_template(distill: Command, tmp_path: Path, model
     assert (outcome.status, outcome.sentence) == (2, f"model.path: {model} has no chat template to ask it with")
 
 
-def test_labels_that_begin_with_one_token(distill: Command, tmp_path: Path, model_folder: Path) -> None:
+def test_labels_that_begin_with_one_token_are_learned_too(distill: Command, tmp_path: Path, model_folder: Path) -> None:
     rows = [row | {"label": ("positive", "positively")[n % 2]} for n, row in enumerate(ROWS)]
     path = classifier(rows_recipe(tmp_path, train=rows), model_folder, task={"labels": ["positive", "positively"]})
     outcome = distill("run", "--config", path)
-    assert outcome.status == 2
-    assert outcome.sentence == (
-        "task.labels: 'positive' and 'positively' begin with the same token; name one of them otherwise"
-    )
+    assert (outcome.status, outcome.stdout) == (0, "ran student\n")
 
 
 # ---- failures while running: 1 ----

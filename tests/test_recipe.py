@@ -304,6 +304,7 @@ def test_what_a_section_refuses_itself_is_named_by_its_place(name: str, value: A
          "calibrate needs a teacher to ask: teacher, or an endpoint or model of annotate or of calibrate"),
         ({"calibrate": {"endpoint": {"base_url": "http://a/v1", "model": "a"}, "model": {"path": "b"}}},
          "calibrate takes one teacher: calibrate.endpoint or calibrate.model"),
+        ({"calibrate": {"model": {}}}, "calibrate.model.path is required: an untrained tiny model is no teacher"),
         ({"calibrate.risk": 2.0}, "calibrate.risk is 2.0; it takes above 0, below 1"),
         ({"serve": {"port": 70000}}, "serve.port is 70000; it takes 0 to 65535"),
     ],

@@ -175,10 +175,17 @@ class Memory:
         probabilities = np.full((len(samples), len(self.labels)), 1 / len(self.labels))
         mass = np.zeros(len(samples))
         costs = [Cost()] * len(samples)
+        silent: dict[int, str] = {}
         for index, answer in self.scores(samples, earlier):
             costs[index] = answer.cost
             if answer.error is None:
                 probabilities[index], mass[index] = read_scores(answer)
+            else:
+                silent[index] = answer.error
+        if silent:
+            index, why = min(silent.items())
+            found = (self.name, len(silent), len(samples), samples[index].id, why)
+            log.warning("%s left %d of %d posts unanswered; the first, %s: %s", *found)
         return ClassScores(probabilities, mass, tuple(costs))
 
     def scores(
@@ -240,6 +247,8 @@ class Memory:
         question = prompts.render(template, sample, self.labels, earlier)
         if template in prompts.SCORED:  # the probabilities are those of these labels
             question += "\n" + ", ".join(self.labels.names)
+            if isinstance(self.teacher, Endpoint):
+                question += f"\n{self.teacher.settings.agreement_samples}"
         for path in sample.images:
             if path not in self.digests:
                 self.digests[path] = digest(path)

@@ -9,7 +9,7 @@ import numpy as np
 from distill.cascade.cascade import Calibration, Opinion, Rules
 from distill.cascade.thresholds import by_budget, by_risk
 from distill.cascade.uncertainty import Measure, fit_error_map, fit_temperature
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.evaluation.classification import calibration_error
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace
@@ -32,7 +32,8 @@ class CalibrateSettings:
     teacher_threshold: float | None = None
     """Highest uncertainty at which the teacher's answer stands; null: fitted so that `review` is kept to."""
     review: float = 0.1
-    """Share of the teacher's first answers, its least certain ones, that may be put to review."""
+    """The teacher's threshold leaves this share of its answers to all posts, the least certain ones, to be reviewed
+    where the student's polarity is another; among deferred posts, which are harder, the share is larger."""
     measure: Measure = "entropy"
     """Uncertainty: entropy (of the paper, over ln K), max_probability or margin, each from 0 to 1."""
     min_label_mass: float = 0.5
@@ -67,12 +68,18 @@ def calibrate(
     """The content of `calibration.json`, from both models' answers to the n posts of the validation split.
 
     Args:
-        gold: n label names, or values on a scale.
+        gold: n label names, or values on a scale. Posts that a model did not answer are left out, and counted.
         names: of the student and of the teacher.
 
     Raises:
-        SettingsError: n posts cannot support the risk target; the message names the smallest that they can.
+        SettingsError: n posts cannot support the budget or the risk target; the message names the smallest they can.
+        RunError: no post was answered by both.
     """
+    known = student.answered & teacher.answered
+    if not known.any():
+        raise RunError("calibrate: no validation post was answered by both student and teacher")
+    gold = [label for label, kept in zip(gold, known, strict=True) if kept]
+    student, teacher = student.only(known), teacher.only(known)
     truth = np.array([labels.index(label) for label in gold])
     temperatures = [fit_temperature(scores.probabilities, truth) for scores in (student, teacher)]
     calibration = Calibration(
@@ -104,6 +111,11 @@ def calibrate(
         try:
             if settings.by == "budget":
                 found = by_budget(doubts[0], calls, settings.budget)
+                if found.calls is not None and found.calls > settings.budget + 1e-9:
+                    raise ValueError(
+                        f"on so many posts the student is entirely uncertain that {found.calls:.3f} calls a post are "
+                        f"the least, not {settings.budget:g}"
+                    )
             else:
                 found = by_risk(doubts[0], errors[0], settings.risk, settings.confidence)
         except ValueError as error:
@@ -114,6 +126,7 @@ def calibrate(
     deferred = doubts[0] > calibration.student_threshold
     return asdict(calibration) | {
         "n": len(truth),
+        "unanswered": int((~known).sum()),
         "promise": promise,
         "assumes": "posts to come are like those of the validation split, on which temperatures and best epochs were "
         "chosen as well",

@@ -133,8 +133,8 @@ class Rules:
         return self._opinions(scores, self.calibration.teacher_temperature)
 
     def first(self, student: Opinion) -> Decision | None:
-        """Stage 1: the student's answer stands where it is certain enough."""
-        if student.uncertainty <= self.calibration.student_threshold:
+        """Stage 1: the student's answer stands where it is certain enough; entirely uncertain, it never does."""
+        if student.uncertainty <= self.calibration.student_threshold and student.uncertainty < 1:
             return Decision("student", "the student is certain", student.probabilities, student)
         return None
 
@@ -142,8 +142,10 @@ class Rules:
         """Stage 2: the teacher's answer stands where it is certain enough or has the student's polarity."""
         if not teacher.answered:
             return self.without_teacher(student, "the teacher did not answer", teacher)
-        if teacher.uncertainty <= self.calibration.teacher_threshold:
+        if teacher.uncertainty <= self.calibration.teacher_threshold and teacher.uncertainty < 1:
             return Decision("teacher_first", "the teacher is certain", teacher.probabilities, student, teacher)
+        if not student.answered:
+            return Decision("teacher_first", "only the teacher answered", teacher.probabilities, student, teacher)
         if teacher.polarity != student.polarity:
             return None
         final = teacher.probabilities if self.on_agreement == "teacher" else self._average(student, teacher)

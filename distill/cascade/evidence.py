@@ -20,7 +20,7 @@ from distill.evaluation.selective import (
     reliability,
     risk_coverage,
 )
-from distill.models.reasoner import ClassScores, Cost
+from distill.models.reasoner import Cost
 from distill.task.labels import LabelSpace
 
 Price = Callable[[Cost], float | None]
@@ -44,6 +44,7 @@ def cascade_metrics(
     Args:
         teacher: the teacher's first opinion on each of the B samples, where it was asked about all of them; otherwise
             `teacher_accuracy` is left out, and the teacher alone is priced by the mean of the opinions that there are.
+            Its accuracy is that of the samples it answered.
         price: what a cost comes to in currency; None without prices.
     """
     probabilities = np.stack([decision.probabilities for decision in decisions])
@@ -60,10 +61,13 @@ def cascade_metrics(
         "stages": {stage: _stage(stage, decisions, gold, labels, price) for stage in STAGES},
     }
     if teacher is not None:
-        metrics["teacher_accuracy"] = judged(stacked(teacher), gold, labels)["accuracy"]
+        said = [(opinion, label) for opinion, label in zip(teacher, gold, strict=True) if opinion.answered]
+        metrics["teacher_unanswered"] = len(teacher) - len(said)
+        if said:
+            figures = judged(stacked([opinion for opinion, _ in said]), [label for _, label in said], labels)
+            metrics |= {f"teacher_{name}": figures[name] for name in ("accuracy", "mae") if name in figures}
     if labels.scale is not None:
         metrics["student_mae"] = judged(stacked(alone), gold, labels)["mae"]
-        metrics |= {} if teacher is None else {"teacher_mae": judged(stacked(teacher), gold, labels)["mae"]}
     return metrics
 
 
@@ -77,20 +81,17 @@ def judged(probabilities: np.ndarray, gold: Gold, labels: LabelSpace) -> dict[st
 
 
 def selective_metrics(
-    scores: ClassScores, opinions: Sequence[Opinion], gold: Gold, labels: LabelSpace, measure: Measure
+    before: Sequence[Opinion], after: Sequence[Opinion], gold: Gold, labels: LabelSpace
 ) -> dict[str, dict[str, Any]]:
     """One model before and after calibration: ECE, AURC and AUGRC, its reliability and its risk-coverage curve.
 
     AURC and AUGRC rank by the uncertainty that routes.
     """
     truth = np.array([labels.index(label) for label in gold])
-    errors = wrong(opinions, gold, labels).astype(float)
     found = {}
-    measured = {
-        "before": (scores.probabilities, uncertainty(scores.probabilities, measure)),
-        "after": (stacked(opinions), np.array([opinion.uncertainty for opinion in opinions])),
-    }
-    for when, (probabilities, doubt) in measured.items():
+    for when, opinions in (("before", before), ("after", after)):
+        probabilities, errors = stacked(opinions), wrong(opinions, gold, labels).astype(float)
+        doubt = np.array([opinion.uncertainty for opinion in opinions])
         coverage, risk = risk_coverage(errors, -doubt)
         found[when] = {
             "ece": judged(probabilities, gold, labels)["ece"],
@@ -112,6 +113,8 @@ def deferral_rows(
     three measures of uncertainty, and the oracle; the student and the teacher alone are the ends of each curve.
     """
     quality = [_quality(opinions, gold, labels) for opinions in (student, teacher)]
+    answered = np.array([opinion.answered for opinion in teacher])
+    quality[1] = np.where(answered, quality[1], quality[0])  # a silent teacher leaves the student's answer
     seconds = [np.array([opinion.cost.seconds for opinion in opinions]) for opinions in (student, teacher)]
     currency = [price(opinion.cost) for opinion in teacher]
     scores: dict[str, np.ndarray] = {name: uncertainty(stacked(student), name) for name in get_args(Measure)}
@@ -145,9 +148,13 @@ def _quality(opinions: Sequence[Opinion], gold: Gold, labels: LabelSpace) -> np.
 
 def _flips(decisions: Sequence[Decision], gold: Gold, labels: LabelSpace) -> dict[str, int]:
     """What the review made of the teacher's first answers."""
-    reviewed = [(d.teacher, d.review, label) for d, label in zip(decisions, gold, strict=True) if d.review is not None]
+    reviewed = [
+        (d.teacher, d.review, label)
+        for d, label in zip(decisions, gold, strict=True)
+        if d.teacher is not None and d.review is not None and d.review.answered
+    ]
     asked = [label for _, _, label in reviewed]
-    before = wrong([teacher for teacher, _, _ in reviewed if teacher is not None], asked, labels)
+    before = wrong([teacher for teacher, _, _ in reviewed], asked, labels)
     after = wrong([review for _, review, _ in reviewed], asked, labels)
     return {
         "reviewed": len(reviewed),

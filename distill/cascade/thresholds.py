@@ -15,7 +15,7 @@ GRID = 10
 
 @dataclass(frozen=True)
 class Threshold:
-    """The student's answer stands where uncertainty <= tau; 1 lets every answer stand, a negative one none.
+    """The student's answer stands where uncertainty <= tau, but never where it is 1; a negative tau lets none stand.
 
     `coverage` is the share of the n validation samples whose answer stands. A budget promises `calls`, the expected
     teacher calls per new sample, and gives the 95% interval of what this one threshold will come to in the long run. A
@@ -40,7 +40,8 @@ def by_budget(uncertainty: np.ndarray, calls: np.ndarray, budget: float) -> Thre
     probability (n + 1 - k) / (n + 1), whatever the distribution (Weibull's plotting position; k / n would be biased).
     Tau is interpolated between these positions, each sample counting with its calls. Equal uncertainties stand or fall
     together: where tau meets a tie, all of it stands, so a tie never costs more than the budget, and may cost much
-    less; `calls` says so. A budget below what one sample costs, about 1 / n, lets every answer stand.
+    less; `calls` says so. A budget below what one sample costs, about 1 / n, lets every answer stand but those of
+    uncertainty 1, which never do: where they alone cost more than the budget, `calls` exceeds it.
 
     The interval is Clopper and Pearson's (Biometrika 26, 1934) for the samples above tau, which for one call each
     holds the exact law of the realised rate, a Beta. Where some samples take two calls, the Beta has the mean and
@@ -68,13 +69,15 @@ def by_budget(uncertainty: np.ndarray, calls: np.ndarray, budget: float) -> Thre
         tau = 1.0
     else:
         tau = float(np.interp(budget, costs, uncertainty[order][::-1]))
-    above = calls[uncertainty > tau]
+    above = calls[(uncertainty > tau) | (uncertainty >= 1)]
     coverage = 1 - len(above) / n
-    if tau >= 1:
+    if tau >= 1 and not len(above):
         return Threshold(tau, n, coverage, 0.0, 0.0, 0.0)
     # the law lies between that of the samples above tau and that of one sample more
     one_more = np.append(above, calls.max())
     expected = calls.mean() if tau < 0 else min(budget, one_more.sum() / (n + 1))
+    if tau >= 1:
+        expected = above.sum() / n
     low = _quantile(0.025, above, n, float(calls.max()))
     high = _quantile(0.975, one_more, n, float(calls.max()))
     if tau < 0:
@@ -130,6 +133,10 @@ def _bounds(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each size of the grid, ascending: tau, how many samples it accepts, and the upper bound on their risk."""
     uncertainty, errors = _checked(uncertainty, errors=errors)
+    kept = uncertainty < 1  # the others never stand; given their number, these are as independent as all were
+    uncertainty, errors = uncertainty[kept], errors[kept]
+    if not len(errors):
+        return np.array([-1.0]), np.array([0]), np.array([1.0])
     if not np.isin(errors, (0, 1)).all():
         raise ValueError("errors must be 0 or 1")
     if not 0 < confidence < 1:

@@ -41,16 +41,27 @@ def cascade_charts(evidence: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     charts = {}
     curves: dict[str, Points] = {}
+    spent: dict[str, Points] = {}
     band: list[tuple[float, float, float]] = []
+    priced = evidence["cost_ratio"]["currency"] is not None
+    unit = "currency" if priced else "seconds"
     for row in evidence.get("deferral", ()):
         at = float(row["deferred"])
-        curves.setdefault(row["policy"].replace("_", " "), []).append((at, float(row["quality"])))
+        policy = row["policy"].replace("_", " ")
+        curves.setdefault(policy, []).append((at, float(row["quality"])))
+        spent.setdefault(policy, []).append((float(row[unit]), float(row["quality"])))
         if row["policy"] == evidence["measure"]:
             band.append((at, float(row["low"]), float(row["high"])))
     if curves:
         name, quality = ("minus MAE", -evidence["mae"]) if "mae" in evidence else ("accuracy", evidence["accuracy"])
-        spots = {"this cascade": (evidence["teacher_calls_per_sample"], quality)}
-        charts[f"{name} by teacher calls a post"] = chart(curves, bottom=None, band=band, spots=spots)
+        stages = evidence["stages"].values()
+        deferred = evidence["stages"]["teacher_first"]["asked"] / evidence["n"]
+        paid = sum(stage["cost"][unit] or 0 for stage in stages) / evidence["n"]
+        here = "this cascade, reviews included"
+        charts[f"{name} by share of posts deferred"] = chart(
+            curves, bottom=None, band=band, spots={here: (deferred, quality)}
+        )
+        charts[f"{name} by {unit} a post"] = chart(spent, bottom=None, spots={here: (paid, quality)})
     models = evidence.get("selective", {})
     risks = {role: list(zip(*found["after"]["risk_coverage"].values(), strict=True)) for role, found in models.items()}
     charts["risk by coverage"] = chart({role: _thin(points) for role, points in risks.items()})

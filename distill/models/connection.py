@@ -45,7 +45,8 @@ class EndpointSettings:
     top_logprobs: int = 20
     """How many log-probabilities to ask for when classifying, 1 to 20; fewer or none where the server refuses."""
     agreement_samples: int = 5
-    """Answers drawn for each classification where the server tells no log-probabilities."""
+    """Answers drawn for each classification where the server tells no log-probabilities; 1 tells nothing of how sure
+    the model is, so that in the cascade only its polarity counts, and in service it is always 1."""
     max_image_side: int = 1024
     """Longest side of a picture as it is sent, in pixels; larger ones are scaled down."""
     prompt_price: float | None = None

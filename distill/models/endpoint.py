@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CLASSIFY_TOKENS = 32
+_FLOOR = 1e-12  # of a label mass: 0 would say that there is no answer
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ class Endpoint:
             asked.append(self._chat.ask(content, Sampling(1.0, _CLASSIFY_TOKENS, attempt), stop)[0])
         texts = [answer.text for answer in asked if answer.error is None]
         cost = sum((answer.cost for answer in asked), Cost())
-        return Scored(agreement(texts, self.labels), math.nan, Answer("\n".join(texts), True, **asdict(cost)))
+        # one draw agrees with nothing: it does not tell how sure the model is, and must not look certain
+        mass = math.nan if self.settings.agreement_samples > 1 else _FLOOR
+        return Scored(agreement(texts, self.labels), mass, Answer("\n".join(texts), True, **asdict(cost)))
 
     def _label_token_ids(self) -> Sequence[int]:
         """The tokens by which the server's tokenizer writes the labels, with and without a space before them.

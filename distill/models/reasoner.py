@@ -73,6 +73,11 @@ class ClassScores:
     label_mass: np.ndarray
     costs: tuple[Cost, ...] = ()
 
+    def only(self, kept: np.ndarray) -> "ClassScores":
+        """The scores of the samples that are True in [B]."""
+        costs = tuple(cost for cost, keep in zip(self.costs, kept, strict=False) if keep)
+        return ClassScores(self.probabilities[kept], self.label_mass[kept], costs)
+
     @property
     def answered(self) -> np.ndarray:
         """[B] False where the model gave no answer."""

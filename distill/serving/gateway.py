@@ -146,7 +146,7 @@ class Gateway:
         await self._check_length(text + (aspect or ""), by)
         async with self.pictures.kept(images, by) as paths:
             sample = Sample(uuid.uuid4().hex, text, paths, (aspect or "").strip() or None)
-            verdict = await self.pair.judge(sample, by, self.settings.rationale if wanted is None else wanted)
+            verdict = await self.pair.judge(sample, by, self.settings.rationale and wanted is not False)
         self.metrics.decision(verdict.decision)
         return verdict
 

@@ -19,6 +19,9 @@ from distill.serving.protocol import Refusal
 MOST = 8
 """Most pictures of one post."""
 
+LARGE = 2048
+"""Longest side, in pixels, that a picture is kept with."""
+
 _FETCH_S = 10.0
 _DATA = re.compile(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -64,11 +67,16 @@ class Pictures:
             paths = tuple(Path(folder) / str(number) for number in range(1, len(sources) + 1))
             for source, path in zip(sources, paths, strict=True):
                 path.write_bytes(await self._content(source, by))
+                checked = asyncio.get_running_loop().run_in_executor(self._decoders, _check, path, self._max_pixels)
                 try:
-                    await asyncio.get_running_loop().run_in_executor(self._decoders, decode, path, self._max_pixels)
+                    await asyncio.wait_for(checked, max(by - time.monotonic(), 0))
                 except ImageError as error:
                     takes = f"send a whole {', '.join(FORMATS)} of at most {self._max_pixels:,} pixels"
                     raise Refusal(400, f"{error}; {takes}", param="image") from None
+                except TimeoutError:
+                    raise Refusal(
+                        429, "the picture took too long to decode; send a smaller one", Retry_After="1"
+                    ) from None
             yield paths
 
     async def _content(self, source: str, by: float) -> bytes:
@@ -106,6 +114,14 @@ class Pictures:
             why = "takes too long" if isinstance(error, TimeoutError | httpx.TimeoutException) else "cannot be reached"
             raise Refusal(400, f"image: {url.host} {why}; send the picture itself", param="image") from None
         return bytes(content)
+
+
+def _check(path: Path, max_pixels: int) -> None:
+    """Decode a picture once at its full size; a large one is kept smaller, for all who decode it after. ImageError."""
+    picture = decode(path, max_pixels)
+    if max(picture.size) > LARGE:
+        picture.thumbnail((LARGE, LARGE))
+        picture.save(path, "PNG", compress_level=1)
 
 
 def _base64(text: str) -> bytes:

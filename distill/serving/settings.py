@@ -40,7 +40,7 @@ class ServeSettings:
     max_new_tokens: int = 256
     """Token limit of the student's reasoning and of answers by the student alone."""
     rationale: bool = True
-    """Whether the student reasons about a post unless the request says otherwise."""
+    """Whether the student reasons about posts; a request may do without."""
     student: EndpointSettings | None = None
     """The student behind an endpoint of its own; null: the recipe's student, in this process."""
 

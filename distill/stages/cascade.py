@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+from dataclasses import replace
 
 from distill.cascade.cascade import Calibration, Rules, describe
 from distill.cascade.cascade import run as take_through
@@ -18,7 +20,8 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     folder = context.folder / "cascade"
     student = context.reasoner("student")
-    calibration = Calibration.read(context.folder / "calibrate" / "calibration.json", student.name)
+    path = context.folder / "calibrate" / "calibration.json"
+    calibration = Calibration.read(path, student.name)
     rules = Rules(labels, calibration, settings.on_agreement)
     gold = [sample.label for sample in samples if sample.label is not None]
     scores = {"student": student.classify(samples)}
@@ -33,14 +36,15 @@ def run(context: Context, tracked: StageRun) -> None:
     def price(cost: Cost) -> float | None:
         return asked.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(asked, Endpoint) else None
 
+    plain = replace(rules, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
     opinions = {"student": rules.student(scores["student"])}
+    before = {"student": plain.student(scores["student"])}
     if "teacher" in scores:
-        opinions["teacher"] = rules.teacher(scores["teacher"])
+        opinions["teacher"], before["teacher"] = rules.teacher(scores["teacher"]), plain.teacher(scores["teacher"])
     metrics = cascade_metrics(decisions, gold, labels, opinions.get("teacher"), price)
     metrics["measure"] = calibration.measure
-    metrics["selective"] = {
-        role: selective_metrics(scores[role], opinions[role], gold, labels, calibration.measure) for role in opinions
-    }
+    metrics["promise"] = json.loads(path.read_text())["promise"]["says"]
+    metrics["selective"] = {role: selective_metrics(before[role], opinions[role], gold, labels) for role in opinions}
     rows = []
     if "teacher" in opinions:
         rows = deferral_rows(opinions["student"], opinions["teacher"], gold, labels, price, settings.resamples)

@@ -68,15 +68,14 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _cascade(recipe: Recipe) -> dict[str, Any] | None:
-    """The cascade's metrics with what its thresholds promise and its deferral curve; None where it did not run."""
+    """The cascade's metrics with its deferral curve; None where it did not run."""
     folder = recipe.folder / "cascade"
     if recipe.cascade is None or not (folder / "metrics.json").exists():
         return None
     metrics = json.loads((folder / "metrics.json").read_text())
-    calibration = json.loads((recipe.folder / "calibrate" / "calibration.json").read_text())
     with (folder / "deferral_curve.csv").open(newline="", encoding="utf-8") as file:
         deferral = list(csv.DictReader(file))
-    return metrics | {"promise": calibration["promise"]["says"], "deferral": deferral}
+    return metrics | {"deferral": deferral}
 
 
 def _gallery(recipe: Recipe) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from distill.cascade.calibration import CalibrateSettings, calibrate
 from distill.cascade.cascade import Calibration, Rules, run
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import Earlier
@@ -99,6 +99,29 @@ def test_a_risk_target_is_kept_or_refused_with_the_smallest_that_could_be() -> N
     calibrate(
         gold[:40], _first(student, 40), _first(teacher, 40), NAMES, LABELS, CalibrateSettings(by="risk", risk=smallest)
     )
+
+
+def test_posts_without_an_answer_are_left_out_and_counted() -> None:
+    gold, student, teacher = validation(200)
+    mass = np.ones(200)
+    mass[::4] = 0
+    content = calibrate(gold, student, ClassScores(teacher.probabilities, mass), NAMES, LABELS, CalibrateSettings())
+    assert (content["n"], content["unanswered"]) == (150, 50)
+    kept = mass > 0
+    fewer = [label for label, keep in zip(gold, kept, strict=True) if keep]
+    alone = calibrate(fewer, student.only(kept), teacher.only(kept), NAMES, LABELS, CalibrateSettings())
+    assert content | {"unanswered": 0} == alone
+    silent = ClassScores(teacher.probabilities, np.zeros(200))
+    with pytest.raises(RunError, match="no validation post was answered by both"):
+        calibrate(gold, student, silent, NAMES, LABELS, CalibrateSettings())
+
+
+def test_a_student_off_its_format_cannot_keep_a_small_budget() -> None:
+    gold, student, teacher = validation(200)
+    mass = np.where(np.arange(200) % 2, 1.0, 0.1)
+    lost = ClassScores(student.probabilities, mass)
+    with pytest.raises(SettingsError, match=r"calibrate\.budget: .* 0\.\d+ calls a post are the least, not 0\.1"):
+        calibrate(gold, lost, teacher, NAMES, LABELS, CalibrateSettings(budget=0.1))
 
 
 def test_fixed_thresholds_are_taken_as_they_are_and_promise_nothing() -> None:

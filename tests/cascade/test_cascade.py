@@ -201,3 +201,13 @@ def test_a_calibration_is_read_for_its_own_student_alone(tmp_path: Path) -> None
         path.write_text(broken)
         with pytest.raises(SettingsError, match="not a calibration"):
             Calibration.read(path, "s")
+
+
+def test_an_entirely_uncertain_or_missing_answer_never_stands_as_certain() -> None:
+    rules = Rules(LABELS, replace(CALIBRATION, student_threshold=1.0, teacher_threshold=1.0))
+    off, nothing = (rules.student(scores([SURE["neutral"]], mass))[0] for mass in (0.1, 0.0))
+    assert rules.first(off) is None and rules.first(nothing) is None
+    assert rules.first(opinion(TORN["neutral"])) is not None
+    decision = rules.second(nothing, opinion([0.2, 0.3, 0.5], 0.1))
+    assert decision is not None and decision.reason == "only the teacher answered"
+    assert rules.second(opinion(TORN["negative"]), opinion(SURE["positive"], 0.1)) is None, "off its format: reviewed"

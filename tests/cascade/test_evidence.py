@@ -126,7 +126,8 @@ def test_the_deferral_curve_runs_from_the_student_to_the_teacher(case: tuple) ->
 def test_selective_figures_rank_by_the_uncertainty_that_routes(case: tuple) -> None:
     gold, student, _, _ = case
     opinions = RULES.student(student)
-    found = selective_metrics(student, opinions, gold, LABELS, "entropy")
+    plain = Rules(LABELS, Calibration("s", "t", "entropy", 1.0, 1.0, 0.5, 0.4))
+    found = selective_metrics(plain.student(student), opinions, gold, LABELS)
     errors = np.array([opinion.label != label for opinion, label in zip(opinions, gold, strict=True)], dtype=float)
     doubt = np.array([opinion.uncertainty for opinion in opinions])
     assert found["after"]["aurc"] == pytest.approx(aurc(errors, -doubt))

@@ -85,7 +85,7 @@ def test_the_interval_is_clopper_and_pearsons(k: int) -> None:
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.25, 0.5, 0.9])
 def test_ties_never_cost_more_than_the_budget_and_the_interval_is_honest_about_them(budget: float) -> None:
     # six values, of which the highest, 1, is what an answer off the format gets
-    values, weights = np.array([0, 0.2, 0.4, 0.6, 0.8, 1.0]), np.array([0.1, 0.2, 0.2, 0.1, 0.2, 0.2])
+    values, weights = np.array([0, 0.2, 0.4, 0.6, 0.8, 0.9]), np.array([0.1, 0.2, 0.2, 0.1, 0.2, 0.2])
 
     def draw(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         return random.choice(values, n, p=weights), np.ones(n)
@@ -104,8 +104,22 @@ def test_all_samples_tied_are_all_accepted_unless_the_budget_pays_for_all() -> N
     assert by_budget(doubt, np.ones(50), 1.0).coverage == 0
 
 
+def test_entirely_uncertain_answers_never_stand() -> None:
+    """They are deferred whatever the budget, which `calls` then admits, and no risk is promised for them."""
+    doubt = np.r_[np.linspace(0, 0.9, 60), np.ones(40)]
+    found = by_budget(doubt, np.ones(100), 0.1)
+    assert (found.coverage, found.calls) == (0.6, 0.4)
+    assert found.calls_low is not None and found.calls_low < 0.4 < (found.calls_high or 0)
+    assert by_budget(doubt, np.ones(100), 0.5).coverage == pytest.approx(0.5, abs=0.02)
+    errors = np.r_[np.zeros(60), np.ones(40)]
+    safe = by_risk(doubt, errors, 0.1)
+    assert safe.coverage == 0.6
+    with pytest.raises(ValueError, match="cannot support"):
+        by_risk(np.ones(100), np.zeros(100), 0.5)
+
+
 def test_no_budget_asks_for_no_one_and_a_full_budget_for_everyone() -> None:
-    doubt, calls = np.linspace(0, 1, 11), np.array([1, 2] * 5 + [2])
+    doubt, calls = np.linspace(0, 0.9, 11), np.array([1, 2] * 5 + [2])
     assert by_budget(doubt, calls, 0) == Threshold(1.0, 11, 1.0, 0.0, 0.0, 0.0)
     for budget in (2, 5):
         full = by_budget(doubt, calls, budget)

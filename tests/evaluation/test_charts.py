@@ -40,28 +40,37 @@ def test_a_band_goes_there_and_back() -> None:
     assert heights == pytest.approx([0.4, 0.5, 0.9, 0.6], abs=0.01)
 
 
-def test_a_cascade_has_its_four_charts() -> None:
+def test_a_cascade_has_its_five_charts() -> None:
     curve = {"coverage": [0.5, 1.0], "risk": [0.0, 0.1]}
     bins = {"confidence": [None, 0.6, 0.9], "accuracy": [None, 0.5, 1.0], "count": [0, 4, 6]}
     model = {when: {"risk_coverage": curve, "reliability": bins} for when in ("before", "after")}
     rows = [
-        {"policy": policy, "deferred": at, "quality": 0.9, "low": 0.8, "high": 1.0}  # as strings, as csv reads them
+        {
+            "policy": policy,
+            "deferred": at,
+            "quality": 0.9,
+            "low": 0.8,
+            "high": 1.0,
+            "seconds": at,
+            "currency": "",
+        }  # as strings, as csv reads them
         for policy in ("entropy", "random")
         for at in ("0.0", "1.0")
     ]
     evidence = {
-        "measure": "entropy", "accuracy": 0.9, "teacher_calls_per_sample": 0.3, "deferral": rows,
+        "measure": "entropy", "accuracy": 0.9, "n": 10, "cost_ratio": {"currency": None}, "deferral": rows,
+        "stages": {"teacher_first": {"asked": 3, "cost": {"seconds": 5.0, "currency": None}}},
         "selective": {"student": model, "teacher": model},
     }  # fmt: skip
     charts = cascade_charts(evidence)
     assert list(charts) == [
-        "accuracy by teacher calls a post", "risk by coverage",
+        "accuracy by share of posts deferred", "accuracy by seconds a post", "risk by coverage",
         "accuracy of the student by its confidence", "accuracy of the teacher by its confidence",
     ]  # fmt: skip
-    assert len(charts["accuracy by teacher calls a post"]["band"]) == 4
+    assert len(charts["accuracy by share of posts deferred"]["band"]) == 4
     assert len(charts["accuracy of the student by its confidence"]["lines"]["after calibration"]) == 2, "no empty bin"
     on_a_scale = cascade_charts(evidence | {"mae": 1.1})
-    assert next(iter(on_a_scale)) == "minus MAE by teacher calls a post"
+    assert next(iter(on_a_scale)) == "minus MAE by share of posts deferred"
     assert len(cascade_charts(evidence | {"deferral": []})) == 3
 
 

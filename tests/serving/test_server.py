@@ -64,7 +64,7 @@ def test_what_is_in_flight_is_answered_before_the_end(fluent: Backbone, tmp_path
             replies = [future.result() for future in asked]
         output, _ = gateway.communicate(timeout=30)
         assert [reply.status_code for reply in replies] == [200] * 20
-        assert all(reply.json()["teacher_calls"] == 1 for reply in replies)
+        assert all(1 <= reply.json()["teacher_calls"] <= 2 for reply in replies)
         assert gateway.returncode == 0, output
         assert "Traceback" not in output
         assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

@@ -28,7 +28,7 @@ def test_the_page_shows_every_role_post_and_curve(page: str, finished: Recipe) -
     for text in ("teacher", "assistant", "student", "student, hard labels", "majority class", "micro", "Cascade"):
         assert text in page
     assert page.count("data:image/") == 9 and all(f"test-000{n}" in page for n in range(9))
-    assert page.count("<svg") >= 3 + 4  # the curves of teacher, assistant and student, and of the cascade
+    assert page.count("<svg") >= 3 + 5  # the curves of teacher, assistant and student, and of the cascade
     assert "weight: 0.3" in page  # the recipe it was made from
 
 
