@@ -46,7 +46,7 @@ TAUGHT: dict[str, Any] = RECORDED | {
     "annotate": {"max_new_tokens": 100, "retries": 1, "unlabelled": "keep_confident", "confidence": 0.4, "chunk": 4},
     "assistant": FLUENT,
     "augment": {"max_new_tokens": 100, "chunk": 4},
-    "calibrate": {"budget": 0.5},
+    "calibrate": {"budget": 0.5, "min_label_mass": 0.0},
     "cascade": {"resamples": 20},
 }
 """Teacher and assistant learn the format of a rationale, if not the truth; the teacher labels what has no label."""

@@ -1,5 +1,6 @@
 """From two models' answers on the validation split to what the stages go by: temperatures, thresholds, a promise."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from distill.errors import RunError, SettingsError
 from distill.evaluation.classification import calibration_error
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +75,7 @@ def calibrate(
         names: of the student and of the teacher.
 
     Raises:
-        SettingsError: n posts cannot support the budget or the risk target; the message names the smallest they can.
+        SettingsError: n posts cannot support the risk target; the message names the smallest that they can.
         RunError: no post was answered by both.
     """
     known = student.answered & teacher.answered
@@ -112,10 +115,10 @@ def calibrate(
             if settings.by == "budget":
                 found = by_budget(doubts[0], calls, settings.budget)
                 if found.calls is not None and found.calls > settings.budget + 1e-9:
-                    raise ValueError(
-                        f"on so many posts the student is entirely uncertain that {found.calls:.3f} calls a post are "
-                        f"the least, not {settings.budget:g}"
+                    said = (
+                        "calibrate.budget: on so many posts the student is entirely uncertain that they take %.3f calls"
                     )
+                    log.warning(said + " a post, not %g", found.calls, settings.budget)
             else:
                 found = by_risk(doubts[0], errors[0], settings.risk, settings.confidence)
         except ValueError as error:
@@ -123,7 +126,7 @@ def calibrate(
         calibration = replace(calibration, student_threshold=found.tau)
         promise |= {name: value for name, value in asdict(found).items() if value is not None}
     promise["says"] = _says(promise, len(truth))
-    deferred = doubts[0] > calibration.student_threshold
+    deferred = (doubts[0] > calibration.student_threshold) | (doubts[0] >= 1)
     return asdict(calibration) | {
         "n": len(truth),
         "unanswered": int((~known).sum()),

@@ -116,12 +116,13 @@ def test_posts_without_an_answer_are_left_out_and_counted() -> None:
         calibrate(gold, student, silent, NAMES, LABELS, CalibrateSettings())
 
 
-def test_a_student_off_its_format_cannot_keep_a_small_budget() -> None:
+def test_a_student_off_its_format_takes_more_than_a_small_budget_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     gold, student, teacher = validation(200)
-    mass = np.where(np.arange(200) % 2, 1.0, 0.1)
-    lost = ClassScores(student.probabilities, mass)
-    with pytest.raises(SettingsError, match=r"calibrate\.budget: .* 0\.\d+ calls a post are the least, not 0\.1"):
-        calibrate(gold, lost, teacher, NAMES, LABELS, CalibrateSettings(budget=0.1))
+    lost = ClassScores(student.probabilities, np.where(np.arange(200) % 2, 1.0, 0.1))
+    content = calibrate(gold, lost, teacher, NAMES, LABELS, CalibrateSettings(budget=0.1))
+    assert content["validation"]["deferred"] == 0.5 and content["promise"]["calls"] >= 0.5
+    assert content["validation"]["teacher_calls_per_sample"] == pytest.approx(content["promise"]["calls"])
+    assert "entirely uncertain" in caplog.text and "not 0.1" in caplog.text
 
 
 def test_fixed_thresholds_are_taken_as_they_are_and_promise_nothing() -> None:
