@@ -70,3 +70,8 @@ def write(folder: Path, content: dict[str, Any], **changes: Any) -> Path:
 def read(path: Path, *flags: str) -> Recipe:
     """The recipe as the command line would load it."""
     return load(parser("run"), ["--config", str(path), *flags])[0]
+
+
+def manifest(recipe: Recipe) -> dict[str, Any]:
+    """What the chain's manifest says of each stage."""
+    return json.loads((recipe.folder / "chain.json").read_text())["stages"]

@@ -1,25 +1,18 @@
-"""The chain: what is skipped, what is made again, what a failure and a kill leave behind."""
+"""The chain: what is skipped, what is made again, what a failure leaves behind, and processes that ddp starts."""
 
-import csv
 import errno
 import json
-import logging
-import multiprocessing
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distill import chain, cli
+from distill import chain
 from distill.chain import STAGES, fingerprints, run, stages_of
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
@@ -67,10 +60,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return Fakes(monkeypatch)
 
 
-def manifest(recipe: Recipe) -> dict[str, Any]:
-    return json.loads((recipe.folder / "chain.json").read_text())["stages"]
-
-
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file with its size and the time of its last change."""
     found = {path: path.stat() for path in folder.rglob("*")}
@@ -94,7 +83,7 @@ def test_everything_runs_once_in_order_and_a_second_run_touches_no_file(recipe: 
     before = state(recipe.folder)
     assert run(recipe) == []
     assert state(recipe.folder) == before
-    for name, entry in manifest(recipe).items():
+    for name, entry in micro.manifest(recipe).items():
         assert entry["status"] == "done" and entry["fingerprint"] == fingerprints(recipe)[name]
         assert entry["outputs"] == [f"{name}/{output}" for output in STAGES[name].outputs]
         assert entry["inputs"] == {read: fingerprints(recipe)[read] for read in STAGES[name].reads}
@@ -229,7 +218,7 @@ def test_a_stage_that_fails_is_marked_and_goes_on_from_what_it_has(recipe: Recip
     fakes.failing["assistant"] = RunError("the endpoint is gone")
     with pytest.raises(RunError, match="the endpoint is gone"):
         run(recipe)
-    stages = manifest(recipe)
+    stages = micro.manifest(recipe)
     assert [stages[name]["status"] for name in ("teacher", "annotate", "assistant")] == ["done", "done", "failed"]
     assert (recipe.folder / "assistant" / "adapter").exists()  # kept for the next run, which has the same fingerprint
     fakes.folders.clear()
@@ -241,7 +230,7 @@ def test_an_interrupted_stage_counts_as_failed(recipe: Recipe, fakes: Fakes) -> 
     fakes.failing["annotate"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
-    assert manifest(recipe)["annotate"]["status"] == "failed"
+    assert micro.manifest(recipe)["annotate"]["status"] == "failed"
     assert run(recipe) == ALL[1:]
 
 
@@ -284,7 +273,7 @@ def test_a_full_disk_is_one_sentence_whoever_notices_it(error: Exception, recipe
     with pytest.raises(RunError, match=r"No space left on device$") as raised:
         run(recipe)
     assert "\n" not in str(raised.value)
-    assert manifest(recipe)["student"]["status"] == "failed"
+    assert micro.manifest(recipe)["student"]["status"] == "failed"
     assert run(recipe) == ["student", *JUDGED]
 
 
@@ -340,124 +329,9 @@ def test_two_processes_train_every_part_of_a_chain(tmp_path: Path) -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.strip() == "ran annotate, assistant, augment, student"
-    stages = manifest(micro.read(path))
+    stages = micro.manifest(micro.read(path))
     assert all(entry["status"] == "done" for entry in stages.values())
     for folder in ("assistant", "student", "student/hard_labels"):
         checkpoint = torch.load(tmp_path / "runs/micro" / folder / "checkpoints/last.ckpt", weights_only=True)
         # 27 labelled posts, half of them in each process, eight a step, two epochs; the baseline has no fewer
         assert checkpoint["global_step"] == 4, folder
-
-
-# ---- a kill ----
-
-
-def command(path: Path) -> None:
-    """The whole command, as the target of a process."""
-    sys.exit(cli.main(["run", "--config", str(path)]))
-
-
-def started(path: Path) -> Any:
-    """The command in a process of its own, which need not load the libraries first."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["distill.cli", "distill.chain"])
-    process = processes.Process(target=command, args=(path,))
-    process.start()
-    return process
-
-
-def wait_until_under_way(process: Any, name: str, recipe: Recipe) -> None:
-    deadline = time.monotonic() + 120
-    while not under_way(name, recipe):
-        assert process.is_alive() and time.monotonic() < deadline, f"{name} did not get under way"
-        time.sleep(0.002)
-
-
-def killed_in_every_stage(path: Path, recipe: Recipe) -> Iterator[str]:
-    """Run the command in a process and kill it, once in each stage; yields each stage that was killed."""
-    chances = random.Random(4)
-    for name in stages_of(recipe):
-        process = started(path)
-        wait_until_under_way(process, name, recipe)
-        time.sleep(chances.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        yield name
-
-
-def under_way(name: str, recipe: Recipe) -> bool:
-    """Whether a stage runs, and has something that a kill could cost: a checkpoint, or answers that were paid for."""
-    if manifest_or_none(recipe).get(name, {}).get("status") != "running":
-        return False
-    folder = recipe.folder / name
-    ledger = folder / "ledger.jsonl"
-    if name in ("teacher", "assistant", "student"):
-        return (folder / "checkpoints" / "last.ckpt").exists()
-    return name in ("calibrate", "cascade", "export") or (ledger.exists() and ledger.stat().st_size > 0)
-
-
-def manifest_or_none(recipe: Recipe) -> dict[str, Any]:
-    try:
-        return manifest(recipe)
-    except FileNotFoundError:
-        return {}
-
-
-@pytest.mark.slow
-def test_killed_once_in_every_stage_the_chain_completes_and_pays_for_nothing_twice(
-    path: Path, recipe: Recipe, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainings, killed_in = {}, []
-    for name in killed_in_every_stage(path, recipe):
-        assert manifest(recipe)[name]["status"] == "running"
-        killed_in.append(name)
-        if name in ("teacher", "assistant"):
-            trainings[name] = mark_first_step(recipe.folder / name)
-    assert killed_in == ALL
-    with caplog.at_level(logging.ERROR):
-        assert run(recipe) == ["export"]  # what was killed before went on when the next one was to be killed
-
-    for name, trained in trainings.items():
-        with (recipe.folder / name / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        losses = [row for row in rows if row["train/loss"]]
-        assert [int(row["step"]) for row in losses] == list(range(len(losses))), "each step stands in the curve once"
-        assert int(losses[-1]["epoch"]) == 24 and 1 <= trained < len(losses)
-        assert losses[0]["train/loss"] == "12345.0", f"{name} began anew instead of going on from its last checkpoint"
-    for name in ("annotate", "augment", "evaluate"):
-        lines = (recipe.folder / name / "ledger.jsonl").read_text().splitlines()
-        keys = [json.loads(line)["key"] for line in lines]
-        assert len(keys) == len(set(keys)) > 0
-    assert json.loads((recipe.folder / "annotate/summary.json").read_text())["paid"]["answers"] == len(
-        (recipe.folder / "annotate/ledger.jsonl").read_text().splitlines()
-    )
-    leftovers = [path.name for path in recipe.folder.rglob("*") if path.name.endswith((".tmp", ".part", ".new"))]
-    assert leftovers == []
-    assert run(recipe) == []
-
-
-@pytest.mark.slow
-def test_a_training_that_its_user_interrupts_ends_with_130_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    path = micro.write(tmp_path, micro.RECORDED, assistant__trainer={"max_epochs": 200})
-    recipe = micro.read(path)
-    process = started(path)
-    wait_until_under_way(process, "assistant", recipe)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 130
-    assert manifest(recipe)["assistant"]["status"] == "failed"
-    last = torch.load(recipe.folder / "assistant" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert 0 < last["global_step"] < 200 * 4
-
-
-def mark_first_step(folder: Path) -> int:
-    """Write a loss into the first step's row that no training gives; returns how many steps the curve holds."""
-    path = folder / "metrics.csv"
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows[0]["train/loss"] = "12345.0"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return len(rows)

@@ -6,7 +6,6 @@ The fields are the project's vocabulary, which the readers of other layouts spea
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from distill.data.images import resolve
 from distill.errors import RunError
+from distill.files import whole
 from distill.task.sample import Sample
 
 
@@ -117,19 +117,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RunError: the file cannot be written, for a full disk say.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="\n") as file:
+        with whole(path) as file:
             for fields in rows:
                 file.write(json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:

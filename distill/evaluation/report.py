@@ -6,7 +6,6 @@ security policy keeps it so. Whatever comes from posts and models is escaped by 
 
 import base64
 import io
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
 from distill.evaluation.charts import cascade_charts, training
+from distill.files import whole
 from distill.task.labels import LabelSpace
 from distill.task.rationale import FIELDS, InvalidRationale, parse
 
@@ -136,18 +136,11 @@ def write_report(path: Path, report: Report) -> None:
         gallery=[_post(entry, report.labels) for entry in report.gallery],
         names=TITLES,
     )
-    beside = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with whole(path, "wb") as file:
+            file.write(page.encode("utf-8", "replace"))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _titles(roles: Roles) -> dict[str, str]:

@@ -20,6 +20,7 @@ from distill.annotation.ledger import Ledger, Memory
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
 from distill.errors import SettingsError
+from distill.files import whole
 from distill.models import backbone, tiny
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint
@@ -224,13 +225,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it holds either all of the text or what it held before. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(text)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import SettingsError
+from distill.files import whole
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 
@@ -33,19 +34,11 @@ _ACTIVE = "DISTILL_ACTIVE_FIT"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there, so that a kill never leaves a torn one."""
+    """Writes a checkpoint whole or not at all, so that a kill never leaves a torn one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        beside = Path(f"{path}.tmp")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(Path(path), "wb") as file:
+            torch.save(checkpoint, file)
 
 
 class LatestCheckpoint(Checkpoint):
@@ -183,10 +176,8 @@ def _join(earlier: Path, later: Path) -> None:
     begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
     rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
     names = sorted({name for row in rows for name in row})  # as the logger orders them
-    beside = later.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
+    with whole(later) as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, later)
     earlier.unlink()

@@ -17,6 +17,13 @@ from typing import Any, Self
 
 from PIL import Image, ImageStat
 
+from distill.models.endpoint import Endpoint, EndpointSettings
+from distill.models.reasoner import Answer, Sampling
+from distill.task.labels import LabelSpace
+from distill.task.sample import Sample
+
+LABELS = LabelSpace()
+
 COLOURS = {"negative": (200, 30, 30), "neutral": (30, 30, 200), "positive": (30, 200, 30)}
 """The mean colour of a picture is its sentiment."""
 
@@ -201,3 +208,24 @@ def picture(path: Path, label: str, size: int = 8) -> Path:
     """A picture in one label's colour."""
     Image.new("RGB", (size, size), COLOURS[label]).save(path)
     return path
+
+
+def endpoint(url: str, **settings: Any) -> Endpoint:
+    """A client of the server that does not wait long."""
+    return Endpoint(EndpointSettings(url, "big-vl", **({"backoff_s": 0.01, "concurrency": 4} | settings)), LABELS)
+
+
+def posts(folder: Path, count: int) -> list[Sample]:
+    """Posts whose pictures show their labels, in turn."""
+    names = list(COLOURS)
+    pictures = [picture(folder / f"{name}.png", name) for name in names]
+    return [Sample(f"s{i}", f"post {i}", (pictures[i % 3],), label=names[i % 3]) for i in range(count)]
+
+
+def answers(
+    teacher: Endpoint, samples: list[Sample], sampling: Sampling = Sampling(), template: Any = "predict"
+) -> list[Answer]:
+    """What an endpoint answers to each sample, in their order; there is one answer to each."""
+    found = dict(teacher.reason(samples, template, sampling))
+    assert sorted(found) == list(range(len(samples)))
+    return [found[i] for i in range(len(samples))]

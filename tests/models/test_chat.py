@@ -1,0 +1,124 @@
+"""One question: asked again where the server fails, asked for less where it knows less, and given up."""
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.errors import RunError
+from tests.models.openai_server import Server, answers, endpoint, posts, token
+
+# ---- failures ----
+
+
+def test_busy_and_broken_servers_are_asked_again(tmp_path: Path) -> None:
+    rates = {"429": 0.2, "500": 0.1, "broken": 0.1, "empty": 0.1}
+    with Server(rates=rates, seed=3) as server:
+        found = answers(endpoint(server.url, max_attempts=30, backoff_s=0.002), posts(tmp_path, 60))
+    assert all(server.sent[kind] > 0 for kind in rates)
+    assert [answer.error for answer in found] == [None] * 60
+    assert server.sent["right"] == 60
+    assert (found[0].prompt_tokens, found[0].completion_tokens) == (100, 10)
+
+
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    with Server(headers={"Retry-After": "0.3"}) as server:
+        server.refuse = lambda body: (429, "slow down") if server.requests == 1 else None
+        begin = time.monotonic()
+        found = answers(endpoint(server.url), posts(tmp_path, 1))
+    assert found[0].error is None
+    assert time.monotonic() - begin >= 0.3
+
+
+def test_a_wait_beyond_the_deadline_is_not_begun(tmp_path: Path) -> None:
+    with Server(rates={"429": 1.0}, headers={"Retry-After": "3600"}) as server:
+        begin = time.monotonic()
+        found = answers(endpoint(server.url, deadline_s=5.0), posts(tmp_path, 1))
+    assert found[0].error is not None and "429" in found[0].error
+    assert time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize("slowness", [{"delay_s": 1.0}, {"drip_s": 0.05}], ids=["silent", "dripping"])
+def test_deadlines(tmp_path: Path, slowness: dict[str, float]) -> None:
+    with Server(**slowness) as server:  # type: ignore[arg-type]
+        begin = time.monotonic()
+        found = answers(endpoint(server.url, timeout_s=0.15, deadline_s=0.4), posts(tmp_path, 1))
+        assert time.monotonic() - begin < 5
+    assert found[0].error is not None and "Timeout" in found[0].error
+    assert (found[0].text, found[0].finished) == ("", False)
+    assert server.requests >= 2
+
+
+def test_a_refused_question_costs_only_its_sample(tmp_path: Path) -> None:
+    def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
+        return (400, "content policy") if "post 2" in str(body["messages"]) else None
+
+    with Server(refuse=refuse) as server:
+        found = answers(endpoint(server.url), posts(tmp_path, 5))
+        assert server.requests == 5
+    assert [answer.error is None for answer in found] == [True, True, False, True, True]
+    assert "content policy" in str(found[2].error)
+
+
+def test_a_dead_endpoint_ends_the_run(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        begin = time.monotonic()
+        with pytest.raises(RunError, match="base_url") as caught:
+            answers(endpoint(url, max_attempts=3), posts(tmp_path, 50))
+    assert url in str(caught.value)
+    assert time.monotonic() - begin < 5
+
+
+def test_an_endpoint_that_dies_midway_ends_the_run(tmp_path: Path) -> None:
+    with Server() as server:
+        server.refuse = lambda body: (503, "gone") if server.requests > 20 else None
+        teacher = endpoint(server.url, max_attempts=2, backoff_s=0.001)
+        taken = []
+        with pytest.raises(RunError, match="in a row") as caught:
+            taken.extend(teacher.reason(posts(tmp_path, 200), "predict"))
+        assert server.requests < 60
+    assert server.url in str(caught.value)
+
+
+# ---- servers that know less ----
+
+
+@pytest.mark.parametrize("words", ["Unknown field: response_format", "guided decoding is off", "no json_schema here"])
+def test_a_server_without_json_schema_is_asked_in_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: str
+) -> None:
+    with Server(refuse=lambda body: (400, words) if "response_format" in body else None) as server:
+        teacher = endpoint(server.url)
+        with caplog.at_level(logging.WARNING):
+            found = answers(teacher, posts(tmp_path, 30)) + answers(teacher, posts(tmp_path, 3))
+    assert [answer.error for answer in found] == [None] * 33
+    assert len([record for record in caplog.records if "JSON schema" in record.message]) == 1
+    assert sum("response_format" in question.body for question in server.questions) <= 4
+
+
+def test_schema_can_be_left_out_from_the_start(tmp_path: Path) -> None:
+    with Server() as server:
+        answers(endpoint(server.url, json_schema=False), posts(tmp_path, 1))
+    assert "response_format" not in server.questions[0].body
+
+
+def test_a_server_without_seeds(tmp_path: Path) -> None:
+    with Server(refuse=lambda body: (422, "extra field seed") if "seed" in body else None) as server:
+        found = answers(endpoint(server.url), posts(tmp_path, 6))
+    assert [answer.error for answer in found] == [None] * 6
+
+
+def test_a_server_with_fewer_log_probabilities(tmp_path: Path) -> None:
+    def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
+        return (400, "top_logprobs must be at most 5") if body.get("top_logprobs", 0) > 5 else None
+
+    with Server(refuse=refuse, logprobs=lambda question: [token("neutral", neutral=0.8)]) as server:
+        scores = endpoint(server.url).classify(posts(tmp_path, 3))
+    assert {question.body["top_logprobs"] for question in server.questions} == {20, 5}
+    assert not np.isnan(scores.label_mass).any()

@@ -1,0 +1,68 @@
+"""One request: the key, the address, and what is read in a reply."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import RunError, SettingsError
+from distill.models.connection import EndpointSettings
+from distill.task.sample import Sample
+from tests.models.openai_server import Server, answers, endpoint, posts, rationale
+
+
+def test_a_missing_variable_is_refused_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with Server() as server:
+        with pytest.raises(SettingsError, match="TEACHER_KEY"):
+            endpoint(server.url, api_key_env="TEACHER_KEY")
+        assert server.requests == 0
+
+
+def test_an_expired_key_ends_the_run_and_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "expired")
+    with Server(refuse=lambda body: (401, "expired")) as server:
+        with pytest.raises(RunError, match="TEACHER_KEY") as caught:
+            answers(endpoint(server.url, api_key_env="TEACHER_KEY"), posts(tmp_path, 20))
+        assert server.requests <= 8
+    assert "expired" not in str(caught.value)
+    with Server(refuse=lambda body: (403, "no")) as server, pytest.raises(RunError, match="api_key_env"):
+        answers(endpoint(server.url), posts(tmp_path, 1))
+
+
+def test_an_unknown_model_ends_the_run(tmp_path: Path) -> None:
+    with Server() as server:
+        wrong_path = server.url.removesuffix("/v1")
+        with pytest.raises(RunError, match="big-vl") as caught:
+            answers(endpoint(wrong_path), posts(tmp_path, 1))
+    assert wrong_path in str(caught.value)
+
+
+def test_a_cut_answer_is_unfinished(tmp_path: Path) -> None:
+    with Server(rates={"truncated": 1.0}) as server:
+        found = answers(endpoint(server.url), posts(tmp_path, 1))
+    assert (found[0].finished, found[0].error) == (False, None)
+    assert server.requests == 1
+
+
+def test_hostile_text_in_both_directions(tmp_path: Path) -> None:
+    with Server(answer=lambda question: rationale("neutral", "half a pair \ud83d")) as server:
+        found = answers(endpoint(server.url), [Sample("s", "half a pair \ud83d")])
+    assert found[0].error is None
+    assert found[0].text.encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"base_url": "localhost:8000"}, "base_url"),
+        ({"base_url": "http://host:port/v1"}, "base_url"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"timeout_s": math.nan}, "timeout_s"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+    ],
+)
+def test_impossible_settings(change: dict[str, Any], names: str) -> None:
+    with pytest.raises(SettingsError, match=names):
+        EndpointSettings(**({"base_url": "http://localhost/v1", "model": "m"} | change))

@@ -1,0 +1,39 @@
+"""What answers took, and the scores of some samples out of many."""
+
+import numpy as np
+
+from distill.models.reasoner import Answer, ClassScores, Cost
+
+
+def test_costs_add_up_part_by_part_and_no_cost_changes_nothing() -> None:
+    costs = [Cost(1, 100, 10, 0.5), Cost(2, 30, 4, 0.25)]
+    assert sum(costs, Cost()) == Cost(3, 130, 14, 0.75)
+    assert costs[0] + Cost() == costs[0]
+
+
+def test_an_answer_tells_its_cost_and_equals_one_that_took_longer() -> None:
+    answer = Answer("words", True, 100, 10, calls=5, seconds=0.5)
+    assert answer.cost == Cost(5, 100, 10, 0.5)
+    slower = Answer("words", True, 100, 10, calls=5, seconds=3.0)
+    assert slower == answer and slower.cost != answer.cost
+    assert Answer("words", False, 100, 10, calls=5) != answer
+
+
+def test_the_scores_of_some_samples_keep_their_rows_masses_and_costs_together() -> None:
+    probabilities = np.array([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]])
+    costs = (Cost(1, 10), Cost(1, 20), Cost(1, 30))
+    scores = ClassScores(probabilities, np.array([0.9, 0.8, 0.7]), costs)
+    kept = scores.only(np.array([True, False, True]))
+    assert kept.probabilities.tolist() == [[0.7, 0.3], [0.5, 0.5]]
+    assert kept.label_mass.tolist() == [0.9, 0.7]
+    assert kept.costs == (Cost(1, 10), Cost(1, 30))
+    none = scores.only(np.zeros(3, dtype=bool))
+    assert none.probabilities.shape == (0, 2) and none.costs == ()
+    uncounted = ClassScores(probabilities, scores.label_mass)
+    assert uncounted.only(np.array([False, True, True])).costs == ()
+
+
+def test_only_a_mass_of_exactly_zero_means_no_answer() -> None:
+    mass = np.array([0.0, 1e-30, 1.0, np.nan])  # NaN: the model does not tell its mass
+    scores = ClassScores(np.full((4, 2), 0.5), mass)
+    assert scores.answered.tolist() == [False, True, True, True]

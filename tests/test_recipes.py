@@ -1,0 +1,95 @@
+"""The recipes that are shipped: their models can be built, and the paper's have its hyperparameters."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2_5_VLConfig
+
+from distill.errors import SettingsError
+from distill.models.backbone import LoraSettings, ModelSettings, on_meta
+from tests import micro
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def published(hidden: int, layers: int, heads: int, kv: int, intermediate: int, vocabulary: int, tied: bool) -> Any:
+    """The config of a published Qwen2.5-VL, as its model card gives the sizes."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv, "intermediate_size": intermediate, "vocab_size": vocabulary,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": hidden,
+            "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+        },
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The configs of the hub models that recipes name."""
+    sizes = {
+        "Qwen/Qwen2.5-VL-3B-Instruct": published(2048, 36, 16, 2, 11008, 151_936, True),
+        "Qwen/Qwen2.5-VL-7B-Instruct": published(3584, 28, 28, 4, 18944, 152_064, False),
+    }
+    folders = {name: tmp_path_factory.mktemp("hub") for name in sizes}
+    for name, folder in folders.items():
+        sizes[name].save_pretrained(folder)
+    return folders
+
+
+PARAMETERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 3.7546e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.2922e9}
+LAYERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 36, "Qwen/Qwen2.5-VL-7B-Instruct": 28}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_how_to_run_it_and_its_models_can_be_built(path: Path, hub: dict[str, Path]) -> None:
+    assert path.read_text().startswith(f"# distill run --config recipes/{path.name}")
+    recipe = micro.read(path)
+    assert recipe.name == path.stem
+    sections = [recipe.teacher, recipe.assistant, recipe.student]
+    models = [section.model for section in sections if section is not None]
+    assert len(models) >= 2
+    for settings in models:
+        if not settings.path:
+            assert sum(weights.numel() for weights in on_meta(settings).parameters()) < 5e6
+            continue
+        model = on_meta(dataclasses.replace(settings, path=str(hub[settings.path])))
+        assert {weights.device.type for weights in model.parameters()} == {"meta"}
+        assert sum(w.numel() for w in model.parameters()) == pytest.approx(PARAMETERS[settings.path], rel=1e-3)
+        assert settings.lora is not None
+        adapted = [name for name, _ in model.named_modules() if re.fullmatch(settings.lora.targets, name)]
+        assert len(adapted) == 7 * LAYERS[settings.path]
+        assert all("language_model" in name and "visual" not in name for name in adapted)
+
+
+@pytest.mark.parametrize("name", ["twitter15", "twitter17", "mvsa-single", "mvsa-multiple"])
+def test_the_papers_recipes_have_its_hyperparameters(name: str) -> None:
+    """MulCoT-RD, arXiv 2508.05234, as DESIGN section 4 quotes it."""
+    recipe = micro.read(next(path for path in RECIPES if path.stem == name))
+    assert recipe.seed == 42 and recipe.assistant is not None and recipe.student is not None
+    for section, path, dropout in ((recipe.assistant, "7B", 0.2), (recipe.student, "3B", 0.05)):
+        assert section.model.path == f"Qwen/Qwen2.5-VL-{path}-Instruct"
+        assert section.model.lora == LoraSettings(r=16, alpha=32, dropout=dropout)
+        assert (section.model.image_size, section.model.dtype) == (280, "bfloat16")
+        assert (section.batch_size, section.learning_rate, section.tasks) == (2, 3e-4, {"reason": 1.0, "classify": 1.0})
+        assert (section.patience, section.factor, section.min_learning_rate) == (2, 0.5, 1e-6)
+        trainer = recipe.trainer | section.trainer
+        assert (trainer["max_epochs"], trainer["accumulate_grad_batches"]) == (20, 20)
+    distillation = recipe.student.distillation
+    assert (distillation.weight, distillation.temperature, distillation.positions) == (0.3, 2.0, "response")
+    assert recipe.augment is not None and (recipe.augment.temperature, recipe.augment.max_new_tokens) == (0.7, 512)
+    assert recipe.annotate is not None and recipe.annotate.endpoint is not None
+    assert (recipe.annotate.retries, recipe.annotate.unlabelled) == (3, "skip")
+    assert "72B" in recipe.annotate.endpoint.model
+
+
+def test_a_model_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^model.path: no/such-model cannot be loaded"):
+        on_meta(ModelSettings(path="no/such-model"))
