@@ -64,7 +64,7 @@ STAGES = {
 }
 """In the order of a chain; a recipe has the stages whose sections it has."""
 
-_PAID = "ledger.jsonl"
+_KEPT = ("ledger.jsonl", "soft_targets")  # each entry of which says itself what it was made from
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _LIBRARIES = ("distill", "torch", "lightning", "transformers", "peft", "datasets", "wandb")
 
@@ -142,6 +142,12 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
         raise RunError(f"{recipe.folder}: {reason}") from error
 
 
+def up_to_date(recipe: Recipe) -> dict[str, bool]:
+    """The recipe's stages in order, and whether each has run with these settings and data."""
+    manifest = _Manifest(recipe.folder)
+    return {name: manifest.done(name, found) for name, found in fingerprints(recipe).items()}
+
+
 def ready(recipe: Recipe, command: str, reads: Sequence[str]) -> dict[str, str]:
     """The fingerprints of the stages, for a command that is no stage itself and reads what they left.
 
@@ -177,8 +183,8 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
     recipe, stage = context.recipe, STAGES[name]
     folder, fingerprint = recipe.folder / name, context.fingerprints[name]
     if name != "export" and manifest.stages.get(name, {}).get("fingerprint") != fingerprint:
-        # what stands there was made from something else; answers that were paid for stay, and so does an export until
-        # the next one is checked
+        # what stands there was made from something else; answers and soft targets tell themselves from what, and an
+        # export stays until the next one is checked
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
@@ -208,7 +214,7 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
 
 def _clear(folder: Path) -> None:
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name == _PAID:
+        if path.name in _KEPT:
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -187,6 +187,8 @@ def check(recipe: Recipe) -> None:
             _check_trainer(settings.trainer, f"{stage}.trainer")
             if settings.batch_size < 1:
                 raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
+            if settings.packing and settings.model.attention == "flash_attention_2":
+                raise SettingsError(f"{stage}.packing takes false where {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model has nothing to adapt")
     check_labels(recipe.data, recipe.labels)

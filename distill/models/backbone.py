@@ -4,6 +4,7 @@ Nothing else in the house knows transformers or peft. A backbone is either pretr
 tiny and built from a config (`tiny`, all weights train).
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Cache
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.encoding import IGNORE, Encoder, Features, Side, label_tokens
+from distill.models.encoding import IGNORE, Encoder, Question, Side, label_tokens
+from distill.models.packing import Features, Packed, pad_rows, predictions, tree_mask, tree_positions
 from distill.models.tiny import TinySettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -128,11 +130,69 @@ class Backbone:
             for sample, before in zip(samples, said, strict=True)
         ]
         if answers is not None:
-            endings = [[*self.encoder.tokens(answer), self.processor.tokenizer.eos_token_id] for answer in answers]
+            endings = [self.answer_tokens(answer) for answer in answers]
         else:
             closing = self.encoder.tokens(prompts.CLASSIFY_PREFIX) if template in prompts.SCORED else []
             endings = [closing] * len(questions)
         return self.encoder.encode(questions, endings, labelled=answers is not None, padding_side=padding_side)
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """The tokens of an answer with the one that ends it."""
+        return [*self.encoder.tokens(text), self.processor.tokenizer.eos_token_id]
+
+    def pack(self, rows: Sequence[Sequence[Question]]) -> Packed:
+        """B rows of questions about the same pictures, each row one sequence (`models/packing.py`).
+
+        Raises:
+            ImageError: a picture cannot be read.
+            SettingsError: the chat template does not let the questions share their pictures.
+        """
+        first, layouts, lengths = self.encoder.pack(rows)
+        seen = first["attention_mask"].bool()
+        inputs = {name: value for name, value in first.items() if value.shape != first["input_ids"].shape}
+        for name in first.keys() - inputs.keys() - {"input_ids", "attention_mask"}:  # of pictures, which are shared
+            inputs[name] = pad_rows([
+                (row[mask].tolist()[:length] + [0] * len(layout.tokens))[: len(layout.tokens)]
+                for row, mask, layout, length in zip(first[name], seen, layouts, lengths, strict=True)
+            ], 0)  # fmt: skip
+        inputs["input_ids"] = pad_rows([row.tokens for row in layouts], self.processor.tokenizer.pad_token_id)
+        if any(row.branches for row in layouts):
+            inputs["ends"] = pad_rows([row.ends for row in layouts])
+            alone = self.positions(first)
+            shared = [alone[..., row, mask][..., : lengths[row]] for row, mask in enumerate(seen)]
+            inputs["position_ids"] = tree_positions(shared, layouts)
+        else:
+            inputs["attention_mask"] = pad_rows([[1] * len(row.tokens) for row in layouts], 0)
+        return predictions(inputs, layouts)
+
+    def hidden_states(self, inputs: Features, cache: Cache | None = None) -> torch.Tensor:
+        """Last hidden states [B, T, D]: what the output head turns into logits. Differentiable.
+
+        Args:
+            cache: takes the keys and values of all columns, for what is to be generated behind them.
+        """
+        if "ends" in inputs:
+            mask = tree_mask(inputs["ends"])
+            if self.settings.attention == "eager":  # which adds its mask
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+            inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
+        output = self._plain.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        found: torch.Tensor = output.last_hidden_state
+        return found
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Weights [V, D] of the output head; it has no bias."""
+        return self._plain.get_output_embeddings().weight
+
+    def positions(self, features: Features) -> torch.Tensor:
+        """Position ids [..., B, T] of padded prompts: multimodal ones where the model has them, plain otherwise."""
+        index = getattr(self._plain.base_model, "get_rope_index", None)
+        if index is None:
+            return (features["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        known = inspect.signature(index).parameters
+        found: torch.Tensor = index(**{name: value for name, value in features.items() if name in known})[0]
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the trained weights (the adapter alone under LoRA) and the processor."""
@@ -140,17 +200,25 @@ class Backbone:
             self.model.save_pretrained(folder)  # type: ignore[operator]
             self.processor.save_pretrained(folder)
 
+    @property
+    def _plain(self) -> Any:
+        """The model without its adapter's wrapping; the adapter itself stays in it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
     def merged(self) -> torch.nn.Module:
         """The model as plain transformers weights, its adapter merged in."""
         return self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
 
 
-def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True) -> Backbone:
+def create(
+    settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True, weights: bool = True
+) -> Backbone:
     """A model before training: pretrained with a fresh adapter, or tiny with random weights.
 
     Args:
         tokenizer: folder of the tokenizer that the chain's tiny models share.
         train: False for a ready model that only answers; it gets no adapter.
+        weights: False for its shapes alone: a pretrained one is then on the meta device, and no weights are read.
 
     Raises:
         SettingsError: the model cannot be loaded, lacks a chat template, or its tokenizer splits a label strangely.
@@ -162,11 +230,11 @@ def create(settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, trai
             words = tiny.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {_first_line(error)}") from error
-        model = AutoModelForImageTextToText.from_config(
+        model: Any = AutoModelForImageTextToText.from_config(
             tiny.build_config(settings.tiny, words), attn_implementation=settings.attention
         )
         return Backbone(model, tiny.build_processor(words), labels, settings)
-    model = _pretrained(settings, settings.path)
+    model = _pretrained(settings, settings.path) if weights else on_meta(settings)
     if train and settings.lora is not None:
         model = _with_lora(model, settings.lora)
     return Backbone(model.train(train), _processor(model, settings.path, settings.revision), labels, settings)

@@ -1,13 +1,35 @@
 """Label scoring: the probability of each label as the answer to a closed *classify* or *review* prompt."""
 
-import inspect
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from transformers import DynamicCache
 
 from distill.models.backbone import Backbone
-from distill.models.encoding import Features
+from distill.models.encoding import Question
+from distill.models.packing import Features, lay_out
+from distill.task import prompts
+from distill.task.prompts import Template
+from distill.task.sample import Sample
+
+
+class Reading(NamedTuple):
+    """B samples read once for two questions: their labels, and from where a model goes on to answer the other one.
+
+    Attributes:
+        probabilities, mass: [B, K] and [B], as `score_labels` gives them.
+        prompt: what `generate` takes to go on: left-padded `input_ids` and `attention_mask` [B, T], `position_ids`, and
+            `past_key_values` of all columns but the last.
+        lengths: [B], tokens of the closed *classify* prompts.
+        added: [B], tokens of the other prompts that are not in the first ones.
+    """
+
+    probabilities: torch.Tensor
+    mass: torch.Tensor
+    prompt: dict[str, Any]
+    lengths: torch.Tensor
+    added: torch.Tensor
 
 
 def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,15 +38,10 @@ def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, 
     Labels that differ in their first token are told apart by it; others are scored whole, with their end tokens.
     """
     if backbone.labels_share_tokens:
-        log_probabilities = label_log_probabilities(backbone, features)
-        mass = log_probabilities.exp().sum(-1)
-        # too small for a float, perhaps, but 0 would say that there is no answer
-        return log_probabilities.softmax(-1), mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        return _normalised(label_log_probabilities(backbone, features))
     last = features["attention_mask"].sum(1) - 1
-    kept = int(features["input_ids"].shape[1] - last.min())
-    logits = backbone.model(**features, logits_to_keep=kept).logits
-    offset = features["input_ids"].shape[1] - logits.shape[1]
-    return normalise_labels(logits[torch.arange(len(last)), last - offset], backbone.label_ids.to(logits.device))
+    hidden = backbone.hidden_states(features)[torch.arange(len(last)), last]
+    return normalise_labels(hidden @ backbone.head.T, backbone.label_ids.to(hidden.device))
 
 
 def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,78 +53,106 @@ def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[tor
 def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Tensor:
     """Log-probabilities [B, K] of the whole labels with their end tokens; differentiable.
 
-    All labels are scored in one forward pass behind one prompt, as branches that cannot see each other. A row is laid
-    out as `prompt, padding, root, branch 1, ..., branch K`: the root is the prompt's last token, moved behind the
-    padding so that it stands in one column for all rows, and a branch is a label without its end token. Positions run
-    on from the prompt in every branch. Logits are computed from the root on only.
+    All labels are scored in one forward pass behind one prompt, as branches that cannot see each other.
 
     Args:
         features: right-padded prompts closed with the forced prefix, as `Backbone.encode` makes them.
     """
-    tree = _Tree(backbone.label_tokens, backbone.device)
     ids, mask = features["input_ids"], features["attention_mask"].bool()
-    last = mask.sum(1, keepdim=True) - 1
+    branches = lay_out([], [([], backbone.label_tokens)])
+    width, size = ids.shape[1], len(branches.tokens)
+
+    def behind(row: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
+        return torch.cat([row, torch.tensor(values).to(row).expand(len(ids), -1)], 1)
+
     inputs = {
-        name: torch.nn.functional.pad(value, (0, tree.size)) if value.shape == ids.shape else value
+        name: torch.nn.functional.pad(value, (0, size)) if value.shape == ids.shape else value
         for name, value in features.items()
+        if name != "attention_mask"
     }
-    inputs["input_ids"] = torch.cat([ids, ids.gather(1, last), tree.written.expand(len(ids), -1)], 1)
-    positions = _positions(backbone.model, features)
+    inputs["input_ids"] = behind(ids, branches.tokens)
+    itself = torch.arange(1, width + 1, device=ids.device)  # what padding sees
+    inputs["ends"] = behind(torch.where(mask, width + size, itself), [width + end for end in branches.ends])
+    positions = backbone.positions(features)
+    last = mask.sum(1, keepdim=True) - 1
+    depths = torch.tensor(branches.depths, device=ids.device)
     root = positions.gather(-1, last.expand(*positions.shape[:-1], 1))
-    inputs["position_ids"] = torch.cat([positions, root + tree.depth], -1)
-    seen = tree.attention(mask.scatter(1, last, False))
-    if backbone.settings.attention == "eager":  # which adds its mask
-        seen = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-    inputs["attention_mask"] = seen
-    return tree.sums(backbone.model(**inputs, logits_to_keep=tree.size, use_cache=False).logits)
+    inputs["position_ids"] = torch.cat([positions, root + 1 + depths], -1)
+
+    columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
+    columns = torch.where(columns < 0, last, width + columns)
+    return _whole_labels(backbone, backbone.hidden_states(inputs), columns)
 
 
-class _Tree:
-    """A root and K branches of N tokens together, in `size` = 1 + N columns: what each column sees and predicts.
+def read_both(backbone: Backbone, samples: Sequence[Sample], template: Template) -> Reading:
+    """Label scoring of B samples and the reading of another question about them, in one forward pass.
 
-    Attributes:
-        written: [N], the branches' tokens.
-        depth: [size], each column's distance from the root.
+    A row holds what the questions share, the other question's own tokens, and the closed *classify* prompt's with the
+    labels, as branches that cannot see each other (`models/packing.py`).
+
+    Raises:
+        ImageError: a picture cannot be read.
+        SettingsError: the chat template does not let the questions share their pictures.
     """
-
-    def __init__(self, labels: Sequence[Sequence[int]], device: torch.device) -> None:
-        branch, depth, columns = [-1], [0], []
-        for label, tokens in enumerate(labels):
-            columns += [0, *range(len(branch), len(branch) + len(tokens) - 1)]  # the end token has none of its own
-            branch += [label] * (len(tokens) - 1)
-            depth += range(1, len(tokens))
-        self.size, self.depth = len(depth), torch.tensor(depth, device=device)
-        self.written = torch.tensor([token for tokens in labels for token in tokens[:-1]], device=device)
-        self._branch = torch.tensor(branch, device=device)
-        self._columns = torch.tensor(columns, device=device)
-        self._targets = torch.tensor([token for tokens in labels for token in tokens], device=device)
-        self._lengths = [len(tokens) for tokens in labels]
-
-    def attention(self, prompt: torch.Tensor) -> torch.Tensor:
-        """Which columns each column sees, [B, 1, T + size, T + size], behind prompts whose keys are True in [B, T]."""
-        rows, width = prompt.shape
-        alike = self._branch[:, None] == self._branch
-        before = self.depth[:, None] >= self.depth
-        seen = torch.zeros(rows, 1, width + self.size, width + self.size, dtype=torch.bool, device=prompt.device)
-        seen[..., :width] = prompt[:, None, None]
-        seen[..., :width, :width] &= torch.ones(width, width, dtype=torch.bool, device=prompt.device).tril()
-        seen[..., width:, width:] = alike & before
-        seen[..., width:, width] = True
-        return seen
-
-    def sums(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [B, K] of the labels, from logits [B, size, V]."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        tokens = logits[:, self._columns, self._targets] - logits.logsumexp(-1)[:, self._columns]
-        return torch.stack([part.sum(1) for part in tokens.split(self._lengths, 1)], 1)
+    labels, closing = backbone.labels, backbone.encoder.tokens(prompts.CLASSIFY_PREFIX)
+    answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
+    unwritten = [[backbone.processor.tokenizer.eos_token_id]]  # whatever it begins with
+    packed = backbone.pack([
+        [
+            Question((prompts.render(template, sample, labels), sample.images), [], unwritten),
+            Question((prompts.render("classify", sample, labels), sample.images), closing, answers),
+        ]
+        for sample in samples
+    ])  # fmt: skip
+    inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
+    width = inputs["input_ids"].shape[1]
+    columns = (packed.columns % width).view(len(samples), -1).to(backbone.device)
+    asked, scored = columns[:, 0], columns[:, 1:]
+    cache = DynamicCache()
+    hidden = backbone.hidden_states(inputs, cache)
+    if backbone.labels_share_tokens:
+        found = _normalised(_whole_labels(backbone, hidden, scored))
+    else:
+        last = hidden[torch.arange(len(samples)), scored[:, 0]]
+        found = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
+    closed = scored[:, :1]
+    every = torch.arange(width, device=closed.device)
+    lengths = ((every <= closed) & (inputs["ends"] > closed)).sum(1)  # what the last token of the prompt sees
+    prompt = _first_tokens(inputs, cache, asked + 1, backbone.processor.tokenizer.pad_token_id)
+    return Reading(*found, prompt, lengths, closed[:, 0] + 1 - lengths)
 
 
-def _positions(model: torch.nn.Module, features: Features) -> torch.Tensor:
-    """Position ids [..., B, T] of right-padded prompts: multimodal ones where the model has them, plain otherwise."""
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    index = getattr(getattr(whole, "model", whole), "get_rope_index", None)
-    if index is None:
-        return (features["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    known = inspect.signature(index).parameters
-    positions: torch.Tensor = index(**{name: value for name, value in features.items() if name in known})[0]
-    return positions
+def _first_tokens(inputs: Features, cache: DynamicCache, lengths: torch.Tensor, padding: int) -> dict[str, Any]:
+    """The first `lengths` [B] tokens of rows, padded on the left, with what a cache holds of all but the last."""
+    width = int(lengths.max())
+    columns = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
+    mask, columns = columns >= 0, columns.clamp(min=0)
+    kept = columns[:, None, :-1, None]
+    for layer in cache.layers:
+        layer.keys, layer.values = (
+            states.gather(2, kept.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (layer.keys, layer.values)
+        )
+    positions = inputs["position_ids"]
+    return {
+        "input_ids": inputs["input_ids"].gather(1, columns).masked_fill(~mask, padding),
+        "attention_mask": mask.long(),
+        "position_ids": positions.gather(-1, columns.expand(*positions.shape[:-2], -1, -1)),
+        "past_key_values": cache,
+    }
+
+
+def _whole_labels(backbone: Backbone, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B, K] of all tokens of each label, which hidden states [B, T, D] predict at columns [B, N]."""
+    tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=columns.device)
+    logits = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    found = logits.gather(-1, tokens.expand(len(columns), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+    return torch.stack([part.sum(1) for part in found.split([len(label) for label in backbone.label_tokens], 1)], 1)
+
+
+def _normalised(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, K] and mass [B] of whole labels."""
+    mass = log_probabilities.exp().sum(-1)
+    # too small for a float, perhaps, but 0 would say that there is no answer
+    return log_probabilities.softmax(-1), mass.clamp(min=torch.finfo(mass.dtype).tiny)

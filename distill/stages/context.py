@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,8 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
-from distill.annotation.ledger import Ledger, Memory
+from distill.annotation.ledger import Ledger, digest
+from distill.annotation.memory import Memory
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
 from distill.errors import SettingsError
@@ -127,18 +128,29 @@ class Context:
             model,
             rows,
             self.corpus.validation,
-            learner.settings.tasks,
+            learner.settings.tasks,  # type: ignore[arg-type]
+            learner.encode,
             batch_size=settings.batch_size,
             workers=settings.workers,
             seed=self.recipe.seed,
         )
         logger = tracked.lightning_logger()
-        arguments = with_defaults(self.recipe.trainer, settings.trainer)
+        arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= longer
         fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
+
+    def trainer_arguments(self, settings: TrainSettings) -> dict[str, Any]:
+        """What lightning.Trainer is given for one training."""
+        return with_defaults(self.recipe.trainer, settings.trainer)
+
+    def weights(self, stage: str) -> str:
+        """A hash of the weights that a stage trained, and of what they lie on."""
+        model: ModelSettings = getattr(self.recipe, stage).model
+        files = sorted((self.folder / stage / "adapter").glob("*.safetensors"))
+        return sha256(repr([model.path, model.revision, *map(digest, files)]).encode()).hexdigest()
 
     def load(self, stage: str, part: str = "") -> Backbone:
         """The model that a stage trained."""
@@ -185,8 +197,8 @@ class Context:
         ).strategy.root_device  # fmt: skip
         return str(kind)
 
-    def write_rationales(self, stage: str, kept: Sequence[tuple[Sample, Rationale, dict[str, Any]]]) -> None:
-        """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look."""
+    def write_rationales(self, stage: str, kept: Iterable[tuple[Sample, Rationale, dict[str, Any]]]) -> None:
+        """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look, as they come."""
         rows = (
             jsonl.row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
             for sample, rationale, extra in kept

@@ -1,12 +1,26 @@
 """Stage `student`: distillation from reasoning data and the assistant's distribution, and the baseline beside it."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from distill.models import backbone
 from distill.models.backbone import Backbone
-from distill.stages.context import Context
+from distill.stages.context import Context, progress
+from distill.task.prompts import Template
+from distill.task.sample import Sample
 from distill.tracking import StageRun
+from distill.training import soft_cache
+from distill.training.batches import encode, questions
+from distill.training.estimate import cached
+from distill.training.fit import active_folder
+from distill.training.soft_cache import CachedTargets
 from distill.training.soft_targets import SoftTargets
-from distill.training.student import StudentModule
+from distill.training.student import StudentModule, StudentSettings
+
+log = logging.getLogger(__name__)
 
 HARD_LABELS = "hard_labels"
 """Folder of the baseline below the stage's: the same student, trained on the gold labels alone."""
@@ -20,12 +34,13 @@ def run(context: Context, tracked: StageRun) -> None:
         if getattr(context.recipe, stage) is not None:
             tracked.use_artifact(artifact)
 
-    def student(model: Backbone) -> StudentModule:
-        soft_targets = SoftTargets(context.load("assistant"), model) if settings.distillation.weight > 0 else None
-        return StudentModule(model, settings, soft_targets)
-
     rows = context.training_rows("annotate", "augment")
-    context.train("student", student, rows, tracked)
+
+    def soft_targets(model: Backbone) -> SoftTargets | CachedTargets | None:
+        with torch.random.fork_rng():  # whether the assistant is loaded must not change what the student draws
+            return _soft_targets(context, settings, model, rows) if settings.distillation.weight > 0 else None
+
+    context.train("student", lambda model: StudentModule(model, settings, soft_targets(model)), rows, tracked)
     if settings.hard_labels_baseline:
         plain = replace(settings, tasks={"classify": 1.0})
         labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
@@ -35,3 +50,51 @@ def run(context: Context, tracked: StageRun) -> None:
             "student", lambda model: StudentModule(model, plain), labelled, tracked, part=HARD_LABELS, longer=longer
         )
     tracked.log_artifact("student", "model", context.folder / "student" / "adapter")
+
+
+def _soft_targets(
+    context: Context, settings: StudentSettings, student: Backbone, rows: Sequence[Sample]
+) -> SoftTargets | CachedTargets:
+    """The assistant, or what it says about the rows, asked for now where it is not known yet."""
+
+    def assistant() -> SoftTargets:
+        return SoftTargets(context.load("assistant"), student)
+
+    options, folder = settings.distillation, context.folder / soft_cache.FOLDER
+    if not _cached(context, settings, student, rows):
+        return assistant()
+    tasks: dict[Template, float] = settings.tasks  # type: ignore[assignment]
+    key = soft_cache.keys(student, list(tasks), context.weights("assistant"), options.top_k, options.temperature)
+    if active_folder() is None:  # the processes of one training would write them at once
+        with progress("soft targets") as show:
+            soft_cache.write(
+                folder,
+                rows,
+                key,
+                lambda samples: encode(samples, student, tasks, settings.packing),
+                assistant,
+                device=context.device,
+                top_k=options.top_k,
+                temperature=options.temperature,
+                workers=settings.workers,
+                progress=show,
+            )
+    return CachedTargets(folder, key)
+
+
+def _cached(context: Context, settings: StudentSettings, student: Backbone, rows: Sequence[Sample]) -> bool:
+    """Whether soft targets are written to the disk: as the recipe says, or where that pays and there is room."""
+    options, model = settings.distillation, context.recipe.assistant
+    assert model is not None
+    tasks: list[Template] = list(settings.tasks)  # type: ignore[arg-type]
+    answers = (answer for sample in rows for _, answer in questions(sample, context.labels, tasks))
+    tokens = sum(len(student.answer_tokens(answer)) for answer in answers)
+    width = backbone.on_meta(model.model).get_output_embeddings().weight.shape[1]  # type: ignore[operator]
+    needed, room = tokens * soft_cache.bytes_per_token(width, options.top_k), soft_cache.room(context.folder)
+    epochs = context.trainer_arguments(settings)["max_epochs"]
+    if cached(options, epochs, needed, room):
+        return True
+    if cached(options, epochs, 0, room):
+        found = (needed / 1e9, room / 1e9)
+        log.warning("soft targets would take %.1f GB of %.1f: the assistant is asked in every epoch instead", *found)
+    return False

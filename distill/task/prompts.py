@@ -9,7 +9,7 @@ from typing import Literal
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
 
-VERSION = "1"
+VERSION = "2"
 
 Template = Literal["predict", "explain", "reason", "classify", "review"]
 
@@ -44,17 +44,19 @@ _FIELDS = (
     '"Prediction": <{names}>',
 )
 
-_FULL = """Judge the sentiment of {target}{scale}.
-{definitions}{post}
-{hint}Answer with these five fields, one a line, and nothing else:
-{fields}"""
+_HEAD = "Judge the sentiment of {target}{scale}: {names}.\n{post}\n"
+"""What all questions about one post begin with, so that a model reads it (and the picture before it) once for all."""
+
+_FULL = "{definitions}{hint}Answer with these five fields, one a line, and nothing else:\n{fields}"
 
 _HINT = "The sentiment is {label}. Explain it from the post itself, as if found on your own.\n"
 
-_SHORT: dict[str, str] = {
-    "reason": "Reason in five fields about the sentiment of {target}{scale}: {names}.\n{post}",
-    "classify": "Classify the sentiment of {target}{scale}: {names}.\n{post}\nAnswer: {prefix} <label>",
-    "review": "Classify the sentiment of {target}{scale}: {names}.\n{post}\n{earlier}Answer: {prefix} <label>",
+_TAILS: dict[str, str] = {
+    "predict": _FULL,
+    "explain": _FULL,
+    "reason": "Reason in five fields.",
+    "classify": "Answer: {prefix} <label>",
+    "review": "{earlier}Answer: {prefix} <label>",
 }
 
 _EARLIER = "A first reader said {} ({:.0%} sure), a second one {} ({:.0%} sure). Either may be wrong.\n"
@@ -82,7 +84,7 @@ def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earl
         said = _EARLIER.format(earlier.student, earlier.student_confidence, earlier.teacher, earlier.teacher_confidence)
     named = [name for name in labels.names if name in _DEFINITIONS]
     names = ", ".join(labels.names[:-1]) + " or " + labels.names[-1]
-    return (_SHORT.get(template) or _FULL).format(
+    return (_HEAD + _TAILS[template]).format(
         target="the post" if sample.aspect is None else f'the post towards "{_line(sample.aspect)}"',
         names=names,
         scale=f" on a scale from {labels.names[0]} (negative) to {labels.names[-1]} (positive)" if labels.scale else "",

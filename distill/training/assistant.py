@@ -1,7 +1,7 @@
 """The assistant: one model fine-tuned on reasoning and classification at once (MulCoT-RD, arXiv 2508.05234)."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,11 @@ import lightning as L
 import torch
 from sklearn.metrics import f1_score
 
-from distill.models.backbone import IGNORE, Backbone, Features, ModelSettings
-from distill.models.scoring import label_log_probabilities, score_labels
-from distill.training.batches import Batch
-from distill.training.losses import TaskLoss, label_loss, task_loss
+from distill.models.backbone import Backbone, Features, ModelSettings
+from distill.models.scoring import score_labels
+from distill.task.sample import Sample
+from distill.training.batches import Batch, check_exact, encode
+from distill.training.fused import AnswerLoss, answer_loss
 
 
 @dataclass
@@ -24,7 +25,10 @@ class TrainSettings:
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
     """Tasks and their weights in the loss: reason, classify, and for a teacher predict, explain and review."""
     batch_size: int = 2
-    """Samples in a step and process; each gives one sequence per task."""
+    """Samples in a step and process."""
+    packing: bool = True
+    """All tasks of a sample in one sequence, in which its picture and what its prompts share stand once; false: a
+    sequence for each task, as flash_attention_2 needs it."""
     learning_rate: float = 3e-4
     """Peak rate of AdamW."""
     weight_decay: float = 0.01
@@ -58,27 +62,32 @@ class AssistantModule(L.LightningModule):
         self._judged: list[tuple[torch.Tensor, ...]] = []
         self._resumed: dict[str, Any] | None = None
 
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        total = torch.zeros((), device=self.device)
-        samples = max(len(features["input_ids"]) for features in batch.values())
-        for task, features in batch.items():
-            loss = self.task_loss(features)
-            size = len(features["input_ids"])
-            self.log(f"train/{task}_loss", loss.hard, batch_size=size, sync_dist=True)
-            self.log(f"train/{task}_kl", loss.soft, batch_size=size, sync_dist=True)
-            # where some samples lack a rationale, the others weigh no more for it: so accumulation equals a large batch
-            total = total + self.settings.tasks[task] * loss.total * size / samples
-        self.log("train/loss", total, prog_bar=True, batch_size=samples, sync_dist=True)
-        return total
+    def encode(self, samples: Sequence[Sample]) -> Any:
+        """The batch of B samples that `training_step` takes."""
+        return encode(samples, self.backbone, self.settings.tasks, self.settings.packing)  # type: ignore[arg-type]
 
-    def task_loss(self, features: Features) -> TaskLoss:
-        """The loss of one task over its B samples, from the last positions that hold every answer."""
-        if "targets" in features:
-            inputs = {name: value for name, value in features.items() if name != "targets"}
-            loss = label_loss(label_log_probabilities(self.backbone, inputs), features["targets"])
-            return TaskLoss(loss, loss, torch.zeros_like(loss))
-        inputs, labels = without_prompt(features)
-        return task_loss(self.model(**inputs, logits_to_keep=labels.shape[1]).logits, labels)
+    def on_fit_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_exact(self.backbone, data.train[0], self.settings.tasks, self.settings.packing)  # type: ignore[arg-type]
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        loss = self.loss(batch)
+        for index, task in enumerate(self.settings.tasks):
+            share = torch.where(batch.tasks == index, batch.shares, 0.0)
+            if (total := share.sum()) > 0:
+                hard, soft = ((part * share).sum() / total for part in (loss.hard, loss.soft))
+                self.log(f"train/{task}_loss", hard, batch_size=len(batch.sizes))
+                self.log(f"train/{task}_kl", soft, batch_size=len(batch.sizes))
+        self.log("train/loss", loss.total, prog_bar=True, batch_size=len(batch.sizes), sync_dist=True)
+        return loss.total
+
+    def loss(self, batch: Batch) -> AnswerLoss:
+        """The loss of a batch: cross-entropy at the positions that predict an answer token, and nowhere else."""
+        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.shares)
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states [N, D] at the positions that predict an answer token."""
+        return self.backbone.hidden_states(batch.inputs).flatten(0, 1)[batch.columns]
 
     def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor], _: int) -> None:
         features, gold, values = batch
@@ -151,10 +160,3 @@ class AssistantModule(L.LightningModule):
         torch.set_rng_state(self._resumed["generators"]["torch"].cpu())
         torch.cuda.set_rng_state_all([state.cpu() for state in self._resumed["generators"]["cuda"]])
         self._resumed = None
-
-
-def without_prompt(features: Features) -> tuple[Features, torch.Tensor]:
-    """The model's inputs, and the labels [B, T] of the last T positions, which are all that predict an answer token."""
-    inputs = {name: value for name, value in features.items() if name != "labels"}
-    first = int((features["labels"] != IGNORE).any(0).nonzero()[0])
-    return inputs, features["labels"][:, max(first - 1, 0) :]

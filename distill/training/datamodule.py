@@ -1,7 +1,8 @@
 """One datamodule for every role: multitask batches to train on, labelled posts to judge by."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
 from typing import Any
 
 import lightning as L
@@ -11,18 +12,62 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
+from distill.task.prompts import Template
 from distill.task.sample import Sample
-from distill.training.batches import Batch, answer, encode_tasks
+from distill.training.batches import answer
+
+
+class ByLengthSampler(StatefulDistributedSampler):
+    """Samples of about one length in a batch: sorted within windows of some batches, which are shuffled in turn.
+
+    Batches are those of all processes together, so that several processes see what one with the larger batch would.
+    """
+
+    WINDOW = 16  # batches
+
+    def __init__(self, samples: Sequence[Sample], world: int, rank: int, seed: int, batch_size: int) -> None:
+        super().__init__(samples, world, rank, seed=seed)
+        self.next_yielded: int | None
+        self.samples = samples
+        self.batch_size = batch_size * world
+
+    def __iter__(self) -> Iterator[int]:
+        self.yielded, self.next_yielded = self.next_yielded or 0, None
+        for index in self._order()[self.rank :: self.num_replicas][self.yielded :]:
+            self.yielded += 1
+            yield index
+
+    def _order(self) -> list[int]:
+        """An epoch of all processes."""
+        draw, size = Random(f"{self.seed} {self.epoch}"), self.batch_size
+        order = draw.sample(range(len(self.samples)), len(self.samples))
+        order += [order[n % len(order)] for n in range(self.total_size - len(order))]
+        mixed: list[int] = []
+        for window in _parts(order, self.WINDOW * size):
+            batches = _parts(sorted(window, key=lambda n: _length(self.samples[n])), size)
+            short = [batches.pop()] if len(batches[-1]) < size else []  # only an epoch's last batch may be smaller
+            draw.shuffle(batches)
+            mixed += [n for batch in batches + short for n in batch]
+        return mixed
+
+
+def _parts(items: list[int], size: int) -> list[list[int]]:
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]
+
+
+def _length(sample: Sample) -> int:
+    """About how long the sequence of a sample is."""
+    return len(sample.text) + len(sample.rationale or "")
 
 
 class ReasoningDataModule(L.LightningDataModule):
-    """Training batches are dicts task -> features; validation batches are closed *classify* prompts of B samples, their
-    gold indices [B], and their values [B] on the labels' scale (NaN where there is none).
+    """Training batches are what `encode` makes of B samples; validation batches are closed *classify* prompts of B
+    samples, their gold indices [B], and their values [B] on the labels' scale (NaN where there is none).
 
     The training loader keeps its place, so that a killed run goes on in the middle of an epoch with the batch it had
-    reached. Training samples are shuffled by seed and epoch and shared out between processes; validation samples are
-    shared out with fillers (gold -1), so that every process has equally many. Training samples without an answer to any
-    of the tasks are left out.
+    reached. Training samples are shuffled by seed and epoch, batched by length and shared out between processes;
+    validation samples are shared out with fillers (gold -1), so that every process has equally many. Training samples
+    without an answer to any of the tasks are left out.
 
     Raises:
         SettingsError: no training sample has an answer.
@@ -33,7 +78,8 @@ class ReasoningDataModule(L.LightningDataModule):
         backbone: Backbone,
         train: Sequence[Sample],
         validation: Sequence[Sample],
-        tasks: Mapping[Any, float],
+        tasks: Iterable[Template],
+        encode: Callable[[Sequence[Sample]], Any],
         *,
         batch_size: int,
         workers: int = 0,
@@ -46,14 +92,14 @@ class ReasoningDataModule(L.LightningDataModule):
         if not self.train:
             raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")
         self.validation = list(validation)
-        self.tasks = tasks
+        self.encode = encode
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
 
     def train_dataloader(self) -> StatefulDataLoader:
         world, rank = self._processes()
-        sampler = StatefulDistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)
+        sampler = ByLengthSampler(self.train, world, rank, self.seed, self.batch_size)
         if self.trainer:  # a resumed run starts its workers before Lightning tells the sampler which epoch it is
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
@@ -61,7 +107,7 @@ class ReasoningDataModule(L.LightningDataModule):
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,
-            collate_fn=self._training_batch,
+            collate_fn=self.encode,
             generator=self._generator(),
         )
 
@@ -83,9 +129,6 @@ class ReasoningDataModule(L.LightningDataModule):
     def _generator(self) -> torch.Generator:
         """What a loader draws from, so that it does not draw from what dropout draws from."""
         return torch.Generator().manual_seed(self.seed)
-
-    def _training_batch(self, samples: Sequence[Sample]) -> Batch:
-        return encode_tasks(samples, self.backbone, self.tasks)
 
     def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor, torch.Tensor]:
         samples, gold = zip(*items, strict=True)

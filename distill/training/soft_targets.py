@@ -1,11 +1,15 @@
-"""The assistant's distribution over the student's batch, cut to the vocabulary that both share."""
+"""The assistant's soft targets at the answer positions of the student's batch, asked for while training."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
+from distill.task.sample import Sample
+from distill.training.batches import Batch
+from distill.training.fused import HiddenTargets
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +23,26 @@ class SoftTargets:
         assistant.model.requires_grad_(False)
         assistant.model.eval()
 
+    def read(self, samples: Sequence[Sample]) -> Features:
+        """What a batch carries of them: nothing."""
+        return {}
+
     @torch.no_grad()
-    def __call__(self, features: Features, positions: int) -> torch.Tensor:
-        """Logits [B, T, V] of the assistant at the last T = `positions` positions, V the shared ids."""
-        device = features["input_ids"].device
+    def __call__(self, batch: Batch) -> HiddenTargets:
+        """What the assistant says at the N positions that predict an answer token."""
+        self._follow(batch.columns.device)
+        hidden = self.assistant.hidden_states(batch.inputs).flatten(0, 1)[batch.columns]
+        return HiddenTargets(hidden, self.assistant.head)
+
+    @torch.no_grad()
+    def logits(self, features: Features) -> torch.Tensor:
+        """Logits [B, T, V] of the assistant at every position, V the shared ids."""
+        self._follow(features["input_ids"].device)
+        return self.assistant.model(**features).logits[..., : self.vocabulary]
+
+    def _follow(self, device: torch.device) -> None:
         if self.assistant.device != device:
             self.assistant.model.to(device)
-        return self.assistant.model(**features, logits_to_keep=positions).logits[..., : self.vocabulary]
 
 
 def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
@@ -42,7 +59,7 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
         raise SettingsError(
             "student.distillation: student and assistant process images differently; set its weight to 0"
         )
-    sizes = [backbone.model.get_output_embeddings().weight.shape[0] for backbone in (assistant, student)]  # type: ignore[operator]
+    sizes = [len(backbone.head) for backbone in (assistant, student)]
     if sizes[0] != sizes[1]:
         logger.info("vocabularies of %d (assistant) and %d (student) ids, cut to the shared %d", *sizes, min(sizes))
     return min(sizes)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.data.corpus import Corpus
 from distill.models import tiny
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
 from distill.models.local import Local, label_log_probabilities, normalise_labels, score_labels
+from distill.models.packing import shared_length
 from distill.models.reasoner import Sampling
+from distill.models.scoring import read_both
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, Earlier
+from distill.task.prompts import CLASSIFY_PREFIX, Earlier, Template
 from distill.task.sample import Sample
 from tests.models.test_backbone import build_idefics3, build_llava
 
@@ -78,7 +81,7 @@ def test_branches_score_as_if_each_label_were_alone(made: Backbone, posts: list[
         found = label_log_probabilities(backbone, backbone.encode(posts, "classify"))
         expected = [[on_its_own(backbone, sample, name) for name in space.names] for sample in posts]
     assert found.shape == (len(posts), len(space))
-    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-6)
 
 
 def test_samples_without_any_picture_score_as_if_alone(made: Backbone, posts: list[Sample]) -> None:
@@ -110,22 +113,35 @@ def test_gradients_are_those_of_the_labels_alone(made: Backbone, posts: list[Sam
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+
+
+class Positions(TorchDispatchMode):
+    """How many positions every tensor of logits has."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function in MATRIX_PRODUCTS and found.shape[-1] == self.vocabulary:
+            self.seen.add(found.numel() // self.vocabulary)
+        return found
+
+
 def test_pictures_are_encoded_once_and_logits_taken_where_labels_are(backbone: Backbone, posts: list[Sample]) -> None:
-    scaled = speaking(backbone, SCALE)
     calls: list[int] = []
-    shapes: list[torch.Size] = []
-    model = scaled.model
-    hooks = [
-        model.model.visual.register_forward_hook(lambda *_: calls.append(1)),  # type: ignore[union-attr]
-        model.lm_head.register_forward_hook(lambda *args: shapes.append(args[2].shape)),  # type: ignore[union-attr, operator]
-    ]
-    with torch.inference_mode():
-        label_log_probabilities(scaled, scaled.encode(posts, "classify"))
-    for hook in hooks:
+    for space, tokens in ((SCALE, sum(map(len, speaking(backbone, SCALE).label_tokens))), (LabelSpace(), 1)):
+        scored = speaking(backbone, space)
+        hook = scored.model.model.visual.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+        features = scored.encode(posts, "classify")
+        with torch.no_grad(), Positions(768) as positions:
+            score_labels(scored, features)
         hook.remove()
-    assert len(calls) == 1
-    branches = sum(len(tokens) - 1 for tokens in scaled.label_tokens)
-    assert [shape[:2] for shape in shapes] == [(len(posts), 1 + branches)]
+        assert positions.seen == {len(posts) * tokens}
+    assert len(calls) == 2
 
 
 def test_labels_that_share_tokens_are_scored_whole_and_others_by_their_first(
@@ -200,3 +216,57 @@ def test_a_review_is_scored_behind_its_own_prompt(trained: Backbone, posts: list
         np.testing.assert_allclose(scores.probabilities[row], alone.probabilities[0], atol=1e-5)
         assert scores.costs[row].prompt_tokens == alone.costs[0].prompt_tokens
     assert abs(scores.probabilities - reasoner.classify(posts).probabilities).max() > 1e-4
+
+
+# ---- two questions in one reading ----
+
+
+def written(backbone: Backbone, prompt: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequences that a model writes greedily behind a prompt, and its logits [5, B, V] on the way."""
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    found = backbone.model.generate(**prompt, **options, return_dict_in_generate=True)  # type: ignore[operator]
+    return found.sequences, torch.stack(found.logits)
+
+
+@pytest.mark.parametrize("space", [SCALE, LabelSpace()], ids=["scale", "words"])
+@pytest.mark.parametrize("template", ["reason", "predict"])
+def test_one_reading_scores_and_goes_on_as_if_each_question_were_alone(
+    made: Backbone, posts: list[Sample], template: Template, space: LabelSpace
+) -> None:
+    backbone = speaking(made, space)
+    for samples in (posts, [replace(sample, images=()) for sample in posts[:2]], posts[2:3]):
+        alone, other = backbone.encode(samples, "classify"), backbone.encode(samples, template, padding_side="left")
+        with torch.inference_mode():
+            reading = read_both(backbone, samples, template)
+            expected = score_labels(backbone, alone)
+            torch.testing.assert_close((reading.probabilities, reading.mass), expected, atol=1e-5, rtol=1e-4)
+            sequences, logits = written(backbone, other)
+            found = written(backbone, reading.prompt)
+        torch.testing.assert_close(found[1], logits, atol=2e-5, rtol=1e-5)
+        assert torch.equal(found[0], sequences)
+        assert torch.equal(reading.lengths, alone["attention_mask"].sum(1))
+
+
+def test_pictures_are_encoded_once_and_common_tokens_read_once(backbone: Backbone, posts: list[Sample]) -> None:
+    """And each token that is written is the only one that its step reads."""
+    pictures: list[int] = []
+    read: list[int] = []
+    inner = backbone.model.model  # type: ignore[union-attr]
+    hooks = [
+        inner.visual.register_forward_hook(lambda *_: pictures.append(1)),
+        inner.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        ),
+    ]
+    found = list(Local(backbone, "").classify_and_reason(posts[:1], "reason", Sampling(max_new_tokens=4)))
+    tried = 2  # whether it can be done is tried out first
+    for hook in hooks:
+        hook.remove()
+    (_, scores, answer) = found[0]
+    prompts = [backbone.encode(posts[:1], template)["input_ids"][0].tolist() for template in ("classify", "reason")]
+    shared = shared_length(prompts)
+    assert shared > 0.6 * len(prompts[0])
+    assert len(pictures) == tried + 1
+    assert read[tried:] == [sum(map(len, prompts)) - shared] + [1] * 4
+    assert scores.costs[0].prompt_tokens == len(prompts[0])
+    assert answer.prompt_tokens == len(prompts[1]) - shared

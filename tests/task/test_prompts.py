@@ -1,6 +1,7 @@
 """The questions: what each one shows, what none may show, and that a post cannot break out of its line."""
 
 import hashlib
+import os
 
 import pytest
 
@@ -77,7 +78,16 @@ def test_the_wording_changes_only_with_the_version() -> None:
     """The version keys paid answers: whoever changes a word here must change VERSION, and then this digest."""
     sample = Sample("s1", "What a day", label="positive", aspect="it")
     text = "\0".join(render(template, sample, LABELS) for template in TEMPLATES)
-    assert (VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == ("1", "7ca9aac314a9b7ed")
+    assert (VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == ("2", "002dccecd3f8da47")
+
+
+def test_all_questions_about_a_post_begin_alike_and_only_then_differ() -> None:
+    """What they share is read once where several are packed into one sequence: task, labels, aspect and post."""
+    texts = [render(template, POST, LABELS) for template in TEMPLATES] + [render("review", POST, LABELS, EARLIER)]
+    shared = os.path.commonprefix(texts)  # noqa: RUF071 - of texts, not of paths
+    assert shared.endswith("\n") and len(shared.splitlines()) == 2
+    assert all(name in shared for name in LABELS.names) and POST.text in shared.splitlines()[1]
+    assert all(POST.text not in text.removeprefix(shared) for text in texts)
 
 
 # ---- the review, and labels on a scale ----

@@ -19,11 +19,11 @@ from distill.models.local import Local
 from distill.models.reasoner import Sampling
 from distill.models.tiny import TinySettings, train_tokenizer
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import render
+from distill.task.prompts import Template, render
 from distill.task.rationale import InvalidRationale, check
 from distill.task.sample import Sample
 from distill.training import assistant
-from distill.training.assistant import AssistantModule, TrainSettings, without_prompt
+from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import encode_tasks
 from distill.training.datamodule import ReasoningDataModule
 
@@ -37,7 +37,9 @@ def learn(
     backbone: Backbone, corpus: Corpus, samples: Sequence[Sample], settings: TrainSettings, **trainer: Any
 ) -> tuple[AssistantModule, L.Trainer]:
     module = AssistantModule(backbone, settings)
-    data = ReasoningDataModule(backbone, samples, corpus.validation[:9], settings.tasks, batch_size=settings.batch_size)
+    data = ReasoningDataModule(
+        backbone, samples, corpus.validation[:9], settings.tasks, module.encode, batch_size=settings.batch_size
+    )
     runner = L.Trainer(**QUIET | trainer)
     runner.fit(module, data)
     return module, runner
@@ -46,33 +48,48 @@ def learn(
 # ---- one step ----
 
 
-def test_only_the_positions_that_predict_an_answer_are_computed(backbone: Backbone, postcards: Corpus) -> None:
-    features = encode_tasks(postcards.train[:3], backbone, {"reason": 1.0})["reason"]
-    inputs, labels = without_prompt(features)
-    first = int((features["labels"] != IGNORE).nonzero()[:, 1].min())
-    assert "labels" not in inputs and labels.shape[1] == features["labels"].shape[1] - first + 1
-    assert (labels[:, 0] == IGNORE).all() and (labels[:, 1] != IGNORE).any()
+def plain_loss(backbone: Backbone, samples: Sequence[Sample], task: Template) -> torch.Tensor:
+    """Cross-entropy of a task, each answer in a padded sequence of its own: the mean of a sample, then over samples."""
+    features = encode_tasks(samples, backbone, {task: 1.0})[task]
+    logits = backbone.model(**{name: value for name, value in features.items() if name != "labels"}).logits
+    rows = zip(logits, features["labels"], strict=True)
+    return torch.stack([F.cross_entropy(row[:-1], labels[1:], ignore_index=IGNORE) for row, labels in rows]).mean()
 
 
-def test_the_loss_of_a_task_is_that_of_the_whole_sequence(backbone: Backbone, postcards: Corpus) -> None:
-    features = encode_tasks(postcards.train[:3], backbone, {"reason": 1.0})["reason"]
-    loss = AssistantModule(backbone, TrainSettings()).task_loss(features).total
-    with torch.no_grad():
-        logits = backbone.model(**{k: v for k, v in features.items() if k != "labels"}).logits
-    expected = [
-        F.cross_entropy(row[:-1], labels[1:], ignore_index=IGNORE)
-        for row, labels in zip(logits, features["labels"], strict=True)
-    ]
-    torch.testing.assert_close(loss.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
-
-
-def test_a_step_adds_the_tasks_by_their_weights(backbone: Backbone, postcards: Corpus) -> None:
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_is_the_weighted_sum_of_the_tasks_each_as_if_alone(
+    make_backbone: Any, postcards: Corpus, packing: bool
+) -> None:
+    """In value and gradient, for the head that is tied to the embeddings too."""
+    backbone = make_backbone(1)
     tasks = {"reason": 2.0, "classify": 0.5}
-    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks)))
-    batch = encode_tasks(postcards.train[:3], backbone, tasks)
-    parts = {task: module.task_loss(features).total.detach() for task, features in batch.items()}
-    expected = 2.0 * parts["reason"] + 0.5 * parts["classify"]
-    torch.testing.assert_close(module.training_step(batch, 0).detach(), expected)
+    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks, packing=packing)))
+    samples = postcards.train[:3]
+    loss = module.training_step(module.encode(samples), 0)
+    loss.backward()
+    found = [weights.grad.clone() for weights in backbone.model.parameters()]
+    backbone.model.zero_grad()
+    expected = 2.0 * plain_loss(backbone, samples, "reason") + 0.5 * plain_loss(backbone, samples, "classify")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    for gradient, weights in zip(found, backbone.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weights.grad, atol=2e-5, rtol=1e-3)
+
+
+def test_each_task_is_logged_by_its_name(backbone: Backbone, postcards: Corpus) -> None:
+    module = AssistantModule(backbone, TrainSettings(tasks={"reason": 2.0, "classify": 0.5}))
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    samples = [postcards.train[0], replace(postcards.train[1], rationale=None)]
+    with torch.no_grad():
+        module.training_step(module.encode(samples), 0)
+        reason, classify = plain_loss(backbone, samples, "reason"), plain_loss(backbone, samples, "classify")
+    assert logged["train/reason_loss"] == pytest.approx(float(reason), abs=1e-5)
+    assert logged["train/classify_loss"] == pytest.approx(float(classify), abs=1e-5)
+    assert logged["train/loss"] == pytest.approx(2.0 * float(reason) / 2 + 0.5 * float(classify), abs=1e-5)
+    logged.clear()
+    module.training_step(module.encode(samples[1:]), 0)
+    assert "train/reason_loss" not in logged and logged["train/loss"] > 0
 
 
 def logging_nothing(module: AssistantModule) -> AssistantModule:
@@ -86,8 +103,7 @@ def test_a_sample_weighs_the_same_whoever_shares_its_batch(backbone: Backbone, p
     samples = [postcards.train[0], *(replace(sample, rationale=None) for sample in postcards.train[1:4])]
     module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks)))
     whole, one, two = (
-        module.training_step(encode_tasks(part, backbone, tasks), 0).detach()
-        for part in (samples, samples[:2], samples[2:])
+        module.training_step(module.encode(part), 0).detach() for part in (samples, samples[:2], samples[2:])
     )
     torch.testing.assert_close((one + two) / 2, whole, atol=1e-5, rtol=0)
 
@@ -257,8 +273,8 @@ def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbon
     """Each label written out behind its prompt, one at a time; one sample has a picture, the others have none."""
     backbone = graded(make_backbone(2))
     samples = [replace(postcards.train[0], label=1.2), Sample("b", "so so", label=-0.4), Sample("c", "bad", label=-3.0)]
-    features = encode_tasks(samples, backbone, {"classify": 1.0})["classify"]
-    loss = AssistantModule(backbone, TrainSettings()).task_loss(features)
+    module = AssistantModule(backbone, TrainSettings(tasks={"classify": 1.0}))
+    loss = module.loss(module.encode(samples))
     expected = 0.0
     prefix = len(backbone.processor.tokenizer('"Prediction":')["input_ids"])
     for sample in samples:
@@ -271,8 +287,8 @@ def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbon
                 log_p = torch.log_softmax(backbone.model(**whole).logits[0], -1)
             at = (answer != IGNORE).nonzero()[prefix:, 0]  # of the answer, what stands behind the forced prefix
             expected -= weight * float(log_p[at - 1, answer[at]].sum()) / len(samples)
-    assert float(loss.total.detach()) == float(loss.hard.detach()) == pytest.approx(expected, abs=1e-4)
-    assert float(loss.soft) == 0
+    assert float(loss.total.detach()) == pytest.approx(expected, abs=1e-4)
+    assert not loss.soft.any()
     loss.total.backward()
     assert all(torch.isfinite(w.grad).all() for w in backbone.model.parameters() if w.grad is not None)
 

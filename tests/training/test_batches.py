@@ -1,28 +1,66 @@
 """What the tasks of a batch hold: which samples, which answers, and the same picture for each."""
 
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from distill.data.corpus import Corpus
 from distill.errors import SettingsError
-from distill.models.backbone import IGNORE, Backbone
+from distill.models.backbone import Backbone
 from distill.task.labels import LabelSpace, Scale
+from distill.task.prompts import Template
 from distill.task.sample import Sample
-from distill.training.batches import READER_ACCURACY, answer, check_tasks, encode_tasks, made_up_answers
+from distill.training.batches import (
+    READER_ACCURACY,
+    Batch,
+    answer,
+    check_exact,
+    check_tasks,
+    encode,
+    encode_tasks,
+    made_up_answers,
+    questions,
+)
+
+BOTH: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
 
 
-def test_each_task_has_its_own_answers_to_the_same_pictures(backbone: Backbone, postcards: Corpus) -> None:
+def texts(backbone: Backbone, batch: Batch) -> list[str]:
+    """What is to be learnt of each sample in each task, decoded, in the order of the batch."""
+    decode = backbone.processor.tokenizer.decode
+    starts = [0, *batch.sizes.cumsum(0).tolist()]
+    rows = [(batch.tokens[i:j], batch.tasks[i:j]) for i, j in pairwise(starts)]
+    return [decode(tokens[tasks == task]) for tokens, tasks in rows for task in tasks.unique().tolist()]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_task_has_its_own_answers(backbone: Backbone, postcards: Corpus, packing: bool) -> None:
     samples = postcards.train[:3]
-    batch = encode_tasks(samples, backbone, {"reason": 1.0, "classify": 1.0})
-    assert list(batch) == ["reason", "classify"]
-    assert torch.equal(batch["reason"]["pixel_values"], batch["classify"]["pixel_values"])
-    tokenizer = backbone.processor.tokenizer
-    for row, sample in enumerate(samples):
-        for task, expected in (("reason", sample.rationale), ("classify", f'"Prediction": {sample.label}')):
-            labels = batch[task]["labels"][row]
-            assert tokenizer.decode(labels[labels != IGNORE]) == f"{expected}<|im_end|>"
+    batch = encode(samples, backbone, BOTH, packing)
+    assert len(batch.inputs["input_ids"]) == (3 if packing else 6)
+    pictures = batch.inputs["image_grid_thw"]
+    assert len(pictures) == (3 if packing else 6), "with packing, a picture is there once for both tasks"
+    expected = [f"{text}<|im_end|>" for s in samples for text in (s.rationale, f'"Prediction": {s.label}')]
+    assert texts(backbone, batch) == expected
+    if not packing:  # each token stands behind the column that predicts it, but for the last, which need not be read
+        inside = batch.tokens != backbone.processor.tokenizer.eos_token_id
+        assert torch.equal(batch.inputs["input_ids"].flatten()[batch.columns[inside] + 1], batch.tokens[inside])
+
+
+def test_the_shares_of_tokens_samples_and_tasks(backbone: Backbone, postcards: Corpus) -> None:
+    """An answer's tokens share its weight, samples share a batch, and a missing rationale gives nobody more."""
+    one, two = postcards.train[:2]
+    samples = [one, replace(two, rationale=None)]
+    batch = encode(samples, backbone, {"reason": 3.0, "classify": 0.5}, True)
+    for index, (weight, known) in enumerate([(3.0, 1), (0.5, 2)]):
+        shares = batch.shares[batch.tasks == index]
+        assert float(shares.sum()) == pytest.approx(weight * known / 2)
+    reason = batch.shares[batch.tasks == 0]
+    assert torch.allclose(reason, torch.tensor(3.0 / 2 / len(reason)))
+    assert len(reason) == len(backbone.answer_tokens(str(one.rationale)))
 
 
 def test_a_task_takes_the_samples_whose_answer_is_known(backbone: Backbone, postcards: Corpus) -> None:
@@ -37,29 +75,60 @@ def test_a_task_takes_the_samples_whose_answer_is_known(backbone: Backbone, post
     assert [answer("classify", sample, labels) is None for sample in samples] == [False, False, True, True]
     assert [answer("review", sample, labels) is None for sample in samples] == [False, False, True, True]
     assert [answer("reason", sample, labels) is None for sample in samples] == [False, True, False, True]
-    batch = encode_tasks(samples, backbone, {"reason": 1.0, "classify": 1.0})
-    assert len(batch["reason"]["input_ids"]) == len(batch["classify"]["input_ids"]) == 2
-    assert list(encode_tasks(samples[1:2], backbone, {"reason": 1.0, "classify": 1.0})) == ["classify"]
-    assert encode_tasks(samples[3:], backbone, {"reason": 1.0, "classify": 1.0}) == {}
+    assert [len(questions(sample, labels, BOTH)) for sample in samples] == [2, 1, 1, 0]
+    batch = encode(samples, backbone, BOTH, True)
+    assert batch.sizes[3] == 0 and (batch.sizes[:3] > 0).all() and len(batch.inputs["input_ids"]) == 3
+    published = encode_tasks(samples, backbone, BOTH)
+    assert len(published["reason"]["input_ids"]) == len(published["classify"]["input_ids"]) == 2
+    assert list(encode_tasks(samples[1:2], backbone, BOTH)) == ["classify"]
+    assert encode_tasks(samples[3:], backbone, BOTH) == {}
 
 
 def test_a_teacher_learns_to_explain_from_the_label_and_to_predict_without_it(
     backbone: Backbone, postcards: Corpus
 ) -> None:
-    batch = encode_tasks(postcards.train[:1], backbone, {"predict": 1.0, "explain": 1.0})
-    texts = {task: backbone.processor.tokenizer.decode(features["input_ids"][0]) for task, features in batch.items()}
+    batch = encode(postcards.train[:1], backbone, {"predict": 1.0, "explain": 1.0}, False)
+    predict, explain = (backbone.processor.tokenizer.decode(row) for row in batch.inputs["input_ids"])
     hint = f"The sentiment is {postcards.train[0].label}."
-    assert hint in texts["explain"] and hint not in texts["predict"]
-    assert all(str(postcards.train[0].rationale) in text for text in texts.values())
+    assert hint in explain and hint not in predict
+    assert all(str(postcards.train[0].rationale) in text for text in (predict, explain))
 
 
 def test_a_batch_is_no_longer_than_its_longest_sample(backbone: Backbone, postcards: Corpus) -> None:
     short, long = postcards.train[0], replace(postcards.train[1], text=postcards.train[1].text * 20)
     lengths = [
-        encode_tasks(samples, backbone, {"classify": 1.0})["classify"]["input_ids"].shape[1]
+        encode(samples, backbone, BOTH, True).inputs["input_ids"].shape[1]
         for samples in ([short], [long], [short, long])
     ]
     assert lengths[0] < lengths[1] == lengths[2]
+
+
+# ---- what the packed sequence relies on ----
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_keeps_to_its_mask_is_accepted(backbone: Backbone, postcards: Corpus, packing: bool) -> None:
+    check_exact(backbone, postcards.train[0], BOTH, packing)
+    graded = on_a_scale(backbone, spread=0.75)
+    check_exact(graded, replace(postcards.train[0], label=1.0), ["classify", "review"], packing)
+
+
+def test_a_model_that_looks_past_its_mask_is_refused_unless_nothing_is_packed(
+    make_backbone: Any, postcards: Corpus
+) -> None:
+    backbone = make_backbone(1)
+    inner = backbone.model.model.language_model
+    forward = inner.forward
+    inner.forward = lambda **inputs: forward(**inputs | {"attention_mask": None})
+    with pytest.raises(SettingsError, match="packing: this model sees more of a packed sequence than its mask shows"):
+        check_exact(backbone, postcards.train[0], BOTH, True)
+
+
+def test_a_model_that_bends_its_logits_is_refused(make_backbone: Any, postcards: Corpus) -> None:
+    backbone = make_backbone(1)
+    backbone.model.lm_head.register_forward_hook(lambda *args: 5 * torch.tanh(args[2] / 5))
+    with pytest.raises(SettingsError, match="its logits are more than its output head"):
+        check_exact(backbone, postcards.train[0], BOTH, True)
 
 
 @pytest.mark.parametrize(
@@ -98,29 +167,30 @@ def test_a_value_is_answered_by_the_name_of_its_bin(backbone: Backbone) -> None:
     graded = on_a_scale(backbone, spread=0)
     samples = [Sample("a", "so good", label=1.6), Sample("b", "so so", label=-0.2), Sample("c", "unknown")]
     assert answer("classify", samples[0], graded.labels) == '"Prediction": superb'
-    batch = encode_tasks(samples, graded, {"classify": 1.0, "review": 1.0})
-    for features in batch.values():
-        assert "targets" not in features and len(features["labels"]) == 2
-        for row, name in zip(features["labels"], ("superb", "middling"), strict=True):
-            assert backbone.processor.tokenizer.decode(row[row != IGNORE]) == f'"Prediction": {name}<|im_end|>'
+    batch = encode(samples, graded, {"classify": 1.0, "review": 1.0}, True)
+    assert texts(backbone, batch) == [
+        f'"Prediction": {name}<|im_end|>' for name in ("superb", "superb", "middling", "middling")
+    ]
+    assert batch.sizes[2] == 0
 
 
-def test_a_spread_gives_targets_over_all_bins_and_prompts_closed_with_the_prefix(
+def test_a_spread_gives_every_bin_its_share_behind_a_prompt_closed_with_the_prefix(
     backbone: Backbone, postcards: Corpus
 ) -> None:
     """A batch with a picture and one without, as mixed corpora give them."""
     graded = on_a_scale(backbone, spread=0.75)
     samples = [replace(postcards.train[0], label=1.6), Sample("b", "so so", label=-0.2), Sample("c", "unknown")]
-    batch = encode_tasks(samples, graded, {"classify": 1.0, "review": 0.5})
-    expected = torch.tensor(graded.labels.scale.targets([1.6, -0.2]))  # type: ignore[union-attr]
-    for features in batch.values():
-        assert "labels" not in features
-        torch.testing.assert_close(features["targets"], expected.float())
-    asked = graded.encode(samples[:2], "classify")
-    assert torch.equal(batch["classify"]["input_ids"], asked["input_ids"])
-    assert torch.equal(batch["classify"]["pixel_values"], asked["pixel_values"])
-    text = backbone.processor.tokenizer.decode(batch["review"]["input_ids"][0])
-    assert "A first reader said" in text and text.endswith('"Prediction":')
+    batch = encode(samples, graded, {"classify": 1.0, "review": 0.5}, True)
+    ends = (batch.tokens == backbone.processor.tokenizer.eos_token_id).nonzero()[:, 0]
+    targets = torch.tensor(graded.labels.scale.targets([1.6, -0.2])).float()  # type: ignore[union-attr]
+    expected = torch.stack([targets[0], targets[0] / 2, targets[1], targets[1] / 2]).flatten() / 3
+    torch.testing.assert_close(batch.shares[ends], expected)
+    decode = backbone.processor.tokenizer.decode
+    words = "".join(decode(batch.tokens[: batch.sizes[0] // 2])).split("<|im_end|>")
+    assert [word.strip() for word in words] == [*GRADES, ""]
+    closed = decode(batch.inputs["input_ids"][0])
+    assert closed.count('"Prediction":') == 4, "asked for in both prompts, and their answers begun"
+    assert closed.count("A first reader said") == 1
 
 
 def test_made_up_readers_follow_from_the_id_and_are_often_but_not_always_right() -> None:
@@ -141,7 +211,7 @@ def test_made_up_readers_follow_from_the_id_and_are_often_but_not_always_right()
 
 def test_a_review_tells_the_earlier_answers_and_never_the_truth(backbone: Backbone, postcards: Corpus) -> None:
     samples = postcards.train[:6]
-    features = encode_tasks(samples, backbone, {"review": 1.0})["review"]
+    features = encode(samples, backbone, {"review": 1.0}, True).inputs
     for row, sample in enumerate(samples):
         said = made_up_answers(sample, backbone.labels)
         question, _, reply = backbone.processor.tokenizer.decode(features["input_ids"][row]).partition("assistant")

@@ -1,9 +1,11 @@
 """The loaders: every sample once an epoch, shared out between processes, and a place that is kept."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,9 +21,8 @@ def module(
 ) -> ReasoningDataModule:
     options = {"batch_size": 4, "tasks": {"classify": 1.0}} | options
     tasks = options.pop("tasks")
-    data = ReasoningDataModule(backbone, corpus.train[:train], corpus.validation[:validation], tasks, **options)
-    data._training_batch = list  # type: ignore[method-assign, assignment]  # the samples themselves
-    return data
+    encode = options.pop("encode", list)  # the samples themselves
+    return ReasoningDataModule(backbone, corpus.train[:train], corpus.validation[:validation], tasks, encode, **options)
 
 
 def as_process(data: ReasoningDataModule, rank: int, world: int, epoch: int = 0) -> ReasoningDataModule:
@@ -49,6 +50,20 @@ def test_two_processes_share_the_batches_of_one_of_twice_the_size(backbone: Back
     whole = ids(as_process(module(backbone, postcards, 16, batch_size=8), 0, 1).train_dataloader())
     parts = [ids(as_process(module(backbone, postcards, 16), rank, 2).train_dataloader()) for rank in (0, 1)]
     assert [sorted(one + two) for one, two in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+
+
+def test_batches_are_of_about_one_length_and_in_no_order_of_it(backbone: Backbone, postcards: Corpus) -> None:
+    draw = random.Random(0)
+    rows = [replace(postcards.train[0], id=str(n), text="x" * draw.randrange(1, 2000)) for n in range(500)]
+    data = ReasoningDataModule(backbone, rows, postcards.validation, ["classify"], list, batch_size=8)
+    batches = [[len(sample.text) for sample in batch] for batch in as_process(data, 0, 1).train_dataloader()]
+    assert [len(batch) for batch in batches] == [8] * 62 + [4]
+    padded = sum(max(batch) * len(batch) for batch in batches) / sum(map(sum, batches))
+    shuffled = [max(draw.sample(rows, 8), key=lambda sample: len(sample.text)) for _ in range(500)]
+    unsorted = sum(len(sample.text) for sample in shuffled) / sum(len(sample.text) for sample in rows)
+    assert padded < 1.12 and unsorted > 1.6
+    longest = [max(batch) for batch in batches]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.4, "no curriculum"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,8 +115,8 @@ def test_samples_without_any_answer_are_left_out(backbone: Backbone, postcards: 
     a, b, c = postcards.train[:3]
     rows: list[Sample] = [a, replace(b, rationale=None), replace(c, rationale=None, label=None)]
     kept = ReasoningDataModule(
-        backbone, rows, postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2
+        backbone, rows, postcards.validation, {"reason": 1.0, "classify": 1.0}, list, batch_size=2
     ).train
     assert [sample.id for sample in kept] == [a.id, b.id]
     with pytest.raises(SettingsError, match="none of the 1 training posts has an answer to reason or classify"):
-        ReasoningDataModule(backbone, rows[2:], postcards.validation, {"reason": 1.0, "classify": 1.0}, batch_size=2)
+        ReasoningDataModule(backbone, rows[2:], postcards.validation, ["reason", "classify"], list, batch_size=2)

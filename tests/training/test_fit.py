@@ -55,7 +55,7 @@ class Runs:
             module.on_train_batch_end = lambda *_: kill(module.trainer.global_step)  # type: ignore[method-assign]
         data = ReasoningDataModule(
             module.backbone, self.corpus.train[:24], self.corpus.validation[:12], module.settings.tasks,
-            batch_size=4, workers=workers,
+            module.encode, batch_size=4, workers=workers,
         )  # fmt: skip
         fit(module, data, folder, QUIET | arguments)
         return module
@@ -320,7 +320,8 @@ def main():
             continue
         module = runs.module(dropout=0.0, batch_size=2)
         rows = ReasoningDataModule(
-            module.backbone, runs.corpus.train[:24], runs.corpus.validation[:11], module.settings.tasks, batch_size=2
+            module.backbone, runs.corpus.train[:24], runs.corpus.validation[:11], module.settings.tasks, module.encode,
+            batch_size=2,
         )
         fit(module, rows, folder, QUIET | {"devices": 2, "strategy": strategy})
         module.backbone.save(folder / "adapter")
@@ -338,8 +339,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(runs: Runs, tmp_path: Pa
     module = runs.module(dropout=0.0, batch_size=4)
     start = {name: weights.detach().clone() for name, weights in module.named_parameters() if weights.requires_grad}
     data = ReasoningDataModule(
-        module.backbone, runs.corpus.train[:24], runs.corpus.validation[:11], module.settings.tasks, batch_size=4
-    )
+        module.backbone, runs.corpus.train[:24], runs.corpus.validation[:11], module.settings.tasks, module.encode,
+        batch_size=4,
+    )  # fmt: skip
     fit(module, data, tmp_path / "one", QUIET)
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -11,18 +11,43 @@ import torch
 from distill.data.corpus import Corpus
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.backbone import Backbone
+from distill.models.backbone import IGNORE, Backbone
 from distill.task.labels import LabelSpace
+from distill.task.prompts import Template
+from distill.training.batches import encode, encode_tasks
 from distill.training.soft_targets import SoftTargets, shared_vocabulary
 
+TASKS: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
 
-def test_targets_are_the_assistants_logits_at_the_last_positions(make_backbone: Any, postcards: Corpus) -> None:
+
+def test_targets_are_the_assistants_own_at_the_answer_tokens(make_backbone: Any, postcards: Corpus) -> None:
+    assistant, student = make_backbone(1, hidden=128), make_backbone(2)
+    batch = encode(postcards.train[:3], student, TASKS, True)
+    targets = SoftTargets(assistant, student)
+    assert targets.read(postcards.train[:3]) == {}
+    hidden, head = targets(batch)
+    assert hidden.shape == (len(batch.tokens), 128) and not hidden.requires_grad
+    published = encode_tasks(postcards.train[:3], student, TASKS)
+    with torch.no_grad():
+        rows = {
+            task: assistant.model(**{k: v for k, v in f.items() if k != "labels"}).logits
+            for task, f in published.items()
+        }
+    expected = [
+        logits[row, (published[task]["labels"][row] != IGNORE).nonzero()[:, 0] - 1]
+        for row in range(3)
+        for task, logits in rows.items()
+    ]
+    torch.testing.assert_close(hidden @ head.T, torch.cat(expected), atol=1e-4, rtol=0)
+
+
+def test_published_targets_are_the_assistants_logits_everywhere(make_backbone: Any, postcards: Corpus) -> None:
     assistant, student = make_backbone(1), make_backbone(2)
     features = student.encode(postcards.test[:3], "classify")
-    targets = SoftTargets(assistant, student)(features, 4)
+    targets = SoftTargets(assistant, student).logits(features)
     with torch.no_grad():
-        expected = assistant.model(**features).logits[:, -4:]
-    assert targets.shape == (3, 4, 768) and not targets.requires_grad
+        expected = assistant.model(**features).logits
+    assert targets.shape == expected.shape and not targets.requires_grad
     torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
 
 
@@ -48,7 +73,7 @@ def test_padded_vocabularies_are_cut_to_the_shared_ids(
     assert targets.vocabulary == 768
     sizes = "832 (assistant) and 768" if padded == "assistant" else "768 (assistant) and 832"
     assert f"vocabularies of {sizes} (student) ids, cut to the shared 768" in caplog.text
-    torch.testing.assert_close(targets(features, features["input_ids"].shape[1]), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(targets.logits(features), before, atol=1e-5, rtol=0)
 
 
 def test_equal_vocabularies_are_not_cut(make_backbone: Any, caplog: pytest.LogCaptureFixture) -> None:

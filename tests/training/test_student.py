@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone, Features
+from distill.task.sample import Sample
 from distill.training.batches import encode_tasks
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
@@ -20,8 +21,10 @@ from distill.training.student import DistillationSettings, StudentModule, Studen
 Make = Any
 
 
-def settings(**distillation: Any) -> StudentSettings:
-    return StudentSettings(batch_size=4, learning_rate=1e-3, distillation=DistillationSettings(**distillation))
+def settings(tasks: dict[str, float] | None = None, **distillation: Any) -> StudentSettings:
+    tasks = tasks or {"reason": 1.0, "classify": 1.0}
+    distilled = DistillationSettings(**distillation)
+    return StudentSettings(batch_size=4, learning_rate=1e-3, tasks=tasks, distillation=distilled)
 
 
 def student_of(student: Backbone, assistant: Backbone, **distillation: Any) -> StudentModule:
@@ -29,10 +32,15 @@ def student_of(student: Backbone, assistant: Backbone, **distillation: Any) -> S
 
 
 @pytest.fixture
-def features(backbone: Backbone, postcards: Corpus) -> Features:
-    """A padded batch: a long post, a short one, one without a picture."""
+def samples(postcards: Corpus) -> list[Sample]:
+    """A long post, a short one, one without a picture."""
     long, short, bare = postcards.train[:3]
-    samples = [replace(long, text=long.text * 3), short, replace(bare, images=())]
+    return [replace(long, text=long.text * 3), short, replace(bare, images=())]
+
+
+@pytest.fixture
+def features(backbone: Backbone, samples: list[Sample]) -> Features:
+    """The same as a padded batch of one task."""
     return encode_tasks(samples, backbone, {"reason": 1.0})["reason"]
 
 
@@ -48,7 +56,7 @@ def test_all_positions_is_the_published_formula(
     """transformers' own loss for the labels, and torch's KL over every position of the padded grid."""
     student, assistant = make_backbone(1), make_backbone(2, hidden=128)
     module = student_of(student, assistant, weight=weight, temperature=temperature, positions="all")
-    loss = module.task_loss(features)
+    loss = module.published_loss(features)
     hard = student.model(**features).loss  # labels included: the model computes it itself
     z_s, z_a = full_logits(student, features).flatten(0, 1), full_logits(assistant, features).flatten(0, 1)
     assert len(z_s) == features["input_ids"].numel()
@@ -56,45 +64,72 @@ def test_all_positions_is_the_published_formula(
     torch.testing.assert_close(loss.total, (1 - weight) * hard + weight * soft, atol=1e-5, rtol=0)
 
 
-def test_response_positions_are_those_that_predict_the_answer(make_backbone: Make, features: Features) -> None:
+def test_response_positions_are_those_that_predict_the_answer(
+    make_backbone: Make, features: Features, samples: list[Sample]
+) -> None:
     student, assistant = make_backbone(1), make_backbone(2)
-    loss = student_of(student, assistant, weight=0.4, temperature=3.0).task_loss(features)
+    module = student_of(student, assistant, tasks={"reason": 1.0}, weight=0.4, temperature=3.0)
+    loss = module.loss(module.encode(samples))
     z_s, z_a = full_logits(student, features), full_logits(assistant, features)
-    hard, soft = [], []
+    expected = []
     for row, labels in enumerate(features["labels"]):
         at = (labels != -100).nonzero()[:, 0] - 1
-        hard.append(F.cross_entropy(z_s[row, at], labels[at + 1]))
+        hard = F.cross_entropy(z_s[row, at], labels[at + 1])
         log_p, q = F.log_softmax(z_s[row, at] / 3, -1), F.softmax(z_a[row, at] / 3, -1)
-        soft.append((q * (q.log() - log_p)).sum(-1).mean())
-    torch.testing.assert_close(loss.hard.detach(), torch.stack(hard).mean(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(loss.soft.detach(), torch.stack(soft).mean(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(loss.total, 0.6 * loss.hard + 0.4 * loss.soft)
+        expected.append(0.6 * hard + 0.4 * (q * (q.log() - log_p)).sum(-1).mean())
+    torch.testing.assert_close(loss.total.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
+
+
+def test_a_student_equal_to_its_assistant_has_nothing_to_learn_from_it(
+    make_backbone: Make, features: Features, samples: list[Sample]
+) -> None:
+    published = student_of(make_backbone(1), make_backbone(1), positions="all").published_loss(features)
+    assert abs(float(published.soft.detach())) < 1e-7 and float(published.hard.detach()) > 1
+    module = student_of(make_backbone(1), make_backbone(1))
+    loss = module.loss(module.encode(samples))
+    assert float(loss.soft.abs().max()) < 1e-5 and float(loss.hard.min()) > 0.1
+
+
+def test_without_soft_targets_the_cross_entropy_alone_is_left(
+    make_backbone: Make, features: Features, samples: list[Sample]
+) -> None:
+    student = make_backbone(1)
+    plain, taught = StudentModule(student, settings()), student_of(student, make_backbone(2), weight=0.0)
+    losses = [module.loss(module.encode(samples)) for module in (plain, taught)]
+    torch.testing.assert_close(losses[0].total, losses[1].total, atol=1e-6, rtol=0)
+    assert not losses[0].soft.any()
+    alone = StudentModule(student, settings(positions="all")).published_loss(features)
+    assert alone.total == alone.hard and float(alone.soft) == 0
 
 
 @pytest.mark.parametrize("positions", ["response", "all"])
-def test_a_student_equal_to_its_assistant_has_nothing_to_learn_from_it(
-    make_backbone: Make, features: Features, positions: Any
-) -> None:
-    loss = student_of(make_backbone(1), make_backbone(1), positions=positions).task_loss(features)
-    assert abs(float(loss.soft.detach())) < 1e-7
-    assert float(loss.hard.detach()) > 1
-
-
-def test_without_soft_targets_the_cross_entropy_alone_is_left(make_backbone: Make, features: Features) -> None:
-    student = make_backbone(1)
-    for positions in ("response", "all"):
-        plain = StudentModule(student, settings(positions=positions)).task_loss(features)
-        taught = student_of(student, make_backbone(2), weight=0.0, positions=positions).task_loss(features)
-        assert plain.total == taught.total == plain.hard and float(plain.soft) == 0
-
-
 @pytest.mark.parametrize("padded", ["student", "assistant"])
-def test_a_padded_vocabulary_changes_no_divergence(make_backbone: Make, features: Features, padded: str) -> None:
-    expected = student_of(make_backbone(1), make_backbone(2)).task_loss(features)
+def test_a_padded_vocabulary_changes_no_loss(
+    make_backbone: Make, samples: list[Sample], padded: str, positions: Any
+) -> None:
+    def total(module: StudentModule) -> float:
+        batch = module.encode(samples)
+        if positions == "all":
+            return float(sum(module.published_loss(features).total for features in batch.values()))
+        return float(module.loss(batch).total)
+
+    expected = total(student_of(make_backbone(1), make_backbone(2), positions=positions))
     models = {"student": make_backbone(1), "assistant": make_backbone(2)}
     models[padded].model.resize_token_embeddings(832)
-    found = student_of(models["student"], models["assistant"]).task_loss(features)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found = total(student_of(models["student"], models["assistant"], positions=positions))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_published_step_adds_the_tasks_by_their_weights(make_backbone: Make, samples: list[Sample]) -> None:
+    module = student_of(make_backbone(1), make_backbone(2), tasks={"reason": 2.0, "classify": 0.5}, positions="all")
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    samples[1] = replace(samples[1], rationale=None)
+    batch = module.encode(samples)
+    loss = module.training_step(batch, 0)
+    reason, classify = (module.published_loss(batch[task]) for task in ("reason", "classify"))
+    torch.testing.assert_close(loss, 2.0 * reason.total * 2 / 3 + 0.5 * classify.total)
+    assert logged["train/reason_kl"] == pytest.approx(float(reason.soft)) and logged["train/loss"] == float(loss)
 
 
 def test_the_assistant_belongs_to_nobody_and_never_changes(
@@ -108,7 +143,7 @@ def test_the_assistant_belongs_to_nobody_and_never_changes(
     before = {name: weights.clone() for name, weights in assistant.model.state_dict().items()}
     own = [weights.detach().clone() for weights in student.model.parameters()]
     data = ReasoningDataModule(
-        student, postcards.train[:8], postcards.validation[:6], module.settings.tasks, batch_size=4
+        student, postcards.train[:8], postcards.validation[:6], module.settings.tasks, module.encode, batch_size=4
     )
     options = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
     trainer = fit(module, data, tmp_path, options)
@@ -135,7 +170,7 @@ def test_a_student_comes_closer_to_its_assistant(make_backbone: Make, postcards:
             divergences.append(float(trainer.callback_metrics["train/reason_kl"]))
 
     data = ReasoningDataModule(
-        student, postcards.train[:16], postcards.validation[:6], module.settings.tasks, batch_size=8
+        student, postcards.train[:16], postcards.validation[:6], module.settings.tasks, module.encode, batch_size=8
     )
     trainer = L.Trainer(
         max_epochs=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
