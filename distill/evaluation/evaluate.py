@@ -10,7 +10,7 @@ import numpy as np
 from distill.evaluation.classification import classification_metrics
 from distill.evaluation.reasoning import reasoning_metrics
 from distill.evaluation.regression import regression_metrics
-from distill.models.reasoner import ClassScores, Reasoner, Sampling
+from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
 from distill.task.rationale import InvalidRationale, Rationale, check
@@ -54,18 +54,18 @@ def judge(
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
     """Classify N samples, and reason about them greedily unless `template` is None."""
-    scores = reasoner.classify(samples)
     if template is None:
-        return Judged(scores, None, None)
+        return Judged(reasoner.classify(samples), None, None)
+    scores: dict[int, ClassScores] = {}
     texts = [""] * len(samples)
     rationales: list[Rationale | None] = [None] * len(samples)
-    answers = reasoner.reason(samples, template, Sampling(max_new_tokens=settings.max_new_tokens))
-    for done, (index, answer) in enumerate(answers, start=1):
-        texts[index] = answer.text
+    answers = classify_and_reason(reasoner, samples, template, Sampling(max_new_tokens=settings.max_new_tokens))
+    for index, scored, answer in answers:
+        scores[index], texts[index] = scored, answer.text
         rationales[index] = read(answer.text, labels, finished=answer.finished)
         if progress is not None:
-            progress(done, len(samples))
-    return Judged(scores, texts, rationales)
+            progress(len(scores), len(samples))
+    return Judged(ClassScores.together([scores[index] for index in range(len(samples))]), texts, rationales)
 
 
 def gold_values(samples: Sequence[Sample]) -> list[float]:

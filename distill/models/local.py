@@ -1,5 +1,6 @@
 """A Reasoner over a backbone on this machine: label scoring in one forward pass, and generation."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +8,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, DynamicLayer, LogitsProcessor, LogitsProcessorList
 
+from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
-from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
-from distill.models.scoring import label_log_probabilities, normalise_labels, score_labels
-from distill.task.prompts import Earlier, Template
+from distill.models.reasoner import Answer, ClassScores, Cost, Sampling, classify_then_reason
+from distill.models.scoring import Reading, label_log_probabilities, normalise_labels, read_both, score_labels
+from distill.task.prompts import SCORED, Earlier, Template
 from distill.task.sample import Sample
 
 __all__ = ["Completion", "Local", "Token", "label_log_probabilities", "normalise_labels", "score_labels"]
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Local:
     def __init__(self, backbone: Backbone, name: str, device: torch.device | str = "cpu") -> None:
         self.backbone = backbone
         self.name = name
+        self._exact: bool | None = None
         backbone.model.to(device).eval()
 
     @torch.inference_mode()
@@ -61,13 +66,13 @@ class Local:
             begin = time.perf_counter()
             said = None if earlier is None else earlier[first : first + len(batch)]
             features = self.backbone.encode(batch, template, earlier=said)
-            parts.append([part.cpu() for part in score_labels(self.backbone, self._moved(features))])
+            parts.append(score_labels(self.backbone, self._moved(features)))
             seconds = (time.perf_counter() - begin) / len(batch)
             costs += [Cost(1, length, 0, seconds) for length in features["attention_mask"].sum(1).tolist()]
         if not parts:
             return ClassScores(np.zeros((0, len(self.backbone.labels))), np.zeros(0))
-        probabilities, mass = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
-        return ClassScores(probabilities, mass, tuple(costs))
+        probabilities, mass = zip(*parts, strict=True)
+        return _scores(probabilities, mass, costs)
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
@@ -76,10 +81,24 @@ class Local:
         for first, batch in self._batches(samples):
             begin = time.perf_counter()
             features = self.backbone.encode(batch, template, padding_side="left")
-            found = self._generate(features, sampling, first)
+            found = self._generate(self._moved(features), sampling, first)
             seconds = (time.perf_counter() - begin) / len(batch)
             for index, one in enumerate(found, first):
                 yield index, Answer(one.text, one.finished, one.prompt_tokens, one.completion_tokens, seconds=seconds)
+
+    def classify_and_reason(
+        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
+    ) -> Iterator[tuple[int, ClassScores, Answer]]:
+        """What `classify` and `reason` say of each sample, of which the model reads what both have in common once.
+
+        A label costs what it costs alone, the answer what it took beyond that. Where the model cannot read two
+        questions at once, they are put apart.
+        """
+        if template in SCORED or not samples or not self._reads_both(samples):
+            yield from classify_then_reason(self, samples, template, sampling)
+            return
+        for first, batch in self._batches(samples):
+            yield from self._both(batch, template, sampling, first)
 
     def chat(
         self,
@@ -103,23 +122,60 @@ class Local:
         for first, batch in self._batches(prompts):
             features = self.backbone.encoder.encode(batch, padding_side="left")
             watch = _Watch(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
-            found += self._generate(features, sampling, first, watch)
+            found += self._generate(self._moved(features), sampling, first, watch)
         return found
 
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, as they are in a message."""
         return self.backbone.encoder.tokens(text)
 
+    def _both(
+        self, batch: Sequence[Sample], template: Template, sampling: Sampling, first: int
+    ) -> list[tuple[int, ClassScores, Answer]]:
+        """One batch of `classify_and_reason`."""
+        begin = time.perf_counter()
+        reading = self._read_both(batch, template)
+        read = time.perf_counter()
+        found = self._generate(reading.prompt, sampling, first)
+        seconds, more = (read - begin) / len(batch), (time.perf_counter() - read) / len(batch)
+        costs = [Cost(1, length, 0, seconds) for length in reading.lengths.tolist()]
+        scores = _scores([reading.probabilities], [reading.mass], costs)
+        answers = [
+            Answer(one.text, one.finished, added, one.completion_tokens, seconds=more)
+            for one, added in zip(found, reading.added.tolist(), strict=True)
+        ]
+        return [(first + row, scores.row(row), answer) for row, answer in enumerate(answers)]
+
+    @torch.inference_mode()
+    def _read_both(self, samples: Sequence[Sample], template: Template) -> Reading:
+        return read_both(self.backbone, samples, template)
+
+    def _reads_both(self, samples: Sequence[Sample]) -> bool:
+        """Whether this model can read two questions at once: tried out once, on the sample with the most pictures."""
+        if self._exact is None:
+            self._exact = self.backbone.settings.attention != "flash_attention_2" and _crops(self.backbone)
+            sample = max(samples, key=lambda sample: len(sample.images))
+            if self._exact:
+                try:
+                    found = self._read_both([sample], "reason").probabilities.double().cpu().numpy()
+                except SettingsError:  # of where the chat template puts pictures
+                    self._exact = False
+                else:
+                    tolerance = 1e-3 if self.backbone.head.dtype == torch.float32 else 0.1
+                    self._exact = bool(abs(found - self.classify([sample]).probabilities).max() < tolerance)
+            if not self._exact:
+                log.info("%s cannot read two questions at once: label and rationale are asked for apart", self.name)
+        return self._exact
+
     @torch.inference_mode()
     def _generate(
-        self, features: Features, sampling: Sampling, first: int, watch: "_Watch | None" = None
+        self, features: dict[str, Any], sampling: Sampling, first: int, watch: "_Watch | None" = None
     ) -> list[Completion]:
         """Answers to B left-padded prompts, of which the first is number `first` among all that were asked."""
         tokenizer, stops = self.backbone.processor.tokenizer, _end_tokens(self.backbone)
         options = _options(sampling) | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
         if watch is not None:
             options["logits_processor"] = LogitsProcessorList([watch])
-        features = self._moved(features)
         # a caller may draw between two batches: neither changes what the other gets
         with torch.random.fork_rng(_devices(self.backbone.device)):
             torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
@@ -179,6 +235,18 @@ class _Watch(LogitsProcessor):
             ids = torch.cat([sequences[:, -1:], top, self._token_ids.expand(len(top), -1)], 1)
             self._steps.append((ids.cpu(), self._open.gather(1, ids).cpu()))
             self._open = None
+
+
+def _scores(probabilities: Sequence[torch.Tensor], mass: Sequence[torch.Tensor], costs: Sequence[Cost]) -> ClassScores:
+    """The scores of samples that were read in batches."""
+    together, held = (torch.cat([part.cpu() for part in parts]).double().numpy() for parts in (probabilities, mass))
+    return ClassScores(together, held, tuple(costs))
+
+
+def _crops(backbone: Backbone) -> bool:
+    """Whether keys and values of every token are all that a model remembers, so that the last ones can be cut off."""
+    cache = DynamicCache(config=backbone.model.config)
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:

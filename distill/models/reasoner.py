@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -78,6 +78,20 @@ class ClassScores:
         costs = tuple(cost for cost, keep in zip(self.costs, kept, strict=False) if keep)
         return ClassScores(self.probabilities[kept], self.label_mass[kept], costs)
 
+    def row(self, index: int) -> "ClassScores":
+        """The scores of one sample."""
+        rows = slice(index, index + 1)
+        return ClassScores(self.probabilities[rows], self.label_mass[rows], self.costs[rows])
+
+    @staticmethod
+    def together(parts: "Sequence[ClassScores]") -> "ClassScores":
+        """The scores of all samples of one or more parts, in their order."""
+        return ClassScores(
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.label_mass for part in parts]),
+            tuple(cost for part in parts for cost in part.costs),
+        )
+
     @property
     def answered(self) -> np.ndarray:
         """[B] False where the model gave no answer."""
@@ -104,3 +118,35 @@ class Reasoner(Protocol):
         Raises:
             RunError: the model cannot be reached or refuses to serve at all.
         """
+
+
+@runtime_checkable
+class ReadsOnce(Reasoner, Protocol):
+    """A Reasoner that classifies and reasons from one reading of each sample."""
+
+    def classify_and_reason(
+        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
+    ) -> Iterator[tuple[int, ClassScores, Answer]]:
+        """As the function of this name; an answer's cost is what it took beyond the label's."""
+
+
+def classify_and_reason(
+    reasoner: Reasoner, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
+) -> Iterator[tuple[int, ClassScores, Answer]]:
+    """Label scores and the answer to one question about each sample, as the answers come: its index, and both.
+
+    Raises:
+        RunError: the model cannot be reached or refuses to serve at all.
+    """
+    if isinstance(reasoner, ReadsOnce):
+        return reasoner.classify_and_reason(samples, template, sampling)
+    return classify_then_reason(reasoner, samples, template, sampling)
+
+
+def classify_then_reason(
+    reasoner: Reasoner, samples: Sequence[Sample], template: Template, sampling: Sampling
+) -> Iterator[tuple[int, ClassScores, Answer]]:
+    """The same from two readings: first all labels, then the answers."""
+    scores = reasoner.classify(samples)
+    for index, answer in reasoner.reason(samples, template, sampling):
+        yield index, scores.row(index), answer

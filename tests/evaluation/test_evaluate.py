@@ -62,6 +62,28 @@ def test_a_role_without_reasoning_is_not_asked_to_reason() -> None:
     assert (metrics["n"], metrics["accuracy"], metrics["label_mass"]) == (3, 1.0, 0.75)
 
 
+def test_a_role_that_reads_once_is_asked_once_for_both() -> None:
+    class Once(Role):
+        def classify_and_reason(
+            self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
+        ) -> Iterator[tuple[int, ClassScores, Answer]]:
+            self.asked.append((template, sampling))
+            scores = super().classify(samples)
+            yield from reversed([(index, scores.row(index), answer) for index, answer in enumerate(self.texts)])
+
+        def classify(self, samples: Sequence[Sample]) -> ClassScores:
+            raise AssertionError("it has been asked before")
+
+    texts = [Answer(rationale("negative"), True), Answer("no answer", True), Answer(rationale("positive"), True)]
+    role = Once(texts)
+    judged = judge(role, POSTS, LABELS, SETTINGS)
+    expected = judge(Role(texts), POSTS, LABELS, SETTINGS)
+    assert role.asked == [("reason", Sampling(0.0, 77))]
+    assert (judged.texts, judged.rationales) == (expected.texts, expected.rationales)
+    np.testing.assert_array_equal(judged.scores.probabilities, expected.scores.probabilities)
+    np.testing.assert_array_equal(judged.scores.label_mass, expected.scores.label_mass)
+
+
 def judged_with(rationales: list[Rationale | None]) -> Judged:
     scores = Role([]).classify(POSTS)
     return Judged(scores, [""] * 3, rationales)

@@ -13,7 +13,8 @@ from distill.data.images import ImageError
 from distill.models.backbone import Backbone
 from distill.models.endpoint import label_probabilities
 from distill.models.local import Completion, Local, normalise_labels
-from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.models.reasoner import Answer, ClassScores, ReadsOnce, Reasoner, Sampling
+from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, Earlier, render
 from distill.task.sample import Sample
 
@@ -74,8 +75,9 @@ def test_no_samples_have_no_scores_and_no_answers(backbone: Backbone) -> None:
     assert answers(Local(backbone, ""), []) == []
 
 
-def test_greedy_answers_are_those_of_a_plain_loop(backbone: Backbone, posts: list[Sample]) -> None:
+def test_greedy_answers_are_those_of_a_plain_loop(make_backbone: Any, posts: list[Sample]) -> None:
     """Every token from a full forward pass over what was written before it, pictures and positions included."""
+    backbone = make_backbone(1)
     generated = answers(Local(backbone, ""), posts, max_new_tokens=10)
     for sample, answer in zip(posts[:5], generated, strict=False):
         features = backbone.encode([sample], "reason")
@@ -205,6 +207,98 @@ def test_reviews_keep_to_their_own_earlier_answers_over_batches(make_backbone: A
     assert abs(found[0] - Local(make_backbone(), "").classify(posts).probabilities).max() > 1e-4
 
 
+# ---- both questions from one reading ----
+
+
+def together(reasoner: Local, samples: list[Sample], sampling: Sampling) -> tuple[ClassScores, list[Answer]]:
+    found = list(reasoner.classify_and_reason(samples, "reason", sampling))
+    assert [index for index, *_ in found] == list(range(len(samples)))
+    return ClassScores.together([scores for _, scores, _ in found]), [answer for *_, answer in found]
+
+
+def same_as_apart(reasoner: Local, samples: list[Sample], sampling: Sampling) -> None:
+    scores, found = together(reasoner, samples, sampling)
+    expected = reasoner.classify(samples)
+    np.testing.assert_allclose(scores.probabilities, expected.probabilities, atol=1e-5)
+    np.testing.assert_allclose(scores.label_mass, expected.label_mass, rtol=1e-3)
+    assert [cost.prompt_tokens for cost in scores.costs] == [cost.prompt_tokens for cost in expected.costs]
+    plain = answers(reasoner, samples, **vars(sampling))
+    assert [(a.text, a.finished, a.completion_tokens) for a in found] == [
+        (a.text, a.finished, a.completion_tokens) for a in plain
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_both_answers_from_one_reading_are_those_of_two(
+    make_backbone: Any, posts: list[Sample], temperature: float
+) -> None:
+    """Token for token, and drawn for the same seed: in batches of three, among which one has no picture at all."""
+    bare = [replace(sample, images=()) for sample in posts[:3]]
+    reasoner = Local(make_backbone(1, batch_size=3), "")
+    same_as_apart(reasoner, [*posts[:6], *bare, posts[6]], Sampling(temperature, 12, attempt=1))
+    assert isinstance(reasoner, ReadsOnce) and reasoner._exact
+
+
+def test_answers_from_one_reading_cost_what_was_read_and_no_token_twice(
+    make_backbone: Any, posts: list[Sample]
+) -> None:
+    reasoner = Local(make_backbone(batch_size=4), "")
+    scores, found = together(reasoner, posts, Sampling(max_new_tokens=3))
+    apart = answers(reasoner, posts, max_new_tokens=3)
+    for cost, answer, alone in zip(scores.costs, found, apart, strict=True):
+        assert 0 < answer.prompt_tokens < 0.5 * alone.prompt_tokens
+        assert cost.calls == answer.calls == 1 and cost.seconds > 0 and answer.seconds > 0
+    assert len({answer.prompt_tokens for answer in found}) == 1  # the question is the same for all
+
+
+def test_one_reading_of_nothing_and_of_label_questions(backbone: Backbone, posts: list[Sample]) -> None:
+    reasoner = Local(backbone, "")
+    assert list(reasoner.classify_and_reason([])) == []
+    found = list(reasoner.classify_and_reason(posts[:2], "classify", Sampling(max_new_tokens=2)))
+    expected = [answer for _, answer in reasoner.reason(posts[:2], "classify", Sampling(max_new_tokens=2))]
+    assert [answer for *_, answer in found] == expected
+
+
+class Peeking(Backbone):
+    """A model that sees more of a row than its mask shows: every branch sees those before it."""
+
+    def hidden_states(self, inputs: Any, cache: Any = None) -> torch.Tensor:
+        if "ends" in inputs:
+            inputs = inputs | {"ends": torch.full_like(inputs["ends"], inputs["ends"].shape[1])}
+        return super().hidden_states(inputs, cache)
+
+
+def unable(kind: str, backbone: Backbone) -> Backbone:
+    """A model that cannot read two questions at once, for one reason or another."""
+    settings = backbone.settings
+    if kind == "flash":  # the tests' machine has no such kernel, but the settings say so
+        settings = replace(settings, attention="flash_attention_2")
+    elif kind == "pictures behind":
+        template = backbone.processor.chat_template
+        backbone.processor.chat_template = template.replace(
+            "{% for part in message['content'] %}", "{% for part in message['content'] | reverse %}"
+        )
+        assert backbone.processor.chat_template != template
+    elif kind == "sliding window":
+        text = backbone.model.config.text_config
+        text.sliding_window, text.layer_types = 4096, ["sliding_attention"] * text.num_hidden_layers
+        backbone.model.model.language_model.has_sliding_layers = True  # type: ignore[union-attr]
+    else:
+        with torch.no_grad():
+            for weights in backbone.model.parameters():
+                weights.mul_(3)  # so that what it sees shows
+    return (Peeking if kind == "peeking" else Backbone)(backbone.model, backbone.processor, LabelSpace(), settings)
+
+
+@pytest.mark.parametrize("kind", ["flash", "pictures behind", "sliding window", "peeking"])
+def test_where_two_questions_cannot_be_read_at_once_they_are_put_apart(
+    make_backbone: Any, posts: list[Sample], kind: str
+) -> None:
+    reasoner = Local(unable(kind, make_backbone(2, batch_size=3)), "")
+    same_as_apart(reasoner, posts[:4], Sampling(max_new_tokens=6))
+    assert reasoner._exact is False
+
+
 # ---- chat ----
 
 
@@ -239,7 +333,7 @@ def plain_distributions(model: Backbone, prompt: Any, written: list[int]) -> tor
 def test_log_probabilities_are_the_models_own_at_any_temperature(
     make_backbone: Any, posts: list[Sample], temperature: float
 ) -> None:
-    model = make_backbone(batch_size=3)
+    model = make_backbone(1, batch_size=3)
     tokenizer, ids = model.processor.tokenizer, model.label_ids.tolist()
     prompts, sampling = questions(model, posts), Sampling(temperature, 5)
     plain = Local(model, "").chat(prompts, sampling)

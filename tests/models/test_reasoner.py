@@ -33,6 +33,15 @@ def test_the_scores_of_some_samples_keep_their_rows_masses_and_costs_together() 
     assert uncounted.only(np.array([False, True, True])).costs == ()
 
 
+def test_scores_of_single_samples_put_together_are_the_scores_of_all() -> None:
+    scores = ClassScores(np.eye(3), np.array([0.9, 0.8, 0.7]), (Cost(1, 10), Cost(1, 20), Cost(1, 30)))
+    again = ClassScores.together([scores.row(index) for index in (0, 1, 2)])
+    assert again.probabilities.tolist() == scores.probabilities.tolist() and again.costs == scores.costs
+    assert again.label_mass.tolist() == scores.label_mass.tolist()
+    uncounted = ClassScores(np.eye(2), np.ones(2))
+    assert uncounted.row(1).probabilities.tolist() == [[0.0, 1.0]] and uncounted.row(1).costs == ()
+
+
 def test_only_a_mass_of_exactly_zero_means_no_answer() -> None:
     mass = np.array([0.0, 1e-30, 1.0, np.nan])  # NaN: the model does not tell its mass
     scores = ClassScores(np.full((4, 2), 0.5), mass)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from distill.cascade.cascade import describe, run
@@ -86,8 +87,11 @@ def test_in_doubt_the_teacher_is_asked_once_more_and_never_thrice(student: Local
 def test_decisions_are_those_of_the_cascade(student: Local, make_backbone: Any, postcards: Corpus) -> None:
     """Through the gateway, batched and concurrent, as over a whole split; two models on this machine."""
     teacher = Local(make_backbone(7, batch_size=4), "teacher")
-    chosen = rules(student_threshold=0.9, teacher_threshold=0.93, teacher_temperature=0.7, min_label_mass=0.0)
     samples = postcards.test[:30]
+    doubts = sorted(opinion.uncertainty for opinion in rules().student(student.classify(samples)))
+    between = int(np.diff(doubts).argmax())  # so that no rounding moves a post over the threshold
+    threshold = (doubts[between] + doubts[between + 1]) / 2
+    chosen = rules(student_threshold=threshold, teacher_threshold=0.93, teacher_temperature=0.7, min_label_mass=0.0)
     expected = [describe(decision) for decision in run(samples, student.classify(samples), teacher, chosen)]
     assert len({decision["stage"] for decision in expected}) >= 2
     with running(student, teacher, chosen) as client, ThreadPoolExecutor(10) as pool:
