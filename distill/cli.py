@@ -11,6 +11,7 @@ from distill.errors import RunError, SettingsError
 
 COMMANDS = {
     "run": "the whole chain; a second call resumes or does nothing",
+    "plan": "what would run, sizes, memory, teacher calls and cost; runs nothing",
     "teacher": "fine-tune a local teacher on gold rationales",
     "annotate": "the teacher writes reasoning data",
     "assistant": "train the assistant on it",
@@ -72,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, recipe  # late: --help of the whole needs no torch
+    from distill import chain, plan, recipe  # late: --help of the whole needs no torch
     from distill.stages import report, serve
 
     options = recipe.parser(command)
     if command == "run":
         options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
     settings, parsed = recipe.load(options, arguments)
+    if command == "plan":
+        print(plan.text(settings))
+        return
     if command == "report":
         report.run(settings)
         print(report.summary(settings))

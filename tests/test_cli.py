@@ -1,5 +1,6 @@
 """The command: exit statuses, one sentence on stderr, and what a user sees of a chain."""
 
+import csv
 import json
 import logging
 import resource
@@ -179,6 +180,32 @@ def test_another_weight_distils_and_judges_anew_and_nothing_before(
     assert {file: file.stat().st_mtime_ns for stage in kept for file in stage.rglob("*")} == before
     assert (folder / "report.html").read_text() != reported
     assert "weight: 0.9" in (folder / "export" / "README.md").read_text()
+
+
+def test_a_plan_foretells_what_ran_and_touches_nothing(finished: tuple[Path, Path], distill: Command) -> None:
+    path, folder = finished
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    outcome = distill("plan", "--config", path)
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert "\nup to date  annotate, assistant, augment, student, evaluate, export\n" in outcome.stdout
+    assert "would run" not in outcome.stdout and "up to " not in outcome.stdout.replace("up to date", "")
+    rows = {line.split("  ")[0]: line.split() for line in outcome.stdout.splitlines()}
+    with (folder / "assistant" / "metrics.csv").open() as file:
+        steps = 1 + max(int(row["step"]) for row in csv.DictReader(file))
+    assert rows["optimiser steps"][2] == str(steps)
+    assert sum(path.stat().st_size for path in (folder / "student" / "soft_targets").glob("*")) > 0
+    outcome = distill("plan", "--config", path, "--student.distillation.weight", "0.9")
+    assert "\nwould run   student, evaluate, export\nup to date  annotate, assistant, augment\n" in outcome.stdout
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_a_plan_refuses_what_a_run_refuses(distill: Command, tmp_path: Path) -> None:
+    path = micro.write(tmp_path, micro.RECORDED)
+    outcome = distill("plan", "--config", path, "--student.distilation.weight", "1")
+    assert outcome.status == 2 and "student.distilation" in outcome.sentence
+    outcome = distill("plan", "--config", path, "--data.source", "jsonl", "--data.root", str(tmp_path / "nowhere"))
+    assert outcome.status == 2 and outcome.sentence.startswith("data.train: cannot read")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
 
 
 def test_a_stage_runs_by_its_own_command_once_what_it_reads_is_there(

@@ -57,7 +57,8 @@ TEXTS = (
 )
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-OWN = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", "postcards.json"}
+MARKER = "postcards.json"
+OWN = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
 """What a folder of postcards holds; one with anything else in it is left alone."""
 
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
@@ -81,15 +82,21 @@ class PostcardSettings:
     """Width and height of a card in pixels."""
 
 
+def are_there(root: Path, settings: PostcardSettings) -> bool:
+    """Whether `root` holds the corpus of these settings."""
+    marker = root / MARKER
+    return marker.exists() and bool(json.loads(marker.read_text()) == asdict(settings))
+
+
 def generate(root: str | Path, settings: PostcardSettings) -> None:
     """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `images/` below `root`, unless they are there already.
 
     The same settings give the same files. A corpus of other settings in the same folder is replaced.
     """
     root = Path(root)
-    marker = root / "postcards.json"
-    if marker.exists() and json.loads(marker.read_text()) == asdict(settings):
+    if are_there(root, settings):
         return
+    marker = root / MARKER
     beside = root.with_name(f".{root.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     (beside / "images").mkdir(parents=True)

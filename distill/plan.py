@@ -1,0 +1,292 @@
+"""`distill plan`: what a chain would run and what that takes, as text. Nothing is trained, asked, or left behind."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from distill.annotation.forecast import Asked
+from distill.data.corpus import SPLITS
+from distill.errors import SettingsError
+from distill.models.backbone import Backbone
+from distill.models.chat import EndpointSettings
+from distill.outlook import SAMPLE, Outlook, Rows, Teacher, spread
+from distill.recipe import Recipe
+from distill.task.sample import Sample
+from distill.training.assistant import TrainSettings
+from distill.training.batches import answer
+from distill.training.estimate import Memory, Targets, Work, cached, disk_bytes, flop, memory, work
+from distill.training.soft_cache import room
+from distill.training.student import StudentSettings
+
+UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: how long it is, and where its model can be had what it takes, as published and as it will run."""
+
+    name: str
+    settings: TrainSettings
+    rows: int
+    known: bool
+    epochs: float
+    steps: int
+    model: Backbone | None = None
+    tokens: tuple[Work, Work] | None = None
+    flop: tuple[float, float] | None = None
+    memory: tuple[Memory, Memory] | None = None
+    targets: Targets = "none"
+    disk: float = 0.0
+
+
+def text(recipe: Recipe) -> str:
+    """The plan of a chain, in a few tables.
+
+    Raises:
+        SettingsError: the data cannot be read.
+    """
+    with TemporaryDirectory() as scratch:
+        outlook = Outlook(recipe, Path(scratch))
+        problems: list[str] = []
+        learners = trainings(outlook, problems)
+        parts = [_stages(outlook), _posts(outlook), _questions(outlook)]
+        if learners:
+            parts += [_models(learners), _trainings(learners), _saving(learners)]
+        parts.append("\n".join(problems + _notes(outlook, learners)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def trainings(outlook: Outlook, problems: list[str]) -> list[Training]:
+    """The trainings of a chain in order; why a model cannot be had is added to `problems`, a line each."""
+    recipe, found = outlook.recipe, []
+    if recipe.teacher is not None:
+        found.append(
+            _training(outlook, "teacher", recipe.teacher, outlook.teacher_rows(recipe.teacher.tasks), problems)
+        )
+    if recipe.assistant is not None:
+        found.append(_training(outlook, "assistant", recipe.assistant, outlook.annotated(), problems))
+    student = recipe.student
+    if student is not None:
+        rows = outlook.student_rows()
+        found.append(_training(outlook, "student", student, rows, problems))
+        if student.hard_labels_baseline:
+            plain = replace(student, tasks={"classify": 1.0}, distillation=replace(student.distillation, weight=0.0))
+            gold = outlook.gold()
+            longer = max(1, round(len(rows.samples) / max(1, len(gold.samples))))
+            found.append(_training(outlook, "hard labels", plain, gold, problems, longer))
+    return found
+
+
+def _training(
+    outlook: Outlook, name: str, settings: TrainSettings, rows: Rows, problems: list[str], longer: int = 1
+) -> Training:
+    tasks: Any = settings.tasks
+    samples = [row for row in rows.samples if any(answer(task, row, outlook.labels) is not None for task in tasks)]
+    epochs, steps = _length(outlook, settings, len(samples), longer)
+    plain = Training(name, settings, len(samples), rows.known, epochs, steps)
+    if not samples:
+        return plain
+    try:
+        model = outlook.model(settings.model)
+    except SettingsError as error:
+        problems.append(f"{name}: {error}")
+        return plain
+    before, after = work(spread(samples), model, settings)
+    plain = replace(plain, model=model, tokens=(before, after))
+    targets: Targets = "none"
+    assistant, disk = None, 0.0
+    if isinstance(settings, StudentSettings) and settings.distillation.weight > 0:
+        assert outlook.recipe.assistant is not None
+        try:
+            assistant = outlook.model(outlook.recipe.assistant.model)
+        except SettingsError:  # said under its own name
+            return plain
+        disk = disk_bytes(len(samples) * after.logits, settings.distillation, assistant)
+        keeps = cached(settings.distillation, epochs, disk, room(outlook.recipe.folder))
+        targets = "cached" if keeps else "online"
+    module = None if assistant is None else assistant.model
+    half = "16" in str(outlook.context.trainer_arguments(settings).get("precision", ""))
+    on = _cuda(outlook.recipe)
+    return replace(
+        plain,
+        flop=flop(model.model, settings, before, after, assistant=module, targets=targets, epochs=epochs),
+        memory=memory(model, settings, before, after, assistant=assistant, targets=targets, half=half, cuda=on),
+        targets=targets,
+        disk=disk,
+    )
+
+
+def _length(outlook: Outlook, settings: TrainSettings, rows: int, longer: int) -> tuple[float, int]:
+    """Epochs and optimiser steps."""
+    arguments = outlook.context.trainer_arguments(settings)
+    batches = math.ceil(math.ceil(rows / _processes(arguments)) / settings.batch_size)
+    limit = arguments.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
+    steps = math.ceil(batches / arguments.get("accumulate_grad_batches", 1))
+    epochs = (arguments["max_epochs"] or -1) * longer
+    most = arguments.get("max_steps", -1)
+    if steps and most > 0 and (epochs < 0 or most < epochs * steps):
+        return most / steps, most
+    return max(epochs, 0), max(epochs, 0) * steps
+
+
+def _processes(arguments: dict[str, Any]) -> int:
+    devices, nodes = arguments.get("devices", 1), arguments.get("num_nodes", 1)
+    return max(devices, 1) * nodes if isinstance(devices, int) else 1
+
+
+def _cuda(recipe: Recipe) -> bool:
+    kind = recipe.trainer.get("accelerator", "auto")
+    return kind in ("gpu", "cuda") or (kind == "auto" and torch.cuda.is_available())
+
+
+# ---- as text ----
+
+
+def _stages(outlook: Outlook) -> str:
+    waiting = [name for name, done in outlook.done.items() if not done]
+    lines = [f"{outlook.recipe.name}, in {outlook.recipe.folder}. Nothing is run now; `distill run` would do this.", ""]
+    for what, names in (("would run", waiting), ("up to date", [name for name in outlook.done if name not in waiting])):
+        lines += [f"{what:<11} {', '.join(names)}"] if names else []
+    return "\n".join(lines)
+
+
+def _posts(outlook: Outlook) -> str:
+    rows = [["posts", "all", "labelled", "with rationale"]]
+    for split in SPLITS:
+        posts: list[Sample] = getattr(outlook.corpus, split)
+        counts = (len(posts), sum(p.label is not None for p in posts), sum(bool(p.rationale) for p in posts))
+        rows.append([split, *(f"{count:,}" for count in counts)])
+    left_out = len(outlook.corpus.dropped)
+    return _aligned(rows) + (f"\n{left_out:,} rows of the files are left out." if left_out else "")
+
+
+def _questions(outlook: Outlook) -> str:
+    asked = list(outlook.questions())
+    if not asked:
+        return "No teacher is asked anything."
+    rows = [["questions", "about", "at least", "at most", "prompt tokens", "answer tokens", "cost"]]
+    for question, teacher in asked:
+        low, high = question.answer_tokens
+        answers = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+        figures = [f"{question.least:,}", f"{question.most:,}", f"{question.prompt_tokens:,.0f}", answers]
+        rows.append([question.stage, question.about, *figures, _range(_cost(question, teacher))])
+    total = [sum(getattr(question, name) for question, _ in asked) for name in ("least", "most")]
+    costs = [cost for question, teacher in asked if (cost := _cost(question, teacher)) is not None]
+    whole = (sum(low for low, _ in costs), sum(high for _, high in costs)) if costs else None
+    rows.append(["in all", "", *(f"{count:,}" for count in total), "", "", _range(whole)])
+    lines = [_aligned(rows if costs else [row[:-1] for row in rows], left=2)]
+    ledgers = [outlook.recipe.folder / stage / "ledger.jsonl" for stage in ("annotate", "evaluate")]
+    if known := sum(len(path.read_bytes().splitlines()) for path in ledgers if path.exists()):
+        lines.append(f"{known:,} answers are in the ledgers of earlier runs; what is asked again costs nothing.")
+    return "\n".join(lines)
+
+
+def _cost(question: Asked, teacher: Teacher) -> tuple[float, float] | None:
+    """None where nothing has a price."""
+    if not isinstance(teacher, EndpointSettings) or (teacher.prompt_price is None and teacher.completion_price is None):
+        return None
+    return question.cost(teacher.prompt_price or 0.0, teacher.completion_price or 0.0)
+
+
+def _range(cost: tuple[float, float] | None) -> str:
+    return "" if cost is None else f"{cost[0]:,.2f} to {cost[1]:,.2f}"
+
+
+def _trainings(learners: Sequence[Training]) -> str:
+    """Two columns for each training: as published, and with this recipe."""
+    header = [
+        ["trainings", *(cell for t in learners for cell in ("", t.name))],
+        ["", *(cell for _ in learners for cell in ("published", "here"))],
+    ]
+    rows: list[list[str]] = []
+
+    def row(name: str, of: Callable[[Training], Any], form: Callable[[Any], str] = str) -> None:
+        """Pairs of figures, None where one means nothing; None for a pair that cannot be known."""
+        found = [("", UNKNOWN) if (pair := of(t)) is None else pair for t in learners]
+        cells = [
+            "" if value is None else value if isinstance(value, str) else form(value)
+            for pair in found
+            for value in pair
+        ]
+        rows.append([name, *cells])
+
+    row("posts", lambda t: (None, ("" if t.known else "up to ") + f"{t.rows:,}"), str)
+    row("epochs", lambda t: (None, t.epochs), "{:,.3g}".format)
+    row("optimiser steps", lambda t: (None, t.steps), "{:,}".format)
+    row("tokens a post", lambda t: t.tokens and [w.tokens for w in t.tokens], "{:,.0f}".format)
+    row("  that need logits", lambda t: t.tokens and [w.logits for w in t.tokens], "{:,.0f}".format)
+    row("FLOP a post", lambda t: t.flop, _si)
+    row("FLOP in all", lambda t: t.flop and [f * t.rows * t.epochs for f in t.flop], _si)
+    row("bytes a device", lambda t: t.memory and [m.total for m in t.memory], _si)
+    row("  weights", lambda t: t.memory and [m.weights for m in t.memory], _si)
+    row("  gradients, AdamW", lambda t: t.memory and [m.optimizer for m in t.memory], _si)
+    row("  activations", lambda t: t.memory and [m.activations for m in t.memory], _si)
+    row("  logits", lambda t: t.memory and [m.logits for m in t.memory], _si)
+    row("  the assistant", lambda t: t.memory and [m.assistant for m in t.memory], _si)
+    row("soft targets", lambda t: (None, t.targets if t.model else UNKNOWN), str)
+    row("  bytes on disk", lambda t: (None, t.disk if t.targets == "cached" else None), _si)
+    return _aligned(header + rows)
+
+
+def _models(learners: Sequence[Training]) -> str:
+    rows = [["models", "", "weights", "that train"]]
+    for learner in learners:
+        tiny, counts = learner.settings.model.tiny, [UNKNOWN, UNKNOWN]
+        if learner.model is not None:
+            weights = list(learner.model.model.parameters())
+            counts = [_si(sum(w.numel() for w in part)) for part in (weights, [w for w in weights if w.requires_grad])]
+        rows.append([learner.name, learner.settings.model.path or f"tiny {tiny.hidden} x {tiny.layers}", *counts])
+    return _aligned(rows, left=2)
+
+
+def _saving(learners: Sequence[Training]) -> str:
+    flops = [(t.rows * t.epochs * t.flop[0], t.rows * t.epochs * t.flop[1]) for t in learners if t.flop]
+    before, after = (sum(column) for column in zip(*flops, strict=True)) if flops else (0.0, 0.0)
+    if not after:
+        return ""
+    most = [max(t.memory[side].total for t in learners if t.memory) for side in (0, 1)]
+    return "\n".join([
+        f"All trainings: {_si(before)}FLOP as published, {_si(after)}FLOP here: {before / after:.1f} times less.",
+        f"A device needs {_si(most[0])}B as published, {_si(most[1])}B here.",
+    ])  # fmt: skip
+
+
+def _notes(outlook: Outlook, learners: Sequence[Training]) -> list[str]:
+    notes = [
+        "published: each task in a sequence of its own, padded to the data set's longest, logits at every position,",
+        "  the assistant asked in every epoch. here: as this recipe trains.",
+        f"tokens: the mean of {SAMPLE} posts at most, spread over all lengths.",
+        "FLOP: of the matrix products in training. Validation and generation come on top, the same on both sides.",
+        "bytes a device: an estimate for the longest posts in one batch, with one tensor of logits for each model.",
+    ]
+    if any(outlook.tokenizer(asked) is None for _, asked in outlook.questions()):
+        notes.append("questions: their tokens are guessed, one for four characters, as the tokenizer cannot be had.")
+    if any(not t.known for t in learners):
+        notes += [
+            "up to: rationales that are not written yet are assumed: one is kept for every post, as long as those in",
+            "  the data, or where it has none four fields of about 50 words.",
+        ]
+    return notes
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns, the first ones to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{c:<{w}}" if n < left else f"{c:>{w}}" for n, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _si(value: float) -> str:
+    """Three digits and the letter of a power of a thousand."""
+    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}".rstrip()
