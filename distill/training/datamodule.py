@@ -20,16 +20,21 @@ from distill.training.batches import answer
 class ByLengthSampler(StatefulDistributedSampler):
     """Samples of about one length in a batch: sorted within windows of some batches, which are shuffled in turn.
 
+    Lengths that differ by little are left in the order of chance, for samples of one length are often alike in more.
     Batches are those of all processes together, so that several processes see what one with the larger batch would.
     """
 
     WINDOW = 16  # batches
+    STEP = 1 / 8  # of the mean length
 
     def __init__(self, samples: Sequence[Sample], world: int, rank: int, seed: int, batch_size: int) -> None:
         super().__init__(samples, world, rank, seed=seed)
         self.next_yielded: int | None
         self.samples = samples
         self.batch_size = batch_size * world
+        lengths = [len(sample.text) + len(sample.rationale or "") for sample in samples]
+        mean = max(1.0, sum(lengths) / len(lengths))
+        self.lengths = [round((length / mean - 1) / self.STEP) for length in lengths]
 
     def __iter__(self) -> Iterator[int]:
         self.yielded, self.next_yielded = self.next_yielded or 0, None
@@ -44,7 +49,7 @@ class ByLengthSampler(StatefulDistributedSampler):
         order += [order[n % len(order)] for n in range(self.total_size - len(order))]
         mixed: list[int] = []
         for window in _parts(order, self.WINDOW * size):
-            batches = _parts(sorted(window, key=lambda n: _length(self.samples[n])), size)
+            batches = _parts(sorted(window, key=self.lengths.__getitem__), size)
             short = [batches.pop()] if len(batches[-1]) < size else []  # only an epoch's last batch may be smaller
             draw.shuffle(batches)
             mixed += [n for batch in batches + short for n in batch]
@@ -53,11 +58,6 @@ class ByLengthSampler(StatefulDistributedSampler):
 
 def _parts(items: list[int], size: int) -> list[list[int]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
-
-
-def _length(sample: Sample) -> int:
-    """About how long the sequence of a sample is."""
-    return len(sample.text) + len(sample.rationale or "")
 
 
 class ReasoningDataModule(L.LightningDataModule):
