@@ -1,14 +1,16 @@
 """From samples to the teacher's reasoning data (MulCoT-RD): predict, explain on failure, ask again, quarantine.
 
-The protocol advances in rounds over all open samples, so that a teacher always has many questions to answer at once.
+The protocol is a dialogue about one sample; `dialogue.py` holds many of them at once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
-from distill.annotation.ledger import Ledger, Memory, read_scores
+from distill.annotation.dialogue import Progress, outcomes
+from distill.annotation.ledger import Ledger, Paid
+from distill.annotation.memory import Memory, Question, read_scores
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -17,7 +19,7 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, check, parse
 from distill.task.sample import Sample
 
-Source = Literal["recorded", "predicted", "explained"]
+Source = Literal["predicted", "explained", "recorded"]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class AnnotateSettings:
     recorded: bool = False
     """Take the rationales that are already in the data, where they are valid."""
     chunk: int = 64
-    """How many samples the teacher is handed at a time."""
+    """How many samples a teacher on this machine is handed at a time; an endpoint has its own `concurrency`."""
 
     def __post_init__(self) -> None:
         for name, valid, takes in (
@@ -76,66 +78,93 @@ class Quarantined:
 
 
 @dataclass
-class Annotated:
-    """What came of the samples, in their order, and the counts of `summary.json`."""
+class Tally:
+    """The counts of `summary.json`, sample by sample."""
 
-    kept: list[Kept]
-    quarantined: list[Quarantined]
-    summary: dict[str, Any]
+    n: int = 0
+    sources: Counter[Source] = field(default_factory=Counter)
+    retried: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    unlabelled: Counter[str] = field(default_factory=Counter)
+    unannotated: int = 0
+    first_answers: Counter[bool] = field(default_factory=Counter)  # by whether they were right
+    recorded_defects: Counter[str] = field(default_factory=Counter)
+    paid: dict[str, Any] = field(default_factory=lambda: asdict(Paid()) | {"cost": None})
+
+    def add(self, case: "_Case") -> None:
+        """Count one settled sample."""
+        kept, outcome = isinstance(case.outcome, Kept), case.outcome
+        self.n += 1
+        if isinstance(outcome, Kept) and not outcome.teacher_label:
+            self.sources[outcome.source] += 1
+        if isinstance(outcome, Quarantined):
+            self.quarantined[outcome.reason] += 1
+        if case.sample.label is None:
+            self.unlabelled["seen"] += 1
+            self.unlabelled["kept"] += kept
+            self.unlabelled["quarantined"] += isinstance(outcome, Quarantined)
+            self.unlabelled["below_threshold"] += case.below_threshold
+        if case.first_right is not None:
+            self.first_answers[case.first_right] += 1
+        if case.defect is not None:
+            self.recorded_defects[case.defect] += 1
+        self.retried += case.retried
+        self.unannotated += case.open
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says."""
+        return {
+            "n": self.n,
+            **{source: self.sources[source] for source in get_args(Source)},
+            "retried": self.retried,
+            "quarantined": {"total": self.quarantined.total(), "by_reason": dict(self.quarantined)},
+            "unlabelled": {name: self.unlabelled[name] for name in ("seen", "kept", "quarantined", "below_threshold")},
+            "unannotated": self.unannotated,
+            "teacher_accuracy": self.first_answers[True] / total if (total := self.first_answers.total()) else None,
+            "recorded_defects": dict(self.recorded_defects),
+            "paid": self.paid,
+        }
 
 
 def annotate(
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     labels: LabelSpace,
     teacher: Reasoner | None,
     settings: AnnotateSettings,
     ledger: Ledger,
-    progress: Callable[[int, int], None] | None = None,
-) -> Annotated:
+    tally: Tally,
+    progress: Progress | None = None,
+) -> Iterator[Kept | Quarantined]:
     """Get a valid rationale for every sample that can have one (DESIGN section 4).
+
+    Outcomes come in the samples' order, as soon as they are settled; a sample that is skipped has none. However many
+    samples there are, only a bounded window of them is held.
 
     Args:
         teacher: who is asked; None where only recorded rationales are taken.
         ledger: what was paid for already is not asked again, and every new answer is written there as it comes.
-        progress: told how many of the samples that need the teacher are settled, and how many there are.
+        tally: counts what is handed on.
 
     Raises:
         SettingsError: a sample's label is not in the label space.
         RunError: the teacher cannot be asked any more, or the ledger cannot be written.
     """
-    cases = [_Case(sample, _label(sample, labels)) for sample in samples]
-    if settings.recorded:
-        for case in cases:
-            _take_recorded(case, labels, teacher)
-    if teacher is None:
-        return _result(cases, {}, None)
-    memory = Memory(teacher, labels, ledger, settings.chunk)
-    unlabelled = [case for case in cases if case.label is None and settings.unlabelled == "keep_confident"]
-    total = sum(case.open for case in cases) + len(unlabelled)
-    settled = 0
 
-    def settle(case: _Case) -> None:
-        nonlocal settled
-        settled += not case.open
-        if progress is not None:
-            progress(settled, total)
+    def dialogue(sample: Sample) -> Generator[Question, Answer, _Case]:
+        return _dialogue(_Case(sample, _label(sample, labels)), labels, settings, teacher is not None)
 
-    for index, answer in memory.scores([case.sample for case in unlabelled]):
-        _label_confident(unlabelled[index], answer, labels, settings)
-        settle(unlabelled[index])
-    while waiting := [case for case in cases if case.open]:
-        # The question that most samples wait for, so that the teacher is never asked about a handful while many wait.
-        (template, attempt), _ = Counter((case.template, case.attempt) for case in waiting).most_common(1)[0]
-        group = [case for case in waiting if (case.template, case.attempt) == (template, attempt)]
-        temperature = round(settings.temperature + attempt * settings.temperature_step, 6)
-        sampling = Sampling(temperature, settings.max_new_tokens, attempt)
-        for index, answer in memory.reason([case.sample for case in group], template, sampling):
-            _advance(group[index], answer, labels, settings)
-            settle(group[index])
-    return _result(cases, memory.paid, teacher)
+    memory = None if teacher is None else Memory(teacher, labels, ledger, settings.chunk)
+    for case in outcomes(samples, dialogue, memory, progress):
+        tally.add(case)
+        if case.outcome is not None:
+            yield case.outcome
+    tally.paid = asdict(ledger.paid) | {"cost": None}
+    if isinstance(teacher, Endpoint):
+        tally.paid["cost"] = teacher.cost(ledger.paid.prompt_tokens, ledger.paid.completion_tokens)
 
 
-def recording_defects(samples: Sequence[Sample], labels: LabelSpace) -> dict[str, int]:
+def recording_defects(samples: Iterable[Sample], labels: LabelSpace) -> dict[str, int]:
     """What is wrong with the rationales of labelled samples: counts by reason, and of all and valid ones."""
     counts = Counter({"rationales": 0, "valid": 0})
     for sample in samples:
@@ -185,7 +214,22 @@ def _label(sample: Sample, labels: LabelSpace) -> str | None:
         raise SettingsError(f"sample {sample.id}: {error}") from None
 
 
-def _take_recorded(case: _Case, labels: LabelSpace, teacher: Reasoner | None) -> None:
+def _dialogue(
+    case: _Case, labels: LabelSpace, settings: AnnotateSettings, can_ask: bool
+) -> Generator[Question, Answer, _Case]:
+    """What the teacher is asked about one sample until it is settled, or skipped."""
+    if settings.recorded:
+        _take_recorded(case, labels, can_ask)
+    if can_ask and case.label is None and settings.unlabelled == "keep_confident":
+        _label_confident(case, (yield Question("classify")), labels, settings)
+    while can_ask and case.open:
+        temperature = round(settings.temperature + case.attempt * settings.temperature_step, 6)
+        sampling = Sampling(temperature, settings.max_new_tokens, case.attempt)
+        _advance(case, (yield Question(case.template, sampling)), labels, settings)
+    return case
+
+
+def _take_recorded(case: _Case, labels: LabelSpace, can_ask: bool) -> None:
     """Hold a rationale of the data against the rules; explain an invalid one anew, if there is someone to ask."""
     if case.label is None or not case.sample.rationale:
         return
@@ -193,7 +237,7 @@ def _take_recorded(case: _Case, labels: LabelSpace, teacher: Reasoner | None) ->
         case.keep(check(case.sample.rationale, labels, case.label), "recorded")
     except InvalidRationale as invalid:
         case.defect, case.template = invalid.reason, "explain"
-        if teacher is None:
+        if not can_ask:
             case.quarantine(invalid.reason, str(invalid), case.sample.rationale)
 
 
@@ -235,37 +279,3 @@ def _predicts(answer: Answer, labels: LabelSpace) -> str | None:
         return parse(answer.text, labels).prediction if answer.finished else None
     except InvalidRationale:
         return None
-
-
-def _result(cases: Sequence[_Case], paid: Mapping[str, Answer], teacher: Reasoner | None) -> Annotated:
-    kept = [case.outcome for case in cases if isinstance(case.outcome, Kept)]
-    quarantined = [case.outcome for case in cases if isinstance(case.outcome, Quarantined)]
-    sources = Counter(item.source for item in kept if not item.teacher_label)
-    first = [case.first_right for case in cases if case.first_right is not None]
-    unlabelled = [case for case in cases if case.sample.label is None]
-    prompt_tokens = sum(answer.prompt_tokens for answer in paid.values())
-    completion_tokens = sum(answer.completion_tokens for answer in paid.values())
-    summary = {
-        "n": len(cases),
-        "predicted": sources["predicted"],
-        "explained": sources["explained"],
-        "recorded": sources["recorded"],
-        "retried": sum(case.retried for case in cases),
-        "quarantined": {"total": len(quarantined), "by_reason": dict(Counter(item.reason for item in quarantined))},
-        "unlabelled": {
-            "seen": len(unlabelled),
-            "kept": sum(isinstance(case.outcome, Kept) for case in unlabelled),
-            "quarantined": sum(isinstance(case.outcome, Quarantined) for case in unlabelled),
-            "below_threshold": sum(case.below_threshold for case in unlabelled),
-        },
-        "unannotated": sum(case.open for case in cases),
-        "teacher_accuracy": sum(first) / len(first) if first else None,
-        "recorded_defects": dict(Counter(case.defect for case in cases if case.defect is not None)),
-        "paid": {
-            "answers": len(paid),
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "cost": teacher.cost(prompt_tokens, completion_tokens) if isinstance(teacher, Endpoint) else None,
-        },
-    }
-    return Annotated(kept, quarantined, summary)

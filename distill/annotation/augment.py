@@ -1,14 +1,15 @@
 """Self-written reasoning data: the assistant reasons without the label, and what it gets right is kept (MulCoT-RD)."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from distill.annotation.ledger import Ledger, Memory
-from distill.models.reasoner import Reasoner, Sampling
+from distill.annotation.dialogue import Progress, outcomes
+from distill.annotation.ledger import Ledger
+from distill.annotation.memory import Memory, Question
+from distill.models.reasoner import Answer, Reasoner, Sampling
 from distill.task.labels import LabelSpace
-from distill.task.rationale import InvalidRationale, Rationale, check
+from distill.task.rationale import InvalidRationale, Rationale, Reason, check
 from distill.task.sample import Sample
 
 
@@ -25,24 +26,31 @@ class AugmentSettings:
 
 
 def augment(
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     labels: LabelSpace,
     assistant: Reasoner,
     settings: AugmentSettings,
     ledger: Ledger,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[tuple[Sample, Rationale]], dict[str, Any]]:
-    """One rationale a sample, kept where it is valid and its prediction is the sample's label; with the counts."""
-    memory = Memory(assistant, labels, ledger, settings.chunk)
-    kept: dict[int, Rationale] = {}
-    dropped: Counter[str] = Counter()
+    dropped: Counter[str],
+    progress: Progress | None = None,
+) -> Iterator[tuple[Sample, Rationale]]:
+    """One rationale a sample, kept where it is valid and its prediction is the sample's label; in the samples' order.
+
+    Args:
+        dropped: counts the others by the rule that they break.
+    """
     sampling = Sampling(settings.temperature, settings.max_new_tokens)
-    for done, (index, answer) in enumerate(memory.reason(samples, "reason", sampling), start=1):
+
+    def dialogue(sample: Sample) -> Generator[Question, Answer, tuple[Sample, Rationale | Reason]]:
+        answer = yield Question("reason", sampling)
         try:
-            kept[index] = check(answer.text, labels, samples[index].label, finished=answer.finished)
+            return sample, check(answer.text, labels, sample.label, finished=answer.finished)
         except InvalidRationale as invalid:
-            dropped[invalid.reason] += 1
-        if progress is not None:
-            progress(done, len(samples))
-    summary = {"n": len(samples), "kept": len(kept), "dropped": dict(dropped)}
-    return [(samples[index], kept[index]) for index in sorted(kept)], summary
+            return sample, invalid.reason
+
+    memory = Memory(assistant, labels, ledger, settings.chunk)
+    for sample, found in outcomes(samples, dialogue, memory, progress):
+        if isinstance(found, Rationale):
+            yield sample, found
+        else:
+            dropped[found] += 1

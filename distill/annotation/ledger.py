@@ -1,7 +1,7 @@
 """The ledger of paid answers: one line each, appended as they come, so that no answer is ever paid for twice.
 
-A line is written whole and reaches the disk before the next question is settled. What a crash may leave behind is a
-torn last line, which is cut off when the ledger is opened again. `Memory` is a teacher who is asked through it.
+A line is written whole and reaches the disk before its answer is handed on. What a crash may leave behind is a torn
+last line, which is cut off when the ledger is opened again. `memory.py` asks a teacher through it.
 """
 
 import errno
@@ -11,21 +11,16 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
-import numpy as np
-
+from distill.annotation.index import Index
 from distill.errors import RunError
-from distill.models.endpoint import Endpoint
-from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
+from distill.models.reasoner import Answer, Sampling
 from distill.task import prompts
-from distill.task.labels import LabelSpace
-from distill.task.prompts import Earlier, Template
-from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +40,26 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_scores(answer: Answer) -> tuple[list[float], float]:
-    """Probabilities [K] and label mass from the line that a classification left in the ledger."""
-    probabilities, mass = json.loads(answer.text)
-    return probabilities, mass
+@dataclass
+class Paid:
+    """What was paid for answers, be it today or on an earlier day."""
+
+    answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, answer: Answer) -> None:
+        """Count one more answer."""
+        self.answers += 1
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
 
 
 class Ledger:
     """An append-only JSONL file of answers, open in one process at a time; threads may share it.
+
+    In memory is only where the lines stand. `paid` counts the answers that were used since the ledger was opened, new
+    or old, each of them once.
 
     Raises:
         RunError: another process holds the ledger, or it cannot be read or written.
@@ -60,21 +67,25 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._answers: dict[str, Answer] = {}
+        self.paid = Paid()
         self._lock = threading.Lock()
+        self._disk = threading.Lock()  # held by the one thread that waits for the disk
+        self._written = self._safe = 0  # bytes of the file; those on the disk
+        self._failure: OSError | None = None  # of the disk: what was not on it by then never will be
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise RunError(f"the ledger {path} cannot be opened: {error.strerror}") from error
+        self._index = Index()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._load()
         except BlockingIOError:
-            os.close(self._file)
+            self.close()
             raise RunError(f"another process is annotating into {path}; wait for it or stop it") from None
         except OSError as error:
-            os.close(self._file)
+            self.close()
             raise RunError(f"the ledger {path} cannot be used: {error.strerror}") from error
 
     def __enter__(self) -> Self:
@@ -86,20 +97,32 @@ class Ledger:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._index)
 
     def close(self) -> None:
         """Hand the ledger back; closing gives up the lock. A second call does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        with self._disk, self._lock:
+            if self._file >= 0:
+                self._index.close()
+                os.close(self._file)
+                self._file = -1
 
     def get(self, key: str) -> Answer | None:
-        """The answer paid for under a key."""
-        return self._answers.get(key)
+        """The answer paid for under a key, read back from the file."""
+        place = self._index.find(key.encode())
+        if place is None:
+            return None
+        start, length = place
+        _, answer = _read(os.pread(self._file, length, start))
+        with self._lock:
+            if self._index.use(key.encode()):
+                self.paid.add(answer)
+        return answer
 
     def put(self, key: str, meta: Mapping[str, Any], answer: Answer) -> None:
         """Write one answer and wait until it is on the disk; `meta` says for a reader what was asked.
+
+        Threads that wait at the same time wait for the same write to the disk.
 
         Raises:
             RunError: the disk is full or fails; the file then ends with its last whole line.
@@ -110,146 +133,74 @@ class Ledger:
         paid = {name: value for name, value in asdict(answer).items() if name != "error"}
         text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
         line = text.encode("utf-8", "replace") + b"\n"  # a lone surrogate has no UTF-8
+        try:
+            start = self._append(line)
+            self._sync(start + len(line))
+        except OSError as error:
+            raise RunError(f"an answer could not be written to {self.path}: {error.strerror}") from error
+        self._index.add(key.encode(), start, len(line))
         with self._lock:
-            end = os.fstat(self._file).st_size
+            self.paid.add(answer)
+
+    def _append(self, line: bytes) -> int:
+        """Write one line behind the others; returns where it starts."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            start = self._written
             try:
                 if os.write(self._file, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(self._file)
-            except OSError as error:
-                os.ftruncate(self._file, end)
-                raise RunError(f"an answer could not be written to {self.path}: {error.strerror}") from error
-            self._answers[key] = answer
+            except OSError:
+                os.ftruncate(self._file, start)
+                raise
+            self._written = start + len(line)
+            return start
+
+    def _sync(self, end: int) -> None:
+        """Wait until all before `end` is on the disk; of threads that wait, one does it for all."""
+        with self._disk:
+            if self._failure is not None:
+                raise self._failure
+            written = self._written
+            if self._safe < end:
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    with self._lock:
+                        self._failure = error
+                        os.ftruncate(self._file, self._safe)
+                    raise
+                self._safe = written
 
     def _load(self) -> None:
-        """Read what was paid; end the file with a whole line, cutting what a crash tore."""
-        content = self.path.read_bytes()
-        *lines, rest = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not self._read(line):
-                log.warning("%s, line %d is unreadable; its answer will be asked again", self.path, number)
-        if rest and self._read(rest):
-            os.write(self._file, b"\n")
-        elif rest:
-            log.warning("%s ends with a torn line, as a crash leaves it; it is cut off", self.path)
-            os.ftruncate(self._file, len(content) - len(rest))
+        """Read what was paid, a line at a time; end the file with a whole line, cutting what a crash tore."""
+        with self.path.open("rb") as file:
+            self._index.load(self._lines(file))
+        self._written = self._safe = os.fstat(self._file).st_size
 
-    def _read(self, line: bytes) -> bool:
-        try:
-            entry = json.loads(line)
-            self._answers[str(entry["key"])] = Answer(**entry["answer"])
-        except (ValueError, KeyError, TypeError):
-            return False
-        return True
-
-
-@dataclass
-class Memory:
-    """A Reasoner that is asked only what its ledger does not hold; `paid` is every answer that was used, old or new."""
-
-    teacher: Reasoner
-    labels: LabelSpace
-    ledger: Ledger
-    chunk: int
-    paid: dict[str, Answer] = field(default_factory=dict)
-    digests: dict[Path, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.name = self.teacher.name
-
-    def reason(
-        self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
-    ) -> Iterator[tuple[int, Answer]]:
-        """As `Reasoner.reason`; each new answer is in the ledger before it is handed on."""
-
-        def ask(indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
-            return self.teacher.reason([samples[index] for index in indices], template, sampling)
-
-        return self._ask(samples, template, sampling, ask)
-
-    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
-        """As `Reasoner.classify`; where the teacher did not answer, the labels are equally likely, at a mass of 0.
-
-        The costs are those of the answers when they were paid for, were it on another day.
-        """
-        probabilities = np.full((len(samples), len(self.labels)), 1 / len(self.labels))
-        mass = np.zeros(len(samples))
-        costs = [Cost()] * len(samples)
-        silent: dict[int, str] = {}
-        for index, answer in self.scores(samples, earlier):
-            costs[index] = answer.cost
-            if answer.error is None:
-                probabilities[index], mass[index] = read_scores(answer)
-            else:
-                silent[index] = answer.error
-        if silent:
-            index, why = min(silent.items())
-            found = (self.name, len(silent), len(samples), samples[index].id, why)
-            log.warning("%s left %d of %d posts unanswered; the first, %s: %s", *found)
-        return ClassScores(probabilities, mass, tuple(costs))
-
-    def scores(
-        self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None
-    ) -> Iterator[tuple[int, Answer]]:
-        """Label scores as they come: pairs of a sample's index and an answer that `read_scores` reads."""
-
-        def ask(indices: Sequence[int]) -> Iterator[tuple[int, Answer]]:
-            said = None if earlier is None else [earlier[index] for index in indices]
-            return self._scores([samples[index] for index in indices], said)
-
-        return self._ask(samples, "classify" if earlier is None else "review", Sampling(), ask, earlier)
-
-    def _scores(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None) -> Iterator[tuple[int, Answer]]:
-        if isinstance(self.teacher, Endpoint):  # each is paid for, so each is handed over as it comes
-            for index, scored in self.teacher.scores(samples, earlier):
-                text = json.dumps([scored.probabilities.tolist(), float(scored.label_mass)])
-                yield index, replace(scored.answer, text=text)
-            return
-        found = self.teacher.classify(samples, earlier)
-        costs = found.costs or (Cost(calls=1),) * len(samples)
-        for index, (row, mass, cost) in enumerate(zip(found.probabilities, found.label_mass, costs, strict=True)):
-            error = None if mass != 0 else "the model gave no answer"
-            yield index, Answer(json.dumps([row.tolist(), float(mass)]), True, error=error, **asdict(cost))
-
-    def _ask(
-        self,
-        samples: Sequence[Sample],
-        template: Template,
-        sampling: Sampling,
-        ask: Callable[[Sequence[int]], Iterator[tuple[int, Answer]]],
-        earlier: Sequence[Earlier] | None = None,
-    ) -> Iterator[tuple[int, Answer]]:
-        waiting: dict[str, list[int]] = {}  # samples that are alike share one answer
-        for index, sample in enumerate(samples):
+    def _lines(self, file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
+        """Keys, offsets and lengths of the whole lines."""
+        start = 0
+        for number, line in enumerate(file, 1):
+            torn = not line.endswith(b"\n")
             try:
-                name = self._key(sample, template, sampling, None if earlier is None else earlier[index])
-                waiting.setdefault(name, []).append(index)
-            except OSError as error:
-                yield index, Answer("", finished=False, error=f"an image cannot be read: {error}", calls=0)
-        for name in list(waiting):
-            if (answer := self.ledger.get(name)) is not None:
-                self.paid[name] = answer
-                for index in waiting.pop(name):
-                    yield index, answer
-        names = list(waiting)
-        meta: dict[str, Any] = {"model": self.teacher.name, "version": prompts.VERSION, "template": template}
-        meta |= {"temperature": sampling.temperature, "attempt": sampling.attempt}
-        for part in (names[begin : begin + self.chunk] for begin in range(0, len(names), self.chunk)):
-            for position, answer in ask([waiting[name][0] for name in part]):
-                name = part[position]
-                if answer.error is None:
-                    self.ledger.put(name, {"id": samples[waiting[name][0]].id, **meta}, answer)
-                    self.paid[name] = answer
-                for index in waiting[name]:
-                    yield index, answer
+                yield _read(line)[0], start, len(line)
+            except (ValueError, KeyError, TypeError):
+                if torn:
+                    log.warning("%s ends with a torn line, as a crash leaves it; it is cut off", self.path)
+                    os.ftruncate(self._file, start)
+                else:
+                    log.warning("%s, line %d is unreadable; its answer will be asked again", self.path, number)
+            else:
+                if torn:
+                    os.write(self._file, b"\n")
+            if torn:
+                return
+            start += len(line)
 
-    def _key(self, sample: Sample, template: Template, sampling: Sampling, earlier: Earlier | None) -> str:
-        question = prompts.render(template, sample, self.labels, earlier)
-        if template in prompts.SCORED:  # the probabilities are those of these labels
-            question += "\n" + ", ".join(self.labels.names)
-            if isinstance(self.teacher, Endpoint):
-                question += f"\n{self.teacher.settings.agreement_samples}"
-        for path in sample.images:
-            if path not in self.digests:
-                self.digests[path] = digest(path)
-        return key(self.teacher.name, template, sampling, question, [self.digests[path] for path in sample.images])
+
+def _read(line: bytes) -> tuple[bytes, Answer]:
+    """Key and answer of a line. Raises ValueError, KeyError or TypeError for any other shape."""
+    entry = json.loads(line)
+    return str(entry["key"]).encode(), Answer(**entry["answer"])

@@ -48,7 +48,7 @@ class Chat:
 
     def ask(
         self,
-        content: str | list[dict[str, Any]],
+        content: Sequence[bytes],
         sampling: Sampling,
         stop: threading.Event,
         *,
@@ -61,7 +61,7 @@ class Chat:
         Its seconds count from the first request to the end of the last reply.
 
         Args:
-            content: the user's message: a text, or picture and text parts.
+            content: of the user's message, as pieces of JSON: a text, or a list of picture and text parts.
             stop: set when nobody waits for the answer any more.
             schema: JSON schema of the answer, sent while the server is not known to refuse it.
             logprobs: ask for the tokens; they stay empty where the server gives none.
@@ -81,7 +81,7 @@ class Chat:
 
     def _ask(
         self,
-        content: str | list[dict[str, Any]],
+        content: Sequence[bytes],
         sampling: Sampling,
         stop: threading.Event,
         schema: Mapping[str, Any] | None,
@@ -91,10 +91,10 @@ class Chat:
         deadline = time.monotonic() + self.settings.deadline_s
         attempts = 0
         while not stop.is_set():
-            body = self._body(content, sampling, schema, logprobs, token_ids)
+            body = self._body(sampling, schema, logprobs, token_ids)
             try:
                 left_s = max(deadline - time.monotonic(), 0.001)
-                answer = self._connection.send(body, min(self.settings.timeout_s, left_s))
+                answer = self._connection.send(body, content, min(self.settings.timeout_s, left_s))
             except Refused as refusal:
                 if not self._ask_for_less(body, refusal.reply):
                     return unanswered(str(refusal)), ()
@@ -111,17 +111,11 @@ class Chat:
         return unanswered("nobody waits for this answer any more"), ()
 
     def _body(
-        self,
-        content: str | list[dict[str, Any]],
-        sampling: Sampling,
-        schema: Mapping[str, Any] | None,
-        logprobs: bool,
-        token_ids: Sequence[int],
+        self, sampling: Sampling, schema: Mapping[str, Any] | None, logprobs: bool, token_ids: Sequence[int]
     ) -> dict[str, Any]:
-        """A request with what the server is not known to refuse."""
+        """A request, all but its message, with what the server is not known to refuse."""
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [{"role": "user", "content": content}],
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_new_tokens,
         }

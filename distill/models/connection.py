@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -80,36 +81,55 @@ class Connection:
         if settings.api_key_env and not key:
             raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
         self.settings = settings
-        self._client = httpx.Client(
-            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
-        )
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._tls = httpx.create_ssl_context()
+        self._idle: list[httpx.Client] = []
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections that nobody uses just now."""
+        while self._idle:
+            self._idle.pop().close()
 
-    def send(self, body: Mapping[str, Any], limit_s: float) -> tuple[Answer, Tokens]:
+    @contextmanager
+    def _client(self) -> Iterator[httpx.Client]:
+        """A client of its own for each request in flight: a shared one looks through all its connections each time."""
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            client = httpx.Client(headers=self._headers, verify=self._tls)
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def send(self, body: Mapping[str, Any], content: Sequence[bytes], limit_s: float) -> tuple[Answer, Tokens]:
         """One request, however slowly the server drips its reply, and the answer that is in it.
+
+        Args:
+            body: all but the message.
+            content: of the message, as pieces of JSON.
 
         Raises:
             Failed: it may succeed when it is sent again.
             Refused: it never will.
             RunError: the server refuses the key or does not serve the model.
         """
-        url, end, content = self.settings.base_url.rstrip("/"), time.monotonic() + limit_s, bytearray()
+        url, end, reply = self.settings.base_url.rstrip("/"), time.monotonic() + limit_s, bytearray()
+        head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
+        whole = b"".join([head, *content, b"}]}"])  # in one piece: each write gives up the interpreter to others
         try:
-            with self._client.stream(
-                "POST", f"{url}/chat/completions", content=json.dumps(body), timeout=limit_s
-            ) as response:
+            with (
+                self._client() as client,
+                client.stream("POST", f"{url}/chat/completions", content=whole, timeout=limit_s) as response,
+            ):
                 for chunk in response.iter_bytes():
-                    content += chunk
+                    reply += chunk
                     if time.monotonic() > end:
                         raise httpx.ReadTimeout(f"the reply took longer than {limit_s:.3g} s")
         except httpx.HTTPError as error:
             dead = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             raise Failed(f"{type(error).__name__} {error}".strip(), dead=dead) from error
-        status, text = response.status_code, content.decode("utf-8", "replace")
+        status, text = response.status_code, reply.decode("utf-8", "replace")
         if status in (401, 403):
             name = self.settings.api_key_env
             refused = f"refuses the key in {name}" if name else "wants a key, and api_key_env names none"
@@ -134,9 +154,9 @@ class Connection:
         root = self.settings.base_url.rstrip("/").removesuffix("/v1")
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
         try:
-            response = self._client.post(
-                f"{root}/tokenize", json=body, timeout=min(self.settings.timeout_s, _TOKENIZE_S)
-            )
+            with self._client() as client:
+                limit_s = min(self.settings.timeout_s, _TOKENIZE_S)
+                response = client.post(f"{root}/tokenize", json=body, timeout=limit_s)
             return [int(token) for token in response.raise_for_status().json()["tokens"]]
         except httpx.TransportError as error:
             raise Failed(f"{type(error).__name__} {error}".strip()) from error

@@ -3,36 +3,36 @@
 import base64
 import contextlib
 import io
+import json
 import logging
 import math
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from distill.data.images import ImageError, decode
-from distill.errors import RunError
 from distill.models.chat import Chat, EndpointSettings, unanswered
 from distill.models.connection import Failed
 from distill.models.reading import agreement, label_probabilities
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
+from distill.models.workers import as_completed
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Earlier, Template
 from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
-__all__ = ["Endpoint", "EndpointSettings", "Scored", "agreement", "label_probabilities"]
+__all__ = ["Endpoint", "EndpointSettings", "Post", "Scored", "agreement", "label_probabilities"]
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _CLASSIFY_TOKENS = 32
+_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture takes a core, and memory for all its pixels
 _FLOOR = 1e-12  # of a label mass: 0 would say that there is no answer
 
 
@@ -48,6 +48,41 @@ class Scored:
     answer: Answer
 
 
+class Post:
+    """A sample as the content of messages. Its pictures are decoded and encoded once, when they are first wanted."""
+
+    def __init__(self, sample: Sample, max_side: int, max_pixels: int) -> None:
+        self.sample = sample
+        self._max_side = max_side
+        self._max_pixels = max_pixels
+        self._pictures: list[bytes] | None = None
+
+    def content(self, text: str) -> list[bytes]:
+        """What a message holds, as pieces of JSON: the pictures as `data:` URIs, then the text.
+
+        Raises:
+            ImageError, OSError: a picture cannot be read.
+        """
+        if not self.sample.images:
+            return [json.dumps(text).encode()]
+        self.encode()
+        return [b"[", *(self._pictures or ()), json.dumps({"type": "text", "text": text}).encode(), b"]"]
+
+    def encode(self) -> None:
+        """Decode and encode the pictures, unless that is done. Raises ImageError, OSError."""
+        if self._pictures is None:
+            self._pictures = [self._picture(path) for path in self.sample.images]
+
+    def _picture(self, path: Path) -> bytes:
+        with _DECODING:
+            picture = decode(path, self._max_pixels)
+            picture.thumbnail((self._max_side, self._max_side))
+            jpeg = io.BytesIO()
+            picture.save(jpeg, "JPEG", quality=95)
+        data = base64.b64encode(jpeg.getbuffer())  # nothing in it that JSON would escape
+        return b'{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%b"}}, ' % data
+
+
 class Endpoint:
     """A remote model as a `Reasoner`. What a server turns out not to know is left out from then on, with a warning.
 
@@ -61,6 +96,7 @@ class Endpoint:
         self.labels = labels
         self._max_pixels = max_pixels
         self._chat = Chat(settings)
+        self._schema = _schema(labels)
         self._lock = threading.Lock()
         self._token_ids: list[int] | None = None
 
@@ -75,25 +111,35 @@ class Endpoint:
             return None
         return (prompt_tokens * (prompt or 0.0) + completion_tokens * (completion or 0.0)) / 1e6
 
+    def open(self, sample: Sample) -> Post:
+        """A sample about which one or more questions are to be asked."""
+        return Post(sample, self.settings.max_image_side, self._max_pixels)
+
+    def ask(self, post: Post, template: Template, sampling: Sampling, stop: threading.Event) -> Answer:
+        """The answer to one question; `stop` is set when nobody waits for it any more.
+
+        Raises:
+            RunError: the endpoint is not there, has stopped answering, refuses the key or does not serve the model.
+        """
+        try:
+            content = post.content(prompts.render(template, post.sample, self.labels))
+        except (ImageError, OSError) as error:
+            return unanswered(str(error))
+        return self._chat.ask(content, sampling, stop, schema=self._schema)[0]
+
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """Answers in the order of their completion; a consumer that stops early loses only those in flight.
 
         Raises:
-            RunError: the endpoint is not there, has stopped answering, refuses the key or does not serve the model.
+            RunError: as `ask`.
         """
-        schema = _schema(self.labels)
 
         def ask(index: int, stop: threading.Event) -> Answer:
-            sample = samples[index]
-            try:
-                content = self._content(sample, prompts.render(template, sample, self.labels))
-            except (ImageError, OSError) as error:
-                return unanswered(str(error))
-            return self._chat.ask(content, sampling, stop, schema=schema)[0]
+            return self.ask(self.open(samples[index]), template, sampling, stop)
 
-        return self._as_completed(ask, len(samples))
+        return as_completed(ask, range(len(samples)), self.settings.concurrency)
 
     def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
         """Label probabilities of B samples; a sample without an answer is undecided, at a label mass of 0.
@@ -103,7 +149,7 @@ class Endpoint:
         greedy answer and further ones drawn at temperature 1 are counted (`agreement`).
 
         Raises:
-            RunError: as `reason`.
+            RunError: as `ask`.
         """
         probabilities, mass = np.zeros((len(samples), len(self.labels))), np.zeros(len(samples))
         costs = [Cost()] * len(samples)
@@ -123,50 +169,20 @@ class Endpoint:
         """The parts of `classify` as they come, each with what was paid for it."""
 
         def score(index: int, stop: threading.Event) -> Scored:
-            return self._score(samples[index], None if earlier is None else earlier[index], stop)
+            return self.score(self.open(samples[index]), None if earlier is None else earlier[index], stop)
 
-        return self._as_completed(score, len(samples))
+        return as_completed(score, range(len(samples)), self.settings.concurrency)
 
-    def _as_completed(self, work: Callable[[int, threading.Event], T], count: int) -> Iterator[tuple[int, T]]:
-        """Results of `work(0 .. count - 1)`; at most `concurrency` are under way or not handed over yet.
+    def score(self, post: Post, earlier: Earlier | None, stop: threading.Event) -> Scored:
+        """One part of `classify`; with earlier answers it is a review.
 
-        After a RunError nothing more is begun, but what is under way is paid for and still handed over before it.
+        Raises:
+            RunError: as `ask`.
         """
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.settings.concurrency)
-        waiting = iter(range(count))
-        running: dict[Future[T], int] = {}
-
-        def begin(how_many: int) -> None:
-            for _, index in zip(range(how_many), waiting, strict=False):
-                running[pool.submit(work, index, stop)] = index
-
-        failure: RunError | None = None
-        try:
-            begin(self.settings.concurrency)
-            while running:
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    index = running.pop(done)
-                    try:
-                        result = done.result()
-                    except RunError as error:
-                        failure = failure or error
-                        stop.set()
-                        continue
-                    if failure is None:
-                        begin(1)
-                    yield index, result
-            if failure is not None:
-                raise failure
-        finally:
-            stop.set()  # wakes those that wait for a retry
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _score(self, sample: Sample, earlier: Earlier | None, stop: threading.Event) -> Scored:
         undecided = np.full(len(self.labels), 1 / len(self.labels))
         template: Template = "classify" if earlier is None else "review"
         try:
-            content = self._content(sample, prompts.render(template, sample, self.labels, earlier))
+            content = post.content(prompts.render(template, post.sample, self.labels, earlier))
         except (ImageError, OSError) as error:
             return Scored(undecided, 0.0, unanswered(str(error)))
         # Without a schema: a grammar would force a label, and the label mass would tell nothing.
@@ -210,20 +226,6 @@ class Endpoint:
             same = behind[: len(prefix)] == prefix
             found |= dict.fromkeys([*(behind[len(prefix) :] if same else []), *alone])
         return list(found)
-
-    def _content(self, sample: Sample, text: str) -> str | list[dict[str, Any]]:
-        """A message: the pictures as `data:` URIs, then the text. Raises ImageError."""
-        if not sample.images:
-            return text
-        return [*map(self._picture, sample.images), {"type": "text", "text": text}]
-
-    def _picture(self, path: Path) -> dict[str, Any]:
-        picture = decode(path, self._max_pixels)
-        picture.thumbnail((self.settings.max_image_side, self.settings.max_image_side))
-        jpeg = io.BytesIO()
-        picture.save(jpeg, "JPEG", quality=95)
-        data = base64.b64encode(jpeg.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 
 
 def _schema(labels: LabelSpace) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Stage `augment`: the assistant's own rationales on the training posts, kept when right."""
 
+from collections import Counter
+
 from distill.annotation.augment import augment
 from distill.annotation.ledger import Ledger
 from distill.stages.context import Context, progress, write_json
@@ -15,12 +17,15 @@ def run(context: Context, tracked: StageRun) -> None:
     posts = taught | labelled  # gold labels before a teacher's
     folder = context.folder / "augment"
     assistant = context.reasoner("assistant")
+    dropped: Counter[str] = Counter()
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
-        kept, summary = augment(list(posts.values()), context.labels, assistant, settings, ledger, show)
-    rows = []
-    for sample, rationale in kept:
-        rows.append((sample, rationale, {"source": "augmented", "teacher_label": sample.id not in labelled}))
-    context.write_rationales("augment", rows)
+        found = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show)
+        rows = (
+            (post, rationale, {"source": "augmented", "teacher_label": post.id not in labelled})
+            for post, rationale in found
+        )
+        context.write_rationales("augment", rows)
+    summary = {"n": len(posts), "kept": len(posts) - dropped.total(), "dropped": dict(dropped)}
     write_json(folder / "summary.json", summary)
     tracked.log({key: value for key, value in summary.items() if isinstance(value, int)})
     tracked.log_artifact("augmented-rationales", "dataset", folder / "rationales.jsonl")

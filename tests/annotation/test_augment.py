@@ -1,7 +1,9 @@
 """Self-written rationales: only right ones stay, and what was asked is not asked again."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from distill.errors import RunError
 from distill.models.reasoner import Answer, ClassScores, Sampling
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
+from distill.task.rationale import Rationale
 from distill.task.sample import Sample
 from tests.models.openai_server import rationale
 
@@ -43,6 +46,14 @@ class Assistant:
         raise AssertionError("nobody is asked to classify")
 
 
+def run(
+    ledger: Ledger, assistant: Assistant, settings: AugmentSettings | None = None, progress: Any = None
+) -> tuple[list[tuple[Sample, Rationale]], Counter[str]]:
+    dropped: Counter[str] = Counter()
+    found = augment(POSTS, LABELS, assistant, settings or AugmentSettings(), ledger, dropped, progress)
+    return list(found), dropped
+
+
 def test_only_right_finished_and_valid_rationales_stay(tmp_path: Path) -> None:
     assistant = Assistant(
         p2=Answer(rationale("positive"), finished=False),
@@ -51,18 +62,16 @@ def test_only_right_finished_and_valid_rationales_stay(tmp_path: Path) -> None:
         p0=Answer(rationale("negative", "plainly bad"), finished=True),
     )
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        kept, summary = augment(POSTS, LABELS, assistant, AugmentSettings(), ledger)
+        kept, dropped = run(ledger, assistant)
     assert [(sample.id, found.prediction) for sample, found in kept] == [("p0", "negative"), ("p11", "positive")]
     assert kept[0][0] is POSTS[0] and kept[0][1].text_analysis == "plainly bad"
-    assert summary == {
-        "n": 12, "kept": 2, "dropped": {"unfinished": 1, "malformed": 1, "leaks": 1, "contradicts": 7},
-    }  # fmt: skip
+    assert dropped == {"unfinished": 1, "malformed": 1, "leaks": 1, "contradicts": 7}
 
 
 def test_it_asks_the_task_of_the_paper_with_its_sampling(tmp_path: Path) -> None:
     assistant = Assistant()
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        augment(POSTS, LABELS, assistant, AugmentSettings(), ledger)
+        run(ledger, assistant)
     assert assistant.sampling == {("reason", Sampling(0.7, 512))}
     assert assistant.asked == [post.id for post in POSTS]
 
@@ -73,21 +82,21 @@ def test_a_killed_stage_goes_on_with_what_was_not_answered(tmp_path: Path, chunk
     path = tmp_path / "ledger.jsonl"
     first = Assistant(dies_at=7)
     with Ledger(path) as ledger, pytest.raises(RunError, match="killed"):
-        augment(POSTS, LABELS, first, settings, ledger)
+        run(ledger, first, settings)
     second = Assistant()
     with Ledger(path) as ledger:
-        kept, summary = augment(POSTS, LABELS, second, settings, ledger)
+        kept, dropped = run(ledger, second, settings)
     assert first.asked + second.asked == [post.id for post in POSTS]
     assert len(path.read_text().splitlines()) == 12
-    assert [sample.id for sample, _ in kept] == ["p2", "p5", "p8", "p11"] and summary["n"] == 12
+    assert [sample.id for sample, _ in kept] == ["p2", "p5", "p8", "p11"] and dropped == {"contradicts": 8}
     third = Assistant()
     with Ledger(path) as ledger:
-        assert augment(POSTS, LABELS, third, settings, ledger) == (kept, summary)
+        assert run(ledger, third, settings) == (kept, dropped)
     assert third.asked == []
 
 
 def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        augment(POSTS, LABELS, Assistant(), AugmentSettings(), ledger, lambda done, total: told.append((done, total)))
+        run(ledger, Assistant(), progress=lambda done, total: told.append((done, total)))
     assert told == [(done, 12) for done in range(1, 13)]

@@ -10,6 +10,7 @@ from datasets import load_dataset
 
 from distill import chain
 from distill.data.corpus import read_corpus
+from distill.errors import RunError
 from distill.recipe import Recipe
 from distill.task.rationale import check
 from tests import micro
@@ -96,6 +97,24 @@ def test_a_server_is_asked_once_for_each_post_however_often_the_stage_runs(tmp_p
             assert len(rows(recipe.folder / "annotate" / "rationales.jsonl")) == 27
         assert server.paid == 27 + 15
         assert (recipe.folder / "annotate" / "ledger.jsonl").read_bytes() == ledger
+
+
+def test_a_teacher_that_dies_leaves_its_ledger_and_no_half_written_rationales(tmp_path: Path) -> None:
+    with Server(answer=lambda question: rationale("negative")) as server:
+        server.refuse = lambda body: (401, "expired") if server.paid > 9 else None
+        endpoint = {"base_url": server.url, "model": "big-vl", "concurrency": 2}
+        recipe = micro.read(micro.write(tmp_path, micro.RECORDED | {"annotate": {"endpoint": endpoint, "retries": 0}}))
+        with pytest.raises(RunError, match="key"):
+            chain.run(recipe, until="annotate")
+        assert [path.name for path in (recipe.folder / "annotate").iterdir()] == ["ledger.jsonl"]
+        paid = server.paid
+        assert len(rows(recipe.folder / "annotate" / "ledger.jsonl")) == paid
+        server.refuse = lambda body: None
+        chain.run(recipe, until="annotate")
+    summary = json.loads((recipe.folder / "annotate" / "summary.json").read_text())
+    assert summary["predicted"] == 12 == len(rows(recipe.folder / "annotate" / "rationales.jsonl"))
+    assert summary["quarantined"]["total"] == 15 == len(rows(recipe.folder / "annotate" / "quarantine.jsonl"))
+    assert summary["paid"]["answers"] == 27 + 15 == server.paid
 
 
 def test_unlabelled_posts_are_skipped_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
