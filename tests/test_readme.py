@@ -13,7 +13,7 @@ import torch
 from transformers import AutoProcessor
 from transformers.utils import is_torchvision_available
 
-from distill import chain, cli, recipe
+from distill import chain, cli, plan, recipe
 from distill.data import jsonl
 from distill.data.corpus import Corpus
 from distill.data.postcards import PostcardSettings
@@ -60,6 +60,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Recipe, s
     monkeypatch.setattr(chain, "run", run)
     monkeypatch.setattr(report, "run", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(report, "summary", lambda settings: "")
+    monkeypatch.setattr(plan, "text", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(chain, "ready", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
     monkeypatch.setattr(cli, "_quieten", lambda: None)
