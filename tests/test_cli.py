@@ -248,7 +248,7 @@ def test_a_typo_in_a_recipe(distill: Command, tmp_path: Path) -> None:
     assert outcome.status == 2
     assert outcome.sentence == (
         "student.distillation.wieght is not a field (did you mean weight?); "
-        "student.distillation takes weight, temperature, positions"
+        "student.distillation takes weight, temperature, positions, soft_targets, top_k"
     )
     assert not (tmp_path / "runs").exists()
 

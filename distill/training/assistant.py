@@ -72,12 +72,14 @@ class AssistantModule(L.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self.loss(batch)
-        for index, task in enumerate(self.settings.tasks):
-            share = torch.where(batch.tasks == index, batch.shares, 0.0)
-            if (total := share.sum()) > 0:
-                hard, soft = ((part * share).sum() / total for part in (loss.hard, loss.soft))
-                self.log(f"train/{task}_loss", hard, batch_size=len(batch.sizes))
-                self.log(f"train/{task}_kl", soft, batch_size=len(batch.sizes))
+        parts = torch.stack([batch.shares * loss.hard, batch.shares * loss.soft, batch.shares])
+        sums = parts.new_zeros(3, len(self.settings.tasks)).index_add(1, batch.tasks, parts)
+        if self._trainer is not None and self._trainer.world_size > 1:  # a task may be absent in one process alone
+            sums = torch.as_tensor(self.all_gather(sums)).sum(0)
+        for task, (hard, soft, share) in zip(self.settings.tasks, sums.T, strict=True):
+            if share > 0:
+                self.log(f"train/{task}_loss", hard / share, batch_size=len(batch.sizes))
+                self.log(f"train/{task}_kl", soft / share, batch_size=len(batch.sizes))
         self.log("train/loss", loss.total, prog_bar=True, batch_size=len(batch.sizes), sync_dist=True)
         return loss.total
 

@@ -21,7 +21,8 @@ class ByLengthSampler(StatefulDistributedSampler):
     """Samples of about one length in a batch: sorted within windows of some batches, which are shuffled in turn.
 
     Lengths that differ by little are left in the order of chance, for samples of one length are often alike in more.
-    Batches are those of all processes together, so that several processes see what one with the larger batch would.
+    A batch is what one step of the optimizer takes, over all processes and accumulated batches: so several of them see
+    what one with the larger batch would.
     """
 
     WINDOW = 16  # batches
@@ -99,7 +100,8 @@ class ReasoningDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         world, rank = self._processes()
-        sampler = ByLengthSampler(self.train, world, rank, self.seed, self.batch_size)
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        sampler = ByLengthSampler(self.train, world, rank, self.seed, self.batch_size * accumulated)
         if self.trainer:  # a resumed run starts its workers before Lightning tells the sampler which epoch it is
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(

@@ -51,7 +51,7 @@ def fluent(postcards: Corpus, tokenizer_folder: Path, labels: LabelSpace) -> Bac
     settings = TrainSettings(batch_size=4, learning_rate=5e-3, warmup_steps=10)
     learn(
         backbone, postcards, samples, settings,
-        max_steps=80, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0,
+        max_steps=140, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0,
     )  # fmt: skip
     return backbone
 

@@ -27,7 +27,7 @@ def module(
 
 def as_process(data: ReasoningDataModule, rank: int, world: int, epoch: int = 0) -> ReasoningDataModule:
     loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=epoch)))
-    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop, accumulate_grad_batches=1)  # type: ignore[assignment]
     return data
 
 
