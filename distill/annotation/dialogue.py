@@ -82,11 +82,11 @@ class _Open(Generic[T]):
         self._go_on(answer)
 
     def _go_on(self, answer: Answer | None) -> None:
-        self.question: Question | None = None
         try:
-            self.question = next(self._dialogue) if answer is None else self._dialogue.send(answer)
+            question = next(self._dialogue) if answer is None else self._dialogue.send(answer)
         except StopIteration as end:
-            self.outcome = end.value
+            self.outcome, question = end.value, None
+        self.question: Question | None = question  # last: who sees that there is none, on another thread, finds one
 
 
 def _each_on_its_own(opened: Iterator[_Open[T]], memory: Memory, room: Callable[[], bool]) -> Iterator[_Open[T]]:
