@@ -24,6 +24,7 @@ from tests import micro
 
 def command(path: Path) -> None:
     """The whole command, as the target of a process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     sys.exit(cli.main(["run", "--config", str(path)]))
 
 
