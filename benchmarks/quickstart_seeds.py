@@ -1,4 +1,4 @@
-"""The README's table of seeds: the quickstart run once per seed, accuracies per role as Markdown.
+"""What the README says of seeds: the quickstart run once per seed, accuracies per role as Markdown, in percent.
 
     python benchmarks/quickstart_seeds.py [SEED ...]        # 1 2 3 unless told otherwise
 

@@ -159,57 +159,73 @@ def write_targets(case: Case) -> float:
     return write(folder, case.samples)
 
 
-def check(case: Case) -> dict[str, float]:
-    """How far apart what should be equal is, after packed sequences were held against unpacked ones.
+def check_baseline(case: Case) -> dict[str, float]:
+    """How far the baseline's two terms are from those of `positions: all`, each relative to its size."""
+    student, assistant = case.models(case.device, case.device)
+    assert assistant is not None
+    batch = _to(case.device, published.encode(case.batch(0), student, case.widths))
+    module = _module(student, assistant, None, "all").eval()
+    with torch.no_grad(), case.autocast():
+        parts = [module.published_loss(features) for features in batch.values()]
+        hard, soft = (sum(getattr(part, name) for part in parts) for name in ("hard", "soft"))
+        cross_entropy, divergence = (
+            published.loss(student.model, assistant.model, batch, weight, TEMPERATURE) for weight in (0.0, 1.0)
+        )
+    return {"published cross-entropy": _gap(cross_entropy, hard), "published KL": _gap(divergence, soft)}
+
+
+def check_ours(case: Case) -> dict[str, float]:
+    """How far each of our terms and its gradient is from the plain formula's, and the KL's gradient with targets read
+    from disk from that with an assistant asked, each relative to its largest entry; after packed sequences were held
+    against unpacked ones.
 
     Raises:
         SettingsError: packed and unpacked sequences differ.
     """
     student, assistant = case.models(case.device, case.device)
     assert assistant is not None
-    found = {}
     samples = case.batch(0)
-    batch = _to(case.device, published.encode(samples, student, case.widths))
-    module = _module(student, assistant, None, "all").eval()
-    with torch.no_grad(), case.autocast():
-        of_baseline = float(published.loss(student.model, assistant.model, batch, WEIGHT, TEMPERATURE))
-        of_module = float(sum(module.published_loss(features).total for features in batch.values()))
-    found["published loss"] = abs(of_baseline - of_module)
     check_exact(student, samples[0], TASKS, True)
-
     module = _module(student, assistant, None, "response").eval()
     packed = Batch(**_to(case.device, module.encode(samples)._asdict()))
+    cached = CachedTargets(*_cache(case, student))
     with torch.no_grad(), case.autocast():
         hidden = module.hidden_states(packed)
         targets = module.soft_targets(packed)  # type: ignore[misc]
+        read = cached(packed._replace(soft=_to(case.device, cached.read(samples))))
     hidden.requires_grad_()
-    losses = []
-    with case.autocast():
-        losses.append(
-            answer_loss(hidden, student.head, packed.tokens, packed.shares, targets, WEIGHT, TEMPERATURE).total
-        )
-        cached = CachedTargets(*_cache(case, student))
-        soft = cached(packed._replace(soft=_to(case.device, cached.read(samples))))
-        losses.append(answer_loss(hidden, student.head, packed.tokens, packed.shares, soft, WEIGHT, TEMPERATURE).total)
-    losses.append(_plain(hidden, student.head, packed, *targets))
-    fused, of_cached, plain = (float(loss.detach()) for loss in losses)
-    gradients = [torch.autograd.grad(loss, hidden)[0].float() for loss in (losses[0], losses[2])]
-    found["fused loss"] = abs(fused - plain)
-    found["fused gradient"] = float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
-    found["cached targets"] = abs(of_cached - fused)
-    return found
+
+    def ours(soft: Any, weight: float) -> torch.Tensor:
+        with case.autocast():
+            return answer_loss(hidden, student.head, packed.tokens, packed.shares, soft, weight, TEMPERATURE).total
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, hidden)[0]
+
+    found = {}
+    for name, weight in (("cross-entropy", 0.0), ("KL", 1.0)):
+        fused, plain = ours(targets, weight), _plain(hidden, student.head, packed, *targets, weight)
+        found[name] = _gap(fused, plain)
+        asked = gradient(fused)
+        found[f"its gradient ({name})"] = _gap(asked, gradient(plain))
+    return found | {"its gradient (KL, cached)": _gap(gradient(ours(read, 1.0)), asked)}
+
+
+def _gap(found: Any, expected: Any) -> float:
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def _plain(
-    hidden: torch.Tensor, head: torch.Tensor, batch: Batch, assistant: torch.Tensor, assistant_head: torch.Tensor
-) -> torch.Tensor:
+    hidden: torch.Tensor, head: torch.Tensor, batch: Batch, assistant: torch.Tensor, assistant_head: torch.Tensor,
+    weight: float,
+) -> torch.Tensor:  # fmt: skip
     """The loss of the answer tokens from the logits of all of them at once."""
     z, a = hidden.float() @ head.float().T, assistant.float() @ assistant_head.float().T
     ids = min(z.shape[1], a.shape[1])
     hard = F.cross_entropy(z[:, :ids], batch.tokens, reduction="none")
     log_p, log_q = (F.log_softmax(logits[:, :ids] / TEMPERATURE, -1) for logits in (z, a))
     soft = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    return (batch.shares * ((1 - WEIGHT) * hard + WEIGHT * soft)).sum()
+    return (batch.shares * ((1 - weight) * hard + weight * soft)).sum()
 
 
 def _module(student: Backbone, assistant: Backbone | None, soft: Any, positions: Any) -> StudentModule:
@@ -220,7 +236,9 @@ def _module(student: Backbone, assistant: Backbone | None, soft: Any, positions:
 
 
 def _cache(case: Case, student: Backbone) -> tuple[Path, soft_cache.Key]:
-    return case.folder / "targets", soft_cache.keys(student, list(TASKS), "random weights", 0, TEMPERATURE)
+    return case.folder / f"targets-{case.batch_size}", soft_cache.keys(
+        student, list(TASKS), "random weights", 0, TEMPERATURE
+    )
 
 
 def _padded(rows: Any) -> dict[str, Any]:
