@@ -35,13 +35,21 @@ class Training:
     rows: int
     known: bool
     epochs: float
-    steps: int
+    steps: float
     model: Backbone | None = None
     tokens: tuple[Work, Work] | None = None
     flop: tuple[float, float] | None = None
     memory: tuple[Memory, Memory] | None = None
     targets: Targets = "none"
     disk: float = 0.0
+
+    @property
+    def in_all(self) -> tuple[float, float] | None:
+        """FLOP of all posts and epochs, None where nobody knows."""
+        if self.flop is None or not math.isfinite(self.epochs):
+            return None
+        before, after = (self.rows * self.epochs * flop for flop in self.flop)
+        return before, after
 
 
 def text(recipe: Recipe) -> str:
@@ -107,7 +115,7 @@ def _training(
         except SettingsError:  # said under its own name
             return plain
         disk = disk_bytes(len(samples) * after.logits, settings.distillation, assistant)
-        keeps = cached(settings.distillation, epochs, disk, room(outlook.recipe.folder))
+        keeps = cached(settings.distillation, epochs, disk, *room(outlook.recipe.folder))
         targets = "cached" if keeps else "online"
     module = None if assistant is None else assistant.model
     half = "16" in str(outlook.context.trainer_arguments(settings).get("precision", ""))
@@ -121,19 +129,21 @@ def _training(
     )
 
 
-def _length(outlook: Outlook, settings: TrainSettings, rows: int, longer: int) -> tuple[float, int]:
-    """Epochs and optimiser steps."""
+def _length(outlook: Outlook, settings: TrainSettings, rows: int, longer: int) -> tuple[float, float]:
+    """Epochs and optimiser steps, infinite where only time or progress ends the training."""
     arguments = outlook.context.trainer_arguments(settings)
     batches = math.ceil(math.ceil(rows / _processes(arguments)) / settings.batch_size)
     limit = arguments.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
     steps = math.ceil(batches / arguments.get("accumulate_grad_batches", 1))
-    epochs = (arguments["max_epochs"] or -1) * longer
-    most = arguments.get("max_steps", -1)
-    if steps and most > 0 and (epochs < 0 or most < epochs * steps):
+    epochs, most = arguments["max_epochs"], arguments.get("max_steps", -1)
+    if epochs is None:
+        epochs = 1000 if most < 0 else -1  # as Lightning reads it
+    if steps and most > 0 and (epochs < 0 or most < epochs * longer * steps):
         return most / steps, most
-    return max(epochs, 0), max(epochs, 0) * steps
+    length = math.inf if epochs < 0 else epochs * longer
+    return length, length * steps if steps else 0
 
 
 def _processes(arguments: dict[str, Any]) -> int:
@@ -218,12 +228,12 @@ def _trainings(learners: Sequence[Training]) -> str:
         rows.append([name, *cells])
 
     row("posts", lambda t: (None, ("" if t.known else "up to ") + f"{t.rows:,}"), str)
-    row("epochs", lambda t: (None, t.epochs), "{:,.3g}".format)
-    row("optimiser steps", lambda t: (None, t.steps), "{:,}".format)
+    row("epochs", lambda t: (None, t.epochs if math.isfinite(t.epochs) else UNKNOWN), "{:,.3g}".format)
+    row("optimiser steps", lambda t: (None, t.steps if math.isfinite(t.steps) else UNKNOWN), "{:,}".format)
     row("tokens a post", lambda t: t.tokens and [w.tokens for w in t.tokens], "{:,.0f}".format)
     row("  that need logits", lambda t: t.tokens and [w.logits for w in t.tokens], "{:,.0f}".format)
     row("FLOP a post", lambda t: t.flop, _si)
-    row("FLOP in all", lambda t: t.flop and [f * t.rows * t.epochs for f in t.flop], _si)
+    row("FLOP in all", lambda t: t.in_all, _si)
     row("bytes a device", lambda t: t.memory and [m.total for m in t.memory], _si)
     row("  weights", lambda t: t.memory and [m.weights for m in t.memory], _si)
     row("  gradients, AdamW", lambda t: t.memory and [m.optimizer for m in t.memory], _si)
@@ -247,7 +257,7 @@ def _models(learners: Sequence[Training]) -> str:
 
 
 def _saving(learners: Sequence[Training]) -> str:
-    flops = [(t.rows * t.epochs * t.flop[0], t.rows * t.epochs * t.flop[1]) for t in learners if t.flop]
+    flops = [t.in_all for t in learners if t.in_all]
     before, after = (sum(column) for column in zip(*flops, strict=True)) if flops else (0.0, 0.0)
     if not after:
         return ""

@@ -217,6 +217,9 @@ def check(recipe: Recipe) -> None:
             raise SettingsError(f"student.distillation.temperature is {options.temperature}; it takes more than 0")
         if options.weight > 0 and recipe.assistant is None:
             raise SettingsError("student.distillation.weight needs an assistant section; without one it takes 0")
+        asked = recipe.assistant.model.attention if recipe.assistant is not None and options.weight > 0 else None
+        if asked == "flash_attention_2" and student.packing and options.positions == "response":
+            raise SettingsError("student.packing takes false where assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight takes 0 where task.scale.spread makes the targets soft")
     for stage in ("evaluate", "calibrate", "cascade", "export"):

@@ -58,6 +58,15 @@ def test_steps_follow_the_trainers_arguments(tmp_path: Path) -> None:
     assert (found["student"].epochs, found["student"].steps) == (1.0, 7)
 
 
+@pytest.mark.parametrize("epochs", [-1, 0])
+def test_a_training_without_a_known_end_is_planned_all_the_same(tmp_path: Path, epochs: int) -> None:
+    content = micro.RECORDED | {"data": ALONE["data"]}
+    content["student"] = content["student"] | {"trainer": {"max_epochs": epochs}}
+    said = plan.text(micro.read(micro.write(tmp_path, content)))
+    row = next(line for line in said.splitlines() if line.startswith("epochs"))
+    assert row.split()[2] == ("?" if epochs < 0 else "0")
+
+
 def test_one_epoch_or_the_published_positions_ask_the_assistant_online(tmp_path: Path) -> None:
     content = micro.RECORDED | {"data": ALONE["data"]}
     found, _ = trainings(tmp_path, content, student__trainer={"max_epochs": 1})

@@ -287,6 +287,8 @@ def test_what_a_section_refuses_itself_is_named_by_its_place(name: str, value: A
         ({"student.distillation.weight": 1.5}, "student.distillation.weight is 1.5; it takes 0 to 1"),
         ({"student.distillation.temperature": 0.0}, "student.distillation.temperature is 0.0; it takes more than 0"),
         ({"assistant": None, "augment": None}, "student.distillation.weight needs an assistant section"),
+        ({"assistant.model.attention": "flash_attention_2", "assistant.packing": False},
+         "student.packing takes false where assistant.model.attention is flash_attention_2"),
         ({"data.source": "mosi"}, "data.source mosi has continuous labels; task.scale must say"),
         ({"task.scale": {}}, "task.scale needs continuous labels: data.source mosi, not postcards"),
         ({"task.scale": {}, "data.source": "mosi"}, "annotate takes label names; with task.scale"),

@@ -37,7 +37,8 @@ def key(model: str, template: str, sampling: Sampling, prompt: str, images: Sequ
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError for a file that cannot be read."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

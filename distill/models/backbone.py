@@ -174,7 +174,8 @@ class Backbone:
         if "ends" in inputs:
             mask = tree_mask(inputs["ends"])
             if self.settings.attention == "eager":  # which adds its mask
-                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+                plain = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+                mask = plain.masked_fill(~mask, torch.finfo(torch.float32).min)
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
         output = self._plain.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
         found: torch.Tensor = output.last_hidden_state

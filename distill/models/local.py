@@ -161,7 +161,7 @@ class Local:
                 except SettingsError:  # of where the chat template puts pictures
                     self._exact = False
                 else:
-                    tolerance = 1e-3 if self.backbone.head.dtype == torch.float32 else 0.1
+                    tolerance = 1e-3 if self.backbone.settings.dtype == "float32" else 0.1
                     self._exact = bool(abs(found - self.classify([sample]).probabilities).max() < tolerance)
             if not self._exact:
                 log.info("%s cannot read two questions at once: label and rationale are asked for apart", self.name)

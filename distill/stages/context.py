@@ -190,12 +190,13 @@ class Context:
 
     @property
     def device(self) -> str:
-        """Where models answer: the first device of the kind that the trainer uses."""
-        kind = L.Trainer(
-            accelerator=self.recipe.trainer.get("accelerator", "auto"), devices=1, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        """Where models answer: the first device that the trainer uses."""
+        trainer, chosen = self.recipe.trainer, self.recipe.trainer.get("devices")
+        first = L.Trainer(
+            accelerator=trainer.get("accelerator", "auto"), devices=chosen[:1] if isinstance(chosen, list) else 1,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         ).strategy.root_device  # fmt: skip
-        return str(kind)
+        return str(first)
 
     def write_rationales(self, stage: str, kept: Iterable[tuple[Sample, Rationale, dict[str, Any]]]) -> None:
         """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look, as they come."""

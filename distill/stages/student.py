@@ -86,16 +86,16 @@ def _cached(context: Context, settings: StudentSettings, student: Backbone, rows
     """Whether soft targets are written to the disk: as the recipe says, or where that pays and there is room."""
     options, model = settings.distillation, context.recipe.assistant
     assert model is not None
-    epochs, room = context.trainer_arguments(settings)["max_epochs"], soft_cache.room(context.folder)
-    if options.soft_targets is not None or not cached(options, epochs, 0, room):
-        return cached(options, epochs, 0, room)  # whatever they take: it need not be counted
+    epochs, (there, free) = context.trainer_arguments(settings)["max_epochs"], soft_cache.room(context.folder)
+    if options.soft_targets is not None or not cached(options, epochs, 0, there, free):
+        return cached(options, epochs, 0, there, free)  # whatever they take: it need not be counted
     tasks: list[Template] = list(settings.tasks)  # type: ignore[arg-type]
     answers = (answer for sample in rows for _, answer in questions(sample, context.labels, tasks))
     tokens = sum(len(student.answer_tokens(answer)) for answer in answers)
     width = backbone.on_meta(model.model).get_output_embeddings().weight.shape[1]  # type: ignore[operator]
     needed = tokens * soft_cache.bytes_per_token(width, options.top_k)
-    keeps = cached(options, epochs, needed, room)
+    keeps = cached(options, epochs, needed, there, free)
     if not keeps:
-        found = (needed / 1e9, room / 1e9)
+        found = ((needed - there) / 1e9, free / 1e9)
         log.warning("soft targets would take %.1f GB of %.1f: the assistant is asked in every epoch instead", *found)
     return keeps

@@ -68,7 +68,7 @@ class AssistantModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_exact(self.backbone, data.train[0], self.settings.tasks, self.settings.packing)  # type: ignore[arg-type]
+        check_exact(self.backbone, data.train, list(self.settings.tasks), self.settings.packing)  # type: ignore[arg-type]
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self.loss(batch)
@@ -147,7 +147,8 @@ class AssistantModule(L.LightningModule):
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
         # what Lightning does not keep: gradients accumulated so far, and what dropout draws from
         checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
-        checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed = {name: checkpoint[name] for name in ("gradients", "generators")}
@@ -160,5 +161,6 @@ class AssistantModule(L.LightningModule):
             weights[name].grad = gradient.to(weights[name].device)
         # set here, after the sanity check has drawn
         torch.set_rng_state(self._resumed["generators"]["torch"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in self._resumed["generators"]["cuda"]])
+        for state in self._resumed["generators"]["cuda"][: self.device.type == "cuda"]:
+            torch.cuda.set_rng_state(state.cpu(), self.device)
         self._resumed = None

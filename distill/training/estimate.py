@@ -101,7 +101,7 @@ def flop(
     if targets == "online":
         return before, after + whole
     again = 0.0 if settings.distillation.top_k else head
-    return before, after + (whole - again) / epochs + again
+    return before, after + (whole - again) / (epochs or 1) + again
 
 
 def memory(
@@ -156,10 +156,10 @@ def sizes(backbone: Backbone) -> tuple[float, float]:
     if settings.lora is None:
         return all_ * size, count * size
     frozen = float(all_ - count) * size
-    if settings.lora.quantize:  # matrices in 4 bits; embeddings, output head and vectors stay as they are
+    if settings.lora.quantize:  # matrices in 4 bits; of embeddings, output head and vectors peft makes float32
         matrices = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
         packed = sum(m.weight.numel() for m in matrices if not m.weight.requires_grad and m.weight is not backbone.head)
-        frozen += packed * (0.5 - size)
+        frozen = 0.5 * packed + 4.0 * (all_ - count - packed)
     return frozen + 4 * count, 4 * count  # peft keeps adapters in float32
 
 
@@ -174,13 +174,13 @@ def disk_bytes(answer_tokens: float, options: DistillationSettings, assistant: B
     return rows + (0.0 if options.top_k else head_bytes(assistant))
 
 
-def cached(options: DistillationSettings, epochs: float, needed: float, room: float) -> bool:
+def cached(options: DistillationSettings, epochs: float, needed: float, there: float, free: float) -> bool:
     """Whether soft targets are written to the disk: as the recipe says, or where that pays and there is room for twice
-    what they take, in bytes.
+    what of the bytes `needed` is not `there` yet.
     """
     if options.soft_targets is not None or options.positions == "all":
         return options.soft_targets == "cached"
-    return epochs != 1 and 2 * needed <= room
+    return epochs != 1 and 2 * (needed - there) <= free
 
 
 def _flops(model: Any, layout: Work, backward: Literal["none", "activations", "all"] = "none") -> float:
@@ -201,14 +201,17 @@ def _alone(sample: Sample, backbone: Backbone, tasks: dict[Template, float]) -> 
 
 
 def _packed(sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool) -> Work:
-    batch = encode([sample], backbone, tasks, packing)
-    if "ends" in batch.inputs:
-        ends = batch.inputs["ends"]  # a column is seen from itself to where its branch is closed
-        tokens, pairs = ends.numel(), int((ends - torch.arange(ends.shape[1])).sum())
-    else:
-        lengths = batch.inputs["attention_mask"].sum(1)
-        tokens, pairs = int(lengths.sum()), int((lengths * (lengths + 1)).sum()) // 2
-    return Work(tokens, len(batch.tokens), patches(backbone.model, batch.inputs.get("pixel_values")), pairs, tokens)
+    """One row, or one for each task; of one row none is padded."""
+    known = {task: weight for task, weight in tasks.items() if answer(task, sample, backbone.labels) is not None}
+    tokens = logits = count = pairs = 0
+    for row in [known] if packing else [{task: weight} for task, weight in known.items()]:
+        batch = encode([sample], backbone, row, packing)
+        width = batch.inputs["input_ids"].shape[1]
+        ends = batch.inputs.get("ends", torch.tensor([[width] * width]))
+        tokens, logits = tokens + width, logits + len(batch.tokens)
+        pairs += int((ends - torch.arange(width)).sum())  # a column is seen from itself to where its branch is closed
+        count += patches(backbone.model, batch.inputs.get("pixel_values"))
+    return Work(tokens, logits, count, pairs, tokens)
 
 
 def _row(lengths: Collection[int], count: int) -> Work:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,8 @@ from distill import files
 from distill.annotation.ledger import digest
 from distill.errors import RunError
 from distill.models.backbone import Backbone, Features
+from distill.task.labels import LabelSpace
+from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.batches import Batch, questions
 from distill.training.fused import HiddenTargets, TopKTargets
@@ -31,16 +34,28 @@ from distill.training.soft_targets import SoftTargets
 log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Sample]], Batch]
-Key = Callable[[Sample], str]
 
 FOLDER = Path("student", "soft_targets")
 """Where the soft targets of a run lie in its folder."""
 
-SHARD = 256
-"""Samples in a shard."""
+SHARD, SHARD_BYTES = 256, 2**28
+"""A shard is closed when it has so many samples, or takes so much; writing one takes memory for it three times."""
 
 _FORMAT = 1  # part of every key
 _HEAD = "assistant.safetensors"  # its output head, empty where the shards do not need it
+
+
+@dataclass(frozen=True)
+class Key:
+    """What each sample is called: a hash of what all depend on (`keys`) and of its questions, answers and pictures."""
+
+    common: str
+    labels: LabelSpace
+    tasks: tuple[Template, ...]
+
+    def __call__(self, sample: Sample) -> str:
+        asked = [sample.id, *questions(sample, self.labels, self.tasks), *map(_digest, sample.images)]
+        return sha256(json.dumps([self.common, *asked]).encode()).hexdigest()
 
 
 class CachedTargets:
@@ -86,19 +101,16 @@ class CachedTargets:
         self.head = self.head.to(batch.columns.device)
         return HiddenTargets(batch.soft["hidden"].to(self.head.dtype), self.head)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # another process opens the shards itself
+
 
 def keys(student: Backbone, tasks: Sequence[Any], assistant: str, top_k: int, temperature: float) -> Key:
-    """What each sample is called: a hash of the assistant's own (its weights, say), of how the student reads pictures
-    and texts, of what is kept, and of the sample's questions, answers and pictures.
+    """The key of samples whose targets depend on the assistant (a hash of its weights, say), on how the student reads
+    pictures and texts, and on what is kept.
     """
     kept = f"top {top_k} at {temperature}" if top_k else "hidden states"
-    common = json.dumps([_FORMAT, assistant, student.encoder.fingerprint(), kept])
-
-    def key(sample: Sample) -> str:
-        asked = [sample.id, *questions(sample, student.labels, tasks), *map(_digest, sample.images)]
-        return sha256(json.dumps([common, *asked]).encode()).hexdigest()
-
-    return key
+    return Key(json.dumps([_FORMAT, assistant, student.encoder.fingerprint(), kept]), student.labels, tuple(tasks))
 
 
 def write(
@@ -139,15 +151,15 @@ def write(
     asked.assistant.model.to(device)
     head = asked.assistant.head.detach()[: 0 if top_k else asked.vocabulary]
     _save(folder / _HEAD, {"head": head}, {"vocabulary": str(asked.vocabulary)})
-    names = list(wanted)
-    for begin in range(0, len(names), SHARD):
-        part = names[begin : begin + SHARD]
-        rows, sizes = _ask([wanted[name] for name in part], encode, asked, top_k, temperature, workers)
+    names, done = list(wanted), 0
+    for rows, sizes in _ask(list(wanted.values()), encode, asked, top_k, temperature, workers):
+        part = names[done : done + len(sizes)]
         ends = torch.tensor(sizes).cumsum(0).tolist()
         name = sha256("".join(part).encode()).hexdigest()[:16]
         _save(folder / f"{name}.safetensors", rows, {"ends": json.dumps(dict(zip(part, ends, strict=True)))})
+        done += len(part)
         if progress is not None:
-            progress(begin + len(part), len(names))
+            progress(done, len(names))
 
 
 def bytes_per_token(width: int, top_k: int) -> int:
@@ -155,31 +167,40 @@ def bytes_per_token(width: int, top_k: int) -> int:
     return 8 * top_k + 4 if top_k else 2 * width
 
 
-def room(run: Path) -> float:
-    """Bytes for soft targets: what is free where a run is, or will be, and what those of an earlier try take."""
+def room(run: Path) -> tuple[float, float]:
+    """Bytes for soft targets: what those of an earlier try take, and what is free where a run is, or will be."""
     there = sum(path.stat().st_size for path in (run / FOLDER).glob("*"))
-    return there + shutil.disk_usage(next(path for path in [run, *run.absolute().parents] if path.exists())).free
+    return there, shutil.disk_usage(next(path for path in [run, *run.absolute().parents] if path.exists())).free
 
 
 @torch.no_grad()
 def _ask(
     samples: Sequence[Sample], encode: Encode, targets: SoftTargets, top_k: int, temperature: float, workers: int
-) -> tuple[Features, list[int]]:
-    """The targets of all answer tokens of the samples, by name, and how many tokens each sample has."""
+) -> Iterator[tuple[Features, list[int]]]:
+    """A shard at a time: the targets of all answer tokens of the next samples, by name, and how many each has."""
     parts: list[Features] = []
     sizes: list[int] = []
     device = targets.assistant.device
-    size = targets.assistant.settings.batch_size
+    size = min(targets.assistant.settings.batch_size, SHARD)
     for batch in DataLoader(samples, size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         hidden, head = targets(batch._replace(inputs=inputs, columns=batch.columns.to(device)))
         sizes += batch.sizes.tolist()
         if not top_k:
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})
-            continue
-        for chunk in hidden.split(max(1, 2**25 // len(head))):
-            parts.append(top_targets(chunk @ head[: targets.vocabulary].T, top_k, temperature))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, sizes
+        else:
+            for chunk in hidden.split(max(1, 2**25 // len(head))):
+                parts.append(top_targets(chunk @ head[: targets.vocabulary].T, top_k, temperature))
+        full = sum(value.nbytes for part in parts for value in part.values()) >= SHARD_BYTES
+        if full or len(sizes) + size > SHARD:
+            yield _joined(parts), sizes
+            parts, sizes = [], []
+    if sizes:
+        yield _joined(parts), sizes
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def top_targets(logits: torch.Tensor, top_k: int, temperature: float) -> Features:

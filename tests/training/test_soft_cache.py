@@ -1,5 +1,6 @@
 """Soft targets on the disk: the same loss as the assistant's own, asked for once, and again for what has changed."""
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,24 @@ def test_a_sample_without_targets_is_one_sentence(make_backbone: Any, rows: list
         path.unlink()
     with pytest.raises(RunError, match="lacks those of"):
         CachedTargets(tmp_path, targets.key).read(rows)
+
+
+def test_a_shard_is_closed_when_it_is_large(
+    make_backbone: Any, rows: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(make_backbone, tmp_path)
+    desk.assistant.settings.batch_size = 2
+    monkeypatch.setattr(soft_cache, "SHARD_BYTES", 1)
+    targets = desk.write(rows)
+    assert len(shards(tmp_path)) == 3 and sorted(desk.asked) == sorted(sample.id for sample in rows)
+    assert len(targets.read(rows)["hidden"]) == int(encode(rows, desk.student, TASKS, True).sizes.sum())
+
+
+def test_another_process_reads_what_this_one_has_open(make_backbone: Any, rows: list[Sample], tmp_path: Path) -> None:
+    targets = Desk(make_backbone, tmp_path).write(rows)
+    read = targets.read(rows)
+    again = pickle.loads(pickle.dumps(targets)).read(rows)  # as strategies that spawn processes hand it over
+    assert all(torch.equal(again[name], value) for name, value in read.items())
 
 
 def test_a_token_takes_as_many_bytes_as_is_planned(make_backbone: Any, rows: list[Sample], tmp_path: Path) -> None:
