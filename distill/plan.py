@@ -118,8 +118,8 @@ def _training(
         keeps = cached(settings.distillation, epochs, disk, *room(outlook.recipe.folder))
         targets = "cached" if keeps else "online"
     module = None if assistant is None else assistant.model
-    half = "16" in str(outlook.context.trainer_arguments(settings).get("precision", ""))
-    on = _cuda(outlook.recipe)
+    arguments = outlook.context.trainer_arguments(settings)
+    half, on = "16" in str(arguments.get("precision", "")), _cuda(arguments)
     return replace(
         plain,
         flop=flop(model.model, settings, before, after, assistant=module, targets=targets, epochs=epochs),
@@ -147,12 +147,17 @@ def _length(outlook: Outlook, settings: TrainSettings, rows: int, longer: int) -
 
 
 def _processes(arguments: dict[str, Any]) -> int:
-    devices, nodes = arguments.get("devices", 1), arguments.get("num_nodes", 1)
-    return max(devices, 1) * nodes if isinstance(devices, int) else 1
+    """As Lightning counts them, on this machine where the recipe leaves it to the machine."""
+    devices, nodes = arguments.get("devices", "auto"), arguments.get("num_nodes", 1)
+    if isinstance(devices, str) and devices != "auto":
+        devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
+    if devices in ("auto", -1):
+        devices = torch.cuda.device_count() if _cuda(arguments) else 1
+    return max(len(devices) if isinstance(devices, list) else devices, 1) * nodes
 
 
-def _cuda(recipe: Recipe) -> bool:
-    kind = recipe.trainer.get("accelerator", "auto")
+def _cuda(arguments: dict[str, Any]) -> bool:
+    kind = arguments.get("accelerator", "auto")
     return kind in ("gpu", "cuda") or (kind == "auto" and torch.cuda.is_available())
 
 
@@ -259,13 +264,14 @@ def _models(learners: Sequence[Training]) -> str:
 def _saving(learners: Sequence[Training]) -> str:
     flops = [t.in_all for t in learners if t.in_all]
     before, after = (sum(column) for column in zip(*flops, strict=True)) if flops else (0.0, 0.0)
-    if not after:
-        return ""
-    most = [max(t.memory[side].total for t in learners if t.memory) for side in (0, 1)]
-    return "\n".join([
-        f"All trainings: {_si(before)}FLOP as published, {_si(after)}FLOP here: {before / after:.1f} times less.",
-        f"A device needs {_si(most[0])}B as published, {_si(most[1])}B here.",
-    ])  # fmt: skip
+    needs, lines = [t.memory for t in learners if t.memory], []
+    if after and len(flops) == len(learners):
+        less = before / after
+        lines.append(f"All trainings: {_si(before)}FLOP as published, {_si(after)}FLOP here: {less:.1f} times less.")
+    if needs:
+        most = [max(need[side].total for need in needs) for side in (0, 1)]
+        lines.append(f"A device needs {_si(most[0])}B as published, {_si(most[1])}B here.")
+    return "\n".join(lines)
 
 
 def _notes(outlook: Outlook, learners: Sequence[Training]) -> list[str]:
@@ -298,5 +304,6 @@ def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def _si(value: float) -> str:
     """Three digits and the letter of a power of a thousand."""
+    value = float(f"{value:.3g}")  # first, lest 999,600 be a thousand thousands
     power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
     return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}".rstrip()

@@ -67,6 +67,19 @@ def test_a_training_without_a_known_end_is_planned_all_the_same(tmp_path: Path, 
     assert row.split()[2] == ("?" if epochs < 0 else "0")
 
 
+@pytest.mark.parametrize(
+    ("devices", "count"), [(2, 2), ([0, 1], 2), ("0,1", 2), ("2", 2), (-1, 1), ("auto", 1), (None, 1)]
+)
+def test_devices_are_counted_as_lightning_reads_them(devices: Any, count: int) -> None:
+    arguments = {"accelerator": "cpu"} | ({} if devices is None else {"devices": devices})
+    assert plan._processes(arguments) == count
+
+
+def test_figures_have_three_digits_and_a_letter() -> None:
+    found = [plan._si(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
+    assert found == ["0", "999", "999 k", "1 M", "1 T", "3.2e+03 E"]
+
+
 def test_one_epoch_or_the_published_positions_ask_the_assistant_online(tmp_path: Path) -> None:
     content = micro.RECORDED | {"data": ALONE["data"]}
     found, _ = trainings(tmp_path, content, student__trainer={"max_epochs": 1})

@@ -4,7 +4,7 @@ The protocol is a dialogue about one sample; `dialogue.py` holds many of them at
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -135,7 +135,7 @@ def annotate(
     ledger: Ledger,
     tally: Tally,
     progress: Progress | None = None,
-) -> Iterator[Kept | Quarantined]:
+) -> Generator[Kept | Quarantined, None, None]:
     """Get a valid rationale for every sample that can have one (DESIGN section 4).
 
     Outcomes come in the samples' order, as soon as they are settled; a sample that is skipped has none. However many

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.annotation.ledger import Ledger, Paid, digest, key
 from distill.data.images import ImageError
-from distill.models.endpoint import Endpoint, Post
+from distill.models.endpoint import Endpoint, EndpointSettings, Post
 from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
 from distill.models.workers import as_completed
 from distill.task import prompts
@@ -191,6 +191,9 @@ class Memory:
             text += "\n" + ", ".join(self.labels.names)
             if isinstance(self.teacher, Endpoint):
                 text += f"\n{self.teacher.settings.agreement_samples}"
+        if isinstance(self.teacher, Endpoint) and sample.images:
+            side = self.teacher.settings.max_image_side
+            text += "" if side == EndpointSettings.max_image_side else f"\n{side} px"
         return key(self.name, question.template, question.sampling, text, [self._digest(p) for p in sample.images])
 
 

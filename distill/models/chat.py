@@ -41,6 +41,7 @@ class Chat:
         self._lock = threading.Lock()
         self._served = False  # whether any answer ever came
         self._given_up = 0  # answers in a row
+        self._not_before = 0.0  # when the server wants to be asked again, by all
 
     def close(self) -> None:
         """Close the connections."""
@@ -89,21 +90,27 @@ class Chat:
         token_ids: Sequence[int],
     ) -> tuple[Answer, Tokens]:
         deadline = time.monotonic() + self.settings.deadline_s
-        attempts = 0
+        attempts = failures = 0
         while not stop.is_set():
+            if (pause := self._not_before - time.monotonic()) > 0:
+                stop.wait(pause)
+                continue
             body = self._body(sampling, schema, logprobs, token_ids)
             try:
                 left_s = max(deadline - time.monotonic(), 0.001)
                 answer = self._connection.send(body, content, min(self.settings.timeout_s, left_s))
             except Refused as refusal:
                 if not self._ask_for_less(body, refusal.reply):
+                    self._count(refusal)
                     return unanswered(str(refusal)), ()
             except Failed as failure:
-                attempts += 1
-                ceiling = min(_LONGEST_PAUSE_S, self.settings.backoff_s * 2.0 ** (attempts - 1))
+                failures += 1
+                attempts += not failure.busy
+                ceiling = min(_LONGEST_PAUSE_S, self.settings.backoff_s * 2.0 ** min(failures - 1, 16))
                 pause = max(failure.retry_after_s, random.uniform(0, ceiling))
                 if attempts >= self.settings.max_attempts or time.monotonic() + pause >= deadline:
-                    return self._give_up(failure, attempts), ()
+                    return self._give_up(failure, failures), ()
+                self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)
                 stop.wait(pause)
             else:
                 self._served, self._given_up = True, 0
@@ -142,11 +149,16 @@ class Chat:
         url = self.settings.base_url
         if failure.dead and not self._served:
             raise RunError(f"no server answers at base_url {url}: {failure}")
+        self._count(failure)
+        return unanswered(f"no answer after {attempts} attempts: {failure}")
+
+    def _count(self, why: Exception) -> None:
+        """Count an answer that never came: so many in a row are no fault of their questions, and end the run."""
         with self._lock:
             self._given_up += 1
             if self._given_up >= max(_PATIENCE, self.settings.concurrency):
-                raise RunError(f"the endpoint {url} left {self._given_up} questions in a row unanswered: {failure}")
-        return unanswered(f"no answer after {attempts} attempts: {failure}")
+                url, count = self.settings.base_url, self._given_up
+                raise RunError(f"the endpoint {url} left {count} questions in a row unanswered: {why}")
 
     def _ask_for_less(self, body: Mapping[str, Any], refusal: str) -> bool:
         """Whether a refusal names something optional in the request; that is left out from now on, with a warning."""

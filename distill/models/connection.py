@@ -38,7 +38,8 @@ class EndpointSettings:
     deadline_s: float = 600.0
     """Seconds that one answer may take with all its retries."""
     max_attempts: int = 6
-    """How often a request is sent before its answer is given up."""
+    """How often a request is sent before its answer is given up; not counting that the server has too much to do, for
+    which the deadline alone is the limit."""
     backoff_s: float = 1.0
     """Longest wait before the first retry, in seconds; it doubles with each one, up to a minute."""
     json_schema: bool = True
@@ -80,6 +81,8 @@ class Connection:
         key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not key:
             raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
+        if not (key.isascii() and key.isprintable()):
+            raise SettingsError(f"api_key_env: {settings.api_key_env} holds characters that no key has")
         self.settings = settings
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._tls = httpx.create_ssl_context()
@@ -134,10 +137,14 @@ class Connection:
             name = self.settings.api_key_env
             refused = f"refuses the key in {name}" if name else "wants a key, and api_key_env names none"
             raise RunError(f"the endpoint {url} {refused} (status {status})")
+        if status == 402:
+            raise RunError(f"the endpoint {url} wants to be paid (status 402): {text[:200]}")
         if status == 404 or 300 <= status < 400:
             raise RunError(f"the endpoint at base_url {url} does not serve {self.settings.model} (status {status})")
         if status in (408, 429) or status >= 500:
-            raise Failed(f"status {status}: {text[:200]}", _retry_after_s(response.headers.get("retry-after", "")))
+            retry_after_s = _retry_after_s(response.headers.get("retry-after", ""))
+            busy = status == 429 or (status == 503 and retry_after_s > 0)
+            raise Failed(f"status {status}: {text[:200]}", retry_after_s, busy=busy)
         if status >= 400:
             raise Refused(f"the endpoint refused the question (status {status}): {text[:200]}", text)
         try:
@@ -167,10 +174,11 @@ class Connection:
 class Failed(Exception):
     """A request that may succeed when it is sent again."""
 
-    def __init__(self, why: str, retry_after_s: float = 0.0, dead: bool = False) -> None:
+    def __init__(self, why: str, retry_after_s: float = 0.0, *, dead: bool = False, busy: bool = False) -> None:
         super().__init__(why)
         self.retry_after_s = retry_after_s
         self.dead = dead  # there was no server at all
+        self.busy = busy  # there was one, with too much to do
 
 
 class Refused(Exception):

@@ -1,13 +1,13 @@
 """A Reasoner behind any server that speaks the OpenAI chat protocol: vLLM, SGLang, llama.cpp, or a paid service."""
 
 import base64
-import contextlib
 import io
 import json
 import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ __all__ = ["Endpoint", "EndpointSettings", "Post", "Scored", "agreement", "label
 log = logging.getLogger(__name__)
 
 _CLASSIFY_TOKENS = 32
+_TOKENIZE_PAUSE_S = 60.0
 _DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture takes a core, and memory for all its pixels
 _FLOOR = 1e-12  # of a label mass: 0 would say that there is no answer
 
@@ -99,6 +100,7 @@ class Endpoint:
         self._schema = _schema(labels)
         self._lock = threading.Lock()
         self._token_ids: list[int] | None = None
+        self._tokenize_after = 0.0
 
     def close(self) -> None:
         """Close the connections."""
@@ -196,6 +198,8 @@ class Endpoint:
         asked = [answer]
         for attempt in range(1, self.settings.agreement_samples):
             asked.append(self._chat.ask(content, Sampling(1.0, _CLASSIFY_TOKENS, attempt), stop)[0])
+        if stop.is_set() and any(answer.error is not None for answer in asked):
+            return Scored(undecided, 0.0, unanswered("cut short"))  # fewer draws would pass for all of them
         texts = [answer.text for answer in asked if answer.error is None]
         cost = sum((answer.cost for answer in asked), Cost())
         # one draw agrees with nothing: it does not tell how sure the model is, and must not look certain
@@ -208,9 +212,11 @@ class Endpoint:
         Asked for once; none where the server does not tell, or cannot be reached just now.
         """
         with self._lock:
-            if self._token_ids is None and self._chat.top_logprobs:
-                with contextlib.suppress(Failed):
+            if self._token_ids is None and self._chat.top_logprobs and time.monotonic() >= self._tokenize_after:
+                try:
                     self._token_ids = self._ask_for_token_ids()
+                except Failed:  # all others wait meanwhile
+                    self._tokenize_after = time.monotonic() + _TOKENIZE_PAUSE_S
             return self._token_ids or ()
 
     def _ask_for_token_ids(self) -> list[int]:

@@ -265,4 +265,4 @@ def _end_tokens(backbone: Backbone) -> list[int]:
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    return [] if device.type == "cpu" else [device]
+    return [device] if device.type == "cuda" else []

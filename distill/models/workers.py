@@ -23,7 +23,7 @@ def as_completed(
 
     An item is taken only when it can be begun: while fewer than `at_once` are under way or not handed over, and while
     the consumer has `room`. After a RunError, or an error of `items`, nothing more is begun, but what is under way is
-    finished and handed over before the error is raised. A consumer that stops early loses only what is under way.
+    finished and handed over before the error is raised. For a consumer that stops early it is finished, too.
 
     Args:
         stop: set when nothing more is to be begun, so that work may cut its waits short.
@@ -66,7 +66,7 @@ def as_completed(
             raise failure
     finally:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # what is under way may write down what it was paid for
 
 
 def _report(done: "SimpleQueue[tuple[I, Future[T]]]", item: I, future: "Future[T]") -> None:

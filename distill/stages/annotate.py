@@ -1,7 +1,9 @@
 """Stage `annotate`: the teacher's reasoning data, with the ledger of what was paid for."""
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
 
@@ -14,6 +16,8 @@ from distill.task.rationale import Rationale
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 
+log = logging.getLogger(__name__)
+
 
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.annotate
@@ -24,10 +28,13 @@ def run(context: Context, tracked: StageRun) -> None:
         Ledger(folder / "ledger.jsonl") as ledger,
         whole(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
+        # closed before the ledger is, so that answers under way still reach it
+        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show)) as outcomes,
     ):
-        outcomes = annotate(samples, context.labels, teacher, settings, ledger, tally, show)
         context.write_rationales("annotate", _kept(outcomes, quarantine))
     summary = tally.summary
+    if silent := tally.quarantined["unanswered"]:
+        log.warning("%d posts were left unanswered; %s says why", silent, folder / "quarantine.jsonl")
     if settings.recorded:  # of the whole recording, the rows that only judge included
         splits = {name: getattr(context.corpus, name) for name in SPLITS}
         summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from distill.annotation.ledger import Ledger, digest
@@ -175,7 +176,8 @@ class Context:
             return Endpoint(asked.endpoint, self.labels, recipe.data.max_pixels)
         if asked is not None and asked.model is not None:
             ready = backbone.create(asked.model, self.labels, self.tokenizer(asked.model), train=False)
-            return Local(ready, f"{asked.model.path}@{asked.model.revision}", self.device)
+            seen = f"{asked.model.image_size} px, {asked.model.dtype}"
+            return Local(ready, f"{asked.model.path}@{asked.model.revision} ({seen})", self.device)
         return None
 
     @contextmanager
@@ -192,10 +194,13 @@ class Context:
     def device(self) -> str:
         """Where models answer: the first device that the trainer uses."""
         trainer, chosen = self.recipe.trainer, self.recipe.trainer.get("devices")
-        first = L.Trainer(
-            accelerator=trainer.get("accelerator", "auto"), devices=chosen[:1] if isinstance(chosen, list) else 1,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).strategy.root_device  # fmt: skip
+        try:
+            first = L.Trainer(
+                accelerator=trainer.get("accelerator", "auto"), devices=chosen[:1] if isinstance(chosen, list) else 1,
+                logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            ).strategy.root_device  # fmt: skip
+        except MisconfigurationException as error:
+            raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
         return str(first)
 
     def write_rationales(self, stage: str, kept: Iterable[tuple[Sample, Rationale, dict[str, Any]]]) -> None:

@@ -30,6 +30,7 @@ def run(context: Context, tracked: StageRun) -> None:
     with context.asked_teacher() if settings.teacher else nullcontext() as teacher:
         if teacher is not None:
             ask("teacher", teacher, "predict" if recipe.annotate is not None else None)
+    del teacher  # one on this machine makes room for the others
     if recipe.assistant is not None:
         ask("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
     ask("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)

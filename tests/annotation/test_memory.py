@@ -1,6 +1,7 @@
 """A teacher with a memory: asked once, remembered for what it was asked, and counted as it was paid."""
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from distill.annotation.ledger import Ledger
-from distill.annotation.memory import Memory, read_scores
+from distill.annotation.memory import Memory, Question, read_scores
+from distill.errors import RunError
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Earlier
 from distill.task.sample import Sample
+from tests.models.openai_server import LABELS, Server, endpoint, posts
 
 
 class Teacher:
@@ -123,6 +126,29 @@ def test_a_classification_that_never_came_is_asked_again(tmp_path: Path) -> None
             assert scores.answered.tolist() == [False, True]
             assert scores.probabilities[0] == pytest.approx([1 / 3] * 3)
         assert reader.asked == ["s0", "s1", "s0"] and len(ledger) == 1
+
+
+def test_a_picture_that_is_sent_larger_is_asked_about_again(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 3)
+    with Server() as server, Ledger(tmp_path / "ledger.jsonl") as ledger:
+        for side, asked in ((1024, 3), (1024, 3), (256, 6), (1024, 6)):
+            memory = Memory(endpoint(server.url, max_image_side=side), LABELS, ledger, chunk=8)
+            assert len(dict(memory.reason(samples, "predict", Sampling()))) == 3
+            assert server.requests == asked
+
+
+def test_a_classification_that_is_cut_short_is_not_remembered(tmp_path: Path) -> None:
+    """Of five draws the key expires at the third: two alike would pass for the opinion of all five."""
+    with Server() as server, Ledger(tmp_path / "ledger.jsonl") as ledger:
+        server.refuse = lambda body: (401, "expired") if server.requests > 2 else None
+        memory = Memory(endpoint(server.url, agreement_samples=5, concurrency=1), LABELS, ledger, chunk=8)
+        with pytest.raises(RunError, match="api_key_env"):
+            memory.classify(posts(tmp_path, 2))
+        assert len(ledger) == 0
+        stop, post = threading.Event(), posts(tmp_path, 1)[0]
+        server.refuse = lambda body: stop.set() if server.requests > 4 else None  # type: ignore[func-returns-value]
+        answer = memory.ask(memory.teacher.open(post), Question("classify"), stop)  # type: ignore[attr-defined]
+        assert answer.error is not None and len(ledger) == 0
 
 
 def test_an_unreadable_picture_is_no_answer(tmp_path: Path) -> None:

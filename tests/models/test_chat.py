@@ -86,6 +86,32 @@ def test_an_endpoint_that_dies_midway_ends_the_run(tmp_path: Path) -> None:
     assert server.url in str(caught.value)
 
 
+def test_a_busy_server_is_asked_until_the_deadline_and_by_nobody_before_it_says(tmp_path: Path) -> None:
+    """A rate limit is no failure: however often it is met, no question is lost, and all keep to `Retry-After`."""
+    begin = time.monotonic()
+    with Server(headers={"Retry-After": "0.2"}) as server:
+        server.refuse = lambda body: (429, "slow down") if time.monotonic() - begin < 1.0 else None
+        found = answers(endpoint(server.url, max_attempts=2, deadline_s=20), posts(tmp_path, 12))
+        refused = server.requests - 12
+    assert [answer.error for answer in found] == [None] * 12
+    assert refused <= 4 * 6, "four callers, five pauses in a second"
+
+
+def test_a_server_that_refuses_one_question_after_another_ends_the_run(tmp_path: Path) -> None:
+    with Server() as server:
+        server.refuse = lambda body: (400, "model not found") if server.requests > 10 else None
+        with pytest.raises(RunError, match=r"8 questions in a row unanswered: .*model not found"):
+            answers(endpoint(server.url), posts(tmp_path, 100))
+        assert server.requests < 30
+
+
+def test_a_server_that_wants_to_be_paid_ends_the_run(tmp_path: Path) -> None:
+    with Server(refuse=lambda body: (402, "insufficient credits")) as server:
+        with pytest.raises(RunError, match=r"wants to be paid .*insufficient credits"):
+            answers(endpoint(server.url), posts(tmp_path, 100))
+        assert server.requests <= 8
+
+
 # ---- servers that know less ----
 
 

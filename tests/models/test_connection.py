@@ -20,6 +20,13 @@ def test_a_missing_variable_is_refused_before_the_first_request(monkeypatch: pyt
         assert server.requests == 0
 
 
+def test_a_key_with_strange_characters_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "\u201csecret\u201d")  # pasted with the quotes of a text
+    with pytest.raises(SettingsError, match="TEACHER_KEY holds characters that no key has") as caught:
+        endpoint("http://127.0.0.1:9/v1", api_key_env="TEACHER_KEY")
+    assert "secret" not in str(caught.value)
+
+
 def test_an_expired_key_ends_the_run_and_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", "expired")
     with Server(refuse=lambda body: (401, "expired")) as server:

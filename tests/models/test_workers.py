@@ -70,6 +70,23 @@ def test_after_a_failure_what_was_begun_is_finished_and_handed_over() -> None:
     assert sorted(found) == [0, 1, 3] and sorted(begun) == [0, 1, 2, 3]
 
 
+def test_a_consumer_that_stops_early_waits_for_what_is_under_way() -> None:
+    written: list[int] = []
+    second = threading.Event()
+
+    def work(item: int, stop: threading.Event) -> None:
+        if item == 1:
+            second.set()
+            assert stop.wait(10)
+        written.append(item)
+
+    found = as_completed(work, range(9), 2)
+    next(found)
+    assert second.wait(10)
+    found.close()  # type: ignore[attr-defined]
+    assert 1 in written, "an answer that was paid for is written down while its ledger is open"
+
+
 def test_a_failure_of_the_items_loses_nothing_that_was_begun() -> None:
     def items() -> Iterator[int]:
         yield from range(3)
