@@ -185,7 +185,7 @@ def check_ours(case: Case) -> dict[str, float]:
     student, assistant = case.models(case.device, case.device)
     assert assistant is not None
     samples = case.batch(0)
-    check_exact(student, samples[0], TASKS, True)
+    check_exact(student, samples, list(TASKS), True)
     module = _module(student, assistant, None, "response").eval()
     packed = Batch(**_to(case.device, module.encode(samples)._asdict()))
     cached = CachedTargets(*_cache(case, student))
@@ -207,8 +207,8 @@ def check_ours(case: Case) -> dict[str, float]:
         fused, plain = ours(targets, weight), _plain(hidden, student.head, packed, *targets, weight)
         found[name] = _gap(fused, plain)
         asked = gradient(fused)
-        found[f"its gradient ({name})"] = _gap(asked, gradient(plain))
-    return found | {"its gradient (KL, cached)": _gap(gradient(ours(read, 1.0)), asked)}
+        found[f"gradient of the {name}"] = _gap(asked, gradient(plain))
+    return found | {"gradient of the KL from cached targets": _gap(gradient(ours(read, 1.0)), asked)}
 
 
 def _gap(found: Any, expected: Any) -> float:
