@@ -93,6 +93,8 @@ class Chat:
         attempts = failures = 0
         while not stop.is_set():
             if (pause := self._not_before - time.monotonic()) > 0:
+                if self._not_before >= deadline:
+                    return self._give_up(Failed("the server wants to be asked later"), failures), ()
                 stop.wait(pause)
                 continue
             body = self._body(sampling, schema, logprobs, token_ids)
