@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -314,11 +313,8 @@ def test_the_fingerprint_sees_the_texts_of_mvsa_and_the_settings_of_postcards(tm
 
 
 @needs_shared
-def test_real_posts_are_all_read(tmp_path: Path) -> None:
+def test_real_posts_are_all_read() -> None:
     settings = DataSettings(root=str(SHARED / "twitter15"), validation=["dev.jsonl"])
-    begin = time.perf_counter()
-    data_fingerprint(settings)
-    assert time.perf_counter() - begin < 1.0
     corpus = read_corpus(settings, LABELS)
     assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [3179, 1122, 1037]
     assert corpus.dropped == []

@@ -52,7 +52,7 @@ def test_label_scoring_is_the_softmax_over_the_labels_first_tokens(backbone: Bac
 
 def test_normalised_labels_sum_to_one_and_keep_their_mass_in_half_precision() -> None:
     logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 5
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 5e-2)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         probabilities, mass = normalise_labels(logits.to(dtype), torch.tensor([3, 500, 7]))
         assert probabilities.dtype == mass.dtype == torch.float32
         torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
