@@ -209,7 +209,7 @@ class Endpoint:
     def _label_token_ids(self) -> Sequence[int]:
         """The tokens by which the server's tokenizer writes the labels, with and without a space before them.
 
-        Asked for once; none where the server does not tell, or cannot be reached just now.
+        Asked for once; none where the server does not tell, or could not be reached within the last minute.
         """
         with self._lock:
             if self._token_ids is None and self._chat.top_logprobs and time.monotonic() >= self._tokenize_after:
