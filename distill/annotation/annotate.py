@@ -16,7 +16,7 @@ from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
-from distill.task.rationale import InvalidRationale, Rationale, check, parse
+from distill.task.rationale import InvalidRationale, Rationale, check
 from distill.task.sample import Sample
 
 Source = Literal["predicted", "explained", "recorded"]
@@ -259,11 +259,11 @@ def _advance(case: _Case, answer: Answer, labels: LabelSpace, settings: Annotate
     if answer.error is not None:
         case.quarantine("unanswered", answer.error, "")
         return
-    if case.template == "predict" and case.attempt == 0 and not case.teacher_label:
-        case.first_right = _predicts(answer, labels) == case.label
+    first = case.template == "predict" and case.attempt == 0 and not case.teacher_label
     try:
         rationale = check(answer.text, labels, case.label, finished=answer.finished)
     except InvalidRationale as invalid:
+        right = invalid.reason == "leaks"  # of an answer that breaks no rule before
         if case.template == "predict" and invalid.reason == "contradicts" and not case.teacher_label:
             case.template, case.attempt = "explain", 0
         elif case.attempt < settings.retries:
@@ -271,11 +271,7 @@ def _advance(case: _Case, answer: Answer, labels: LabelSpace, settings: Annotate
         else:
             case.quarantine(invalid.reason, str(invalid), answer.text)
     else:
+        right = True
         case.keep(rationale, "predicted" if case.template == "predict" else "explained")
-
-
-def _predicts(answer: Answer, labels: LabelSpace) -> str | None:
-    try:
-        return parse(answer.text, labels).prediction if answer.finished else None
-    except InvalidRationale:
-        return None
+    if first:
+        case.first_right = right

@@ -36,17 +36,12 @@ class Index:
         with self._lock:
             self._connection.close()
 
-    def load(self, lines: Iterable[tuple[bytes, int, int]]) -> None:
-        """Take in keys, offsets and lengths of lines that nobody used yet; of a key given twice the last one stays."""
+    def load(self, lines: Iterable[tuple[bytes, int, int]], *, used: bool = False) -> None:
+        """Take in keys, offsets and lengths of lines; of a key given twice the last one stays."""
         with self._table() as table:
             table.execute("BEGIN")
-            table.executemany("REPLACE INTO line VALUES (?, ?, ?, 0)", lines)
+            table.executemany(f"REPLACE INTO line VALUES (?, ?, ?, {used:d})", lines)
             table.execute("COMMIT")
-
-    def add(self, key: bytes, start: int, length: int) -> None:
-        """Take in one line, which is in use."""
-        with self._table() as table:
-            table.execute("REPLACE INTO line VALUES (?, ?, ?, 1)", (key, start, length))
 
     def find(self, key: bytes) -> tuple[int, int] | None:
         """Offset and length of a key's line."""

@@ -72,6 +72,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._disk = threading.Lock()  # held by the one thread that waits for the disk
         self._written = self._safe = 0  # bytes of the file; those on the disk
+        self._lines: list[tuple[bytes, int, int]] = []  # of those between, as the index takes them
         self._failure: OSError | None = None  # of the disk: what was not on it by then never will be
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,16 +136,14 @@ class Ledger:
         text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
         line = text.encode("utf-8", "replace") + b"\n"  # a lone surrogate has no UTF-8
         try:
-            start = self._append(line)
-            self._sync(start + len(line))
+            self._sync(self._append(key.encode(), line))
         except OSError as error:
             raise RunError(f"an answer could not be written to {self.path}: {error.strerror}") from error
-        self._index.add(key.encode(), start, len(line))
         with self._lock:
             self.paid.add(answer)
 
-    def _append(self, line: bytes) -> int:
-        """Write one line behind the others; returns where it starts."""
+    def _append(self, key: bytes, line: bytes) -> int:
+        """Write one line behind the others; returns where it ends."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -155,32 +154,36 @@ class Ledger:
             except OSError:
                 os.ftruncate(self._file, start)
                 raise
+            self._lines.append((key, start, len(line)))
             self._written = start + len(line)
-            return start
+            return self._written
 
     def _sync(self, end: int) -> None:
-        """Wait until all before `end` is on the disk; of threads that wait, one does it for all."""
+        """Wait until all before `end` is on the disk and in the index; of threads that wait, one does it for all."""
         with self._disk:
             if self._failure is not None:
                 raise self._failure
-            written = self._written
-            if self._safe < end:
-                try:
-                    os.fsync(self._file)
-                except OSError as error:
-                    with self._lock:
-                        self._failure = error
-                        os.ftruncate(self._file, self._safe)
-                    raise
-                self._safe = written
+            if self._safe >= end:
+                return
+            with self._lock:
+                written, lines, self._lines = self._written, self._lines, []
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                with self._lock:
+                    self._failure = error
+                    os.ftruncate(self._file, self._safe)
+                raise
+            self._index.load(lines, used=True)
+            self._safe = written
 
     def _load(self) -> None:
         """Read what was paid, a line at a time; end the file with a whole line, cutting what a crash tore."""
         with self.path.open("rb") as file:
-            self._index.load(self._lines(file))
+            self._index.load(self._whole(file))
         self._written = self._safe = os.fstat(self._file).st_size
 
-    def _lines(self, file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
+    def _whole(self, file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
         """Keys, offsets and lengths of the whole lines."""
         start = 0
         for number, line in enumerate(file, 1):

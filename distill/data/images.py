@@ -1,10 +1,14 @@
 """Pictures from strangers: found inside the data root, refused where unsafe or broken, decoded to plain RGB."""
 
 import contextlib
+import io
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What may be decoded, by content and not by suffix; of an animation the first frame."""
@@ -18,6 +22,9 @@ MAX_RATIO = 200
 
 class ImageError(ValueError):
     """An image that must not or cannot be used; one sentence with its name."""
+
+
+_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture takes a core, and memory for all its pixels
 
 
 def resolve(root: Path, name: str) -> Path:
@@ -47,11 +54,7 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if not path.is_file():  # opening a named pipe would wait for ever
             raise ImageError(f"image {path.name} is missing")
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(f"image {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
-            if max(width, height) >= MAX_RATIO * min(width, height):
-                raise ImageError(f"image {path.name} is a strip of {width} x {height} pixels")
+            _check_size(path, image, max_pixels)
             image.load()
             return _rgb(image)
     except ImageError:
@@ -62,6 +65,56 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError(f"image {path.name} has far too many pixels") from None
     except Exception as error:  # on hostile files decoders raise nearly everything: SyntaxError, struct.error, KeyError
         raise ImageError(f"image {path.name} is broken: {error or type(error).__name__}") from error
+
+
+def jpeg(path: Path, max_side: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """A picture as a JPEG file without metadata, its longer side `max_side` pixels at most.
+
+    That is the file itself, not decoded, where it is one: it loses nothing by being encoded again.
+
+    Raises:
+        ImageError: as `decode`.
+        OSError: the file cannot be read.
+    """
+    if (content := _bare_jpeg(path, max_side, max_pixels)) is not None:
+        return content
+    with _DECODING:
+        picture = decode(path, max_pixels)
+        picture.thumbnail((max_side, max_side))
+        picture.info.clear()  # a comment would be written again
+        encoded = io.BytesIO()
+        picture.save(encoded, "JPEG", quality=95)
+    return encoded.getvalue()
+
+
+def _bare_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None:
+    """The content of a whole JPEG file of that size in RGB; None where metadata may turn it, or tell who took it where.
+
+    None as well for all that `decode` will refuse.
+    """
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            _check_size(path, image, max_pixels)
+            bare = (
+                isinstance(image, JpegImageFile)
+                and (image.format, image.mode) == ("JPEG", "RGB")
+                and all(name == "APP0" for name, _ in image.applist)  # no EXIF, colour profile or comment
+            )
+            fits = max(image.size) <= max_side
+    except Exception:  # noqa: BLE001 - as in `decode`, which will say what is wrong
+        return None
+    return content if bare and fits and content.endswith(b"\xff\xd9") else None
+
+
+def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"image {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+    if max(width, height) >= MAX_RATIO * min(width, height):
+        raise ImageError(f"image {path.name} is a strip of {width} x {height} pixels")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,15 +2,25 @@
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    LocationParseError,
+    NewConnectionError,
+    ProxyError,
+    SSLError,
+)
+from urllib3.util import Url, make_headers, parse_url
 
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import Answer
@@ -58,9 +68,9 @@ class EndpointSettings:
 
     def __post_init__(self) -> None:
         try:
-            url = httpx.URL(self.base_url)
-        except httpx.InvalidURL:
-            url = httpx.URL("")
+            url = parse_url(self.base_url)
+        except LocationParseError:
+            url = Url()
         if url.scheme not in ("http", "https") or not url.host:
             raise SettingsError(f"base_url is {self.base_url!r}; it takes an address such as http://localhost:8000/v1")
         for name in ("concurrency", "timeout_s", "deadline_s", "max_attempts", "agreement_samples", "max_image_side"):
@@ -85,25 +95,11 @@ class Connection:
             raise SettingsError(f"api_key_env: {settings.api_key_env} holds characters that no key has")
         self.settings = settings
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._tls = httpx.create_ssl_context()
-        self._idle: list[httpx.Client] = []
+        self._pool = _pool(settings)
 
     def close(self) -> None:
         """Close the connections that nobody uses just now."""
-        while self._idle:
-            self._idle.pop().close()
-
-    @contextmanager
-    def _client(self) -> Iterator[httpx.Client]:
-        """A client of its own for each request in flight: a shared one looks through all its connections each time."""
-        try:
-            client = self._idle.pop()
-        except IndexError:
-            client = httpx.Client(headers=self._headers, verify=self._tls)
-        try:
-            yield client
-        finally:
-            self._idle.append(client)
+        self._pool.clear()
 
     def send(self, body: Mapping[str, Any], content: Sequence[bytes], limit_s: float) -> tuple[Answer, Tokens]:
         """One request, however slowly the server drips its reply, and the answer that is in it.
@@ -121,18 +117,15 @@ class Connection:
         head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
         whole = b"".join([head, *content, b"}]}"])  # in one piece: each write gives up the interpreter to others
         try:
-            with (
-                self._client() as client,
-                client.stream("POST", f"{url}/chat/completions", content=whole, timeout=limit_s) as response,
-            ):
-                for chunk in response.iter_bytes():
+            response = self._post(f"{url}/chat/completions", whole, limit_s)
+            with response:
+                while chunk := response.read1():
                     reply += chunk
                     if time.monotonic() > end:
-                        raise httpx.ReadTimeout(f"the reply took longer than {limit_s:.3g} s")
-        except httpx.HTTPError as error:
-            dead = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            raise Failed(f"{type(error).__name__} {error}".strip(), dead=dead) from error
-        status, text = response.status_code, reply.decode("utf-8", "replace")
+                        raise Failed(f"the reply took longer than {limit_s:.3g} s")
+        except HTTPError as error:
+            raise _failed(error) from error
+        status, text = response.status, reply.decode("utf-8", "replace")
         if status in (401, 403):
             name = self.settings.api_key_env
             refused = f"refuses the key in {name}" if name else "wants a key, and api_key_env names none"
@@ -161,14 +154,18 @@ class Connection:
         root = self.settings.base_url.rstrip("/").removesuffix("/v1")
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
         try:
-            with self._client() as client:
-                limit_s = min(self.settings.timeout_s, _TOKENIZE_S)
-                response = client.post(f"{root}/tokenize", json=body, timeout=limit_s)
-            return [int(token) for token in response.raise_for_status().json()["tokens"]]
-        except httpx.TransportError as error:
-            raise Failed(f"{type(error).__name__} {error}".strip()) from error
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):
+            limit_s = min(self.settings.timeout_s, _TOKENIZE_S)
+            with self._post(f"{root}/tokenize", json.dumps(body).encode(), limit_s) as response:
+                return [int(token) for token in response.json()["tokens"]]
+        except HTTPError as error:
+            raise _failed(error) from error
+        except (ValueError, LookupError, TypeError):  # as in what others say of a path that they do not know
             return None
+
+    def _post(self, url: str, body: bytes, limit_s: float) -> urllib3.BaseHTTPResponse:
+        """The head of a reply, its body not yet read. Raises HTTPError."""
+        sent = {"body": body, "headers": self._headers, "timeout": limit_s}
+        return self._pool.urlopen("POST", url, redirect=False, preload_content=False, **sent)
 
 
 class Failed(Exception):
@@ -187,6 +184,28 @@ class Refused(Exception):
     def __init__(self, why: str, reply: str) -> None:
         super().__init__(why)
         self.reply = reply
+
+
+def _failed(error: HTTPError) -> Failed:
+    """What the library tells, without its own objects."""
+    why = re.sub(r"^HTTPS?Connection.*?\): ", "", str(error.args[-1] if error.args else ""))
+    dead = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
+    return Failed(f"{type(error).__name__} {why}".strip(), dead=dead)
+
+
+def _pool(settings: EndpointSettings) -> urllib3.PoolManager:
+    """Connections to the server, by way of the proxy that the environment names."""
+    url = parse_url(settings.base_url)
+    proxies = {} if proxy_bypass(url.host or "") else getproxies()
+    proxy = proxies.get(url.scheme or "", proxies.get("all"))
+    if proxy is None:
+        return urllib3.PoolManager(maxsize=settings.concurrency, retries=False)
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        login = make_headers(proxy_basic_auth=parse_url(proxy).auth)
+        return urllib3.ProxyManager(proxy, proxy_headers=login, maxsize=settings.concurrency, retries=False)
+    except HTTPError as error:
+        raise SettingsError(f"base_url: the environment names a proxy that cannot be used: {error}") from error
 
 
 def _read(reply: Any) -> tuple[Answer, Tokens]:

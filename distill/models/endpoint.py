@@ -1,11 +1,9 @@
 """A Reasoner behind any server that speaks the OpenAI chat protocol: vLLM, SGLang, llama.cpp, or a paid service."""
 
 import base64
-import io
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.images import ImageError, decode
+from distill.data.images import ImageError, jpeg
 from distill.models.chat import Chat, EndpointSettings, unanswered
 from distill.models.connection import Failed
 from distill.models.reading import agreement, label_probabilities
@@ -33,7 +31,6 @@ log = logging.getLogger(__name__)
 
 _CLASSIFY_TOKENS = 32
 _TOKENIZE_PAUSE_S = 60.0
-_DECODING = threading.BoundedSemaphore(os.cpu_count() or 1)  # a picture takes a core, and memory for all its pixels
 _FLOOR = 1e-12  # of a label mass: 0 would say that there is no answer
 
 
@@ -50,7 +47,7 @@ class Scored:
 
 
 class Post:
-    """A sample as the content of messages. Its pictures are decoded and encoded once, when they are first wanted."""
+    """A sample as the content of messages. Its pictures are encoded once, when they are first wanted."""
 
     def __init__(self, sample: Sample, max_side: int, max_pixels: int) -> None:
         self.sample = sample
@@ -70,17 +67,12 @@ class Post:
         return [b"[", *(self._pictures or ()), json.dumps({"type": "text", "text": text}).encode(), b"]"]
 
     def encode(self) -> None:
-        """Decode and encode the pictures, unless that is done. Raises ImageError, OSError."""
+        """Encode the pictures, unless that is done. Raises ImageError, OSError."""
         if self._pictures is None:
             self._pictures = [self._picture(path) for path in self.sample.images]
 
     def _picture(self, path: Path) -> bytes:
-        with _DECODING:
-            picture = decode(path, self._max_pixels)
-            picture.thumbnail((self._max_side, self._max_side))
-            jpeg = io.BytesIO()
-            picture.save(jpeg, "JPEG", quality=95)
-        data = base64.b64encode(jpeg.getbuffer())  # nothing in it that JSON would escape
+        data = base64.b64encode(jpeg(path, self._max_side, self._max_pixels))  # nothing in it that JSON would escape
         return b'{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%b"}}, ' % data
 
 

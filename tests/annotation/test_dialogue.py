@@ -164,21 +164,21 @@ def test_samples_are_let_go_as_they_are_handed_on(tmp_path: Path) -> None:
 def test_pictures_are_encoded_once_however_often_their_post_is_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded: Counter[str] = Counter()
-    real = module.decode
+    encoded: Counter[str] = Counter()
+    real = module.jpeg
 
     def counted(path: Path, *limits: int) -> Any:
-        decoded[path.name] += 1
+        encoded[path.name] += 1
         return real(path, *limits)
 
-    monkeypatch.setattr(module, "decode", counted)
+    monkeypatch.setattr(module, "jpeg", counted)
     samples = [Sample(f"s{n}", f"post {n}", post.images, label="positive") for n, post in enumerate(posts(tmp_path, 9))]
     tally = Tally()
     with Server(rates={"500": 0.3}, answer=lambda question: "what?") as server, Ledger(tmp_path / "l.jsonl") as ledger:
         teacher = endpoint(server.url, max_attempts=30, backoff_s=0.001)
         assert len(list(annotate(samples, LABELS, teacher, AnnotateSettings(), ledger, tally))) == 9
     assert tally.summary["paid"]["answers"] == 9 * 4 < server.requests
-    assert decoded.total() == 9
+    assert encoded.total() == 9
 
 
 def test_samples_that_are_alike_share_one_answer_even_in_flight(tmp_path: Path) -> None:

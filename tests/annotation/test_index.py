@@ -20,7 +20,7 @@ def keys(count: int) -> list[bytes]:
 def test_lines_are_found_by_their_keys_and_the_last_one_counts() -> None:
     index = Index()
     index.load([(b"a", 0, 10), (b"b", 10, 5), (b"a", 15, 7)])
-    index.add(b"c", 22, 1)
+    index.load([(b"c", 22, 1)], used=True)
     assert [index.find(key) for key in (b"a", b"b", b"c", b"d")] == [(15, 7), (10, 5), (22, 1), None]
     assert len(index) == 3
 
@@ -28,7 +28,7 @@ def test_lines_are_found_by_their_keys_and_the_last_one_counts() -> None:
 def test_a_key_is_used_for_the_first_time_once() -> None:
     index = Index()
     index.load([(b"a", 0, 10)])
-    index.add(b"new", 10, 10)
+    index.load([(b"new", 10, 10)], used=True)
     assert [index.use(b"a"), index.use(b"a"), index.use(b"new"), index.use(b"unknown")] == [True, False, False, False]
 
 

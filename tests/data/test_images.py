@@ -1,15 +1,17 @@
 """Pictures from strangers: every colour space comes out right, everything hostile is refused with one sentence."""
 
+import io
 import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.images import ImageError, decode, resolve
+from distill.data.images import ImageError, decode, jpeg, resolve
 
 LIMIT = 50_000_000
 RED = (255, 0, 0)
@@ -214,6 +216,86 @@ def test_folders_pipes_and_nothing_are_missing(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "pipe.jpg", tmp_path / "none.jpg", tmp_path / ("x" * 5000)):
         with pytest.raises(ImageError, match=r"missing|broken"):
             decode(path, LIMIT)
+
+
+def pixels(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        assert image.mode == "RGB"
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"dpi": (300, 300)}])
+def test_a_bare_jpeg_is_sent_as_it_is(tmp_path: Path, options: dict[str, Any]) -> None:
+    photo().save(tmp_path / "a.jpg", **options)
+    assert jpeg(tmp_path / "a.jpg", 40) == (tmp_path / "a.jpg").read_bytes()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112], EXIF[0x010F] = 6, "a secret"  # to be turned
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"exif": EXIF}),
+        ("JPEG", {"comment": b"a secret"}),
+        ("JPEG", {"icc_profile": b"a secret"}),
+        ("JPEG", {"xmp": b"a secret"}),
+        ("MPO", {"save_all": True, "append_images": [photo()]}),
+        ("PNG", {}),
+        ("WEBP", {"exif": EXIF}),
+    ],
+)
+def test_what_else_a_file_tells_is_not_sent(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    photo(4, 3).resize((40, 30), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", kind, **options)
+    content = jpeg(tmp_path / "a.jpg", 40)
+    assert content != (tmp_path / "a.jpg").read_bytes() and b"secret" not in content
+    shown = np.asarray(decode(tmp_path / "a.jpg")).astype(float)  # upright
+    assert pixels(content).shape == shown.shape
+    assert np.abs(pixels(content) - shown).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_colours_are_sent_as_rgb(tmp_path: Path, mode: str) -> None:
+    photo().convert(mode).save(tmp_path / "a.jpg")
+    assert pixels(jpeg(tmp_path / "a.jpg", 40)).shape == (30, 40, 3)
+
+
+def test_a_large_picture_is_sent_smaller(tmp_path: Path) -> None:
+    photo(40, 30).save(tmp_path / "a.jpg")
+    assert pixels(jpeg(tmp_path / "a.jpg", 39)).shape == (29, 39, 3)
+
+
+def test_what_follows_a_picture_is_not_sent(tmp_path: Path) -> None:
+    photo().save(tmp_path / "a.jpg")
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(b"a secret")
+    assert jpeg(tmp_path / "a.jpg", 40).endswith(b"\xff\xd9")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.99])
+def test_a_truncated_jpeg_is_not_sent(tmp_path: Path, share: float) -> None:
+    photo().save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ImageError, match=r"a\.jpg"):
+        jpeg(tmp_path / "a.jpg", 40)
+
+
+def test_what_cannot_be_decoded_is_not_sent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    photo(400, 2).save(tmp_path / "strip.jpg")
+    photo(40, 30).save(tmp_path / "large.jpg")
+    (tmp_path / "words.jpg").write_bytes(b"just words")
+    for name, says in (
+        ("pipe", "missing"),
+        ("none", "missing"),
+        ("strip", "strip"),
+        ("large", "pixels"),
+        ("words", "none of"),
+    ):
+        with pytest.raises(ImageError, match=says):
+            jpeg(tmp_path / f"{name}.jpg", 1000, 1199)
 
 
 def test_resolve_finds_what_is_inside(tmp_path: Path) -> None:

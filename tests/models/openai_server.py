@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from PIL import Image, ImageStat
 
@@ -86,6 +87,7 @@ class Server:
     tokenized: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
+    connections: int = 0
 
     def __enter__(self) -> Self:
         self.lock = threading.Lock()
@@ -152,6 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
+    def setup(self) -> None:
+        super().setup()
+        with self.server_of_tests.lock:
+            self.server_of_tests.connections += 1
+
     def do_POST(self) -> None:
         server = self.server_of_tests
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -168,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.at_once -= 1
         try:
-            self.send_response(status if self.path == "/v1/chat/completions" else 404)
+            path = urlsplit(self.path).path  # as a proxy it is told the whole address
+            self.send_response(status if path == "/v1/chat/completions" else 404)
             for name, value in server.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))

@@ -1,6 +1,7 @@
 """One question: asked again where the server fails, asked for less where it knows less, and given up."""
 
 import logging
+import re
 import socket
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_deadlines(tmp_path: Path, slowness: dict[str, float]) -> None:
         begin = time.monotonic()
         found = answers(endpoint(server.url, timeout_s=0.15, deadline_s=0.4), posts(tmp_path, 1))
         assert time.monotonic() - begin < 5
-    assert found[0].error is not None and "Timeout" in found[0].error
+    assert found[0].error is not None and re.search("timed out|took longer", found[0].error)
     assert (found[0].text, found[0].finished) == ("", False)
     assert server.requests >= 2
 

@@ -53,6 +53,51 @@ def test_a_cut_answer_is_unfinished(tmp_path: Path) -> None:
     assert server.requests == 1
 
 
+def test_connections_are_kept_for_later_questions(tmp_path: Path) -> None:
+    with Server() as server:
+        teacher = endpoint(server.url, concurrency=4)
+        assert all(answer.error is None for answer in answers(teacher, posts(tmp_path, 60)))
+        assert server.connections <= 4
+        teacher.close()
+        assert answers(teacher, posts(tmp_path, 1))[0].error is None
+
+
+def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(tmp_path: Path) -> None:
+    with Server(headers={"Connection": "close"}) as server:
+        found = answers(endpoint(server.url, concurrency=1, max_attempts=1), posts(tmp_path, 5))
+    assert [answer.error for answer in found] == [None] * 5
+    assert (server.requests, server.connections) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://127.0.0.1:9/v1", "Connection refused"),
+        ("http://nowhere.invalid/v1", "resolve 'nowhere.invalid'"),
+        ("https://127.0.0.1:{port}/v1", "SSL"),
+    ],
+)
+def test_where_there_is_no_server_one_sentence_says_so(tmp_path: Path, url: str, says: str) -> None:
+    with Server() as server, pytest.raises(RunError, match=says) as caught:
+        url = url.format(port=server.http.server_address[1])
+        answers(endpoint(url, max_attempts=2), posts(tmp_path, 3))
+    assert str(caught.value).startswith(f"no server answers at base_url {url}: ") and "object at" not in str(
+        caught.value
+    )
+
+
+def test_the_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server() as proxy, Server() as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removeprefix("http://").removesuffix("/v1"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert answers(endpoint("http://teacher.invalid/v1"), posts(tmp_path, 3))[0].error is None
+        assert answers(endpoint(server.url), posts(tmp_path, 2))[0].error is None
+    assert (proxy.requests, server.requests) == (3, 2)
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(SettingsError, match=r"proxy that cannot be used.*socks5"):
+        endpoint("http://teacher.invalid/v1")
+
+
 def test_hostile_text_in_both_directions(tmp_path: Path) -> None:
     with Server(answer=lambda question: rationale("neutral", "half a pair \ud83d")) as server:
         found = answers(endpoint(server.url), [Sample("s", "half a pair \ud83d")])
