@@ -29,6 +29,7 @@ Tokens = Sequence[tuple[str, Mapping[str, float]]]
 """The tokens of an answer, each with the likeliest tokens at its place and their log-probabilities."""
 
 _TOKENIZE_S = 10.0
+_KEPT = 256  # idle connections, though fewer questions may be in flight: `distill serve` counts those by itself
 
 
 @dataclass
@@ -197,13 +198,13 @@ def _pool(settings: EndpointSettings) -> urllib3.PoolManager:
     """Connections to the server, by way of the proxy that the environment names."""
     url = parse_url(settings.base_url)
     proxies = {} if proxy_bypass(url.host or "") else getproxies()
-    proxy = proxies.get(url.scheme or "", proxies.get("all"))
+    proxy, kept = proxies.get(url.scheme or "", proxies.get("all")), max(_KEPT, settings.concurrency)
     if proxy is None:
-        return urllib3.PoolManager(maxsize=settings.concurrency, retries=False)
+        return urllib3.PoolManager(maxsize=kept, retries=False)
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
         login = make_headers(proxy_basic_auth=parse_url(proxy).auth)
-        return urllib3.ProxyManager(proxy, proxy_headers=login, maxsize=settings.concurrency, retries=False)
+        return urllib3.ProxyManager(proxy, proxy_headers=login, maxsize=kept, retries=False)
     except HTTPError as error:
         raise SettingsError(f"base_url: the environment names a proxy that cannot be used: {error}") from error
 
