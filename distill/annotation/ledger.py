@@ -73,7 +73,7 @@ class Ledger:
         self._disk = threading.Lock()  # held by the one thread that waits for the disk
         self._written = self._safe = 0  # bytes of the file; those on the disk
         self._lines: list[tuple[bytes, int, int]] = []  # of those between, as the index takes them
-        self._failure: OSError | None = None  # of the disk: what was not on it by then never will be
+        self._failure: OSError | RunError | None = None  # of the disk: what was not on it by then never will be
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -174,7 +174,11 @@ class Ledger:
                     self._failure = error
                     os.ftruncate(self._file, self._safe)
                 raise
-            self._index.load(lines, used=True)
+            try:
+                self._index.load(lines, used=True)
+            except RunError as error:
+                self._failure = error
+                raise
             self._safe = written
 
     def _load(self) -> None:

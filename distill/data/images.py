@@ -3,12 +3,12 @@
 import contextlib
 import io
 import os
+import re
 import threading
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What may be decoded, by content and not by suffix; of an animation the first frame."""
@@ -88,25 +88,44 @@ def jpeg(path: Path, max_side: int, max_pixels: int = MAX_PIXELS) -> bytes:
 
 
 def _bare_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None:
-    """The content of a whole JPEG file of that size in RGB; None where metadata may turn it, or tell who took it where.
+    """The content of a JPEG file in RGB of that size that holds a picture and nothing else.
 
-    None as well for all that `decode` will refuse.
+    None for any other, and for all that `decode` will refuse.
     """
     if not path.is_file():
         return None
-    content = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        with Image.open(path, formats=("JPEG",)) as image:
             _check_size(path, image, max_pixels)
-            bare = (
-                isinstance(image, JpegImageFile)
-                and (image.format, image.mode) == ("JPEG", "RGB")
-                and all(name == "APP0" for name, _ in image.applist)  # no EXIF, colour profile or comment
-            )
-            fits = max(image.size) <= max_side
+            width, height = image.size
+            fits = image.mode == "RGB" and max(width, height) <= max_side
+        if not fits or path.stat().st_size > 4 * width * height + 65_536:  # no picture needs as much
+            return None
+        content = path.read_bytes()
     except Exception:  # noqa: BLE001 - as in `decode`, which will say what is wrong
         return None
-    return content if bare and fits and content.endswith(b"\xff\xd9") else None
+    return content if _is_bare(content) else None
+
+
+_TABLES, _FRAMES, _SCAN = b"\xc4\xdb\xdd", b"\xc0\xc2", b"\xda"  # the JPEG markers of a baseline or progressive picture
+_STRAY = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7" + _TABLES + _SCAN + rb"]")
+
+
+def _is_bare(content: bytes) -> bool:
+    """Whether a JPEG file is what its picture needs and no more: no thumbnail, no comment, nothing behind its end."""
+    if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
+        return False
+    at, seen = 2, b""
+    while _SCAN not in seen:
+        marker, end = content[at + 1 : at + 2], at + 2 + int.from_bytes(content[at + 2 : at + 4])
+        body = content[at + 4 : end]
+        plain = len(body) == 14 and body.startswith(b"JFIF\0") and body.endswith(b"\0\0")  # without a thumbnail
+        known = bool(marker) and marker in _TABLES + _FRAMES + _SCAN
+        if content[at : at + 1] != b"\xff" or not (plain if marker == b"\xe0" else known):
+            return False
+        at, seen = end, seen + marker
+    one_frame = sum(seen.count(frame) for frame in (b"\xc0", b"\xc2")) == 1
+    return one_frame and b"\xc4" in seen and b"\xdb" in seen and not _STRAY.search(content, at, len(content) - 2)
 
 
 def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:

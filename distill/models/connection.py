@@ -1,5 +1,6 @@
 """One request to a server that speaks the OpenAI chat protocol, and the answer in its reply."""
 
+import base64
 import json
 import os
 import re
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
+import httpx
 import urllib3
 from urllib3.exceptions import (
     ConnectTimeoutError,
@@ -20,7 +23,7 @@ from urllib3.exceptions import (
     ProxyError,
     SSLError,
 )
-from urllib3.util import Url, make_headers, parse_url
+from urllib3.util import Url, parse_url
 
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import Answer
@@ -29,6 +32,7 @@ Tokens = Sequence[tuple[str, Mapping[str, float]]]
 """The tokens of an answer, each with the likeliest tokens at its place and their log-probabilities."""
 
 _TOKENIZE_S = 10.0
+_CHUNK = 65_536
 _KEPT = 256  # idle connections, though fewer questions may be in flight: `distill serve` counts those by itself
 
 
@@ -95,7 +99,8 @@ class Connection:
         if not (key.isascii() and key.isprintable()):
             raise SettingsError(f"api_key_env: {settings.api_key_env} holds characters that no key has")
         self.settings = settings
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        bearer = {"Authorization": f"Bearer {key}"} if key else _login("Authorization", settings.base_url)
+        self._headers = {"Content-Type": "application/json"} | bearer
         self._pool = _pool(settings)
 
     def close(self) -> None:
@@ -114,18 +119,10 @@ class Connection:
             Refused: it never will.
             RunError: the server refuses the key or does not serve the model.
         """
-        url, end, reply = self.settings.base_url.rstrip("/"), time.monotonic() + limit_s, bytearray()
+        url = self.settings.base_url.rstrip("/")
         head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
         whole = b"".join([head, *content, b"}]}"])  # in one piece: each write gives up the interpreter to others
-        try:
-            response = self._post(f"{url}/chat/completions", whole, limit_s)
-            with response:
-                while chunk := response.read1():
-                    reply += chunk
-                    if time.monotonic() > end:
-                        raise Failed(f"the reply took longer than {limit_s:.3g} s")
-        except HTTPError as error:
-            raise _failed(error) from error
+        response, reply = self._post(f"{url}/chat/completions", whole, limit_s)
         status, text = response.status, reply.decode("utf-8", "replace")
         if status in (401, 403):
             name = self.settings.api_key_env
@@ -154,19 +151,27 @@ class Connection:
         """
         root = self.settings.base_url.rstrip("/").removesuffix("/v1")
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
+        _, reply = self._post(f"{root}/tokenize", json.dumps(body).encode(), min(self.settings.timeout_s, _TOKENIZE_S))
         try:
-            limit_s = min(self.settings.timeout_s, _TOKENIZE_S)
-            with self._post(f"{root}/tokenize", json.dumps(body).encode(), limit_s) as response:
-                return [int(token) for token in response.json()["tokens"]]
-        except HTTPError as error:
-            raise _failed(error) from error
+            return [int(token) for token in json.loads(reply)["tokens"]]
         except (ValueError, LookupError, TypeError):  # as in what others say of a path that they do not know
             return None
 
-    def _post(self, url: str, body: bytes, limit_s: float) -> urllib3.BaseHTTPResponse:
-        """The head of a reply, its body not yet read. Raises HTTPError."""
+    def _post(self, url: str, body: bytes, limit_s: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+        """The head and the body of a reply that takes no longer than that. Raises Failed."""
+        end, reply = time.monotonic() + limit_s, bytearray()
         sent = {"body": body, "headers": self._headers, "timeout": limit_s}
-        return self._pool.urlopen("POST", url, redirect=False, preload_content=False, **sent)
+        try:
+            with self._pool.urlopen("POST", url, redirect=False, preload_content=False, **sent) as response:
+                while chunk := response.read1(_CHUNK):
+                    reply += chunk
+                    if time.monotonic() > end:
+                        raise Failed(f"the reply took longer than {limit_s:.3g} s")
+        except HTTPError as error:
+            why = re.sub(r"^HTTPS?Connection.*?\): ", "", str(error.args[-1] if error.args else ""))
+            dead = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
+            raise Failed(f"{type(error).__name__} {why}".strip(), dead=dead) from error
+        return response, bytes(reply)
 
 
 class Failed(Exception):
@@ -187,26 +192,27 @@ class Refused(Exception):
         self.reply = reply
 
 
-def _failed(error: HTTPError) -> Failed:
-    """What the library tells, without its own objects."""
-    why = re.sub(r"^HTTPS?Connection.*?\): ", "", str(error.args[-1] if error.args else ""))
-    dead = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
-    return Failed(f"{type(error).__name__} {why}".strip(), dead=dead)
-
-
 def _pool(settings: EndpointSettings) -> urllib3.PoolManager:
     """Connections to the server, by way of the proxy that the environment names."""
-    url = parse_url(settings.base_url)
-    proxies = {} if proxy_bypass(url.host or "") else getproxies()
-    proxy, kept = proxies.get(url.scheme or "", proxies.get("all")), max(_KEPT, settings.concurrency)
+    url, proxies, kept = parse_url(settings.base_url), getproxies(), max(_KEPT, settings.concurrency)
+    address = f"{url.host}:{url.port}" if url.port else f"{url.host}"
+    direct = proxy_bypass(address) or proxy_bypass((url.host or "").strip("[]"))
+    proxy = None if direct else proxies.get(url.scheme or "", proxies.get("all"))
+    tls = httpx.create_ssl_context()  # once: reading all the authorities takes long
     if proxy is None:
-        return urllib3.PoolManager(maxsize=kept, retries=False)
+        return urllib3.PoolManager(maxsize=kept, retries=False, ssl_context=tls)
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     try:
-        login = make_headers(proxy_basic_auth=parse_url(proxy).auth)
-        return urllib3.ProxyManager(proxy, proxy_headers=login, maxsize=kept, retries=False)
+        login = _login("Proxy-Authorization", proxy)
+        return urllib3.ProxyManager(proxy, proxy_headers=login, maxsize=kept, retries=False, ssl_context=tls)
     except HTTPError as error:
         raise SettingsError(f"base_url: the environment names a proxy that cannot be used: {error}") from error
+
+
+def _login(header: str, url: str) -> dict[str, str]:
+    """The header for a user and password in an address; none where there are none. Raises LocationParseError."""
+    auth = parse_url(url).auth
+    return {header: f"Basic {base64.b64encode(unquote(auth).encode()).decode()}"} if auth else {}
 
 
 def _read(reply: Any) -> tuple[Answer, Tokens]:

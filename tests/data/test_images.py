@@ -266,11 +266,36 @@ def test_a_large_picture_is_sent_smaller(tmp_path: Path) -> None:
     assert pixels(jpeg(tmp_path / "a.jpg", 39)).shape == (29, 39, 3)
 
 
-def test_what_follows_a_picture_is_not_sent(tmp_path: Path) -> None:
+SECRET = b"\xff\xfe\x00\x0aa secret"  # a comment, as a segment
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda jpeg: jpeg + b"a secret",
+        lambda jpeg: jpeg + b"a secret\xff\xd9",
+        lambda jpeg: jpeg[:-2] + SECRET + b"\xff\xd9",
+        lambda jpeg: jpeg + jpeg[:2] + SECRET + jpeg[2:],
+        lambda jpeg: jpeg[:2] + b"\xff\xe0\x00\x10JFXX\x00a secret\x00" + jpeg[2:],
+        lambda jpeg: jpeg[:2] + b"\xff\xe0\x00\x0aa secret" + jpeg[2:],
+        lambda jpeg: (at := jpeg.rindex(b"\xff\xda")) and jpeg[:at] + SECRET + jpeg[at:],  # the last scan
+    ],
+)
+def test_what_is_hidden_around_a_picture_is_not_sent(tmp_path: Path, hide: Any, progressive: bool) -> None:
+    photo().save(tmp_path / "a.jpg", progressive=progressive)
+    shown = pixels((tmp_path / "a.jpg").read_bytes())
+    (tmp_path / "a.jpg").write_bytes(hide((tmp_path / "a.jpg").read_bytes()))
+    content = jpeg(tmp_path / "a.jpg", 40)
+    assert b"secret" not in content and pixels(content).shape == shown.shape
+
+
+def test_a_header_alone_is_not_sent(tmp_path: Path) -> None:
     photo().save(tmp_path / "a.jpg")
-    with (tmp_path / "a.jpg").open("ab") as file:
-        file.write(b"a secret")
-    assert jpeg(tmp_path / "a.jpg", 40).endswith(b"\xff\xd9")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: content.index(b"\xff\xda")] + b"\xff\xd9")
+    with pytest.raises(ImageError, match=r"a\.jpg"):
+        jpeg(tmp_path / "a.jpg", 40)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.99])

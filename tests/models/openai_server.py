@@ -88,6 +88,8 @@ class Server:
     sent: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
     connections: int = 0
+    cut: int = 0
+    """How many replies are still to break off before their end."""
 
     def __enter__(self) -> Self:
         self.lock = threading.Lock()
@@ -181,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            if server.cut:
+                server.cut, content, self.close_connection = server.cut - 1, content[:-8], True
             for begin in range(0, len(content), 16 if server.drip_s else len(content)):
                 self.wfile.write(content[begin : begin + (16 if server.drip_s else len(content))])
                 time.sleep(server.drip_s)

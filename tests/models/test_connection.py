@@ -1,5 +1,6 @@
 """One request: the key, the address, and what is read in a reply."""
 
+import base64
 import math
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,27 @@ def test_the_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
     with pytest.raises(SettingsError, match=r"proxy that cannot be used.*socks5"):
         endpoint("http://teacher.invalid/v1")
+
+
+def test_a_login_in_the_address_is_sent(tmp_path: Path) -> None:
+    with Server() as server:
+        answers(endpoint(server.url.replace("://", "://me:p%40ss@")), posts(tmp_path, 1))
+    assert server.keys == ["Basic " + base64.b64encode(b"me:p@ss").decode()]
+
+
+def test_a_proxy_may_be_left_out_by_host_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Server() as server:
+        monkeypatch.setenv("no_proxy", f"127.0.0.1:{server.http.server_address[1]}")
+        assert answers(endpoint(server.url), posts(tmp_path, 1))[0].error is None
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
+    """A refusal without its end would pass for one of the question."""
+    with Server(refuse=lambda body: (400, "later") if server.requests == 1 else None) as server:
+        server.cut = 1
+        found = answers(endpoint(server.url, concurrency=1), posts(tmp_path, 1))
+    assert (found[0].error, server.requests) == (None, 2)
 
 
 def test_hostile_text_in_both_directions(tmp_path: Path) -> None:
