@@ -108,7 +108,7 @@ def _bare_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None:
 
 
 _TABLES, _FRAMES, _SCAN = b"\xc4\xdb\xdd", b"\xc0\xc2", b"\xda"  # the JPEG markers of a baseline or progressive picture
-_STRAY = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7" + _TABLES + _SCAN + rb"]")
+_STRAY = re.compile(rb"\xff[^\x00\xff\xd0-\xd7" + _TABLES + _SCAN + rb"]")
 
 
 def _is_bare(content: bytes) -> bool:
