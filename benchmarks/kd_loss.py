@@ -30,7 +30,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from distill.training.fused import HiddenTargets, answer_loss
+from distill.training.fused_loss import HiddenTargets, answer_loss
 
 WEIGHT, TEMPERATURE = 0.3, 2.0
 NEEDED = {"fused": 0.0, "plain": 7.5, "trl": 9.5, "liger": 9.5}

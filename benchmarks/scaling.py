@@ -44,10 +44,10 @@ from workload import TASKS
 from distill.models import tiny
 from distill.models.backbone import Backbone
 from distill.task.sample import Sample
-from distill.training import soft_cache
+from distill.training import soft_target_cache
 from distill.training.batches import Batch, encode
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.soft_cache import CachedTargets
+from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import SoftTargets
 from distill.training.student import StudentModule, StudentSettings
 
@@ -87,9 +87,9 @@ def models(folder: Path, batch_size: int) -> tuple[Backbone, SoftTargets]:
 def write(
     folder: Path, samples: Sequence[Sample], student: Backbone, asked: SoftTargets, watch: Watch | None = None
 ) -> CachedTargets:
-    key = soft_cache.keys(student, list(TASKS), "random weights", 0, 2.0)
+    key = soft_target_cache.keys(student, list(TASKS), "random weights", 0, 2.0)
     look = watch.look if watch else None
-    soft_cache.write(
+    soft_target_cache.write(
         folder, samples, key, lambda rows: encode(rows, student, TASKS, True), lambda: asked, progress=look
     )
     return CachedTargets(folder, key)

@@ -16,13 +16,13 @@ from workload import TASKS
 
 from distill.models import tiny
 from distill.models.backbone import Backbone, LoraSettings
-from distill.models.flops import flops
 from distill.models.packing import tree_mask
+from distill.planning.flops import flops
 from distill.task.sample import Sample
-from distill.training import soft_cache
+from distill.training import soft_target_cache
 from distill.training.batches import Batch, check_exact, encode
-from distill.training.fused import answer_loss
-from distill.training.soft_cache import CachedTargets
+from distill.training.fused_loss import answer_loss
+from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import SoftTargets
 from distill.training.student import DistillationSettings, StudentModule, StudentSettings
 
@@ -150,7 +150,7 @@ def write_targets(case: Case) -> float:
 
     def write(folder: Path, samples: Sequence[Sample]) -> float:
         begin = time.perf_counter()
-        soft_cache.write(
+        soft_target_cache.write(
             folder, samples, key, lambda rows: encode(rows, student, TASKS, True), lambda: asked, device=case.device
         )
         return (time.perf_counter() - begin) / len(samples)
@@ -235,8 +235,8 @@ def _module(student: Backbone, assistant: Backbone | None, soft: Any, positions:
     return module
 
 
-def _cache(case: Case, student: Backbone) -> tuple[Path, soft_cache.Key]:
-    return case.folder / f"targets-{case.batch_size}", soft_cache.keys(
+def _cache(case: Case, student: Backbone) -> tuple[Path, soft_target_cache.Key]:
+    return case.folder / f"targets-{case.batch_size}", soft_target_cache.keys(
         student, list(TASKS), "random weights", 0, TEMPERATURE
     )
 

@@ -25,9 +25,10 @@ import torch
 
 from distill.data.corpus import data_fingerprint
 from distill.errors import RunError, SettingsError
+from distill.files import read_json, write_json, write_text
 from distill.recipe import Recipe, to_yaml
 from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
-from distill.stages.context import Context, write_json, write_text
+from distill.stages.context import Context
 from distill.task import prompts
 from distill.tracking import Tracker
 from distill.training.fit import active_folder
@@ -226,7 +227,7 @@ class _Manifest:
         self.path = folder / "chain.json"
         self.folder = folder
         try:
-            self.stages: dict[str, Any] = json.loads(self.path.read_text())["stages"]
+            self.stages: dict[str, Any] = read_json(self.path)["stages"]
         except FileNotFoundError:
             self.stages = {}
         except (ValueError, KeyError, TypeError):

@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, plan, recipe  # late: --help of the whole needs no torch
+    from distill import chain, recipe  # imported late: `distill --help` needs no torch
+    from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
     options = recipe.parser(command)
@@ -81,7 +82,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
     settings, parsed = recipe.load(options, arguments)
     if command == "plan":
-        print(plan.text(settings))
+        print(plan_text(settings))
         return
     if command == "report":
         report.run(settings)

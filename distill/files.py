@@ -1,21 +1,26 @@
-"""Files that are written whole or not at all."""
+"""Files of a run: JSON, and files and folders that are written atomically."""
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from distill.errors import SettingsError
+
 
 @contextmanager
-def whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A file to write (text is UTF-8, its line ends as they are given) that stands at `path` once the block ends.
+def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` when the block ends. Text is UTF-8; line ends are kept as given.
 
-    Until then, and for good where the block raises or the process is killed, `path` holds what it held before. What a
-    kill leaves beside it the next write to `path` replaces. Missing folders are made.
+    If the block raises or the process is killed, `path` keeps its previous content. The next write to `path` replaces
+    a temporary file left by a kill. Missing parent folders are created.
 
     Raises:
-        OSError: the file cannot be written, for a full disk say.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -28,3 +33,77 @@ def whole(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new sibling folder that replaces `folder` when the block ends.
+
+    If the block raises, `folder` is unchanged. If the process is killed, the next call removes what it left. Several
+    processes may do this at once.
+    """
+    new = _sibling(folder, "new")
+    _remove_leftovers(folder)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        old = _sibling(folder, "old")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically. Raises OSError."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SettingsError: the file is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def _sibling(folder: Path, state: Literal["new", "old"]) -> Path:
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{state}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the siblings of killed processes; restore `folder` where a kill came between its two renames."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.(new|old)")
+    found = [match for path in folder.parent.glob(".*") if (match := name.fullmatch(path.name))]
+    for match in found:
+        leftover = folder.with_name(match[0])
+        if _is_running(int(match[1])):
+            continue
+        if match[2] == "old" and not folder.exists():
+            os.replace(leftover, folder)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process with this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return process != os.getpid()

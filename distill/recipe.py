@@ -22,7 +22,7 @@ from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
 from distill.models.backbone import ModelSettings
-from distill.models.chat import EndpointSettings
+from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import SectionHelp, build, check_names, fields, optional_sections, sentence
 from distill.task.labels import LabelSpace, Scale

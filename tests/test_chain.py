@@ -15,8 +15,9 @@ import torch
 from distill import chain
 from distill.chain import STAGES, fingerprints, run, stages_of
 from distill.errors import RunError, SettingsError
+from distill.files import write_json, write_text
 from distill.recipe import Recipe
-from distill.stages.context import Context, write_json, write_text
+from distill.stages.context import Context
 from tests import micro
 
 JUDGED = ["evaluate", "calibrate", "cascade", "export"]

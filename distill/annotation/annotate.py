@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from distill.annotation.dialogue import Progress, outcomes
+from distill.annotation.cached_teacher import CachedTeacher, Question, read_scores
 from distill.annotation.ledger import Ledger, Paid
-from distill.annotation.memory import Memory, Question, read_scores
+from distill.annotation.scheduler import Progress, run_conversations
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -154,8 +154,8 @@ def annotate(
     def dialogue(sample: Sample) -> Generator[Question, Answer, _Case]:
         return _dialogue(_Case(sample, _label(sample, labels)), labels, settings, teacher is not None)
 
-    memory = None if teacher is None else Memory(teacher, labels, ledger, settings.chunk)
-    for case in outcomes(samples, dialogue, memory, progress):
+    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk)
+    for case in run_conversations(samples, dialogue, teacher_cache, progress):
         tally.add(case)
         if case.outcome is not None:
             yield case.outcome

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
-from distill.annotation.dialogue import Progress, outcomes
+from distill.annotation.cached_teacher import CachedTeacher, Question
 from distill.annotation.ledger import Ledger
-from distill.annotation.memory import Memory, Question
+from distill.annotation.scheduler import Progress, run_conversations
 from distill.models.reasoner import Answer, Reasoner, Sampling
 from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, Reason, check
@@ -48,8 +48,8 @@ def augment(
         except InvalidRationale as invalid:
             return sample, invalid.reason
 
-    memory = Memory(assistant, labels, ledger, settings.chunk)
-    for sample, found in outcomes(samples, dialogue, memory, progress):
+    teacher_cache = CachedTeacher(assistant, labels, ledger, settings.chunk)
+    for sample, found in run_conversations(samples, dialogue, teacher_cache, progress):
         if isinstance(found, Rationale):
             yield sample, found
         else:

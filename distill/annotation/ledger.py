@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from distill.annotation.index import Index
+from distill.annotation.ledger_index import LedgerIndex
 from distill.errors import RunError
 from distill.models.reasoner import Answer, Sampling
 from distill.task import prompts
@@ -79,7 +79,7 @@ class Ledger:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise RunError(f"the ledger {path} cannot be opened: {error.strerror}") from error
-        self._index = Index()
+        self._index = LedgerIndex()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._load()

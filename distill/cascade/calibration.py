@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distill.cascade.cascade import Calibration, Opinion, Rules
+from distill.cascade.cascade import Calibration, CascadePolicy, Prediction
 from distill.cascade.thresholds import by_budget, by_risk
 from distill.cascade.uncertainty import Measure, fit_error_map, fit_temperature
 from distill.errors import RunError, SettingsError
@@ -95,17 +95,17 @@ def calibrate(
         teacher_threshold=0.0,
         min_label_mass=settings.min_label_mass,
     )
-    rules = Rules(labels, calibration)
-    firsts, seconds = rules.student(student), rules.teacher(teacher)
-    doubts = [np.array([opinion.uncertainty for opinion in opinions]) for opinions in (firsts, seconds)]
+    policy = CascadePolicy(labels, calibration)
+    firsts, seconds = policy.student(student), policy.teacher(teacher)
+    doubts = [np.array([prediction.uncertainty for prediction in predictions]) for predictions in (firsts, seconds)]
 
     least = settings.teacher_threshold
     if least is None:
         least = by_budget(doubts[1], np.ones(len(truth)), settings.review).tau
     calibration = replace(calibration, teacher_threshold=least)
-    rules = replace(rules, calibration=calibration)
-    calls = np.array([1 + (rules.second(*pair) is None) for pair in zip(firsts, seconds, strict=True)])
-    errors = [wrong(opinions, gold, labels) for opinions in (firsts, seconds)]
+    policy = replace(policy, calibration=calibration)
+    calls = np.array([1 + (policy.second(*pair) is None) for pair in zip(firsts, seconds, strict=True)])
+    errors = [wrong(predictions, gold, labels) for predictions in (firsts, seconds)]
 
     promise: dict[str, Any] = {"by": settings.by}
     if settings.student_threshold is not None:
@@ -141,27 +141,29 @@ def calibrate(
         "models": {
             role: {
                 "ece_before": calibration_error(scores.probabilities, truth),
-                "ece_after": calibration_error(stacked(opinions), truth),
+                "ece_after": calibration_error(stacked(predictions), truth),
                 "error_probability": dict(zip(("uncertainty", "error"), fit_error_map(doubt, error), strict=True)),
             }
-            for role, scores, opinions, doubt, error in zip(
+            for role, scores, predictions, doubt, error in zip(
                 ("student", "teacher"), (student, teacher), (firsts, seconds), doubts, errors, strict=True
             )
         },
     }
 
 
-def stacked(opinions: Sequence[Opinion]) -> np.ndarray:
-    """The tempered probabilities [B, K] of B opinions."""
-    return np.stack([opinion.probabilities for opinion in opinions])
+def stacked(predictions: Sequence[Prediction]) -> np.ndarray:
+    """The tempered probabilities [B, K] of B predictions."""
+    return np.stack([prediction.probabilities for prediction in predictions])
 
 
-def wrong(opinions: Sequence[Opinion], gold: Sequence[str | float], labels: LabelSpace) -> np.ndarray:
+def wrong(predictions: Sequence[Prediction], gold: Sequence[str | float], labels: LabelSpace) -> np.ndarray:
     """[B] whether each answer is wrong; on a scale, whether its polarity is."""
     if labels.scale is None:
-        return np.array([opinion.label != label for opinion, label in zip(opinions, gold, strict=True)], dtype=bool)
+        return np.array(
+            [prediction.label != label for prediction, label in zip(predictions, gold, strict=True)], dtype=bool
+        )
     truth = labels.scale.polarity(np.array(gold, dtype=np.float64))
-    return np.array([opinion.polarity for opinion in opinions]) != truth
+    return np.array([prediction.polarity for prediction in predictions]) != truth
 
 
 def _says(promise: Mapping[str, Any], n: int) -> str:

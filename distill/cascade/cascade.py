@@ -1,10 +1,9 @@
 """The three stages of U-ACS (arXiv 2509.04459): the student, the teacher, the teacher once more.
 
-`Rules` decide about one post at a time and know neither models nor servers; `run` takes many posts through them, a
-batch per stage, and the gateway in `serving/` takes each request through the same ones.
+`CascadePolicy` decides about one post and knows neither models nor servers. `run` takes many posts through it, one
+batch per stage; the gateway in `serving/` takes each request through the same policy.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 
 from distill.cascade.uncertainty import Measure, temper, uncertainty
 from distill.errors import SettingsError
+from distill.files import read_json
 from distill.models.reasoner import ClassScores, Cost, Reasoner
 from distill.task.labels import LabelSpace
-from distill.task.prompts import Earlier
+from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
 
 Stage = Literal["student", "teacher_first", "teacher_review"]
@@ -59,7 +59,7 @@ class Calibration:
             SettingsError: the file is missing or broken, or was made with another student.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             found = cls(**{name: content[name] for name in cls.__dataclass_fields__})
         except OSError:
             raise SettingsError(f"{path} is missing; run: distill calibrate with the same recipe") from None
@@ -73,7 +73,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Opinion:
+class Prediction:
     """What one model says of one post: tempered probabilities [K] and what follows from them."""
 
     label: str
@@ -91,7 +91,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Decision:
-    """The final answer about one post: which stage gave it and why, and every opinion on the way.
+    """The final answer about one post: which stage gave it and why, and every prediction on the way.
 
     `degraded` says that the teacher was wanted and could not be had, so that the student's answer stands.
     """
@@ -99,9 +99,9 @@ class Decision:
     stage: Stage
     reason: str
     probabilities: np.ndarray
-    student: Opinion
-    teacher: Opinion | None = None
-    review: Opinion | None = None
+    student: Prediction
+    teacher: Prediction | None = None
+    review: Prediction | None = None
     degraded: bool = False
 
     @property
@@ -111,34 +111,34 @@ class Decision:
 
     @property
     def cost(self) -> Cost:
-        """What all opinions took."""
+        """What all predictions took."""
         asked = (self.student, self.teacher, self.review)
-        return sum((opinion.cost for opinion in asked if opinion is not None), Cost())
+        return sum((prediction.cost for prediction in asked if prediction is not None), Cost())
 
 
 @dataclass(frozen=True)
-class Rules:
+class CascadePolicy:
     """When an answer stands. Each stage returns a decision, or None where the next stage must be asked."""
 
     labels: LabelSpace
     calibration: Calibration
     on_agreement: Literal["teacher", "average"] = "teacher"
 
-    def student(self, scores: ClassScores) -> list[Opinion]:
-        """The student's opinions on B samples."""
-        return self._opinions(scores, self.calibration.student_temperature)
+    def student(self, scores: ClassScores) -> list[Prediction]:
+        """The student's predictions on B samples."""
+        return self._predictions(scores, self.calibration.student_temperature)
 
-    def teacher(self, scores: ClassScores) -> list[Opinion]:
-        """The teacher's opinions on B samples, be they first ones or reviews."""
-        return self._opinions(scores, self.calibration.teacher_temperature)
+    def teacher(self, scores: ClassScores) -> list[Prediction]:
+        """The teacher's predictions on B samples, be they first ones or reviews."""
+        return self._predictions(scores, self.calibration.teacher_temperature)
 
-    def first(self, student: Opinion) -> Decision | None:
+    def first(self, student: Prediction) -> Decision | None:
         """Stage 1: the student's answer stands where it is certain enough; entirely uncertain, it never does."""
         if student.uncertainty <= self.calibration.student_threshold and student.uncertainty < 1:
             return Decision("student", "the student is certain", student.probabilities, student)
         return None
 
-    def second(self, student: Opinion, teacher: Opinion) -> Decision | None:
+    def second(self, student: Prediction, teacher: Prediction) -> Decision | None:
         """Stage 2: the teacher's answer stands where it is certain enough or has the student's polarity."""
         if not teacher.answered:
             return self.without_teacher(student, "the teacher did not answer", teacher)
@@ -151,7 +151,7 @@ class Rules:
         final = teacher.probabilities if self.on_agreement == "teacher" else self._average(student, teacher)
         return Decision("teacher_first", "both have one polarity", final, student, teacher)
 
-    def third(self, student: Opinion, teacher: Opinion, review: Opinion) -> Decision:
+    def third(self, student: Prediction, teacher: Prediction, review: Prediction) -> Decision:
         """Stage 3: the review is final; where none came, the teacher's first answer stands."""
         if not review.answered:
             return Decision(
@@ -159,13 +159,13 @@ class Rules:
             )
         return Decision("teacher_review", "reviewed", review.probabilities, student, teacher, review)
 
-    def without_teacher(self, student: Opinion, why: str, teacher: Opinion | None = None) -> Decision:
+    def without_teacher(self, student: Prediction, why: str, teacher: Prediction | None = None) -> Decision:
         """The student's answer, where the teacher was wanted and could not be had."""
         return Decision("student", why, student.probabilities, student, teacher, degraded=True)
 
-    def earlier(self, student: Opinion, teacher: Opinion) -> Earlier:
+    def earlier(self, student: Prediction, teacher: Prediction) -> EarlierAnswers:
         """What the review prompt tells of the first two answers."""
-        return Earlier(student.label, student.confidence, teacher.label, teacher.confidence)
+        return EarlierAnswers(student.label, student.confidence, teacher.label, teacher.confidence)
 
     def label(self, probabilities: np.ndarray) -> str | float:
         """The answer that probabilities [K] give: a label name, or the value on a scale."""
@@ -173,26 +173,26 @@ class Rules:
             return float(self.labels.scale.expectation(probabilities))
         return self.labels.names[int(np.argmax(probabilities))]
 
-    def _opinions(self, scores: ClassScores, temperature: float) -> list[Opinion]:
+    def _predictions(self, scores: ClassScores, temperature: float) -> list[Prediction]:
         probabilities = temper(scores.probabilities, temperature)
         doubt = uncertainty(probabilities, self.calibration.measure)
         # an answer off the format, or none at all, is no answer to be certain of; NaN: nobody knows the mass
         doubt = np.where(scores.label_mass < self.calibration.min_label_mass, 1.0, doubt)
         costs = scores.costs or (Cost(),) * len(probabilities)
         return [
-            Opinion(self.labels.names[int(row.argmax())], row, float(u), int(polarity), bool(answered), cost)
+            Prediction(self.labels.names[int(row.argmax())], row, float(u), int(polarity), bool(answered), cost)
             for row, u, polarity, answered, cost in zip(
                 probabilities, doubt, self.labels.polarities(probabilities), scores.answered, costs, strict=True
             )
         ]
 
     @staticmethod
-    def _average(student: Opinion, teacher: Opinion) -> np.ndarray:
+    def _average(student: Prediction, teacher: Prediction) -> np.ndarray:
         weights = np.array([1 - student.uncertainty, 1 - teacher.uncertainty]) + 1e-12
         return weights / weights.sum() @ np.stack([student.probabilities, teacher.probabilities])
 
 
-def run(samples: Sequence[Sample], student: ClassScores, teacher: Reasoner, rules: Rules) -> list[Decision]:
+def run(samples: Sequence[Sample], student: ClassScores, teacher: Reasoner, policy: CascadePolicy) -> list[Decision]:
     """Take B samples through the three stages, each stage one batch.
 
     Args:
@@ -201,27 +201,27 @@ def run(samples: Sequence[Sample], student: ClassScores, teacher: Reasoner, rule
     Raises:
         RunError: the teacher cannot be reached at all.
     """
-    opinions = rules.student(student)
-    decisions: list[Decision | None] = [rules.first(opinion) for opinion in opinions]
+    predictions = policy.student(student)
+    decisions: list[Decision | None] = [policy.first(prediction) for prediction in predictions]
     asked = [index for index, decision in enumerate(decisions) if decision is None]
     firsts = (
-        dict(zip(asked, rules.teacher(teacher.classify([samples[i] for i in asked])), strict=True)) if asked else {}
+        dict(zip(asked, policy.teacher(teacher.classify([samples[i] for i in asked])), strict=True)) if asked else {}
     )
     for index in asked:
-        decisions[index] = rules.second(opinions[index], firsts[index])
+        decisions[index] = policy.second(predictions[index], firsts[index])
     doubtful = [index for index in asked if decisions[index] is None]
     if doubtful:
-        earlier = [rules.earlier(opinions[index], firsts[index]) for index in doubtful]
-        reviews = rules.teacher(teacher.classify([samples[index] for index in doubtful], earlier))
+        earlier = [policy.earlier(predictions[index], firsts[index]) for index in doubtful]
+        reviews = policy.teacher(teacher.classify([samples[index] for index in doubtful], earlier))
         for index, review in zip(doubtful, reviews, strict=True):
-            decisions[index] = rules.third(opinions[index], firsts[index], review)
+            decisions[index] = policy.third(predictions[index], firsts[index], review)
     return [decision for decision in decisions if decision is not None]
 
 
 def describe(decision: Decision) -> dict[str, Any]:
     """A decision as JSON holds it."""
 
-    def opinion(found: Opinion | None) -> dict[str, Any] | None:
+    def prediction(found: Prediction | None) -> dict[str, Any] | None:
         return None if found is None else asdict(found) | {"probabilities": found.probabilities.tolist()}
 
     return {
@@ -229,9 +229,9 @@ def describe(decision: Decision) -> dict[str, Any]:
         "reason": decision.reason,
         "degraded": decision.degraded,
         "probabilities": decision.probabilities.tolist(),
-        "student": opinion(decision.student),
-        "teacher": opinion(decision.teacher),
-        "review": opinion(decision.review),
+        "student": prediction(decision.student),
+        "teacher": prediction(decision.teacher),
+        "review": prediction(decision.review),
         "teacher_calls": decision.teacher_calls,
         "cost": asdict(decision.cost),
     }

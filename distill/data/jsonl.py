@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.data.images import resolve
 from distill.errors import RunError
-from distill.files import whole
+from distill.files import atomic_write
 from distill.task.sample import Sample
 
 
@@ -118,7 +118,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         RunError: the file cannot be written, for a full disk say.
     """
     try:
-        with whole(path) as file:
+        with atomic_write(path) as file:
             for fields in rows:
                 file.write(json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:

@@ -9,9 +9,7 @@ Few training posts carry a label; most carry none, as in life.
 
 import json
 import math
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from distill.files import atomic_folder, read_json, write_json
 from distill.task.rationale import Rationale, render
 
 TONES = ("cheerful", "plain", "gloomy")
@@ -85,7 +84,7 @@ class PostcardSettings:
 def are_there(root: Path, settings: PostcardSettings) -> bool:
     """Whether `root` holds the corpus of these settings."""
     marker = root / MARKER
-    return marker.exists() and bool(json.loads(marker.read_text()) == asdict(settings))
+    return marker.exists() and bool(read_json(marker) == asdict(settings))
 
 
 def generate(root: str | Path, settings: PostcardSettings) -> None:
@@ -96,31 +95,25 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
     root = Path(root)
     if are_there(root, settings):
         return
-    marker = root / MARKER
-    beside = root.with_name(f".{root.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    (beside / "images").mkdir(parents=True)
-    rng = random.Random(settings.seed)
-    for split, count, labelled in (
-        ("train", settings.labelled + settings.unlabelled, settings.labelled),
-        ("validation", settings.validation, settings.validation),
-        ("test", settings.test, settings.test),
-    ):
-        with (beside / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for row in _posts(split, count, labelled, rng, settings.image_size, beside):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (beside / marker.name).write_text(json.dumps(asdict(settings)))
-    aside = root.with_name(f".{root.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
     if root.exists():
-        found = {path.name for path in root.iterdir()}  # ours appear whole, so without the marker nothing is ours
-        if strangers := found - OWN if marker.exists() else found:
-            shutil.rmtree(beside)
+        found = {
+            path.name for path in root.iterdir()
+        }  # the folder is written atomically: without the marker it is not ours
+        if strangers := found - OWN if (root / MARKER).exists() else found:
             name = min(strangers)
             raise FileExistsError(f"data.root: {root} holds {name}; name an empty or new folder for the postcards")
-        os.replace(root, aside)
-    os.replace(beside, root)
-    shutil.rmtree(aside, ignore_errors=True)
+    rng = random.Random(settings.seed)
+    with atomic_folder(root) as new:
+        (new / "images").mkdir()
+        for split, count, labelled in (
+            ("train", settings.labelled + settings.unlabelled, settings.labelled),
+            ("validation", settings.validation, settings.validation),
+            ("test", settings.test, settings.test),
+        ):
+            with (new / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                for row in _posts(split, count, labelled, rng, settings.image_size, new):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_json(new / MARKER, asdict(settings))
 
 
 def _posts(

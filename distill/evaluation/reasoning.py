@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-import httpx
 import numpy as np
 from huggingface_hub import constants
+from urllib3.exceptions import HTTPError
 
+from distill.connections import connection_pool
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 
@@ -144,8 +145,8 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
 def _hub_answers() -> bool:
     """Whether the model hub can be reached; asked once, for its own client tries each file for minutes."""
     try:
-        httpx.head(constants.ENDPOINT, timeout=5)
-    except httpx.HTTPError:
+        connection_pool(constants.ENDPOINT, 1).request("HEAD", constants.ENDPOINT, timeout=5, redirect=False)
+    except HTTPError:
         return False
     return True
 

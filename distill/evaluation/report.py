@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
 from distill.evaluation.charts import cascade_charts, training
-from distill.files import whole
+from distill.files import atomic_write
 from distill.task.labels import LabelSpace
 from distill.task.rationale import FIELDS, InvalidRationale, parse
 
@@ -137,7 +137,7 @@ def write_report(path: Path, report: Report) -> None:
         names=TITLES,
     )
     try:
-        with whole(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             file.write(page.encode("utf-8", "replace"))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error

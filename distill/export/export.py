@@ -1,7 +1,6 @@
 """Write the student as a plain transformers folder, and check it in a process that knows nothing of this package."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from distill.errors import RunError
+from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.models.backbone import Backbone, quiet
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
@@ -43,28 +43,19 @@ def export(
     Raises:
         RunError: the reloaded model answers differently, or does not load.
     """
-    beside, earlier = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-    for leftover in (beside, earlier):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     dtype = student.model.dtype
     model = student.merged().eval()
-    try:
+    with atomic_folder(folder) as new:
         with quiet():
-            model.save_pretrained(beside)  # type: ignore[operator]
-            student.processor.save_pretrained(beside)
-        _name_standard_classes(beside)
+            model.save_pretrained(new)  # type: ignore[operator]
+            student.processor.save_pretrained(new)
+        _name_standard_classes(new)
         if (adapter / "adapter_config.json").exists():
-            shutil.copytree(adapter, beside / "adapter")
-        figures = check(beside, model.float(), student, samples[: settings.check_samples])
+            shutil.copytree(adapter, new / "adapter")
+        figures = check(new, model.float(), student, samples[: settings.check_samples])
         model.to(dtype)  # type: ignore[arg-type]
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        (beside / "export.json").write_text(json.dumps(figures, indent=2) + "\n")
-        if folder.exists():
-            os.replace(folder, earlier)
-        os.replace(beside, folder)
-        shutil.rmtree(earlier, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        write_text(new / "README.md", card)
+        write_json(new / "export.json", figures)
     return figures
 
 
@@ -190,15 +181,15 @@ def _name_standard_classes(folder: Path) -> None:
     path = folder / "processor_config.json"
     if not path.exists():
         return
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if config.get("processor_class") != "ImageOnlyProcessor":
         return
     config["processor_class"] = "Qwen2_5_VLProcessor"
     pictures = dict(config["image_processor"])
     pictures.pop("image_processor_type", None)
     config["video_processor"] = pictures | {"video_processor_type": "Qwen2VLVideoProcessor"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)
     words = folder / "tokenizer_config.json"
-    settings = json.loads(words.read_text())
+    settings = read_json(words)
     settings["processor_class"] = "Qwen2_5_VLProcessor"
-    words.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    write_json(words, settings)

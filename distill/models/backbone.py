@@ -23,7 +23,7 @@ from distill.models.packing import Features, Packed, pad_rows, predictions, tree
 from distill.models.tiny import TinySettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
-from distill.task.prompts import Earlier, Template
+from distill.task.prompts import EarlierAnswers, Template
 from distill.task.sample import Sample
 
 __all__ = ["IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "load", "on_meta", "quiet"]
@@ -110,7 +110,7 @@ class Backbone:
         template: Template,
         answers: Sequence[str] | None = None,
         *,
-        earlier: Sequence[Earlier] | None = None,
+        earlier: Sequence[EarlierAnswers] | None = None,
         padding_side: Side = "right",
     ) -> Features:
         """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and what pictures need.

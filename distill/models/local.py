@@ -15,7 +15,7 @@ from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling, classify_then_reason
 from distill.models.scoring import Reading, label_log_probabilities, normalise_labels, read_both, score_labels
-from distill.task.prompts import SCORED, Earlier, Template
+from distill.task.prompts import SCORED, EarlierAnswers, Template
 from distill.task.sample import Sample
 
 __all__ = ["Completion", "Local", "Token", "label_log_probabilities", "normalise_labels", "score_labels"]
@@ -58,7 +58,7 @@ class Local:
         backbone.model.to(device).eval()
 
     @torch.inference_mode()
-    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
         """Label probabilities of B samples by label scoring (DESIGN section 6)."""
         parts, costs = [], []
         template: Template = "classify" if earlier is None else "review"

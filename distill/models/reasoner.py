@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from distill.task.prompts import Earlier, Template
+from distill.task.prompts import EarlierAnswers, Template
 from distill.task.sample import Sample
 
 
@@ -103,7 +103,7 @@ class Reasoner(Protocol):
 
     name: str
 
-    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
         """Label probabilities of B samples, in their order.
 
         Args:

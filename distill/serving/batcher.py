@@ -111,7 +111,7 @@ class Batcher:
             job.future.set_result(result)
 
 
-class Late(TimeoutError):
+class DeadlineExceeded(TimeoutError):
     """No result in time. `begun` says whether anybody had begun to work on it."""
 
     def __init__(self, begun: bool) -> None:
@@ -123,11 +123,11 @@ async def result(future: "Future[Any]", by: float) -> Any:
     """What a future gives until `by` (of `time.monotonic`); after that it is given up.
 
     Raises:
-        Late: there is no result by then.
+        DeadlineExceeded: there is no result by then.
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(future), max(by - time.monotonic(), 0))
     except TimeoutError:
         if future.done() and not future.cancelled():  # just now
             return future.result()
-        raise Late(begun=not future.cancel()) from None
+        raise DeadlineExceeded(begun=not future.cancel()) from None

@@ -15,14 +15,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from distill.cascade.cascade import Rules
+from distill.cascade.cascade import CascadePolicy
 from distill.data.images import MAX_PIXELS
 from distill.models.reasoner import Reasoner, Sampling
 from distill.serving import protocol
-from distill.serving.house import Counted, House
+from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
+from distill.serving.cascade_service import CascadeResult, CascadeService
+from distill.serving.images import RequestImages
 from distill.serving.metrics import Metrics
-from distill.serving.pair import Pair, Verdict
-from distill.serving.pictures import Pictures
 from distill.serving.protocol import ChatRequest, Json, Message, Refusal, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
@@ -41,7 +41,7 @@ class Gateway:
     """The routes, over one pair.
 
     Args:
-        rules: of the cascade, with the calibration of this very pair.
+        policy: of the cascade, with the calibration of this very pair.
         teacher: None where there is none; what the student is not certain of is then flagged `degraded`.
         name: under which the pair is offered as a model; the student alone is `NAME-student`.
         max_pixels: of a picture.
@@ -53,17 +53,17 @@ class Gateway:
     def __init__(
         self,
         settings: ServeSettings,
-        rules: Rules,
+        policy: CascadePolicy,
         student: Reasoner,
         teacher: Reasoner | None,
         name: str,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.settings, self.name, self.labels = settings, name, rules.labels
+        self.settings, self.name, self.labels = settings, name, policy.labels
         self.metrics = Metrics()
-        self.house = House(settings, self.metrics)
-        self.pair = Pair(settings, rules, student, teacher, self.metrics)
-        self.pictures = Pictures(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
+        self.house = AdmissionControl(settings, self.metrics)
+        self.cascade = CascadeService(settings, policy, student, teacher, self.metrics)
+        self.pictures = RequestImages(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
         self.created = int(time.time())
         self.warm = self.stopping = False
         self.page, self.policy = _page()
@@ -71,7 +71,7 @@ class Gateway:
     @property
     def models(self) -> list[str]:
         """The pair and, where it is in this process, the student alone."""
-        return [self.name, *([f"{self.name}-student"] if self.pair.local else [])]
+        return [self.name, *([f"{self.name}-student"] if self.cascade.local else [])]
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -81,11 +81,11 @@ class Gateway:
         self.stopping = True
         warming.cancel()
         await self.pictures.close()
-        await asyncio.to_thread(self.pair.close)
+        await asyncio.to_thread(self.cascade.close)
 
     async def sentiment(self, request: Request) -> Response:
         """`POST /v1/sentiment`."""
-        async with self.house.visit(request) as visit:
+        async with self.house.admit(request) as visit:
             asked = protocol.read(SentimentRequest, visit.body)
             images = [] if asked.image is None else [asked.image]
             verdict = await self._judge(asked.text, images, asked.aspect, asked.rationale, visit.by)
@@ -93,7 +93,7 @@ class Gateway:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        async with self.house.visit(request) as visit:
+        async with self.house.admit(request) as visit:
             asked = protocol.read(ChatRequest, visit.body)
             if asked.model not in self.models:
                 message = f"{asked.model[:100]} is not a model; the models are {', '.join(self.models)}"
@@ -107,12 +107,12 @@ class Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`, as vLLM has it."""
-        async with self.house.visit(request) as visit:
+        async with self.house.admit(request) as visit:
             asked = protocol.read(TokenizeRequest, visit.body)
-            if not self.pair.local:
+            if not self.cascade.local:
                 raise Refusal(404, "the student is behind an endpoint of its own; ask that one for its tokens")
             await self._check_length(asked.prompt, visit.by)
-            tokens = await self.pair.tokenize(asked.prompt, visit.by)
+            tokens = await self.cascade.tokenize(asked.prompt, visit.by)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def list_models(self, request: Request) -> Response:
@@ -140,25 +140,25 @@ class Gateway:
 
     async def _judge(
         self, text: str, images: Sequence[str], aspect: str | None, wanted: bool | None, by: float
-    ) -> Verdict:
+    ) -> CascadeResult:
         if not text.strip() and not images:
             raise Refusal(400, "text is empty; send the text of a post, a picture, or both", param="text")
         await self._check_length(text + (aspect or ""), by)
         async with self.pictures.kept(images, by) as paths:
             sample = Sample(uuid.uuid4().hex, text, paths, (aspect or "").strip() or None)
-            verdict = await self.pair.judge(sample, by, self.settings.rationale and wanted is not False)
+            verdict = await self.cascade.judge(sample, by, self.settings.rationale and wanted is not False)
         self.metrics.decision(verdict.decision)
         return verdict
 
-    def _described(self, verdict: Verdict) -> Json:
-        decision, opinion, why = verdict.decision, verdict.opinion, verdict.rationale
+    def _described(self, verdict: CascadeResult) -> Json:
+        decision, prediction, why = verdict.decision, verdict.prediction, verdict.rationale
         value = {} if verdict.value is None else {"value": verdict.value}
         return {"label": verdict.label} | value | {
             "probabilities": dict(zip(self.labels.names, decision.probabilities.tolist(), strict=True)),
             "rationale": why and dict(zip(rationale.FIELDS, vars(why).values(), strict=True)),
             "stage": decision.stage,
             "reason": decision.reason,
-            "uncertainty": opinion.uncertainty,
+            "uncertainty": prediction.uncertainty,
             "degraded": decision.degraded,
             "teacher_calls": decision.teacher_calls,
             "cost": vars(verdict.cost) | {"price": verdict.price},
@@ -185,8 +185,10 @@ class Gateway:
         message = self._only_message(asked)
         await self._check_length(message.text, by)
         ids = asked.logprob_token_ids or []
-        if ids and max(ids) >= self.pair.vocabulary:
-            raise Refusal(400, f"logprob_token_ids takes ids below {self.pair.vocabulary}", param="logprob_token_ids")
+        if ids and max(ids) >= self.cascade.vocabulary:
+            raise Refusal(
+                400, f"logprob_token_ids takes ids below {self.cascade.vocabulary}", param="logprob_token_ids"
+            )
         sampling = Sampling(
             asked.temperature or 0.0,
             min(asked.limit or self.settings.max_new_tokens, self.settings.max_new_tokens),
@@ -195,7 +197,7 @@ class Gateway:
         top = asked.top_logprobs or 0
         async with self.pictures.kept(message.images, by) as paths:
             watched = max(top, 1) if asked.logprobs or ids else 0
-            found = await self.pair.complete((message.text, paths), sampling, watched, ids, by)
+            found = await self.cascade.complete((message.text, paths), sampling, watched, ids, by)
         usage = protocol.usage(found.prompt_tokens, found.completion_tokens)
         tokens = protocol.logprobs(found, tops=top > 0 or bool(ids)) if watched else None
         finish = "stop" if found.finished else "length"
@@ -221,15 +223,15 @@ class Gateway:
         if size <= most:
             return
         count = size // _BYTES[0]
-        if self.pair.local and size <= most * _BYTES[1]:
-            count = len(await self.pair.tokenize(text, by))
+        if self.cascade.local and size <= most * _BYTES[1]:
+            count = len(await self.cascade.tokenize(text, by))
         if count > most:
             raise Refusal(400, f"the text has more than {most:,} tokens; send a shorter one", param="text")
 
     async def _warm(self) -> None:
         while not self.warm:
             try:
-                await self.pair.warm()
+                await self.cascade.warm()
                 self.warm = True
             except Exception as error:  # noqa: BLE001 - nothing is ready while the student cannot answer
                 log.warning("the student is not ready: %s", error)
@@ -239,7 +241,7 @@ class Gateway:
 def create_app(gateway: Gateway) -> FastAPI:
     """The gateway as an ASGI application."""
     app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Counted, metrics=gateway.metrics)
+    app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics)
     for method, path, handler in (
         ("GET", "/", gateway.show_page),
         ("GET", "/health/live", gateway.live),

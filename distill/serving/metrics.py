@@ -20,7 +20,7 @@ class Metrics:
             "distill_request_seconds", "Seconds until a request was answered.", ("route",),
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.in_house = Gauge("distill_queue_depth", "Requests in the house.", registry=registry)
+        self.in_flight = Gauge("distill_queue_depth", "Requests in the house.", registry=registry)
         self._posts = Counter("distill_posts", "Posts judged, by stage.", ("stage",), registry=registry)
         self._degraded = Counter(
             "distill_degraded", "Answers without a teacher that was wanted, by reason.", ("reason",), registry=registry

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from distill.errors import SettingsError
-from distill.models.chat import EndpointSettings
+from distill.models.endpoint import EndpointSettings
 
 MARGIN_S = 0.5
 """Longest part of a deadline that is kept for writing the answer; of short deadlines it is a tenth."""

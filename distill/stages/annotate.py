@@ -10,8 +10,8 @@ from typing import IO, Any
 from distill.annotation.annotate import Kept, Quarantined, Tally, annotate, recording_defects
 from distill.annotation.ledger import Ledger
 from distill.data.corpus import SPLITS
-from distill.files import whole
-from distill.stages.context import Context, progress, write_json
+from distill.files import atomic_write, write_json
+from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
 from distill.task.sample import Sample
 from distill.tracking import StageRun
@@ -26,7 +26,7 @@ def run(context: Context, tracked: StageRun) -> None:
     samples, teacher, tally = context.corpus.train, context.teacher(), Tally()
     with (
         Ledger(folder / "ledger.jsonl") as ledger,
-        whole(folder / "quarantine.jsonl") as quarantine,
+        atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger is, so that answers under way still reach it
         closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show)) as outcomes,

@@ -4,7 +4,8 @@ from collections import Counter
 
 from distill.annotation.augment import augment
 from distill.annotation.ledger import Ledger
-from distill.stages.context import Context, progress, write_json
+from distill.files import write_json
+from distill.stages.context import Context, progress
 from distill.tracking import StageRun
 
 

@@ -1,7 +1,8 @@
 """Stage `calibrate`: temperatures and thresholds of the cascade, from both models' answers on the validation split."""
 
 from distill.cascade.calibration import calibrate
-from distill.stages.context import Context, write_json
+from distill.files import write_json
+from distill.stages.context import Context
 from distill.tracking import StageRun
 
 

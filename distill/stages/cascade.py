@@ -2,16 +2,16 @@
 
 import csv
 import io
-import json
 from dataclasses import replace
 
-from distill.cascade.cascade import Calibration, Rules, describe
+from distill.cascade.cascade import Calibration, CascadePolicy, describe
 from distill.cascade.cascade import run as take_through
-from distill.cascade.evidence import cascade_metrics, deferral_rows, selective_metrics
+from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
 from distill.data import jsonl
+from distill.files import read_json, write_json, write_text
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Cost
-from distill.stages.context import Context, write_json, write_text
+from distill.stages.context import Context
 from distill.tracking import StageRun
 
 
@@ -22,12 +22,12 @@ def run(context: Context, tracked: StageRun) -> None:
     student = context.reasoner("student")
     path = context.folder / "calibrate" / "calibration.json"
     calibration = Calibration.read(path, student.name)
-    rules = Rules(labels, calibration, settings.on_agreement)
+    policy = CascadePolicy(labels, calibration, settings.on_agreement)
     gold = [sample.label for sample in samples if sample.label is not None]
     scores = {"student": student.classify(samples)}
     with context.asked_teacher(of_cascade=True) as teacher:
         assert teacher is not None  # the recipe was checked
-        decisions = take_through(samples, scores["student"], teacher, rules)
+        decisions = take_through(samples, scores["student"], teacher, policy)
         if settings.deferral_curve:
             scores["teacher"] = teacher.classify(samples)
 
@@ -36,18 +36,20 @@ def run(context: Context, tracked: StageRun) -> None:
     def price(cost: Cost) -> float | None:
         return asked.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(asked, Endpoint) else None
 
-    plain = replace(rules, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
-    opinions = {"student": rules.student(scores["student"])}
+    plain = replace(policy, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
+    predictions = {"student": policy.student(scores["student"])}
     before = {"student": plain.student(scores["student"])}
     if "teacher" in scores:
-        opinions["teacher"], before["teacher"] = rules.teacher(scores["teacher"]), plain.teacher(scores["teacher"])
-    metrics = cascade_metrics(decisions, gold, labels, opinions.get("teacher"), price)
+        predictions["teacher"], before["teacher"] = policy.teacher(scores["teacher"]), plain.teacher(scores["teacher"])
+    metrics = cascade_metrics(decisions, gold, labels, predictions.get("teacher"), price)
     metrics["measure"] = calibration.measure
-    metrics["promise"] = json.loads(path.read_text())["promise"]["says"]
-    metrics["selective"] = {role: selective_metrics(before[role], opinions[role], gold, labels) for role in opinions}
+    metrics["promise"] = read_json(path)["promise"]["says"]
+    metrics["selective"] = {
+        role: selective_metrics(before[role], predictions[role], gold, labels) for role in predictions
+    }
     rows = []
-    if "teacher" in opinions:
-        rows = deferral_rows(opinions["student"], opinions["teacher"], gold, labels, price, settings.resamples)
+    if "teacher" in predictions:
+        rows = deferral_rows(predictions["student"], predictions["teacher"], gold, labels, price, settings.resamples)
     table = io.StringIO()
     writer = csv.DictWriter(table, ["policy", "deferred", "quality", "low", "high", "seconds", "currency"])
     writer.writeheader()
@@ -57,7 +59,7 @@ def run(context: Context, tracked: StageRun) -> None:
     jsonl.write_rows(
         folder / "decisions.jsonl",
         (
-            {"id": sample.id, "gold": sample.label, "label": rules.label(decision.probabilities)} | describe(decision)
+            {"id": sample.id, "gold": sample.label, "label": policy.label(decision.probabilities)} | describe(decision)
             for sample, decision in found
         ),
     )

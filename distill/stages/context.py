@@ -1,9 +1,7 @@
 """What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, a way to train."""
 
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,12 +15,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
+from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger, digest
-from distill.annotation.memory import Memory
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
 from distill.errors import SettingsError
-from distill.files import whole
+from distill.files import atomic_folder
 from distill.models import backbone, tiny
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint
@@ -35,7 +33,7 @@ from distill.task.rationale import Rationale, render
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
-from distill.training.batches import made_up_answers
+from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import active_folder, fit, fits_here, with_defaults
 
@@ -78,10 +76,8 @@ class Context:
         parts = (*texts, settings.tiny.vocabulary)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
         if not settings.path and not folder.exists():
-            beside = folder.with_name(f".{folder.name}.new")
-            shutil.rmtree(beside, ignore_errors=True)
-            tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(beside)
-            os.replace(beside, folder)
+            with atomic_folder(folder) as new:
+                tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(new)
         return folder
 
     @property
@@ -96,7 +92,7 @@ class Context:
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
         if self._reviews:
-            said = [(post, made_up_answers(post, self.labels)) for post in labelled[:100]]
+            said = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
             texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in said]
         return texts + [f"{prompts.CLASSIFY_PREFIX} {name}" for name in self.labels.names for _ in range(100)]
 
@@ -181,14 +177,14 @@ class Context:
         return None
 
     @contextmanager
-    def asked_teacher(self, *, of_cascade: bool = False) -> Iterator[Memory | None]:
+    def asked_teacher(self, *, of_cascade: bool = False) -> Iterator[CachedTeacher | None]:
         """The teacher as evaluate, calibrate and cascade ask it: through one ledger, so that nothing is paid twice."""
         teacher = self.teacher(of_cascade=of_cascade)
         if teacher is None:
             yield None
             return
         with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
-            yield Memory(teacher, self.labels, ledger, chunk=256)
+            yield CachedTeacher(teacher, self.labels, ledger, chunk=256)
 
     @property
     def device(self) -> str:
@@ -234,14 +230,3 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it holds either all of the text or what it held before. Raises OSError."""
-    with whole(path) as file:
-        file.write(text)

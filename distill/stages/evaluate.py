@@ -8,8 +8,9 @@ from distill.data import jsonl
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import Judged, gold_values, judge, read, role_metrics
 from distill.evaluation.regression import trivial_baseline
+from distill.files import write_json
 from distill.models.reasoner import Reasoner
-from distill.stages.context import Context, progress, write_json
+from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale

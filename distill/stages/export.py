@@ -1,8 +1,7 @@
 """Stage `export`: the student as a folder that transformers loads, with its model card."""
 
-import json
-
 from distill.export.export import base_licence, export, model_card
+from distill.files import read_json
 from distill.recipe import to_yaml
 from distill.stages.context import Context
 from distill.task.sample import Sample
@@ -15,7 +14,7 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.use_artifact("student")
     student = context.load("student")
     metrics = context.folder / "evaluate" / "metrics.json"
-    scores = json.loads(metrics.read_text())["student"] if recipe.evaluate is not None else {}
+    scores = read_json(metrics)["student"] if recipe.evaluate is not None else {}
     settings = recipe.student.model
     corpus = context.corpus
     data = (

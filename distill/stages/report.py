@@ -1,7 +1,6 @@
 """`report.html` and the table at the end of a chain, from what the stages left."""
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.report import Report, format_table, write_report
+from distill.files import read_json
 from distill.recipe import Recipe, to_yaml
 from distill.stages.student import HARD_LABELS
 
@@ -20,7 +20,7 @@ def run(recipe: Recipe) -> None:
     folder = recipe.folder
     roles, baselines = _metrics(recipe)
     summary = folder / "annotate" / "summary.json"
-    stages = json.loads((folder / "chain.json").read_text())["stages"]
+    stages = read_json(folder / "chain.json")["stages"]
     report = Report(
         name=recipe.name,
         labels=recipe.labels,
@@ -32,7 +32,7 @@ def run(recipe: Recipe) -> None:
             "student": folder / "student" / "metrics.csv",
             "student_hard_labels": folder / "student" / HARD_LABELS / "metrics.csv",
         },
-        annotation=json.loads(summary.read_text()) if summary.exists() else None,
+        annotation=read_json(summary) if summary.exists() else None,
         cascade=_cascade(recipe),
         gallery=_gallery(recipe),
         settings=to_yaml(recipe),
@@ -59,7 +59,7 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     path = recipe.folder / "evaluate" / "metrics.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run: distill run --until evaluate with the same recipe")
-    roles = json.loads(path.read_text())
+    roles = read_json(path)
     majority = roles.pop("majority_class")
     baselines = {f"majority class ({majority['label']})": majority}
     if (trivial := roles.pop("trivial", None)) is not None:
@@ -72,7 +72,7 @@ def _cascade(recipe: Recipe) -> dict[str, Any] | None:
     folder = recipe.folder / "cascade"
     if recipe.cascade is None or not (folder / "metrics.json").exists():
         return None
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_json(folder / "metrics.json")
     with (folder / "deferral_curve.csv").open(newline="", encoding="utf-8") as file:
         deferral = list(csv.DictReader(file))
     return metrics | {"deferral": deferral}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from distill.cascade.cascade import Calibration, Rules
+from distill.cascade.cascade import Calibration, CascadePolicy
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Reasoner
@@ -36,11 +36,11 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     calibration = Calibration.read(
         context.folder / "calibrate" / "calibration.json", f"student-{fingerprints['student']}"
     )
-    rules = Rules(context.labels, calibration, recipe.cascade.on_agreement if recipe.cascade else "teacher")
+    policy = CascadePolicy(context.labels, calibration, recipe.cascade.on_agreement if recipe.cascade else "teacher")
     student: Reasoner
     if settings.student is not None:
         student = Endpoint(in_service(settings.student, settings.deadline_s), context.labels, recipe.data.max_pixels)
     else:
         student = context.reasoner("student")
     teacher = context.teacher(of_cascade=True)
-    serve(Gateway(settings, rules, student, teacher, recipe.name, recipe.data.max_pixels))
+    serve(Gateway(settings, policy, student, teacher, recipe.name, recipe.data.max_pixels))

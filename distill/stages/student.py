@@ -12,11 +12,10 @@ from distill.stages.context import Context, progress
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.tracking import StageRun
-from distill.training import soft_cache
+from distill.training import soft_target_cache
 from distill.training.batches import encode, questions
-from distill.training.estimate import cached
 from distill.training.fit import active_folder
-from distill.training.soft_cache import CachedTargets
+from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import SoftTargets
 from distill.training.student import StudentModule, StudentSettings
 
@@ -60,14 +59,14 @@ def _soft_targets(
     def assistant() -> SoftTargets:
         return SoftTargets(context.load("assistant"), student)
 
-    options, folder = settings.distillation, context.folder / soft_cache.FOLDER
+    options, folder = settings.distillation, context.folder / soft_target_cache.FOLDER
     if not _cached(context, settings, student, rows):
         return assistant()
     tasks: dict[Template, float] = settings.tasks  # type: ignore[assignment]
-    key = soft_cache.keys(student, list(tasks), context.weights("assistant"), options.top_k, options.temperature)
+    key = soft_target_cache.keys(student, list(tasks), context.weights("assistant"), options.top_k, options.temperature)
     if active_folder() is None:  # the processes of one training would write them at once
         with progress("soft targets") as show:
-            soft_cache.write(
+            soft_target_cache.write(
                 folder,
                 rows,
                 key,
@@ -86,15 +85,15 @@ def _cached(context: Context, settings: StudentSettings, student: Backbone, rows
     """Whether soft targets are written to the disk: as the recipe says, or where that pays and there is room."""
     options, model = settings.distillation, context.recipe.assistant
     assert model is not None
-    epochs, (there, free) = context.trainer_arguments(settings)["max_epochs"], soft_cache.room(context.folder)
-    if options.soft_targets is not None or not cached(options, epochs, 0, there, free):
-        return cached(options, epochs, 0, there, free)  # whatever they take: it need not be counted
+    epochs, (there, free) = context.trainer_arguments(settings)["max_epochs"], soft_target_cache.room(context.folder)
+    if options.soft_targets is not None or not options.use_cache(epochs, 0, there, free):
+        return options.use_cache(epochs, 0, there, free)  # whatever they take: it need not be counted
     tasks: list[Template] = list(settings.tasks)  # type: ignore[arg-type]
     answers = (answer for sample in rows for _, answer in questions(sample, context.labels, tasks))
     tokens = sum(len(student.answer_tokens(answer)) for answer in answers)
     width = backbone.on_meta(model.model).get_output_embeddings().weight.shape[1]  # type: ignore[operator]
-    needed = tokens * soft_cache.bytes_per_token(width, options.top_k)
-    keeps = cached(options, epochs, needed, there, free)
+    needed = tokens * soft_target_cache.bytes_per_token(width, options.top_k)
+    keeps = options.use_cache(epochs, needed, there, free)
     if not keeps:
         found = ((needed - there) / 1e9, free / 1e9)
         log.warning("soft targets would take %.1f GB of %.1f: the assistant is asked in every epoch instead", *found)

@@ -21,7 +21,7 @@ SCORED: tuple[Template, ...] = ("classify", "review")
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierAnswers:
     """What student and teacher said before a review: label names, and their probabilities in [0, 1]."""
 
     student: str
@@ -62,7 +62,7 @@ _TAILS: dict[str, str] = {
 _EARLIER = "A first reader said {} ({:.0%} sure), a second one {} ({:.0%} sure). Either may be wrong.\n"
 
 
-def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earlier | None = None) -> str:
+def render(template: Template, sample: Sample, labels: LabelSpace, earlier: EarlierAnswers | None = None) -> str:
     """The text of one question about one post; its images go before it in the message.
 
     *predict* and *explain* are the teacher's questions (MulCoT-RD, reasoning data), *reason* and *classify* the two

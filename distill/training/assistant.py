@@ -13,7 +13,7 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.task.sample import Sample
 from distill.training.batches import Batch, check_exact, encode
-from distill.training.fused import AnswerLoss, answer_loss
+from distill.training.fused_loss import AnswerLoss, answer_loss
 
 
 @dataclass

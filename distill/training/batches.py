@@ -13,7 +13,7 @@ from distill.models.encoding import Question
 from distill.models.packing import Packed
 from distill.task import prompts
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, SCORED, Earlier, Template
+from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
 from distill.task.sample import Sample
 
 
@@ -96,7 +96,7 @@ def questions(sample: Sample, labels: LabelSpace, tasks: Iterable[Template]) -> 
 
 
 def _render(template: Template, sample: Sample, labels: LabelSpace) -> str:
-    earlier = made_up_answers(sample, labels) if template == "review" else None
+    earlier = synthetic_answers(sample, labels) if template == "review" else None
     return prompts.render(template, sample, labels, earlier)
 
 
@@ -186,8 +186,8 @@ def _of_tokens(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1).cpu()[torch.arange(len(tokens)), tokens]
 
 
-def made_up_answers(sample: Sample, labels: LabelSpace) -> Earlier:
-    """Earlier answers for training on *review*, so that a teacher learns to weigh and not to trust them.
+def synthetic_answers(sample: Sample, labels: LabelSpace) -> EarlierAnswers:
+    """EarlierAnswers answers for training on *review*, so that a teacher learns to weigh and not to trust them.
 
     Each of the two readers is right with probability READER_ACCURACY and else says any other label; confidences are
     uniform between chance and certainty. They follow from the sample's id alone.
@@ -200,7 +200,7 @@ def made_up_answers(sample: Sample, labels: LabelSpace) -> Earlier:
         said = gold if draw.random() < READER_ACCURACY else draw.choice(others)
         return said, draw.uniform(1 / len(labels), 1)
 
-    return Earlier(*reader(), *reader())
+    return EarlierAnswers(*reader(), *reader())
 
 
 def check_tasks(tasks: Mapping[str, float], field: str) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import SettingsError
-from distill.files import whole
+from distill.files import atomic_write
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 
@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, so that a kill never leaves a torn one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole(Path(path), "wb") as file:
+        with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
 
 
@@ -176,7 +176,7 @@ def _join(earlier: Path, later: Path) -> None:
     begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
     rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
     names = sorted({name for row in rows for name in row})  # as the logger orders them
-    with whole(later) as file:
+    with atomic_write(later) as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)

@@ -9,7 +9,7 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.task.sample import Sample
 from distill.training.batches import Batch
-from distill.training.fused import HiddenTargets
+from distill.training.fused_loss import HiddenTargets
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from distill.models.backbone import Backbone, Features
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import Batch, encode_tasks
-from distill.training.fused import AnswerLoss, answer_loss
+from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.losses import Positions, TaskLoss, published_loss
-from distill.training.soft_cache import CachedTargets
+from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import SoftTargets
 
 
@@ -42,6 +42,21 @@ class DistillationSettings:
             raise SettingsError("student.distillation.soft_targets takes online, and top_k 0, where positions is all")
         if self.soft_targets == "online" and self.top_k:
             raise SettingsError("student.distillation.top_k takes 0 where soft_targets is online")
+
+    def use_cache(self, epochs: float, needed: float, there: float, free: float) -> bool:
+        """Whether soft targets are written to disk before the first epoch.
+
+        The setting `soft_targets` decides where it is set. Otherwise they are cached if there is more than one epoch
+        and the disk has room for twice the missing bytes.
+
+        Args:
+            needed: bytes of all soft targets.
+            there: bytes that an earlier run already wrote.
+            free: free bytes on the disk.
+        """
+        if self.soft_targets is not None or self.positions == "all":
+            return self.soft_targets == "cached"
+        return epochs != 1 and 2 * (needed - there) <= free
 
 
 @dataclass

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from distill.cascade.calibration import CalibrateSettings, calibrate
-from distill.cascade.cascade import Calibration, Rules, run
+from distill.cascade.cascade import Calibration, CascadePolicy, run
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import Earlier
+from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
 
 LABELS = LabelSpace()
@@ -41,7 +41,7 @@ class Told:
     def __init__(self, posts: Sequence[Sample], scores: ClassScores) -> None:
         self.rows = {post.id: row for post, row in zip(posts, scores.probabilities, strict=True)}
 
-    def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+    def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
         return ClassScores(np.array([self.rows[sample.id] for sample in samples]), np.ones(len(samples)))
 
     def reason(self, *_: object, **__: object) -> None:
@@ -53,9 +53,9 @@ def test_the_budget_is_kept_by_the_stages_themselves(tmp_path: Path) -> None:
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(budget=0.4))
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(content))
-    rules = Rules(LABELS, Calibration.read(path, NAMES[0]))
+    policy = CascadePolicy(LABELS, Calibration.read(path, NAMES[0]))
     posts = [Sample(str(index), "x") for index in range(len(gold))]
-    decisions = run(posts, student, Told(posts, teacher), rules)
+    decisions = run(posts, student, Told(posts, teacher), policy)
     calls = np.mean([decision.teacher_calls for decision in decisions])
     assert calls == pytest.approx(content["validation"]["teacher_calls_per_sample"])
     assert calls == pytest.approx(0.4, abs=0.01)
@@ -65,15 +65,17 @@ def test_the_budget_is_kept_by_the_stages_themselves(tmp_path: Path) -> None:
     assert "600 validation posts" in promise["says"] and "0.400 teacher calls" in promise["says"]
     fresh_gold, fresh, fresh_teacher = validation(20_000, 77)
     posts = [Sample(str(index), "x") for index in range(len(fresh_gold))]
-    realised = np.mean([d.teacher_calls for d in run(posts, fresh, Told(posts, fresh_teacher), rules)])
+    realised = np.mean([d.teacher_calls for d in run(posts, fresh, Told(posts, fresh_teacher), policy)])
     assert promise["calls_low"] < realised < promise["calls_high"]
 
 
 def test_the_share_of_reviews_is_bounded() -> None:
     gold, student, teacher = validation()
-    rules = Rules(LABELS, _calibration(calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(review=0.2))))
-    doubts = np.array([opinion.uncertainty for opinion in rules.teacher(teacher)])
-    assert (doubts > rules.calibration.teacher_threshold).mean() == pytest.approx(0.2, abs=0.01)
+    policy = CascadePolicy(
+        LABELS, _calibration(calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(review=0.2)))
+    )
+    doubts = np.array([prediction.uncertainty for prediction in policy.teacher(teacher)])
+    assert (doubts > policy.calibration.teacher_threshold).mean() == pytest.approx(0.2, abs=0.01)
 
 
 def test_temperatures_undo_false_confidence() -> None:

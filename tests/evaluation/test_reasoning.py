@@ -2,13 +2,14 @@
 
 import builtins
 import logging
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from distill.evaluation import reasoning
 from distill.evaluation.reasoning import distinct, reasoning_metrics
@@ -205,18 +206,14 @@ def test_refuses_sequences_that_do_not_match() -> None:
 
 
 def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def refuse(url: str, timeout: float) -> None:
-        asked.append(url)
-        assert timeout <= 5
-        raise httpx.ConnectError("no route")
-
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # closed again below: nothing listens there
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(httpx, "head", refuse)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     reasoning._hub_answers.cache_clear()
     for _ in range(2):
         with pytest.raises(reasoning._Missing, match="cannot be loaded"):
             reasoning._similarity([("a", "b")], "nobody/has-this-model")
+    assert reasoning._hub_answers.cache_info().misses == 1
+    assert not reasoning._hub_answers()
     reasoning._hub_answers.cache_clear()
-    assert len(asked) == 1

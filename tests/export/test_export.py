@@ -195,7 +195,8 @@ def test_what_a_kill_left_is_replaced(
     exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    for leftover in ("export", ".export.new", ".export.old"):
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    for leftover in ("export", f".export.{gone}.new", f".export.{gone}.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "half").write_text("there")
     monkeypatch.setattr(room, "check", lambda *_: {"samples": 0})

@@ -23,7 +23,7 @@ from distill.models.local import Local
 from distill.models.reasoner import Sampling
 from distill.models.tiny import TinySettings
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import Earlier, render
+from distill.task.prompts import EarlierAnswers, render
 from distill.task.sample import Sample
 from tests.models.test_encoding import decoded, real_logits
 
@@ -50,7 +50,7 @@ def test_a_classify_prompt_is_closed_with_the_prefix_and_trained_on_the_same_tok
 def test_a_review_is_closed_like_a_classify_prompt_and_tells_the_earlier_answers(
     backbone: Backbone, mixed: list[Sample]
 ) -> None:
-    earlier = [Earlier("neutral", 0.4, "positive", 0.6)] * len(mixed)
+    earlier = [EarlierAnswers("neutral", 0.4, "positive", 0.6)] * len(mixed)
     asked = backbone.encode(mixed, "review", earlier=earlier)
     for row, sample in enumerate(mixed):
         text = decoded(backbone, asked["input_ids"][row][asked["attention_mask"][row].bool()])

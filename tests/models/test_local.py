@@ -11,11 +11,11 @@ import torch
 from distill.data.corpus import Corpus
 from distill.data.images import ImageError
 from distill.models.backbone import Backbone
-from distill.models.endpoint import label_probabilities
+from distill.models.endpoint.logprobs import label_probabilities
 from distill.models.local import Completion, Local, normalise_labels
 from distill.models.reasoner import Answer, ClassScores, ReadsOnce, Reasoner, Sampling
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, Earlier, render
+from distill.task.prompts import CLASSIFY_PREFIX, EarlierAnswers, render
 from distill.task.sample import Sample
 
 
@@ -198,7 +198,7 @@ def test_costs_are_the_rows_tokens_and_a_share_of_the_batchs_seconds(make_backbo
 
 
 def test_reviews_keep_to_their_own_earlier_answers_over_batches(make_backbone: Any, posts: list[Sample]) -> None:
-    earlier = [Earlier("negative", i / 10, "positive", 1 - i / 10) for i in range(len(posts))]
+    earlier = [EarlierAnswers("negative", i / 10, "positive", 1 - i / 10) for i in range(len(posts))]
     found = [Local(make_backbone(batch_size=size), "").classify(posts, earlier).probabilities for size in (1, 3, 16)]
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     np.testing.assert_allclose(found[0], found[2], atol=1e-6)

@@ -18,7 +18,7 @@ from distill.models.packing import shared_length
 from distill.models.reasoner import Sampling
 from distill.models.scoring import read_both
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, Earlier, Template
+from distill.task.prompts import CLASSIFY_PREFIX, EarlierAnswers, Template
 from distill.task.sample import Sample
 from tests.models.test_backbone import build_idefics3, build_llava
 
@@ -208,7 +208,7 @@ def test_the_likeliest_label_is_the_generated_one(trained: Backbone, postcards: 
 
 
 def test_a_review_is_scored_behind_its_own_prompt(trained: Backbone, posts: list[Sample]) -> None:
-    earlier = [Earlier("-3", 0.9, name, 0.5) for name in SCALE.names[:4]]
+    earlier = [EarlierAnswers("-3", 0.9, name, 0.5) for name in SCALE.names[:4]]
     reasoner = Local(trained, "")
     scores = reasoner.classify(posts, earlier)
     for row, (sample, said) in enumerate(zip(posts, earlier, strict=True)):

@@ -13,7 +13,7 @@ import httpx
 import lightning as L
 import pytest
 
-from distill.cascade.cascade import Calibration, Rules
+from distill.cascade.cascade import Calibration, CascadePolicy
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone, ModelSettings, create
 from distill.models.local import Local
@@ -32,12 +32,12 @@ CALIBRATION = Calibration(
 )  # fmt: skip
 
 
-def rules(**thresholds: float) -> Rules:
+def policy(**thresholds: float) -> CascadePolicy:
     """Unless told otherwise the student is certain of everything."""
-    return Rules(LabelSpace(), replace(CALIBRATION, **thresholds))  # type: ignore[arg-type]
+    return CascadePolicy(LabelSpace(), replace(CALIBRATION, **thresholds))  # type: ignore[arg-type]
 
 
-NEVER_SURE = rules(student_threshold=-1.0)
+NEVER_SURE = policy(student_threshold=-1.0)
 """Everything is deferred; the teacher is certain of all of it."""
 
 
@@ -65,14 +65,14 @@ def student(fluent: Backbone) -> Local:
 def running(
     student: Reasoner,
     teacher: Reasoner | None = None,
-    chosen: Rules | None = None,
+    chosen: CascadePolicy | None = None,
     *,
     ready: bool = True,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A gateway on a free port, in a thread of this process, and a client of it."""
     settings = {"port": 0, "max_new_tokens": 96} | settings
-    server = Server(Gateway(ServeSettings(**settings), chosen or rules(), student, teacher, "pair"))
+    server = Server(Gateway(ServeSettings(**settings), chosen or policy(), student, teacher, "pair"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.serving.batcher import Batcher, Late, result
+from distill.serving.batcher import Batcher, DeadlineExceeded, result
 
 
 class Desk:
@@ -82,10 +82,10 @@ def test_what_nobody_waits_for_any_more_is_never_worked_on(desk: Desk) -> None:
     batcher = Batcher(desk.work, 8, 0.0)
     busy = occupied(desk, batcher)
 
-    async def give_up() -> list[Late]:
+    async def give_up() -> list[DeadlineExceeded]:
         found = []
         for future in (busy, batcher.submit("label", 1)):
-            with pytest.raises(Late) as caught:
+            with pytest.raises(DeadlineExceeded) as caught:
                 await result(future, time.monotonic() + 0.05)
             found.append(caught.value)
         return found

@@ -9,17 +9,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.serving.test_images import huge, png, uri
 
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone
 from distill.models.local import Local
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import Earlier
+from distill.task.prompts import EarlierAnswers
 from distill.task.rationale import FIELDS, check
 from distill.task.sample import Sample
 from tests.serving.conftest import message, metric, running
-from tests.serving.test_pictures import huge, png, uri
 
 LABELS = LabelSpace()
 
@@ -76,7 +76,7 @@ def test_a_picture_needs_no_text_and_a_text_no_picture(gateway: httpx.Client) ->
 
 
 def test_labels_on_a_scale_come_with_their_value(make_backbone: Callable[..., Any], tokenizer_folder: Any) -> None:
-    from distill.cascade.cascade import Rules
+    from distill.cascade.cascade import CascadePolicy
     from distill.models.backbone import ModelSettings, create
     from distill.models.tiny import TinySettings
     from tests.serving.conftest import CALIBRATION
@@ -84,7 +84,7 @@ def test_labels_on_a_scale_come_with_their_value(make_backbone: Callable[..., An
     scale = LabelSpace.from_scale(Scale(bins=3), ("low", "middle", "high"))
     size = TinySettings(hidden=32, layers=1, vision_hidden=32, vision_depth=1)
     backbone = create(ModelSettings(tiny=size, image_size=28), scale, tokenizer_folder)
-    with running(Local(backbone, "scaled"), None, Rules(scale, CALIBRATION), rationale=False) as client:
+    with running(Local(backbone, "scaled"), None, CascadePolicy(scale, CALIBRATION), rationale=False) as client:
         found = ask(client, text="words").json()
     value = sum(
         found["probabilities"][name] * centre for name, centre in zip(scale.names, scale.scale.centres, strict=False)
@@ -331,7 +331,7 @@ def test_health(gateway: httpx.Client) -> None:
 
 def test_a_fault_of_ours_is_told_without_its_details(fluent: Backbone) -> None:
     class Broken(Local):
-        def classify(self, samples: Sequence[Sample], earlier: Sequence[Earlier] | None = None) -> ClassScores:
+        def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
             if samples[0].text == "break":
                 raise RuntimeError("a secret of the house")
             return super().classify(samples, earlier)

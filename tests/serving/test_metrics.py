@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from distill.cascade.cascade import Decision
 from distill.models.reasoner import ClassScores
 from distill.serving.metrics import Metrics
-from tests.serving.conftest import rules
+from tests.serving.conftest import policy
 
 
 def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -17,7 +17,7 @@ def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 def test_decisions_are_counted_by_stage_with_the_share_of_teacher_calls() -> None:
     metrics = Metrics()
-    said = rules().student(ClassScores(np.array([[0.2, 0.3, 0.5]]), np.ones(1)))[0]
+    said = policy().student(ClassScores(np.array([[0.2, 0.3, 0.5]]), np.ones(1)))[0]
     for decision in (
         Decision("student", "the student is certain", said.probabilities, said),
         Decision("student", "the teacher is busy", said.probabilities, said, degraded=True),

@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.serving.test_cascade_service import sure_of, teacher_at
 
 from distill.data.corpus import Corpus
 from distill.models.local import Local
 from tests.models.openai_server import Server
 from tests.serving.conftest import NEVER_SURE, running
-from tests.serving.test_pair import sure_of, teacher_at
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect, sync_playwright

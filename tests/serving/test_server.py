@@ -21,7 +21,7 @@ from distill.serving.gateway import Gateway
 from distill.serving.server import serve
 from distill.serving.settings import ServeSettings
 from tests.models.openai_server import Server
-from tests.serving.conftest import metric, rules, running, until
+from tests.serving.conftest import metric, policy, running, until
 
 HERE = Path(__file__).resolve()
 
@@ -83,4 +83,4 @@ def test_a_port_in_use_is_refused_in_a_sentence(student: Local) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = ServeSettings(port=taken.getsockname()[1])
         with pytest.raises(SettingsError, match=rf"serve.port.*{settings.port}"):
-            serve(Gateway(settings, rules(), student, None, "pair"))
+            serve(Gateway(settings, policy(), student, None, "pair"))

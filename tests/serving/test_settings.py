@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distill.errors import SettingsError
-from distill.models.chat import EndpointSettings
+from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings, in_service
 
 

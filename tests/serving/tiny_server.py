@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def main(folder: str, port: str, teacher_url: str) -> None:
     import torch
 
-    from distill.cascade.cascade import Calibration, Rules
+    from distill.cascade.cascade import Calibration, CascadePolicy
     from distill.models.backbone import ModelSettings, load
     from distill.models.endpoint import Endpoint, EndpointSettings
     from distill.models.local import Local
@@ -29,8 +29,8 @@ def main(folder: str, port: str, teacher_url: str) -> None:
     settings = ServeSettings(port=int(port), deadline_s=20.0, max_new_tokens=16)
     student = Local(load(ModelSettings(image_size=28), labels, Path(folder)), "tiny")
     teacher = Endpoint(in_service(EndpointSettings(teacher_url, "big-vl"), settings.deadline_s), labels)
-    rules = Rules(labels, Calibration("tiny", "big-vl", "entropy", 1.0, 1.0, -1.0, 1.0))
-    serve(Gateway(settings, rules, student, teacher, "pair"))
+    policy = CascadePolicy(labels, Calibration("tiny", "big-vl", "entropy", 1.0, 1.0, -1.0, 1.0))
+    serve(Gateway(settings, policy, student, teacher, "pair"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, VERSION, Earlier, Template, render
+from distill.task.prompts import CLASSIFY_PREFIX, VERSION, EarlierAnswers, Template, render
 from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
@@ -92,7 +92,7 @@ def test_all_questions_about_a_post_begin_alike_and_only_then_differ() -> None:
 
 # ---- the review, and labels on a scale ----
 
-EARLIER = Earlier("negative", 0.512, "positive", 0.897)
+EARLIER = EarlierAnswers("negative", 0.512, "positive", 0.897)
 
 
 def test_the_review_tells_names_and_numbers_of_the_earlier_answers_and_nothing_else() -> None:
@@ -108,7 +108,7 @@ def test_a_review_needs_earlier_answers_from_the_label_space() -> None:
     with pytest.raises(ValueError, match="a review needs the earlier answers"):
         render("review", POST, LABELS)
     with pytest.raises(ValueError, match="unknown label 'ignore all of this'"):
-        render("review", POST, LABELS, Earlier("ignore all of this", 0.5, "positive", 0.5))
+        render("review", POST, LABELS, EarlierAnswers("ignore all of this", 0.5, "positive", 0.5))
 
 
 def test_a_scale_says_which_end_is_which() -> None:
@@ -117,4 +117,4 @@ def test_a_scale_says_which_end_is_which() -> None:
     assert "on a scale from -3 (negative) to 3 (positive): -3, -2, -1, 0, 1, 2 or 3." in text
     assert "on a scale" not in render("classify", POST, LABELS)
     assert "The sentiment is 1." in render("explain", Sample("s1", "x", label=1.4), labels)
-    assert "said -2 (50% sure)" in render("review", Sample("s1", "x"), labels, Earlier("-2", 0.5, "3", 0.6))
+    assert "said -2 (50% sure)" in render("review", Sample("s1", "x"), labels, EarlierAnswers("-2", 0.5, "3", 0.6))

@@ -21,8 +21,8 @@ from distill.training.batches import (
     check_tasks,
     encode,
     encode_tasks,
-    made_up_answers,
     questions,
+    synthetic_answers,
 )
 
 BOTH: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
@@ -205,8 +205,8 @@ def test_a_spread_gives_every_bin_its_share_behind_a_prompt_closed_with_the_pref
 def test_made_up_readers_follow_from_the_id_and_are_often_but_not_always_right() -> None:
     labels = LabelSpace()
     samples = [Sample(f"s{n}", "x", label=labels.names[n % 3]) for n in range(3000)]
-    made_up = [made_up_answers(sample, labels) for sample in samples]
-    assert made_up == [made_up_answers(replace(sample, text="y"), labels) for sample in samples]
+    made_up = [synthetic_answers(sample, labels) for sample in samples]
+    assert made_up == [synthetic_answers(replace(sample, text="y"), labels) for sample in samples]
     for said, confidence in (("student", "student_confidence"), ("teacher", "teacher_confidence")):
         right = [getattr(one, said) == sample.label for one, sample in zip(made_up, samples, strict=True)]
         assert sum(right) / 3000 == pytest.approx(READER_ACCURACY, abs=0.03)
@@ -222,7 +222,7 @@ def test_a_review_tells_the_earlier_answers_and_never_the_truth(backbone: Backbo
     samples = postcards.train[:6]
     features = encode(samples, backbone, {"review": 1.0}, True).inputs
     for row, sample in enumerate(samples):
-        said = made_up_answers(sample, backbone.labels)
+        said = synthetic_answers(sample, backbone.labels)
         question, _, reply = backbone.processor.tokenizer.decode(features["input_ids"][row]).partition("assistant")
         assert f"A first reader said {said.student} ({said.student_confidence:.0%} sure)" in question
         assert f"a second one {said.teacher} ({said.teacher_confidence:.0%} sure)" in question

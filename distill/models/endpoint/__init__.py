@@ -1,0 +1,6 @@
+"""A teacher behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted service."""
+
+from distill.models.endpoint.reasoner import Endpoint
+from distill.models.endpoint.settings import EndpointSettings
+
+__all__ = ["Endpoint", "EndpointSettings"]
