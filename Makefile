@@ -4,18 +4,23 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/distill run --config recipes/quickstart.yaml
 
-test: $(STAMP)
+# the notebooks are tested on the finished quickstart; a finished one is not run again
+test: quickstart
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=distill --cov-report=term
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
 
 # torch first: on a machine without a GPU its index offers a CPU build, which the rest then builds on
 $(STAMP): pyproject.toml constraints.txt

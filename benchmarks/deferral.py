@@ -1,9 +1,10 @@
-"""Thresholds and the deferral curve on the answers of two real language models: do the promises hold?
+"""Check of thresholds and deferral curve on logged answers of two language models.
 
     python benchmarks/deferral.py [FOLDER] [--json FILE]        # ../shared/data/cascade_logs, runs/deferral.json
 
-The student is llama3.1-8b, the teacher llama3.1-70b, on four-choice questions: 285 to fit thresholds on, 1531 to judge
-them. Uncertainty is 1 - exp(conf), conf being the log-probability of the student's answer. Takes a few seconds.
+The student is llama3.1-8b, the teacher llama3.1-70b. The data are four-choice questions: thresholds are fitted on 285
+and evaluated on 1531. Uncertainty is 1 - exp(conf), where conf is the log-probability of the student's answer. Takes a
+few seconds.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.cascade.thresholds import Threshold, by_budget, by_risk, smallest_risk
+from distill.cascade.thresholds import Threshold, smallest_risk, threshold_for_budget, threshold_for_risk
 from distill.evaluation.selective import bootstrap_interval, deferral_curve, gain_over_random, oracle_scores
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "cascade_logs"
@@ -29,7 +30,7 @@ FRACTIONS = np.linspace(0, 1, 101)
 
 @dataclass(frozen=True)
 class Logs:
-    """n questions: the student's uncertainty, whether each model is right (0 or 1), and what each answer cost."""
+    """Columns [n] over n questions: uncertainty of the student, correctness (0 or 1) and answer cost of both models."""
 
     uncertainty: np.ndarray
     student: np.ndarray
@@ -37,49 +38,50 @@ class Logs:
     student_cost: np.ndarray
     teacher_cost: np.ndarray
 
-    def rows(self, chosen: np.ndarray) -> "Logs":
-        return Logs(*(column[chosen] for column in vars(self).values()))
+    def select(self, indices: np.ndarray) -> "Logs":
+        return Logs(*(column[indices] for column in vars(self).values()))
 
-    def together(self, other: "Logs") -> "Logs":
-        return Logs(*(np.append(*pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def concatenate(self, other: "Logs") -> "Logs":
+        return Logs(*(np.append(*columns) for columns in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def read(path: Path) -> Logs:
-    """One file of the logs."""
+def read_logs(path: Path) -> Logs:
+    """Read one file of logs."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    pairs = [[json.loads(line)["models"][name] for name in (STUDENT, TEACHER)] for line in lines]
+    answers = [[json.loads(line)["models"][name] for name in (STUDENT, TEACHER)] for line in lines]
     return Logs(
-        np.array([1 - np.exp(student["conf"]) for student, _ in pairs]),
-        *(np.array([pair[role][field] for pair in pairs]) for field in ("correct", "cost") for role in (0, 1)),
+        np.array([1 - np.exp(student["conf"]) for student, _ in answers]),
+        *(np.array([row[model][field] for row in answers]) for field in ("correct", "cost") for model in (0, 1)),
     )
 
 
-def fit(logs: Logs, budget: float) -> Threshold:
-    """The threshold of a budget; there is no review here, so the teacher is asked once."""
-    return by_budget(logs.uncertainty, np.ones(len(logs.uncertainty)), budget)
+def fit_budget(logs: Logs, budget: float) -> Threshold:
+    """The threshold for a budget. There is no review stage, so a deferred question is one teacher call."""
+    return threshold_for_budget(logs.uncertainty, np.ones(len(logs.uncertainty)), budget)
 
 
-def splits(train: Logs, test: Logs, count: int = SPLITS, seed: int = 0) -> list[tuple[Logs, Logs]]:
-    """Both files together, parted anew at random: as many rows as `train` has to fit on, the rest to judge."""
-    both, size, random = train.together(test), len(train.uncertainty), np.random.default_rng(seed)
+def random_splits(train: Logs, test: Logs, count: int = SPLITS, seed: int = 0) -> list[tuple[Logs, Logs]]:
+    """Random splits of both files together; the first part of a split has as many rows as `train`."""
+    both, size, random = train.concatenate(test), len(train.uncertainty), np.random.default_rng(seed)
     orders = [random.permutation(len(both.uncertainty)) for _ in range(count)]
-    return [(both.rows(order[:size]), both.rows(order[size:])) for order in orders]
+    return [(both.select(order[:size]), both.select(order[size:])) for order in orders]
 
 
-def budgets(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list[dict[str, Any]]:
-    """For each budget: the threshold's promise, what it comes to on `test`, and over the resampled splits.
+def evaluate_budgets(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list[dict[str, Any]]:
+    """For each budget: the predicted interval of the deferral rate, the rate on `test`, and results over the splits.
 
-    `inside` counts splits whose realised rate lies in the interval stated. That interval is for the long run; a rate
-    among 1531 rows has its own noise, so that a right interval of 95% is met in about 93% of the splits.
+    `inside` is the fraction of splits whose deferral rate lies in the predicted interval. The interval is one for the
+    expected rate. A rate over 1531 rows has sampling noise of its own, so a correct 95% interval contains it in about
+    93% of the splits.
     """
-    found = []
+    rows = []
     for budget in BUDGETS:
-        threshold = fit(train, budget)
-        fitted = [(fit(part, budget), rest) for part, rest in resampled]
+        threshold = fit_budget(train, budget)
+        fitted = [(fit_budget(part, budget), rest) for part, rest in resampled]
         rates = np.array([(rest.uncertainty > each.tau).mean() for each, rest in fitted])
         realised = float((test.uncertainty > threshold.tau).mean())
         lows, highs = (np.array([getattr(each, end) for each, _ in fitted]) for end in ("calls_low", "calls_high"))
-        found.append(
+        rows.append(
             {
                 "budget": budget,
                 "tau": threshold.tau,
@@ -90,48 +92,49 @@ def budgets(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list
                 "inside": float(((lows <= rates) & (rates <= highs)).mean()),
             }
         )
-    return found
+    return rows
 
 
-def risks(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list[dict[str, Any]]:
-    """For each risk target: what it comes to on `test`, or why it is refused; and over the resampled splits.
+def evaluate_risks(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list[dict[str, Any]]:
+    """For each risk target: the error rate on `test`, or why it is refused, and results over the splits.
 
-    `kept` is the share of the splits with a threshold in which the rest's error rate below it is within the target;
-    None where no split supports the target.
+    `kept` is the fraction, among splits with a threshold, in which the error rate on the second part is within the
+    target. It is None if no split supports the target.
     """
-    found = []
+    rows = []
     for target in RISKS:
-        outcomes = [judge(part, rest, target) for part, rest in resampled]
-        held = [outcome for outcome in outcomes if "error" not in outcome]
-        found.append(
+        results = [evaluate_risk(part, rest, target) for part, rest in resampled]
+        supported = [result for result in results if "error" not in result]
+        rows.append(
             {
                 "risk": target,
                 "confidence": CONFIDENCE,
-                "test": judge(train, test, target),
-                "refused": 1 - len(held) / len(outcomes),
-                "kept": float(np.mean([outcome["realised"] <= target for outcome in held])) if held else None,
-                "mean_realised": float(np.mean([outcome["realised"] for outcome in held])) if held else None,
-                "mean_coverage": float(np.mean([outcome["coverage"] for outcome in held])) if held else None,
+                "test": evaluate_risk(train, test, target),
+                "refused": 1 - len(supported) / len(results),
+                "kept": float(np.mean([result["realised"] <= target for result in supported])) if supported else None,
+                "mean_realised": float(np.mean([result["realised"] for result in supported])) if supported else None,
+                "mean_coverage": float(np.mean([result["coverage"] for result in supported])) if supported else None,
             }
         )
-    return found
+    return rows
 
 
-def judge(part: Logs, rest: Logs, target: float) -> dict[str, Any]:
-    """Fit a risk target on one part; the error rate and the share of what the student then answers of the rest."""
+def evaluate_risk(part: Logs, rest: Logs, target: float) -> dict[str, Any]:
+    """Fit a threshold for a risk target on one part; error rate and coverage of the student on the other part."""
     try:
-        threshold = by_risk(part.uncertainty, 1 - part.student, target, CONFIDENCE)
+        threshold = threshold_for_risk(part.uncertainty, 1 - part.student, target, CONFIDENCE)
     except ValueError as error:
         return {"error": str(error)}
-    stands = rest.uncertainty <= threshold.tau
-    return {"tau": threshold.tau, "realised": float(1 - rest.student[stands].mean()), "coverage": float(stands.mean())}
+    kept = rest.uncertainty <= threshold.tau
+    return {"tau": threshold.tau, "realised": float(1 - rest.student[kept].mean()), "coverage": float(kept.mean())}
 
 
-def deferral(test: Logs) -> dict[str, Any]:
-    """The deferral curve on `test`, with its bootstrap interval, against random deferral and the oracle.
+def deferral_metrics(test: Logs) -> dict[str, Any]:
+    """The deferral curve on `test`, with its bootstrap interval, compared with random deferral and the oracle.
 
-    Margins are over random deferral: the smallest over the 99 whole percents, and the smallest over all numbers of
-    deferred questions; `below_random` lists the numbers of deferred questions at which the margin is negative.
+    Margins are accuracy minus that of random deferral: the smallest over the 99 whole percentages, and the smallest
+    over all numbers of deferred questions. `below_random` lists the numbers of deferred questions with a negative
+    margin.
     """
     n = len(test.uncertainty)
 
@@ -170,46 +173,50 @@ def deferral(test: Logs) -> dict[str, Any]:
 
 
 def measure(folder: Path = FOLDER) -> dict[str, Any]:
-    """All figures. Raises OSError where the logs are missing."""
-    train, test = (read(folder / f"mmlu_llama_{split}.jsonl") for split in ("train", "test"))
-    resampled = splits(train, test)
+    """All results.
+
+    Raises:
+        OSError: the logs are missing.
+    """
+    train, test = (read_logs(folder / f"mmlu_llama_{split}.jsonl") for split in ("train", "test"))
+    resampled = random_splits(train, test)
     return {
         "n": [len(train.uncertainty), len(test.uncertainty)],
-        "budgets": budgets(train, test, resampled),
+        "budgets": evaluate_budgets(train, test, resampled),
         "smallest_risk": smallest_risk(train.uncertainty, 1 - train.student, CONFIDENCE),
-        "risks": risks(train, test, resampled),
-        "deferral": deferral(test),
+        "risks": evaluate_risks(train, test, resampled),
+        "deferral": deferral_metrics(test),
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The figures as Markdown, rates in percent."""
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown tables, rates in percent."""
     lines = [
-        f"Budgets: fitted on {found['n'][0]}, judged on {found['n'][1]}; then over {SPLITS} splits of both together.\n",
-        "| budget | stated 95% interval | realised | inside | mean over splits | splits inside |",
+        f"Budgets: fitted on {results['n'][0]}, evaluated on {results['n'][1]}, and on {SPLITS} random splits.\n",
+        "| budget | predicted 95% interval | deferral rate | inside | mean over splits | splits inside |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in found["budgets"]:
+    for row in results["budgets"]:
         low, high = row["interval"]
         lines.append(
             f"| {row['budget']:.0%} | {low:.1%} to {high:.1%} | {row['realised']:.1%} | "
             f"{'yes' if row['realised_inside'] else 'no'} | {row['mean_realised']:.2%} | {row['inside']:.1%} |"
         )
     lines += [
-        f"\nRisk targets at a confidence of {CONFIDENCE:.0%}; the smallest that train supports: "
-        f"{found['smallest_risk']:.1%}.\n",
-        "| risk | realised on test | answered by the student | splits refused | splits within the target | coverage |",
+        f"\nRisk targets at a confidence of {CONFIDENCE:.0%}; smallest supported target: "
+        f"{results['smallest_risk']:.1%}.\n",
+        "| risk | error rate on test | coverage on test | splits refused | splits within target | mean coverage |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in found["risks"]:
+    for row in results["risks"]:
         test = row["test"]
-        judged = "refused | -" if "error" in test else f"{test['realised']:.1%} | {test['coverage']:.1%}"
+        evaluated = "refused | -" if "error" in test else f"{test['realised']:.1%} | {test['coverage']:.1%}"
         splits = "- | -" if row["kept"] is None else f"{row['kept']:.1%} | {row['mean_coverage']:.1%}"
-        lines.append(f"| {row['risk']:.0%} | {judged} | {row['refused']:.1%} | {splits} |")
-    curve = found["deferral"]
+        lines.append(f"| {row['risk']:.0%} | {evaluated} | {row['refused']:.1%} | {splits} |")
+    curve = results["deferral"]
     lines += [
-        "\nDeferral on test, accuracy by the share of questions that the teacher gets.\n",
-        "| deferred | accuracy | 95% interval | random | oracle | cost against the teacher alone |",
+        "\nDeferral on test: accuracy by fraction of deferred questions.\n",
+        "| deferred | accuracy | 95% interval | random | oracle | cost relative to the teacher alone |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for percent in (0, 1, 5, 10, 20, 30, 50, 70, 90, 100):
@@ -224,30 +231,32 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         f"\nArea over random deferral: {100 * area['area']:.2f} points (95% interval {100 * area['low']:.2f} to "
         f"{100 * area['high']:.2f}).",
-        f"Smallest margin over the 99 whole percents: {100 * least['margin']:+.3f} points at {least['fraction']:.0%}; "
-        f"its 95% interval is above 0 at {curve['intervals_above']} of them, below at {curve['intervals_below']}.",
-        f"Over every number of questions deferred: {100 * least_of_all['margin']:+.3f} points at "
-        f"{least_of_all['deferred']}; below random at {len(below)} of {found['n'][1] - 1}"
+        f"Smallest margin at whole percentages: {100 * least['margin']:+.3f} points at {least['fraction']:.0%}; "
+        f"the 95% interval is above 0 at {curve['intervals_above']} of 99, below at {curve['intervals_below']}.",
+        f"Over all numbers of deferred questions: {100 * least_of_all['margin']:+.3f} points at "
+        f"{least_of_all['deferred']}; below random at {len(below)} of {results['n'][1] - 1}"
         + (f", the last of them {below[-1]}." if below else "."),
     ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Thresholds and the deferral curve on real logs, as Markdown tables.")
+    parser = argparse.ArgumentParser(description="Thresholds and deferral curve on logged answers, as Markdown tables.")
     parser.add_argument(
-        "folder", nargs="?", type=Path, default=FOLDER, help="where the logs lie (default: %(default)s)"
+        "folder", nargs="?", type=Path, default=FOLDER, help="folder of the logs (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, default=Path("runs/deferral.json"), help="where all figures are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("runs/deferral.json"), help="file for all results (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
-        found = measure(arguments.folder)
+        results = measure(arguments.folder)
     except FileNotFoundError as error:
-        print(f"{error.filename} is missing; name the folder with the logs", file=sys.stderr)
+        print(f"{error.filename} is missing; pass the folder of the logs as argument", file=sys.stderr)
         return 2
-    print(table(found))
+    print(table(results))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,27 +1,24 @@
-"""The README's figures of the distillation loss: ours in chunks against the plain formula, TRL's and Liger's.
+"""Benchmark of the distillation loss: the chunked fused loss, the plain formula, TRL's loss and Liger's.
 
     python benchmarks/kd_loss.py                                     # 512, 1024 and 2048 positions on a CPU
-    python benchmarks/kd_loss.py --positions 8192 --repeats 3        # what does not fit into memory is said, not tried
+    python benchmarks/kd_loss.py --positions 8192 --repeats 3        # implementations that do not fit are skipped
     python benchmarks/kd_loss.py --device cuda --json kd_loss.json   # bfloat16 at the widths of Qwen2.5-VL 3B and 7B
 
-Every side turns the same hidden states and output heads into (1 - λ) cross-entropy + λ KL, λ = 0.3, T = 2, averaged
-over positions, and into the gradient of the student's hidden states (and of its head with --trained-head). Each lives
-in a process of its own, and they take turns. Time and memory are those of forward and backward: medians, and the
-peak above what was there before. The exit status is 1 where values or gradients differ.
+All implementations receive the same hidden states and output heads. They compute (1 - λ) cross-entropy + λ KL, with
+λ = 0.3 and T = 2, averaged over positions, and the gradient with respect to the student's hidden states (and its head
+with --trained-head). Each runs in its own process, and they take turns. Time and memory cover forward and backward:
+medians over the repeats, and peak memory above the memory before the step. The exit status is 1 if values or gradients
+differ by more than the tolerance.
 """
 
 import argparse
 import importlib.util
-import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +26,21 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from measuring import Usage, measure_cpu, measure_cuda, write_json
+from processes import call, worker
 
 from distill.training.fused_loss import HiddenTargets, answer_loss
 
 WEIGHT, TEMPERATURE = 0.3, 2.0
-NEEDED = {"fused": 0.0, "plain": 7.5, "trl": 9.5, "liger": 9.5}
-"""Tensors [N, V] in float32 that a side holds at its peak, roughly; on a CPU it is tried only where they fit."""
+PEAK_TENSORS = {"fused": 0.0, "plain": 7.5, "trl": 9.5, "liger": 9.5}
+"""Approximate count of float32 tensors [N, V] at the peak; on a CPU an implementation is skipped if they do not fit."""
 DIFFERENCES = ("value_difference", "gradient_difference")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: sizes, and where."""
+    """Sizes and device of one measurement."""
 
     positions: int
     vocabulary: int
@@ -66,7 +65,7 @@ class Inputs:
     tokens: torch.Tensor
 
 
-def inputs(case: Case) -> Inputs:
+def random_inputs(case: Case) -> Inputs:
     """Random states and heads whose logits have a standard deviation of 3."""
     g = torch.Generator(case.device).manual_seed(case.positions)
 
@@ -75,10 +74,10 @@ def inputs(case: Case) -> Inputs:
 
     n, v, d, e = case.positions, case.vocabulary, case.width, case.assistant_width
     tokens = torch.randint(0, v, (n,), generator=g, device=case.device)
-    made = Inputs(normal(n, d), normal(v, d, 3 * d**-0.5), normal(n, e), normal(v, e, 3 * e**-0.5), tokens)
-    made.hidden.requires_grad_()
-    made.head.requires_grad_(case.trained_head)
-    return made
+    inputs = Inputs(normal(n, d), normal(v, d, 3 * d**-0.5), normal(n, e), normal(v, e, 3 * e**-0.5), tokens)
+    inputs.hidden.requires_grad_()
+    inputs.head.requires_grad_(case.trained_head)
+    return inputs
 
 
 def fused(x: Inputs) -> torch.Tensor:
@@ -95,7 +94,7 @@ def plain(x: Inputs) -> torch.Tensor:
 
 
 def trl(x: Inputs) -> torch.Tensor:
-    """TRL's loss at beta = 0, which is KL(teacher || student), and the plain cross-entropy beside it."""
+    """TRL's loss at beta = 0, which is KL(teacher || student), plus plain cross-entropy."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd import GKDTrainer
 
@@ -105,133 +104,112 @@ def trl(x: Inputs) -> torch.Tensor:
 
 
 def liger(x: Inputs) -> torch.Tensor:
-    """Liger's chunked loss at beta = 0; compiled on a GPU only, for on a CPU that costs minutes."""
+    """Liger's chunked loss at beta = 0. It is compiled on a GPU only, because compilation on a CPU takes minutes."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(1 - WEIGHT, WEIGHT, beta=0.0, temperature=TEMPERATURE, compiled=x.hidden.is_cuda)
     return loss(x.hidden, x.head, x.assistant, x.assistant_head, x.tokens)
 
 
-SIDES: dict[str, Callable[[Inputs], torch.Tensor]] = {"fused": fused, "plain": plain, "trl": trl, "liger": liger}
-held: dict[Case, Inputs] = {}
+Loss = Callable[[Inputs], torch.Tensor]
+IMPLEMENTATIONS: dict[str, Loss] = {"fused": fused, "plain": plain, "trl": trl, "liger": liger}
+cached_inputs: dict[Case, Inputs] = {}
 
 
 @dataclass
 class Run:
-    seconds: float
-    cpu_seconds: float
-    extra_bytes: int
+    usage: Usage
     value: float
     gradient: torch.Tensor | None = None
 
 
-def measure(side: str, case: Case, threads: int | None, with_gradient: bool) -> Run | str:
-    """One forward and backward of one side; in its own process. A sentence where memory does not suffice."""
+def measure(name: str, case: Case, threads: int | None, with_gradient: bool) -> Run:
+    """One forward and backward pass of an implementation; called in its worker process."""
     if threads:
         torch.set_num_threads(threads)
-    if case not in held:
-        held.clear()
-        held[case] = inputs(case)
-    x = held[case]
-    x.hidden.grad = x.head.grad = None
-    try:
-        found = on_gpu(SIDES[side], x) if case.device == "cuda" else on_cpu(SIDES[side], x)
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    if with_gradient and x.hidden.grad is not None:
-        found.gradient = x.hidden.grad.float().cpu()
-    return found
+    if case not in cached_inputs:
+        cached_inputs.clear()
+        cached_inputs[case] = random_inputs(case)
+    x = cached_inputs[case]
+    losses: list[torch.Tensor] = []
+
+    def step() -> None:
+        losses.append(IMPLEMENTATIONS[name](x))
+        losses[-1].backward()
+
+    def reset() -> None:
+        losses.clear()
+        x.hidden.grad = x.head.grad = None
+
+    reset()
+    if case.device == "cuda":
+        try:
+            step()  # untimed, so that the allocator already holds the memory in the timed pass
+            reset()
+            usage = measure_cuda(step)
+        finally:
+            torch.cuda.empty_cache()  # leave the memory to the other implementations
+    else:
+        usage = measure_cpu(step, trim=False)
+    gradient = x.hidden.grad.float().cpu() if with_gradient and x.hidden.grad is not None else None
+    return Run(usage, float(losses[0].detach()), gradient)
 
 
-def on_cpu(loss: Callable[[Inputs], torch.Tensor], x: Inputs) -> Run:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory("VmRSS")
-    begin, cpu = time.perf_counter(), time.process_time()
-    total = loss(x)
-    total.backward()
-    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    return Run(seconds, cpu, memory("VmHWM") - before, float(total.detach()))
-
-
-def memory(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def on_gpu(loss: Callable[[Inputs], torch.Tensor], x: Inputs) -> Run:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    try:
-        for _ in range(2):  # once more, with memory that is at hand
-            x.hidden.grad = x.head.grad = None
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            begin.record()
-            total = loss(x)
-            total.backward()
-            end.record()
-            torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before
-    finally:
-        torch.cuda.empty_cache()  # for the other sides, whose turn it is next
-    return Run(begin.elapsed_time(end) / 1000, 0.0, extra, float(total.detach()))
-
-
-def unfit(side: str, case: Case) -> str | None:
-    """Why a side cannot be tried here."""
-    module = {"trl": "trl", "liger": "liger_kernel"}.get(side)
+def reason_to_skip(name: str, case: Case) -> str | None:
+    """Why an implementation cannot run here, or None."""
+    module = {"trl": "trl", "liger": "liger_kernel"}.get(name)
     if module and importlib.util.find_spec(module) is None:
-        return f"not here: {module.replace('_', '-')} is not installed"
-    positions = min(case.positions, 2047) if side == "liger" else case.positions  # its largest chunk
-    need = NEEDED[side] * positions * case.vocabulary * 4
+        return f"skipped: {module.replace('_', '-')} is not installed"
+    positions = min(case.positions, 2047) if name == "liger" else case.positions  # its largest chunk
+    need = PEAK_TENSORS[name] * positions * case.vocabulary * 4
     if case.device == "cpu" and need > psutil.virtual_memory().available:
-        return f"would need about {need / 1e9:.0f} GB"
+        return f"skipped: needs about {need / 1e9:.0f} GB"
     return None
 
 
-def compare(case: Case, options: argparse.Namespace, pools: dict[str, ProcessPoolExecutor]) -> list[dict[str, Any]]:
-    """All sides in turn, `repeats` times after a warm-up; a row for each."""
-    failed = {side: reason for side in SIDES if (reason := unfit(side, case))}
-    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+def compare(case: Case, options: argparse.Namespace, workers: dict[str, ProcessPoolExecutor]) -> list[dict[str, Any]]:
+    """All implementations in turn, `repeats` times after a warm-up; one row each."""
+    failures = {name: reason for name in IMPLEMENTATIONS if (reason := reason_to_skip(name, case))}
+    runs: dict[str, list[Run]] = {name: [] for name in IMPLEMENTATIONS}
     for repeat in range(options.repeats + 1):
-        for side in [side for side in SIDES if side not in failed]:
+        for name in [name for name in IMPLEMENTATIONS if name not in failures]:
             try:
-                found = pools[side].submit(measure, side, case, options.threads, repeat == 0).result()
-            except BrokenProcessPool:
-                found = "its process was killed"
-            except Exception as error:  # another library's side may fail in its own ways, ours may not
-                if side in ("fused", "plain"):
+                result = call(workers[name], measure, name, case, options.threads, repeat == 0)
+            except Exception as error:  # a third-party implementation may fail in any way; ours must not
+                if name in ("fused", "plain"):
                     raise
-                found = f"does not run here: {type(error).__name__}: {error}".splitlines()[0]
-            if isinstance(found, str):
-                failed[side] = found
+                result = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            if isinstance(result, str):
+                failures[name] = result
             else:
-                runs[side].append(found)
-    return [row(side, case, runs, failed.get(side)) for side in SIDES]
+                runs[name].append(result)
+    return [summarize(name, case, runs, failures.get(name)) for name in IMPLEMENTATIONS]
 
 
-def row(side: str, case: Case, runs: dict[str, list[Run]], failure: str | None) -> dict[str, Any]:
-    made: dict[str, Any] = {"positions": case.positions, "side": side, "failure": failure}
+def summarize(name: str, case: Case, runs: dict[str, list[Run]], failure: str | None) -> dict[str, Any]:
+    """Medians of one implementation and its differences from the plain formula, or why it did not run."""
+    row: dict[str, Any] = {"positions": case.positions, "implementation": name, "failure": failure}
     if failure:
-        return made
-    first, *timed = runs[side]
-    for name in ("seconds", "cpu_seconds", "extra_bytes"):
-        made[name] = statistics.median(getattr(run, name) for run in timed)
-    made["all_seconds"] = [run.seconds for run in timed]
-    made["value"] = first.value
+        return row
+    first, *timed = runs[name]
+    for field in Usage._fields:
+        row[field] = statistics.median(getattr(run.usage, field) for run in timed)
+    row["all_seconds"] = [run.usage.seconds for run in timed]
+    row["value"] = first.value
     if runs["plain"]:
         expected = runs["plain"][0]
         assert first.gradient is not None and expected.gradient is not None
-        made["value_difference"] = abs(first.value - expected.value)
+        row["value_difference"] = abs(first.value - expected.value)
         difference = (first.gradient - expected.gradient).abs().max() / expected.gradient.abs().max()
-        made["gradient_difference"] = float(difference)
-    return made
+        row["gradient_difference"] = float(difference)
+    return row
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The rows of one case; ratios are to ours."""
+    """Print the rows of one case; ratios are relative to the fused loss."""
     ours = rows[0]
     for row in rows:
-        print(f"{row['positions']:>9}  {row['side']:<6}", end="")
+        print(f"{row['positions']:>9}  {row['implementation']:<14}", end="")
         if row["failure"]:
             print(f"  {row['failure']}")
             continue
@@ -239,20 +217,20 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['seconds']:>9.3f}{ratios[0]:>8.2f}{row['cpu_seconds']:>8.3f}", end="")
         print(f"{row['extra_bytes'] / 1e6:>10.0f}{ratios[1]:>8.2f}", end="")
         differences = [row.get(name) for name in DIFFERENCES]
-        print(*(f"{'-' if found is None else f'{found:.1e}':>10}" for found in differences), sep="")
+        print(*(f"{'-' if value is None else f'{value:.1e}':>10}" for value in differences), sep="")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The distillation loss: ours, the plain formula, TRL's, Liger's.")
+    parser = argparse.ArgumentParser(description="Distillation loss: fused, plain formula, TRL, Liger.")
     parser.add_argument("--positions", type=int, nargs="+", help="positions N (default: 512 to 2048; to 8192 on a GPU)")
-    parser.add_argument("--vocabulary", type=int, default=151_936, help="ids V (default: 151936, Qwen2.5-VL-3B's)")
-    parser.add_argument("--width", type=int, help="the student's hidden width (default: 64; 2048 on a GPU)")
-    parser.add_argument("--assistant-width", type=int, help="the assistant's (default: 96; 3584 on a GPU)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: cpu)")
-    parser.add_argument("--trained-head", action="store_true", help="the head gets a gradient, too")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs after the first (default: 5)")
-    parser.add_argument("--threads", type=int, help="threads of a side on a CPU (default: torch's)")
-    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--vocabulary", type=int, default=151_936, help="tokens V (default: 151936, Qwen2.5-VL-3B's)")
+    parser.add_argument("--width", type=int, help="hidden size of the student (default: 64; 2048 on a GPU)")
+    parser.add_argument("--assistant-width", type=int, help="hidden size of the assistant (default: 96; 3584 on a GPU)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: cpu)")
+    parser.add_argument("--trained-head", action="store_true", help="also compute the gradient of the student's head")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs after the warm-up (default: 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads per implementation (default: torch's)")
+    parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     width, assistant_width = options.width or (2048 if cuda else 64), options.assistant_width or (3584 if cuda else 96)
@@ -264,22 +242,20 @@ def main() -> int:
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} with {threads} thread(s)"
     versions = f"torch {torch.__version__}, {str(cases[0].dtype).removeprefix('torch.')}"
     print(f"{device}; {versions}; V {options.vocabulary}, D {width}, D' {assistant_width}")
-    print(f"{'positions':>9}  side    seconds   ratio   CPU s  extra MB   ratio   value d   grad. d", flush=True)
-    context = multiprocessing.get_context("spawn")
+    print("positions  implementation  seconds   ratio   CPU s  extra MB   ratio   value Δ   grad. Δ", flush=True)
     rows = []
     for case in cases:
-        pools = {side: ProcessPoolExecutor(1, mp_context=context) for side in SIDES}  # processes start when first used
+        workers = {name: worker() for name in IMPLEMENTATIONS}
         try:
-            found = compare(case, options, pools)
+            case_rows = compare(case, options, workers)
         finally:
-            for pool in pools.values():
-                pool.shutdown()
-        show(found)
+            for process in workers.values():
+                process.shutdown()
+        show(case_rows)
         sys.stdout.flush()
-        rows += found
-    if options.json:
-        made = {"device": device, "torch": torch.__version__, "cases": [asdict(case) for case in cases], "rows": rows}
-        options.json.write_text(json.dumps(made, indent=2) + "\n")
+        rows += case_rows
+    results = {"device": device, "torch": torch.__version__, "cases": [asdict(case) for case in cases], "rows": rows}
+    write_json(options.json, results)
     return int(any(row.get(name, 0) > TOLERANCE[cases[0].dtype] for row in rows for name in DIFFERENCES))
 
 

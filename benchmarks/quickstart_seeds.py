@@ -1,8 +1,8 @@
-"""What the README says of seeds: the quickstart run once per seed, accuracies per role as Markdown, in percent.
+"""Accuracies of the quickstart over seeds, as a Markdown table in percent.
 
-    python benchmarks/quickstart_seeds.py [SEED ...]        # 1 2 3 unless told otherwise
+    python benchmarks/quickstart_seeds.py [SEED ...]        # default: 1 2 3
 
-Runs the chains one after another as `quickstart-SEED`; what is done already is skipped, as the chain itself does.
+Runs the chains one after another under the name `quickstart-SEED`. Stages that are already done are skipped.
 """
 
 import argparse
@@ -27,12 +27,12 @@ ROLES = {
 def table(
     metrics: Mapping[int, Mapping[str, Any]], cascades: Mapping[int, Mapping[str, Any]], seconds: Mapping[int, float]
 ) -> str:
-    """Markdown: a row per role with its test accuracies in percent, the student's gain in points, the cascade, seconds.
+    """Markdown table: test accuracy of each role, gain of the student over hard labels, cascade results, run time.
 
     Args:
-        metrics: per seed the content of `evaluate/metrics.json`.
-        cascades: per seed the content of `cascade/metrics.json`.
-        seconds: per seed what the stages took, of `chain.json`.
+        metrics: content of `evaluate/metrics.json` by seed.
+        cascades: content of `cascade/metrics.json` by seed.
+        seconds: total time of the stages in `chain.json` by seed.
     """
     seeds = list(metrics)
     lines = [
@@ -40,17 +40,17 @@ def table(
         "| --- |" + " --- |" * (len(seeds) + 1),
     ]
 
-    def row(title: str, values: Sequence[float], form: str) -> None:
-        lines.append(f"| {title} | " + " | ".join(format(value, form) for value in [*values, mean(values)]) + " |")
+    def add_row(title: str, values: Sequence[float], spec: str) -> None:
+        lines.append(f"| {title} | " + " | ".join(format(value, spec) for value in [*values, mean(values)]) + " |")
 
     percent = {role: [100 * metrics[seed][role]["accuracy"] for seed in seeds] for role in ROLES}
     for role, title in ROLES.items():
-        row(title, percent[role], ".1f")
-    pairs = zip(percent["student"], percent["student_hard_labels"], strict=True)
-    row("student minus hard labels, points", [student - hard for student, hard in pairs], "+.1f")
-    row("cascade", [100 * cascades[seed]["accuracy"] for seed in seeds], ".1f")
-    row("teacher calls a post, %", [100 * cascades[seed]["teacher_calls_per_sample"] for seed in seeds], ".1f")
-    row("seconds for the whole chain", [seconds[seed] for seed in seeds], ".0f")
+        add_row(title, percent[role], ".1f")
+    both = zip(percent["student"], percent["student_hard_labels"], strict=True)
+    add_row("student minus hard labels, points", [student - hard for student, hard in both], "+.1f")
+    add_row("cascade", [100 * cascades[seed]["accuracy"] for seed in seeds], ".1f")
+    add_row("teacher calls per post, %", [100 * cascades[seed]["teacher_calls_per_sample"] for seed in seeds], ".1f")
+    add_row("seconds for the whole chain", [seconds[seed] for seed in seeds], ".0f")
     return "\n".join(lines)
 
 
@@ -65,10 +65,10 @@ def main() -> int:
         name = f"quickstart-{seed}"
         command = [str(Path(sys.executable).with_name("distill")), "run", "--config", "recipes/quickstart.yaml"]
         command += ["--seed", str(seed), "--name", name]
-        # what the chain prints goes to stderr, so that the table alone can be sent to a file
-        outcome = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
-        if outcome.returncode:
-            return outcome.returncode
+        # the chain's output goes to stderr, so that stdout holds only the table
+        process = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
+        if process.returncode:
+            return process.returncode
         folder = ROOT / "runs" / name
         metrics[seed] = json.loads((folder / "evaluate" / "metrics.json").read_text())
         cascades[seed] = json.loads((folder / "cascade" / "metrics.json").read_text())

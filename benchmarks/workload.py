@@ -1,4 +1,4 @@
-"""What the benchmarks of training run on: Qwen2.5-VL of any size with random weights, and posts with rationales."""
+"""Models and data of the training benchmarks: Qwen2.5-VL with random weights, and posts with rationales."""
 
 import json
 import random
@@ -47,51 +47,53 @@ MODELS: dict[str, dict[str, Any]] = {
         "vision": TINY_VISION, "tied": True,
     },
 }  # fmt: skip
-"""Fields of their configs: the published ones, and two that a CPU can train, with the published vocabularies."""
+"""Model configurations: the published ones, and two with the published vocabularies that are small enough for a CPU."""
 
 POST_TOKENS = (3, 12, 15, 18, 20, 22, 24, 26, 29, 32, 60)
 RATIONALE_TOKENS = (151, 207, 221, 233, 242, 252, 263, 274, 287, 306, 427)
-"""Deciles of Twitter-2015's posts and rationales (dev split) in tokens of Qwen2's vocabulary."""
+"""Deciles of the lengths of Twitter-2015's posts and rationales (dev split), in tokens of Qwen2's tokenizer."""
 
 
-def config(name: str, tokenizer: PreTrainedTokenizerFast, vocabulary: int | None = None) -> Qwen2_5_VLConfig:
-    """The config of one of MODELS with the ids of a tokenizer; `vocabulary` in place of its own."""
+def model_config(name: str, tokenizer: PreTrainedTokenizerFast, vocabulary: int | None = None) -> Qwen2_5_VLConfig:
+    """The config of an entry of MODELS with the token ids of a tokenizer. `vocabulary` overrides its size."""
     text, vision = MODELS[name]["text"], MODELS[name]["vision"]
-    begin, vision_begin, image, video = (
+    pad, vision_start, image, video = (
         tokenizer.convert_tokens_to_ids(token)
         for token in ("<|endoftext|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>")
     )
-    spread = 0.02 if text["hidden_size"] > 1000 else text["hidden_size"] ** -0.5
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": begin}
+    initializer_range = 0.02 if text["hidden_size"] > 1000 else text["hidden_size"] ** -0.5
+    special_ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
     return Qwen2_5_VLConfig(
         text_config=text
         | {
             "max_position_embeddings": 32_768,
-            "initializer_range": spread,
+            "initializer_range": initializer_range,
             "vocab_size": vocabulary or text["vocab_size"],
         }
-        | ends,
-        vision_config=vision | {"out_hidden_size": text["hidden_size"], "initializer_range": spread},
+        | special_ids,
+        vision_config=vision | {"out_hidden_size": text["hidden_size"], "initializer_range": initializer_range},
         image_token_id=image,
         video_token_id=video,
-        vision_start_token_id=vision_begin,
+        vision_start_token_id=vision_start,
         tie_word_embeddings=MODELS[name]["tied"],
-        initializer_range=spread,
-        **ends,
+        initializer_range=initializer_range,
+        **special_ids,
     )
 
 
-def build(
+def build_model(
     name: str, tokenizer: PreTrainedTokenizerFast, device: str = "cpu", *, seed: int = 1,
     lora: LoraSettings | None = None, image_size: int = 280, batch_size: int = 8, vocabulary: int | None = None,
 ) -> Backbone:  # fmt: skip
-    """One of MODELS with random weights, made where it stays: bfloat16 on a GPU, float32 elsewhere."""
+    """An entry of MODELS with random weights, created on its device: bfloat16 on a GPU, float32 elsewhere."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     settings = ModelSettings(lora=lora, image_size=image_size, dtype=dtype, batch_size=batch_size)  # type: ignore[arg-type]
     torch.manual_seed(seed)
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(
-            config(name, tokenizer, vocabulary), dtype=getattr(torch, dtype), attn_implementation=settings.attention
+            model_config(name, tokenizer, vocabulary),
+            dtype=getattr(torch, dtype),
+            attn_implementation=settings.attention,
         )
         if lora is not None:
             model = get_peft_model(
@@ -102,7 +104,7 @@ def build(
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Qwen2's tokenizer from its tokenizer.json."""
+    """Read Qwen2's tokenizer from its tokenizer.json."""
     return PreTrainedTokenizerFast(
         tokenizer_file=str(path),
         eos_token="<|im_end|>",
@@ -113,14 +115,14 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(vocabulary: int = 2048) -> PreTrainedTokenizerFast:
-    """One trained on the questions and the words of the postcards, where there is no other."""
+    """Train a tokenizer on the prompts and words of the postcards corpus."""
     samples = [Sample(str(number), words) for number, words in enumerate(TEXTS)]
     texts = [prompts.render(template, sample, LABELS) for sample in samples for template in ("predict", *TASKS)]
-    return tiny.train_tokenizer([*texts, _words(random.Random(0), 5000)], vocabulary)
+    return tiny.train_tokenizer([*texts, _random_words(random.Random(0), 5000)], vocabulary)
 
 
-def read_rows(folder: Path) -> list[Sample]:
-    """The posts of dev.jsonl that have a rationale."""
+def read_posts(folder: Path) -> list[Sample]:
+    """Read the posts of dev.jsonl that have a rationale."""
     rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         Sample(row["id"], row["text"], (folder / row["image"],), row["aspect"], row["label"], row["rationale"])
@@ -129,32 +131,38 @@ def read_rows(folder: Path) -> list[Sample]:
     ]
 
 
-def make_rows(
+def synthetic_posts(
     folder: Path, count: int, tokenizer: PreTrainedTokenizerFast, image_size: int = 280, length: float = 1
 ) -> list[Sample]:
-    """As many posts, about as long as Twitter-2015's, with drawn pictures; rationales `length` times as long."""
-    pictures = []
-    for number in range(min(count, 16)):
-        draw = random.Random(number)
-        pictures.append(folder / f"{number}.png")
-        draw_card(draw.choice(FACES), draw.choice(list(SKIES)), draw, image_size).save(pictures[-1])
-    words = tokenizer(_words(random.Random(0), 5000), add_special_tokens=False)["input_ids"]
+    """Create posts with the length distribution of Twitter-2015, with drawn images.
 
-    def text(deciles: tuple[int, ...], place: float, times: float, draw: random.Random) -> str:
-        below = min(int(place), len(deciles) - 2)
-        tokens = round(times * (deciles[below] + (place - below) * (deciles[below + 1] - deciles[below])))
-        first = draw.randrange(len(words) - tokens)
+    Args:
+        folder: folder for the images.
+        length: factor on the length of the rationales.
+    """
+    images = []
+    for number in range(min(count, 16)):
+        generator = random.Random(number)
+        images.append(folder / f"{number}.png")
+        draw_card(generator.choice(FACES), generator.choice(list(SKIES)), generator, image_size).save(images[-1])
+    words = tokenizer(_random_words(random.Random(0), 5000), add_special_tokens=False)["input_ids"]
+
+    def text(deciles: tuple[int, ...], decile: float, factor: float, generator: random.Random) -> str:
+        below = min(int(decile), len(deciles) - 2)
+        tokens = round(factor * (deciles[below] + (decile - below) * (deciles[below + 1] - deciles[below])))
+        first = generator.randrange(len(words) - tokens)
         return str(tokenizer.decode(words[first : first + tokens]))
 
-    rows = []
+    posts = []
     for number in range(count):
-        draw = random.Random(number)
-        label, place = draw.choice(LABELS.names), draw.uniform(0, 10) if number else 10.0  # the first is the longest
-        post, rationale = text(POST_TOKENS, place, 1, draw), text(RATIONALE_TOKENS, place, length, draw)
-        rows.append(Sample(f"row-{number}", post, (pictures[number % len(pictures)],), "it", label, rationale))
-    return rows
+        generator = random.Random(number)
+        label = generator.choice(LABELS.names)
+        decile = generator.uniform(0, 10) if number else 10.0  # the first post has the maximum length
+        post, rationale = text(POST_TOKENS, decile, 1, generator), text(RATIONALE_TOKENS, decile, length, generator)
+        posts.append(Sample(f"row-{number}", post, (images[number % len(images)],), "it", label, rationale))
+    return posts
 
 
-def _words(draw: random.Random, count: int) -> str:
-    known = [word for words in WORDS.values() for word in words] + [*THINGS, *TOWNS]
-    return " ".join(draw.choice(known) for _ in range(count))
+def _random_words(generator: random.Random, count: int) -> str:
+    vocabulary = [word for words in WORDS.values() for word in words] + [*THINGS, *TOWNS]
+    return " ".join(generator.choice(vocabulary) for _ in range(count))

@@ -1,7 +1,7 @@
-"""The stages of a recipe in order: each is skipped while nothing it was made from has changed.
+"""Runs the stages of a recipe in order; a stage is skipped if it is done and its inputs are unchanged.
 
-`chain.json` in the run's folder is the manifest: per stage its status, fingerprint, inputs, outputs, seconds, peak
-memory and the versions it ran with.
+`chain.json` in the run's folder is the manifest: for each stage its status, fingerprint, inputs, outputs, duration in
+seconds, peak memory and the versions of the libraries it ran with.
 """
 
 import errno
@@ -31,13 +31,13 @@ from distill.stages import annotate, assistant, augment, calibrate, cascade, eva
 from distill.stages.context import Context
 from distill.task import prompts
 from distill.tracking import Tracker
-from distill.training.fit import active_folder
+from distill.training.fit import worker_folder
 
 log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
-    """A stage: what runs, which earlier stages and recipe sections it reads, and what it leaves in its folder."""
+    """A stage: its function, the earlier stages and extra recipe sections it depends on, and its outputs."""
 
     run: Any
     reads: tuple[str, ...]
@@ -63,62 +63,65 @@ STAGES = {
     ),
     "export": Stage(export.run, ("student", "evaluate"), (), ("config.json", "README.md")),
 }
-"""In the order of a chain; a recipe has the stages whose sections it has."""
+"""All stages in the order of a chain. A recipe has the stages whose sections it has."""
 
-_KEPT = ("ledger.jsonl", "soft_targets")  # each entry of which says itself what it was made from
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_KEPT = ("ledger.jsonl", "soft_targets")  # caches whose entries are keyed by their own inputs
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _LIBRARIES = ("distill", "torch", "lightning", "transformers", "peft", "datasets", "wandb")
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """The names of the recipe's stages, in order."""
+    """Names of the recipe's stages, in order."""
     return [name for name in STAGES if getattr(recipe, name) is not None]
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """What each stage is made from, as a hash: its settings, the data, the seed, and the stages it reads.
+    """Hash of the inputs of each stage: its settings, the data, the seed, and the fingerprints of the stages it reads.
 
-    The folder of the data does not count, only what is in it.
+    Of the data, only the content is hashed, not its folder.
     """
     settings = asdict(recipe)
     data = [data_fingerprint(recipe.data), {name: value for name, value in settings["data"].items() if name != "root"}]
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for name in stages_of(recipe):
         stage = STAGES[name]
-        made_from = [
+        inputs = [
             data,
             prompts.VERSION,
             recipe.seed,
             settings["task"],
             settings[name],
             *(settings[section] for section in stage.sections),
-            *(found.get(earlier) for earlier in stage.reads),
+            *(hashes.get(earlier) for earlier in stage.reads),
         ]
-        found[name] = sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    return found
+        hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return hashes
 
 
 def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> list[str]:
-    """Run what is stale, in order, and return the names of the stages that ran.
+    """Run the stages that are not up to date, in order.
 
     Args:
         until: stop after this stage.
-        only: run this stage alone; what it reads must be there.
+        only: run this stage only; the stages it reads must be up to date.
+
+    Returns:
+        The names of the stages that ran.
 
     Raises:
-        SettingsError: the recipe lacks the stage, or `only` reads a stage that is missing or stale.
-        RunError: a stage failed, or another process works on the same run.
+        SettingsError: the recipe has no section for the stage, or `only` reads a stage that is not up to date.
+        RunError: a stage failed, the disk is full, or another process uses the same run.
     """
     names = stages_of(recipe)
-    for wanted in (until, only):
-        if wanted is not None and wanted not in names:
-            raise SettingsError(f"the recipe has no section {wanted}; its stages are {', '.join(names)}")
+    for stage in (until, only):
+        if stage is not None and stage not in names:
+            raise SettingsError(f"the recipe has no section {stage}; its stages are {', '.join(names)}")
     if until is not None:
         names = names[: names.index(until) + 1]
-    found = fingerprints(recipe)
-    context = Context(recipe, found)
+    current = fingerprints(recipe)
+    context = Context(recipe, current)
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name)
-    if (folder := active_folder()) is not None:  # started by a training strategy, for the fit that goes on there
+    if (folder := worker_folder()) is not None:  # a worker process of a distributed training in progress
         name = folder.relative_to(recipe.folder).parts[0]
         with tracker.stage(name, {}) as tracked:
             STAGES[name].run(context, tracked)
@@ -127,11 +130,11 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
         with _locked(recipe.folder):
             manifest = _Manifest(recipe.folder)
             if only is not None:
-                _check_read(only, STAGES[only].reads, manifest, found)
+                _check_inputs(only, STAGES[only].reads, manifest, current)
                 names = [only]
             ran = []
             for name in names:
-                if not manifest.done(name, found[name]):
+                if not manifest.done(name, current[name]):
                     _run_stage(name, context, tracker, manifest)
                     ran.append(name)
             return ran
@@ -144,38 +147,40 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
 
 
 def up_to_date(recipe: Recipe) -> dict[str, bool]:
-    """The recipe's stages in order, and whether each has run with these settings and data."""
+    """The recipe's stages in order, and whether each is done with the current settings and data."""
     manifest = _Manifest(recipe.folder)
-    return {name: manifest.done(name, found) for name, found in fingerprints(recipe).items()}
+    return {name: manifest.done(name, current) for name, current in fingerprints(recipe).items()}
 
 
-def ready(recipe: Recipe, command: str, reads: Sequence[str]) -> dict[str, str]:
-    """The fingerprints of the stages, for a command that is no stage itself and reads what they left.
+def input_fingerprints(recipe: Recipe, command: str, reads: Sequence[str]) -> dict[str, str]:
+    """Fingerprints of the stages, for a command that is not a stage but reads the outputs of the stages in `reads`.
 
     Raises:
-        SettingsError: the recipe lacks a stage that the command needs, or it is missing or stale.
+        SettingsError: the recipe has no section for such a stage, or the stage is not up to date. A chain without a
+            teacher stage is accepted.
     """
-    found = fingerprints(recipe)
+    current = fingerprints(recipe)
     for name in reads:
-        if name not in found and name != "teacher":
+        if name not in current and name != "teacher":
             raise SettingsError(f"{command} needs a {name} section")
-    _check_read(command, reads, _Manifest(recipe.folder), found)
-    return found
+    _check_inputs(command, reads, _Manifest(recipe.folder), current)
+    return current
 
 
-def _check_read(reader: str, reads: Sequence[str], manifest: "_Manifest", found: Mapping[str, str]) -> None:
-    stale = [name for name in reads if name in found and not manifest.done(name, found[name])]
+def _check_inputs(reader: str, reads: Sequence[str], manifest: "_Manifest", current: Mapping[str, str]) -> None:
+    """Raise SettingsError if a stage in `reads` is not up to date."""
+    stale = [name for name in reads if name in current and not manifest.done(name, current[name])]
     if stale:
         raise SettingsError(f"{reader} reads {stale[0]}, which has not run with this recipe; run it first")
 
 
 def _disk_failure(error: BaseException | None) -> str | None:
-    """What the disk said, where that is at the bottom of an error: torch and the writers in Rust hide it."""
+    """The disk error that caused an exception, if any: torch hides it in the context, Rust writers in the message."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             return error.strerror
-        if (said := re.search(r"\(os error (\d+)\)", str(error))) and int(said[1]) in _FULL:
-            return os.strerror(int(said[1]))
+        if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _DISK_ERRORS:
+            return os.strerror(int(match[1]))
         error = error.__context__
     return None
 
@@ -184,15 +189,14 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
     recipe, stage = context.recipe, STAGES[name]
     folder, fingerprint = recipe.folder / name, context.fingerprints[name]
     if name != "export" and manifest.stages.get(name, {}).get("fingerprint") != fingerprint:
-        # what stands there was made from something else; answers and soft targets tell themselves from what, and an
-        # export stays until the next one is checked
+        # The outputs belong to other settings or data. Caches are kept, and an export until the next one is verified.
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
     log.info("stage %s", name)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     earlier = manifest.stages.get(name, {})
-    resumed = earlier.get("seconds", 0.0) if earlier.get("fingerprint") == fingerprint else 0.0
+    previous = earlier.get("seconds", 0.0) if earlier.get("fingerprint") == fingerprint else 0.0
     entry: dict[str, Any] = {
         "status": "running",
         "fingerprint": fingerprint,
@@ -209,7 +213,7 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
             stage.run(context, tracked)
         status = "done"
     finally:
-        entry |= {"status": status, "seconds": round(resumed + time.monotonic() - began, 1)}
+        entry |= {"status": status, "seconds": round(previous + time.monotonic() - began, 1)}
         manifest.write(name, entry | {"peak_memory_mb": _peak_memory_mb()})
 
 
@@ -221,7 +225,7 @@ def _clear(folder: Path) -> None:
 
 
 class _Manifest:
-    """`chain.json`; written whole or not at all."""
+    """The manifest `chain.json`, written atomically."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "chain.json"
@@ -231,14 +235,16 @@ class _Manifest:
         except FileNotFoundError:
             self.stages = {}
         except (ValueError, KeyError, TypeError):
-            raise SettingsError(f"{self.path} is not a manifest of this program; move it or its folder away") from None
+            raise SettingsError(f"{self.path} is not a valid manifest; move it or its folder away") from None
 
     def done(self, name: str, fingerprint: str) -> bool:
+        """Whether a stage has finished with this fingerprint and its outputs exist."""
         entry = self.stages.get(name, {})
-        there = all((self.folder / output).exists() for output in entry.get("outputs", ()))
-        return entry.get("status") == "done" and entry.get("fingerprint") == fingerprint and there
+        exists = all((self.folder / output).exists() for output in entry.get("outputs", ()))
+        return entry.get("status") == "done" and entry.get("fingerprint") == fingerprint and exists
 
     def write(self, name: str, entry: dict[str, Any]) -> None:
+        """Replace the entry of a stage and write the file."""
         self.stages[name] = entry
         order: Sequence[str] = [stage for stage in STAGES if stage in self.stages]
         write_json(self.path, {"stages": {stage: self.stages[stage] for stage in order}})
@@ -246,7 +252,7 @@ class _Manifest:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time works on a run. Raises RunError where another one does."""
+    """Lock a run's folder for this process. Raises RunError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:
@@ -261,12 +267,12 @@ def _reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux: the peak is then that of the whole process so far
-        log.debug("the peak of memory cannot be reset here")
+    except OSError:  # not Linux: the peak is that of the whole process so far
+        log.debug("the peak memory of the process cannot be reset on this system")
 
 
 def _peak_memory_mb() -> dict[str, int]:
-    """Most memory in use since the stage began, in MiB: of this process, and of the GPU where there is one."""
+    """Peak memory since the start of the stage, in MiB: of this process (host), and of the GPU if there is one."""
     peak = {}
     try:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,4 +1,4 @@
-"""The `distill` command."""
+"""The command line: `distill COMMAND --config RECIPE`."""
 
 import logging
 import os
@@ -10,37 +10,37 @@ from collections.abc import Sequence
 from distill.errors import RunError, SettingsError
 
 COMMANDS = {
-    "run": "the whole chain; a second call resumes or does nothing",
-    "plan": "what would run, sizes, memory, teacher calls and cost; runs nothing",
-    "teacher": "fine-tune a local teacher on gold rationales",
-    "annotate": "the teacher writes reasoning data",
-    "assistant": "train the assistant on it",
-    "augment": "the assistant writes more, kept when right",
-    "student": "distil the student",
-    "evaluate": "judge every role on the test split",
-    "calibrate": "fit temperatures and thresholds on the validation split",
-    "cascade": "student and teacher share the test split, in three stages",
-    "export": "write the student as a folder that transformers loads",
-    "report": "write report.html anew and print the table",
-    "serve": "put student and teacher into service behind one OpenAI-compatible address",
+    "run": "run all stages that are not up to date; resumes after an interruption",
+    "plan": "estimate data sizes, memory, teacher requests and cost; runs nothing",
+    "teacher": "fine-tune a local teacher on gold rationales and labels",
+    "annotate": "write rationales for the training posts with the teacher",
+    "assistant": "train the assistant on the teacher's rationales",
+    "augment": "write further rationales with the assistant; keep the correct ones",
+    "student": "train the student with knowledge distillation",
+    "evaluate": "evaluate teacher, assistant and student on the test split",
+    "calibrate": "fit the cascade's temperatures and thresholds on the validation split",
+    "cascade": "run the cascade of student and teacher on the test split",
+    "export": "export the student as a folder that transformers can load",
+    "report": "write report.html again and print the table of results",
+    "serve": "serve the cascade with an OpenAI-compatible API",
 }
 
 _USAGE = """usage: distill COMMAND --config RECIPE [--FIELD VALUE ...]
 
-From a multimodal teacher to a small student that reasons and classifies.
+Distil a multimodal teacher into a small student that reasons and classifies.
 
 commands:
 {commands}
 
-Any field of the recipe can be given by its dotted name: --student.distillation.weight 0.5
-`distill COMMAND --help` documents every field, --print_config prints the resolved recipe.
+Any field of the recipe can be overridden by its dotted name: --student.distillation.weight 0.5
+`distill COMMAND --help` documents all fields; --print_config prints the resolved recipe.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status 0, 1 (failure while running), 2 (settings and data), 130 (interrupted)."""
+    """Run a command. Returns the exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:<10} {description}" for name, description in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(commands=listed))
         return 0 if arguments else 2
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"distill: {arguments[0]} is not a command; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    _quieten()
+    _configure_logging()
     try:
         _command(arguments[0], arguments[1:])
         sys.stdout.flush()
@@ -60,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distill: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
-        print("distill: interrupted; the same command goes on from here", file=sys.stderr)
+        print("distill: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # noqa: BLE001 - a fault of ours: one sentence, and the trace for whoever mends it
+    except Exception as error:  # noqa: BLE001 - a bug: print the traceback and one line
         traceback.print_exc()
         print(f"distill: unexpected {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, recipe  # imported late: `distill --help` needs no torch
+    from distill import chain, recipe  # imported here, so that `distill --help` does not import torch
     from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
@@ -89,11 +89,11 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(report.summary(settings))
         return
     if command == "serve":
-        serve.run(settings, chain.ready(settings, command, ("teacher", "student", "calibrate")))
+        serve.run(settings, chain.input_fingerprints(settings, command, ("teacher", "student", "calibrate")))
         return
     ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)
     if not ran:
-        print(f"{settings.folder}: nothing to do, every stage is up to date")
+        print(f"{settings.folder}: nothing to do, all stages are up to date")
     elif command == "run":
         print(f"ran {', '.join(ran)}")
     if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
@@ -102,8 +102,8 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(report.summary(settings))
 
 
-def _quieten() -> None:
-    """This house's own messages, and of the libraries' only what matters."""
+def _configure_logging() -> None:
+    """Show info messages of distill; hide the routine messages and warnings of the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("distill").setLevel(logging.INFO)
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):

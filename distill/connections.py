@@ -1,4 +1,4 @@
-"""HTTP connections: a pool that respects the environment's proxy and certificates, and reads with a deadline."""
+"""HTTP connections: pools with the proxy and certificates of the environment, and reads with a deadline."""
 
 import base64
 import os
@@ -22,19 +22,21 @@ class BodyTooLarge(Exception):
 
 
 def connection_pool(url: str, connections: int) -> urllib3.PoolManager:
-    """A thread-safe pool of connections for `url`, without retries, through the proxy that the environment names.
+    """Create a thread-safe connection pool for `url`, without retries.
+
+    The proxy is taken from the environment: `http_proxy`, `https_proxy` or `all_proxy`, unless `no_proxy` has the host.
 
     Args:
         connections: number of idle connections to keep.
 
     Raises:
-        SettingsError: the environment names a proxy that cannot be used.
+        SettingsError: the proxy in the environment cannot be used.
     """
     target, proxies = parse_url(url), getproxies()
     address = f"{target.host}:{target.port}" if target.port else f"{target.host}"
     direct = proxy_bypass(address) or proxy_bypass((target.host or "").strip("[]"))
     proxy = None if direct else proxies.get(target.scheme or "", proxies.get("all"))
-    context = _ssl_context()  # one for all connections: loading the certificates is slow
+    context = _ssl_context()  # shared by all connections, because loading certificates is slow
     if proxy is None:
         return urllib3.PoolManager(maxsize=connections, retries=False, ssl_context=context)
     proxy = proxy if "://" in proxy else f"http://{proxy}"
@@ -48,16 +50,23 @@ def connection_pool(url: str, connections: int) -> urllib3.PoolManager:
 
 
 def basic_auth(header: str, url: str) -> dict[str, str]:
-    """The header for the user and password in a URL; empty without them. Raises urllib3's LocationParseError."""
+    """The basic-auth header of the user and password in a URL; empty if it has none.
+
+    Raises:
+        urllib3.exceptions.LocationParseError: the URL is invalid.
+    """
     auth = parse_url(url).auth
     return {header: f"Basic {base64.b64encode(unquote(auth).encode()).decode()}"} if auth else {}
 
 
 def read_body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: int | None = None) -> bytes:
-    """The body of a streamed response, however slowly it arrives.
+    """Read the body of a streamed response until a deadline.
+
+    The deadline holds for the whole body, unlike a read timeout, which restarts with every chunk.
 
     Args:
         deadline: on the clock of `time.monotonic`.
+        max_bytes: largest allowed body; None: no limit.
 
     Raises:
         TimeoutError: the body is not complete by the deadline.
@@ -75,7 +84,7 @@ def read_body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: in
 
 
 def _ssl_context() -> ssl.SSLContext:
-    """Certificates from SSL_CERT_FILE or SSL_CERT_DIR where set, otherwise from certifi."""
+    """An SSL context with the certificates of SSL_CERT_FILE or SSL_CERT_DIR if set, otherwise of certifi."""
     if file := os.environ.get("SSL_CERT_FILE"):
         return ssl.create_default_context(cafile=file)
     if folder := os.environ.get("SSL_CERT_DIR"):

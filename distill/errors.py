@@ -1,9 +1,9 @@
-"""The two ways in which a command ends badly; `cli.py` turns each into one sentence and an exit status."""
+"""The two expected failures of a command; `cli.py` prints their message and sets the exit status."""
 
 
 class SettingsError(ValueError):
-    """Settings or data that cannot work: exit status 2. The message names the field, the file and the row."""
+    """Invalid settings or data: exit status 2. The message names the field, the file or the row."""
 
 
 class RunError(RuntimeError):
-    """A failure while running, such as a dead endpoint or a full disk: exit status 1."""
+    """A failure while running, such as an unreachable endpoint or a full disk: exit status 1."""

@@ -1,4 +1,4 @@
-"""Files of a run: JSON, and files and folders that are written atomically."""
+"""Files of a run: reading and writing JSON, and atomic replacement of files and folders."""
 
 import json
 import os
@@ -39,8 +39,11 @@ def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a new sibling folder that replaces `folder` when the block ends.
 
-    If the block raises, `folder` is unchanged. If the process is killed, the next call removes what it left. Several
-    processes may do this at once.
+    If the block raises, `folder` is unchanged. If the process is killed, the next call for the same folder removes the
+    leftovers, or restores `folder` from them. Several processes may call this at the same time.
+
+    Raises:
+        OSError: a folder cannot be created or renamed.
     """
     new = _sibling(folder, "new")
     _remove_leftovers(folder)
@@ -68,10 +71,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         SettingsError: the file is not valid JSON.
     """
     try:
@@ -85,8 +88,8 @@ def _sibling(folder: Path, state: Literal["new", "old"]) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the siblings of killed processes; restore `folder` where a kill came between its two renames."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.(new|old)")
+    """Remove the siblings that killed processes left; restore `folder` if the kill was between its two renames."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.(\d{{1,7}})\.(new|old)")
     found = [match for path in folder.parent.glob(".*") if (match := name.fullmatch(path.name))]
     for match in found:
         leftover = folder.with_name(match[0])
@@ -99,7 +102,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Whether another process with this number runs on this machine."""
+    """Whether another process with this id is running on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

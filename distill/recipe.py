@@ -1,4 +1,4 @@
-"""A chain's settings: the sections that each room declares for itself, in one dataclass, read from YAML and flags."""
+"""The recipe: the settings sections of all packages in one dataclass, read from YAML files and command-line flags."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ from distill.export.export import ExportSettings
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
-from distill.settings import SectionHelp, build, check_names, fields, optional_sections, sentence
+from distill.settings import SectionHelp, build, check_names, fields, optional_sections, parse_error_message
 from distill.task.labels import LabelSpace, Scale
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
@@ -37,91 +37,95 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass
 class TaskSettings:
-    """What is predicted."""
+    """The prediction task: label names or a continuous scale."""
 
     labels: list[str] | None = None
-    """Label names, from the most negative to the most positive; null: negative, neutral, positive, or a scale's
-    centres."""
+    """Label names, from the most negative to the most positive; null: negative, neutral and positive, or the bin
+    centres of task.scale."""
     polarity: list[int] | None = None
-    """Polarity of each label (-1, 0, 1); null: spread evenly over the names."""
+    """Polarity of each label (-1, 0 or 1); null: -1 for the first half of the labels, 1 for the second half and 0 for a
+    label in the middle. Ignored with task.scale."""
     scale: Scale | None = None
-    """Continuous labels: the scale, and the bins it is cut into. Without it, labels are names."""
+    """Scale of continuous labels and its division into bins; null: labels are names."""
 
 
 @dataclass
 class TeacherSettings(TrainSettings):
-    """How a local teacher is trained."""
+    """Training of a local teacher."""
 
     tasks: dict[str, float] = field(default_factory=lambda: {"predict": 1.0, "explain": 1.0, "classify": 1.0})
-    """Tasks and their weights in the loss: predict, explain and classify where a teacher annotates, classify alone
-    where it does not; review prepares it for the cascade's second look."""
+    """Training tasks and their weights in the loss: predict, explain and classify with an annotate section, otherwise
+    classify only. review prepares the teacher for the third stage of the cascade, whose prompt contains both earlier
+    predictions."""
 
 
 @dataclass
 class AnnotateStageSettings(AnnotateSettings):
-    """Who writes the reasoning data, and how."""
+    """The teacher that writes the reasoning data, and how its answers are requested and filtered."""
 
     endpoint: EndpointSettings | None = None
-    """The teacher as an OpenAI-compatible server."""
+    """Use a model behind an OpenAI-compatible server as teacher."""
     model: ModelSettings | None = None
-    """The teacher as a ready model on this machine."""
+    """Use a pretrained model on this machine as teacher, without fine-tuning."""
 
 
 @dataclass
 class CalibrateStageSettings(CalibrateSettings):
-    """How the cascade's thresholds are fitted, and with whom."""
+    """Fitting of the cascade's temperatures and thresholds, and the teacher of the cascade."""
 
     endpoint: EndpointSettings | None = None
-    """The cascade's teacher as an OpenAI-compatible server, where it is not the one that annotates."""
+    """Use a model behind an OpenAI-compatible server as the cascade's teacher, instead of the one that annotates."""
     model: ModelSettings | None = None
-    """The cascade's teacher as a ready model on this machine, where it is not the one that annotates."""
+    """Use a pretrained model on this machine as the cascade's teacher, instead of the one that annotates."""
 
 
 @dataclass
 class Recipe:
-    """The settings of one chain; a stage runs where its section is given, be it empty: {}."""
+    """The settings of one chain. A stage runs if its section is given, even if the section is empty: {}."""
 
     name: str
-    """Name of the chain; it writes to <runs>/<name>."""
+    """Name of the chain. Its folder is <runs>/<name>."""
     runs: str = "runs"
-    """Folder of all runs."""
+    """Parent folder of all chains."""
     seed: int = 42
-    """Seed of weights, order and sampling."""
+    """Random seed of weight initialisation, data order and sampling."""
     task: TaskSettings = field(default_factory=TaskSettings)
-    """What is predicted."""
+    """The prediction task: label names or a continuous scale."""
     data: DataSettings = field(default_factory=DataSettings)
-    """Where the posts come from."""
+    """The data: source, files and splits."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer for every training: accelerator, devices, precision, strategy, max_epochs, ..."""
+    """Arguments of lightning.Trainer for all trainings: accelerator, devices, precision, strategy, max_epochs, ..."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
-    """wandb."""
+    """Experiment tracking with Weights & Biases (wandb)."""
     teacher: TeacherSettings | None = None
-    """Stage: fine-tune a local teacher on the gold rationales of the training split."""
+    """Stage: fine-tune a local teacher on the gold rationales and labels of the training split."""
     annotate: AnnotateStageSettings | None = None
-    """Stage: the teacher writes reasoning data."""
+    """Stage: the teacher writes rationales for the training posts."""
     assistant: TrainSettings | None = None
     """Stage: train the assistant on the teacher's rationales."""
     augment: AugmentSettings | None = None
-    """Stage: the assistant writes more rationales, kept when right."""
+    """Stage: the assistant writes further rationales; those that predict the gold label are kept."""
     student: StudentSettings | None = None
-    """Stage: distil the student."""
+    """Stage: train the student, with knowledge distillation from the assistant."""
     evaluate: EvaluateSettings | None = None
-    """Stage: judge every role on the test split."""
+    """Stage: evaluate teacher, assistant and student on the test split."""
     calibrate: CalibrateStageSettings | None = None
-    """Stage: fit temperatures and thresholds of the cascade on the validation split."""
+    """Stage: fit the temperatures and thresholds of the cascade on the validation split."""
     cascade: CascadeSettings | None = None
-    """Stage: student and teacher share the test split; what that is worth."""
+    """Stage: run the cascade of student and teacher on the test split and measure accuracy and teacher calls."""
     export: ExportSettings | None = None
-    """Stage: write the student as a folder that transformers loads."""
+    """Stage: export the student as a folder that transformers can load."""
     serve: ServeSettings = field(default_factory=ServeSettings)
-    """How `distill serve` puts student and teacher into service."""
+    """Settings of `distill serve`, the OpenAI-compatible server of the cascade."""
 
     @property
     def folder(self) -> Path:
+        """The chain's folder, `<runs>/<name>`."""
         return Path(self.runs) / self.name
 
     @property
     def labels(self) -> LabelSpace:
+        """The label space. Raises ValueError for labels that do not form one."""
         task = self.task
         if task.scale is not None:
             return LabelSpace.from_scale(task.scale, task.labels)
@@ -129,34 +133,34 @@ class Recipe:
 
 
 def parser(command: str) -> jsonargparse.ArgumentParser:
-    """The options of one command: `--config`, and every field of the recipe by its dotted name."""
+    """The argument parser of a command: `--config`, and every field of the recipe by its dotted name."""
     options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
     optional = dict(optional_sections(Recipe))
     for path, section in optional.items():
-        if any(path.startswith(f"{outer}.") for outer in optional):  # named in jsonargparse's help, but not answered to
+        if any(path.startswith(f"{outer}.") for outer in optional):  # jsonargparse shows it, but does not add it
             options.add_argument(f"--{path}.help", action=SectionHelp, const=section)
     return options
 
 
 def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, jsonargparse.Namespace]:
-    """The checked recipe, and all that was parsed (a command may have options of its own).
+    """Parse the arguments; returns the validated recipe, and the namespace with the command's own options.
 
     Raises:
-        SettingsError: one sentence that names the field and the values it takes.
+        SettingsError: a file, a name or a value is invalid. The message names the field and the accepted values.
     """
     _check_files(arguments)
     try:
         parsed = options.parse_args(list(arguments))
     except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError, ValueError, OSError) as error:
-        raise SettingsError(sentence(Recipe, error)) from None
+        raise SettingsError(parse_error_message(Recipe, error)) from None
     check(recipe := build(Recipe, parsed))
     return recipe, parsed
 
 
 def _check_files(arguments: Sequence[str]) -> None:
-    """Refuse what is no recipe, or has names that a recipe does not take, before jsonargparse reads it."""
+    """Raise SettingsError for unreadable files and unknown fields, for which jsonargparse has no clear message."""
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", nargs="?", default=[])
     for file in filter(None, files.parse_known_args(arguments)[0].config):
@@ -167,14 +171,14 @@ def _check_files(arguments: Sequence[str]) -> None:
         except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
-            raise SettingsError(f"--config: {file} holds no fields; a recipe takes {', '.join(fields(Recipe))}")
+            raise SettingsError(f"--config: {file} has no fields; a recipe has {', '.join(fields(Recipe))}")
         check_names(Recipe, content)
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what cannot work before any model is loaded. Raises SettingsError."""
+    """Validate combinations of settings before any model is loaded. Raises SettingsError."""
     if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name.startswith("."):
-        raise SettingsError(f"name: {recipe.name!r} takes letters, digits, '-', '_' and '.'")
+        raise SettingsError(f"name is {recipe.name!r}; it takes letters, digits, '-', '_' and '.'")
     try:
         recipe.labels  # noqa: B018
     except ValueError as error:
@@ -188,25 +192,25 @@ def check(recipe: Recipe) -> None:
             if settings.batch_size < 1:
                 raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
             if settings.packing and settings.model.attention == "flash_attention_2":
-                raise SettingsError(f"{stage}.packing takes false where {stage}.model.attention is flash_attention_2")
+                raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:
-                raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model has nothing to adapt")
+                raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model is not pretrained")
     check_labels(recipe.data, recipe.labels)
     annotate, student = recipe.annotate, recipe.student
     if annotate is not None:
         teachers = [recipe.teacher, annotate.endpoint, annotate.model]
         if sum(item is not None for item in teachers) > 1:
-            raise SettingsError("annotate takes one teacher: the teacher section, annotate.endpoint or annotate.model")
+            raise SettingsError("annotate takes one teacher: a teacher section, annotate.endpoint or annotate.model")
         if not any(item is not None for item in teachers) and not annotate.recorded:
-            raise SettingsError("annotate needs a teacher, annotate.endpoint, annotate.model or annotate.recorded")
+            raise SettingsError("annotate needs a teacher section, or one of its fields endpoint, model and recorded")
     for stage in ("assistant", "student", "teacher"):
         learner: TrainSettings | None = getattr(recipe, stage)
-        also = {"review"} if stage == "teacher" else set()
-        if annotate is None and learner is not None and set(learner.tasks) - also != {"classify"}:
-            known = " and ".join(["classify", *also])
-            raise SettingsError(f"{stage}.tasks: reasoning needs an annotate section; without one the task is {known}")
+        allowed = {"classify", "review"} if stage == "teacher" else {"classify"}
+        if annotate is None and learner is not None and not {"classify"} <= set(learner.tasks) <= allowed:
+            tasks = " and ".join(sorted(allowed))
+            raise SettingsError(f"{stage}.tasks takes only {tasks} without an annotate section")
     if annotate is not None and recipe.task.scale is not None:
-        raise SettingsError("annotate takes label names; with task.scale the models classify alone")
+        raise SettingsError("annotate does not support task.scale: rationales need label names; remove one of the two")
     if recipe.augment is not None and (recipe.assistant is None or "reason" not in recipe.assistant.tasks):
         raise SettingsError("augment needs an assistant section that trains the reason task")
     if student is not None:
@@ -216,38 +220,38 @@ def check(recipe: Recipe) -> None:
         if options.temperature <= 0:
             raise SettingsError(f"student.distillation.temperature is {options.temperature}; it takes more than 0")
         if options.weight > 0 and recipe.assistant is None:
-            raise SettingsError("student.distillation.weight needs an assistant section; without one it takes 0")
-        asked = recipe.assistant.model.attention if recipe.assistant is not None and options.weight > 0 else None
-        if asked == "flash_attention_2" and student.packing and options.positions == "response":
-            raise SettingsError("student.packing takes false where assistant.model.attention is flash_attention_2")
+            raise SettingsError("student.distillation.weight must be 0 without an assistant section")
+        attention = recipe.assistant.model.attention if recipe.assistant is not None and options.weight > 0 else None
+        if attention == "flash_attention_2" and student.packing and options.positions == "response":
+            raise SettingsError("student.packing must be false if assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
-            raise SettingsError("student.distillation.weight takes 0 where task.scale.spread makes the targets soft")
+            raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
     for name in ("annotate", "calibrate"):
         section: AnnotateStageSettings | CalibrateStageSettings | None = getattr(recipe, name)
         if section is not None and section.model is not None and not section.model.path:
-            raise SettingsError(f"{name}.model.path is required: an untrained tiny model is no teacher")
+            raise SettingsError(f"{name}.model.path is required: an untrained tiny model cannot be the teacher")
     if (calibrate := recipe.calibrate) is not None:
         if calibrate.endpoint is not None and calibrate.model is not None:
             raise SettingsError("calibrate takes one teacher: calibrate.endpoint or calibrate.model")
-        named = [item for section in (annotate, calibrate) if section for item in (section.endpoint, section.model)]
-        if all(item is None for item in [recipe.teacher, *named]):
+        others = [item for section in (annotate, calibrate) if section for item in (section.endpoint, section.model)]
+        if all(item is None for item in [recipe.teacher, *others]):
             raise SettingsError(
-                "calibrate needs a teacher to ask: teacher, or an endpoint or model of annotate or of calibrate"
+                "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or calibrate"
             )
     if recipe.cascade is not None and recipe.calibrate is None:
-        raise SettingsError("cascade needs a calibrate section, for its thresholds")
+        raise SettingsError("cascade needs a calibrate section, which fits its thresholds")
 
 
 def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:
-    """Raises SettingsError for a name or a value that lightning.Trainer does not take."""
+    """Raise SettingsError for an argument name or value that lightning.Trainer does not accept."""
     check_trainer(arguments, field)
     try:
         _trainer_options().parse_object({"trainer": dict(arguments)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise SettingsError(sentence(Recipe, error).replace("trainer", field, 1)) from None
+        raise SettingsError(parse_error_message(Recipe, error).replace("trainer", field, 1)) from None
 
 
 @functools.cache
@@ -258,5 +262,5 @@ def _trainer_options() -> jsonargparse.ArgumentParser:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe; `load` reads it back."""
+    """The resolved recipe as YAML, which `load` can read."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)

@@ -1,6 +1,6 @@
-"""Settings dataclasses as a tree: the fields of each section, and what is wrong with names and values in one sentence.
+"""Trees of settings dataclasses: their fields, construction from parsed values, and error messages.
 
-Nothing here knows the recipe; `recipe.py` is the one root that there is.
+This module is independent of the recipe; `recipe.py` defines the root of the tree.
 """
 
 import argparse
@@ -17,18 +17,18 @@ from distill.errors import SettingsError
 
 
 def fields(section: type) -> dict[str, Any]:
-    """Names and types of a section's fields."""
+    """Names and types of the fields of a section."""
     return {item.name: item.type for item in dataclasses.fields(section)}
 
 
 def section_of(annotation: Any) -> type | None:
-    """The dataclass that a field holds, always or optionally; None for a field of values."""
+    """The dataclass of a section field, optional or not; None if the field is not a section."""
     kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
     return next(filter(dataclasses.is_dataclass, kinds), None)
 
 
 def optional_sections(section: type, path: str = "") -> Iterator[tuple[str, type]]:
-    """The dotted names of the sections that may be left out, with their dataclasses."""
+    """Yield the dotted names of the optional sections, with their dataclasses."""
     for name, annotation in fields(section).items():
         if inner := section_of(annotation):
             if inner is not annotation:
@@ -37,7 +37,7 @@ def optional_sections(section: type, path: str = "") -> Iterator[tuple[str, type
 
 
 def build(section: type, values: Any, path: str = "") -> Any:
-    """A section from what was parsed. Raises SettingsError, named by its place, for what a section refuses itself."""
+    """Construct a section from parsed values. Raises SettingsError with the dotted name for a value that it rejects."""
     content = {name: values[name] for name in fields(section)}
     for name, annotation in fields(section).items():
         if (inner := section_of(annotation)) and content[name] is not None:
@@ -50,23 +50,23 @@ def build(section: type, values: Any, path: str = "") -> Any:
 
 
 def check_names(root: type, values: Mapping[Any, Any], section: type | None = None, path: str = "") -> None:
-    """Raises SettingsError for an unknown field or a value in a section's place; jsonargparse passes over some."""
+    """Raise SettingsError for an unknown field or a value in place of a section; jsonargparse ignores some of them."""
     section = section or root
     for name, value in values.items():
         if name not in fields(section):
-            raise SettingsError(unknown(root, f"{path}{name}"))
+            raise SettingsError(unknown_field_message(root, f"{path}{name}"))
         inner = section_of(fields(section)[name])
         if inner and isinstance(value, Mapping):
             check_names(root, value, inner, f"{path}{name}.")
         elif inner and value is not None:
-            raise SettingsError(_no_section(root, f"{path}{name}", value))
+            raise SettingsError(_not_a_section_message(root, f"{path}{name}", value))
 
 
 class SectionHelp(argparse.Action):
-    """`--student.model.lora.help`: the fields of an optional section inside another one."""
+    """An option such as `--student.model.lora.help`: prints the help of an optional section inside another one."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **given)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         section = jsonargparse.ArgumentParser(prog=parser.prog)
@@ -75,36 +75,36 @@ class SectionHelp(argparse.Action):
         parser.exit()
 
 
-_TAKES = {
+_TYPE_NAMES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text; quote it in YAML",
     "list": "a list such as [a, b]", "dict": "a mapping such as {name: value}",
 }  # fmt: skip
 
 
-def sentence(root: type, error: BaseException) -> str:
-    """The innermost complaint of jsonargparse, with the field's dotted name, its value, and what it takes."""
+def parse_error_message(root: type, error: BaseException) -> str:
+    """One line for an error of jsonargparse: the dotted name of the field, its value, and the expected type."""
     text = re.sub(r"<class '([^']+)'>", r"\1", str(error)).replace("typing.", "")
     path = ".".join(re.findall(r"[Pp]arser key \"([^\"]+)\":$", text, re.MULTILINE))
     dot = path and f"{path}."
     if found := re.search(r"Option '([^']+)' is not accepted|nrecognized arguments: --([^\s=]+)", text):
-        return unknown(root, f"{dot}{found[1] or found[2]}")
+        return unknown_field_message(root, f"{dot}{found[1] or found[2]}")
     if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        return unknown(root, f"{dot}{found[1]}.{found[2]}")
+        return unknown_field_message(root, f"{dot}{found[1]}.{found[2]}")
     if found := re.search(r"arguments are required: (\S+)|[Kk]ey \"([^\"]+)\" is required", text):
         return f"{dot}{found[1] or found[2]} is required"
     given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
     value = next(filter(None, given.groups()), "") if given else ""
     if re.search("dot import path|Not a valid subclass|Unable to load config", text):
-        return _no_section(root, path, value)
+        return _not_a_section_message(root, path, value)
     kinds = dict.fromkeys(re.findall(r"Expected an? (\w+(?:\[.*?\])?)", text))
     kinds.pop("NoneType", None)
     if not kinds:
         return f"{dot and path + ': '}{' '.join(text.split())}"
-    return f"{path}: {value} is not {' or '.join(map(_takes, kinds))}"
+    return f"{path}: {value} is not {' or '.join(map(_type_name, kinds))}"
 
 
-def unknown(root: type, path: str) -> str:
-    """A field that is not there: where it was looked for, and what is there instead."""
+def unknown_field_message(root: type, path: str) -> str:
+    """The message for an unknown field: the closest name, and the fields of its section."""
     section: type | None = root
     parts = path.split(".")
     for depth, part in enumerate(parts):
@@ -113,18 +113,18 @@ def unknown(root: type, path: str) -> str:
             close = difflib.get_close_matches(part, known, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             where = ".".join(parts[:depth]) or f"the {root.__name__.lower()}"
-            return f"{'.'.join(parts[: depth + 1])} is not a field{hint}; {where} takes {', '.join(known)}"
+            return f"{'.'.join(parts[: depth + 1])} is not a field{hint}; the fields of {where} are {', '.join(known)}"
         section = section_of(known[part])
     return f"{path} is not a field"
 
 
-def _no_section(root: type, path: str, value: object) -> str:
+def _not_a_section_message(root: type, path: str, value: object) -> str:
     section: Any = root
     for part in path.split("."):
         section = section_of(fields(section)[part])
-    return f"{path}: {value} is not a section; it takes {', '.join(fields(section))}"
+    return f"{path}: {value} is not a section; its fields are {', '.join(fields(section))}"
 
 
-def _takes(kind: str) -> str:
+def _type_name(kind: str) -> str:
     name, _, choices = kind.partition("[")
-    return f"one of {choices[:-1].replace(chr(39), '')}" if name == "Literal" else _TAKES.get(kind, kind)
+    return f"one of {choices[:-1].replace(chr(39), '')}" if name == "Literal" else _TYPE_NAMES.get(kind, kind)

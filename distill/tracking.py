@@ -1,7 +1,7 @@
-"""wandb: one group per chain, one run per stage, artifacts between them. A chain never fails because wandb does.
+"""Tracking with wandb: one group per chain, one run per stage, artifacts between them. wandb errors never stop a chain.
 
-Every call to wandb is guarded: the first failure (not installed, no network, full disk, expired key) logs one warning
-and turns tracking off for the rest of the stage.
+Every call to wandb is guarded: the first error (not installed, no network, full disk, expired key) logs one warning and
+disables tracking for the rest of the stage.
 """
 
 import logging
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.images import ImageError, decode
 
-_PICTURE_SIDE = 256
+_THUMBNAIL_SIDE = 256
 _INIT_SECONDS, _FINISH_SECONDS = 30, 300
 
 _log = logging.getLogger(__name__)
@@ -26,40 +26,40 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class TrackingSettings:
-    """Where the runs are tracked."""
+    """Experiment tracking with Weights & Biases (wandb)."""
 
     project: str = "distill"
-    """Project in wandb."""
+    """wandb project."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: WANDB_MODE where set, else online where the user is logged in, else offline."""
+    """auto: the value of WANDB_MODE if it is set, otherwise online if the user is logged in, otherwise offline."""
     group: str = ""
-    """Group that joins the runs of one chain; empty: the recipe's name."""
+    """Group of the runs of this chain; empty: the recipe's name."""
     entity: str = ""
-    """User or team in wandb; empty: the login's default."""
+    """wandb user or team; empty: the default of the login."""
 
 
 class Guard:
-    """Calls into wandb until one fails."""
+    """Calls wandb functions until the first error; after it, calls do nothing."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.failed = False
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the call returns; None where it fails or an earlier one failed."""
+        """Return the result of the call; None if it fails or an earlier call failed."""
         if self.failed:
             return None
         try:
             return call(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the chain is worth more than its log)
+        except Exception as error:  # noqa: BLE001 (no error of wandb may stop the chain)
             self.failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.warning("wandb is off for the rest of stage %s: %s", self.stage, reason)
+            _log.warning("wandb is disabled for the rest of stage %s: %s", self.stage, reason)
             return None
 
 
 class StageRun:
-    """One stage in wandb; every method does nothing where tracking is off."""
+    """The wandb run of one stage. All methods do nothing if tracking is disabled."""
 
     def __init__(self, run: Any, guard: Guard, group: str, folder: Path) -> None:
         self._run = run
@@ -70,38 +70,38 @@ class StageRun:
 
     @property
     def active(self) -> bool:
-        """Whether what is logged still goes somewhere."""
+        """Whether tracking is enabled and no call has failed."""
         return self._run is not None and not self._guard.failed
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log figures, at a step of the training or at the next one."""
+        """Log metrics at a training step; by default at the next step."""
         if self.active:
             self._guard(self._run.log, dict(metrics), step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log a table whose columns are the keys of the first row; a Path is shown as a small picture."""
+        """Log a table whose columns are the keys of the first row. A Path is shown as a thumbnail of that image."""
         if self.active and rows:
             self._guard(self._table, name, rows)
 
     def use_artifact(self, name: str) -> None:
-        """Record that this stage reads an artifact that an earlier stage of the chain logged.
+        """Record that this stage uses an artifact that an earlier stage of the chain logged.
 
-        The name goes into the run's config as `inputs`; online also as wandb's own link, which needs a server.
+        The name is added to `inputs` in the run's config. Online, the artifact is also linked, which needs the server.
         """
         if self.active:
             self._guard(self._use_artifact, name)
 
     def log_artifact(self, name: str, type: str, path: Path) -> None:
-        """Log a file or folder that this stage wrote. It is uploaded from where it lies, without a copy."""
+        """Log a file or folder that this stage wrote. It is uploaded without a local copy."""
         if self.active:
             self._guard(self._log_artifact, name, type, path)
 
     def lightning_logger(self) -> WandbLogger | None:
-        """A Lightning logger bound to this run; None where tracking is off."""
+        """A Lightning logger for this run; None if tracking is disabled."""
         return self._guard(GuardedLogger, self._run, self._guard, self._folder) if self.active else None
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the run, also after a failure, so that nothing of it lives on into the next stage."""
+        """End the run, also after a failed call, so that it is not active in the next stage."""
         run, self._run = self._run, None
         if run is not None and not self._guard.failed:
             self._guard(run.finish, exit_code=exit_code)
@@ -113,7 +113,7 @@ class StageRun:
         import wandb
 
         def cell(value: Any) -> Any:
-            return _picture(value) if isinstance(value, Path) else value
+            return _thumbnail(value) if isinstance(value, Path) else value
 
         columns: list[str | int] = list(rows[0])
         data = [[cell(row.get(str(column))) for column in columns] for row in rows]
@@ -125,7 +125,7 @@ class StageRun:
         if not self._run.offline:
             try:
                 self._run.use_artifact(f"{self._artifact_name(name)}:latest")
-            except Exception as error:  # noqa: BLE001 (the stage that made it ran offline, say: only the link is lost)
+            except Exception as error:  # noqa: BLE001 (for example logged offline: skip the link)
                 _log.info("wandb has no artifact %s: %s", name, error)
 
     def _log_artifact(self, name: str, type: str, path: Path) -> None:
@@ -141,17 +141,22 @@ class StageRun:
 
 
 class Tracker:
-    """The runs of one chain; wandb's files go to `<folder>/wandb`."""
+    """Starts the wandb runs of one chain. Local files of wandb are written to `<folder>/wandb`."""
 
     def __init__(self, settings: TrackingSettings, folder: Path, name: str) -> None:
-        """Track a chain. Args: folder: the chain's run folder; name: of the recipe."""
+        """Initialise the tracker.
+
+        Args:
+            folder: the chain's folder.
+            name: name of the recipe, the default group.
+        """
         self.settings = settings
         self.folder = folder
         self.group = settings.group or name
 
     @contextmanager
     def stage(self, stage: str, config: Mapping[str, Any]) -> Iterator[StageRun]:
-        """A wandb run for one stage; it ends with the block, as failed where the block raises."""
+        """Start a wandb run for one stage; it ends with the block, and is marked as failed if the block raises."""
         guard = Guard(stage)
         with _environment(self.folder / "wandb"):
             run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
@@ -174,7 +179,7 @@ class Tracker:
         if mode not in ("offline", "dryrun"):
             logged_in = wandb.login(prompt=False, verify=False)
             if mode == "online" and not logged_in:
-                _log.warning("wandb: not logged in (wandb login, or WANDB_API_KEY), so stage %s stays offline", stage)
+                _log.warning("wandb: not logged in (wandb login, or WANDB_API_KEY); stage %s runs offline", stage)
             mode = "online" if logged_in else "offline"
         else:
             mode = "offline"
@@ -193,13 +198,13 @@ class Tracker:
                 console="off",
                 reinit="create_new",
                 init_timeout=_INIT_SECONDS,
-                finish_timeout=_FINISH_SECONDS,  # a dead network must not hold the chain; `wandb sync` brings the rest
+                finish_timeout=_FINISH_SECONDS,  # limits the wait without network; `wandb sync` uploads later
             ),
         )
 
 
 class GuardedLogger(WandbLogger):
-    """Lightning's wandb logger, whose failures do not end the training."""
+    """Lightning's wandb logger, whose errors do not stop the training."""
 
     def __init__(self, run: Any, guard: Guard, folder: Path) -> None:
         super().__init__(experiment=run, save_dir=folder, project=run.project, name=run.name)
@@ -217,10 +222,10 @@ class GuardedLogger(WandbLogger):
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """wandb without chatter, its staging area in the run's folder; what the user has set stays."""
-    wanted = {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
-    added = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in added})
+    """Set variables that silence wandb and keep its files in the run's folder; variables already set are kept."""
+    variables = {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
+    added = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in added})
     try:
         yield
     finally:
@@ -228,13 +233,13 @@ def _environment(folder: Path) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _picture(path: Path) -> Any:
-    """A small wandb image; None where the file cannot be decoded."""
+def _thumbnail(path: Path) -> Any:
+    """A small wandb image; None if the file cannot be decoded."""
     import wandb
 
     try:
         image = decode(path)
     except ImageError:
         return None
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     return wandb.Image(image)

@@ -1,4 +1,4 @@
-"""What many tests share: quiet and offline libraries, a small corpus of postcards, a tokenizer, tiny models."""
+"""Shared fixtures: offline libraries, a small postcards corpus, a tokenizer, tiny models."""
 
 import os
 
@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 
+from distill.cli import main
 from distill.data.corpus import Corpus, DataSettings, read_corpus
 from distill.data.postcards import PostcardSettings
 from distill.models import tiny
@@ -21,6 +22,7 @@ from distill.models.backbone import Backbone, ModelSettings, create
 from distill.models.tiny import TinySettings
 from distill.task.labels import LabelSpace
 from distill.task.prompts import render
+from tests.commands import Command, Result
 
 torch.set_num_threads(1)
 
@@ -32,7 +34,7 @@ def labels() -> LabelSpace:
 
 @pytest.fixture(scope="session")
 def postcards(tmp_path_factory: pytest.TempPathFactory, labels: LabelSpace) -> Corpus:
-    """A few labelled postcards with gold rationales, fewer without."""
+    """A small postcards corpus: labelled posts with gold rationales, and a few unlabelled posts."""
     root = tmp_path_factory.mktemp("postcards") / "data"
     cards = PostcardSettings(labelled=63, unlabelled=9, validation=45, test=45)
     return read_corpus(DataSettings(source="postcards", root=str(root), postcards=cards), labels)
@@ -40,7 +42,7 @@ def postcards(tmp_path_factory: pytest.TempPathFactory, labels: LabelSpace) -> C
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, postcards: Corpus, labels: LabelSpace) -> Path:
-    """A tokenizer trained on the postcards' questions and rationales."""
+    """A tokenizer trained on prompts and rationales of the postcards."""
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [render("predict", sample, labels) for sample in postcards.train]
     texts += [sample.rationale for sample in postcards.train if sample.rationale]
@@ -53,7 +55,7 @@ MakeBackbone = Callable[..., Backbone]
 
 @pytest.fixture(scope="session")
 def make_backbone(tokenizer_folder: Path, labels: LabelSpace) -> MakeBackbone:
-    """Tiny models of random weights; the same seed makes the same model."""
+    """A factory of tiny models with random weights; the same seed gives the same model."""
 
     def make(seed: int = 0, hidden: int = 64, batch_size: int = 16) -> Backbone:
         L.seed_everything(seed, verbose=False)
@@ -68,13 +70,28 @@ def make_backbone(tokenizer_folder: Path, labels: LabelSpace) -> MakeBackbone:
 
 @pytest.fixture(scope="session")
 def backbone(make_backbone: MakeBackbone) -> Backbone:
-    """A tiny model that no test may change."""
+    """A tiny model; tests must not change it."""
     return make_backbone()
 
 
 @pytest.fixture(scope="session")
 def model_folder(make_backbone: MakeBackbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL on disk, as a real model would be."""
+    """A tiny Qwen2.5-VL saved to disk in the format of a real model."""
     folder = tmp_path_factory.mktemp("qwen")
     make_backbone(seed=3).save(folder)
     return folder
+
+
+@pytest.fixture
+def distill(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `distill` with the given arguments in this process."""
+
+    def command(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Result(status, *capsys.readouterr())
+
+    return command

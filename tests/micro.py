@@ -1,4 +1,4 @@
-"""Whole chains small enough for tests: recipes as dictionaries, and how to write and load them."""
+"""Recipes of complete chains that are small enough for tests, and functions to write and load them."""
 
 import json
 from pathlib import Path
@@ -32,46 +32,47 @@ RECORDED: dict[str, Any] = {
     "evaluate": {"max_new_tokens": 100},
     "export": {"check_samples": 4},
 }
-"""The gold rationales of the postcards are the teacher; nothing learns much in two epochs."""
+"""A chain on recorded rationales: the gold rationales of the postcards replace a teacher. Trains for two epochs."""
 
-FLUENT: dict[str, Any] = LEARNER | {
+LONG_TRAINING: dict[str, Any] = LEARNER | {
     "batch_size": 4,
     "learning_rate": 5e-3,
     "warmup_steps": 10,
     "trainer": {"max_epochs": 25, "check_val_every_n_epoch": 25},
 }
 
-TAUGHT: dict[str, Any] = RECORDED | {
-    "teacher": FLUENT,
+WITH_TEACHER: dict[str, Any] = RECORDED | {
+    "teacher": LONG_TRAINING,
     "annotate": {"max_new_tokens": 100, "retries": 1, "unlabelled": "keep_confident", "confidence": 0.4, "chunk": 4},
-    "assistant": FLUENT,
+    "assistant": LONG_TRAINING,
     "augment": {"max_new_tokens": 100, "chunk": 4},
     "calibrate": {"budget": 0.5, "min_label_mass": 0.0},
     "cascade": {"resamples": 20},
 }
-"""Teacher and assistant learn the format of a rationale, if not the truth; the teacher labels what has no label."""
+"""A chain with a trained teacher, which also labels the unlabelled posts. Teacher and assistant learn little more than
+the format of a rationale."""
 
 
 def write(folder: Path, content: dict[str, Any], **changes: Any) -> Path:
-    """The recipe as a file in `folder`, where its data and its runs go too; `a__b=1` changes the field a.b."""
-    content = json.loads(json.dumps({"runs": str(folder / "runs")} | content))  # no part is shared with another
+    """Write the recipe to `folder`, which also holds its data and runs; `a__b=1` sets the field a.b."""
+    content = json.loads(json.dumps({"runs": str(folder / "runs")} | content))  # a deep copy
     content["data"].setdefault("root", str(folder / "data"))
     for name, value in changes.items():
         *sections, field = name.split("__")
-        place = content
+        target = content
         for section in sections:
-            place = place.setdefault(section, {})
-        place[field] = value
+            target = target.setdefault(section, {})
+        target[field] = value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
 def read(path: Path, *flags: str) -> Recipe:
-    """The recipe as the command line would load it."""
+    """Load a recipe as the command line does."""
     return load(parser("run"), ["--config", str(path), *flags])[0]
 
 
 def manifest(recipe: Recipe) -> dict[str, Any]:
-    """What the chain's manifest says of each stage."""
+    """The entries of the chain's manifest."""
     return json.loads((recipe.folder / "chain.json").read_text())["stages"]

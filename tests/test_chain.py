@@ -1,4 +1,4 @@
-"""The chain: what is skipped, what is made again, what a failure leaves behind, and processes that ddp starts."""
+"""The chain: which stages run again, failures, the manifest, and worker processes of distributed training."""
 
 import errno
 import json
@@ -15,18 +15,17 @@ import torch
 from distill import chain
 from distill.chain import STAGES, fingerprints, run, stages_of
 from distill.errors import RunError, SettingsError
-from distill.files import write_json, write_text
 from distill.recipe import Recipe
 from distill.stages.context import Context
 from tests import micro
 
-JUDGED = ["evaluate", "calibrate", "cascade", "export"]
-ALL = ["teacher", "annotate", "assistant", "augment", "student", *JUDGED]
+AFTER_STUDENT = ["evaluate", "calibrate", "cascade", "export"]
+ALL = ["teacher", "annotate", "assistant", "augment", "student", *AFTER_STUDENT]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return micro.write(tmp_path, micro.TAUGHT)
+    return micro.write(tmp_path, micro.WITH_TEACHER)
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def recipe(path: Path) -> Recipe:
 
 
 class Fakes:
-    """Stages that write their outputs and do nothing else; `failing` raises its error half-way."""
+    """Replaces all stages by ones that only write their outputs; those in `failing` raise after the first output."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing: dict[str, BaseException] = {}
@@ -62,12 +61,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file with its size and the time of its last change."""
+    """Size and modification time of every file."""
     found = {path: path.stat() for path in folder.rglob("*")}
     return {str(path): (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
 
-# ---- what runs ----
+# ---- which stages run ----
 
 
 def test_a_chain_has_the_stages_whose_sections_its_recipe_has(recipe: Recipe, path: Path) -> None:
@@ -78,7 +77,7 @@ def test_a_chain_has_the_stages_whose_sections_its_recipe_has(recipe: Recipe, pa
     assert stages_of(fewer) == ["annotate", "assistant", "student", "evaluate", "export"]
 
 
-def test_everything_runs_once_in_order_and_a_second_run_touches_no_file(recipe: Recipe, fakes: Fakes) -> None:
+def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe, fakes: Fakes) -> None:
     assert run(recipe) == ALL
     assert [folder.name for folder in fakes.folders] == ALL
     before = state(recipe.folder)
@@ -96,16 +95,16 @@ def test_everything_runs_once_in_order_and_a_second_run_touches_no_file(recipe: 
 @pytest.mark.parametrize(
     ("flags", "again"),
     [
-        (["--student.distillation.weight", "0.5"], ["student", *JUDGED]),
+        (["--student.distillation.weight", "0.5"], ["student", *AFTER_STUDENT]),
         (["--evaluate.max_new_tokens", "50"], ["evaluate", "export"]),
-        (["--augment.temperature", "0.9"], ["augment", "student", *JUDGED]),
-        (["--assistant.batch_size", "2"], ["assistant", "augment", "student", *JUDGED]),
+        (["--augment.temperature", "0.9"], ["augment", "student", *AFTER_STUDENT]),
+        (["--assistant.batch_size", "2"], ["assistant", "augment", "student", *AFTER_STUDENT]),
         (["--annotate.retries", "2"], ALL[1:]),
         (["--trainer.precision", "bf16-mixed"], ALL),
         (["--seed", "2"], ALL),
         (["--task.labels", "[bad, fair, good]"], ALL),
         (["--data.postcards.labelled", "36"], ALL),
-        (["--augment", "null"], ["student", *JUDGED]),
+        (["--augment", "null"], ["student", *AFTER_STUDENT]),
         (["--calibrate.budget", "0.2"], ["calibrate", "cascade"]),
         (["--cascade.on_agreement", "average"], ["cascade"]),
         (["--tracking.project", "other"], []),
@@ -113,13 +112,13 @@ def test_everything_runs_once_in_order_and_a_second_run_touches_no_file(recipe: 
     ],
     ids=lambda value: value[0] if value and value[0].startswith("-") else "",
 )
-def test_a_change_makes_again_what_depends_on_it(flags: list[str], again: list[str], path: Path, fakes: Fakes) -> None:
+def test_a_change_runs_the_dependent_stages(flags: list[str], again: list[str], path: Path, fakes: Fakes) -> None:
     run(micro.read(path))
     assert run(micro.read(path, *flags)) == again
     assert run(micro.read(path, *flags)) == []
 
 
-def test_a_deleted_output_is_made_again(recipe: Recipe, fakes: Fakes) -> None:
+def test_a_stage_with_a_deleted_output_runs_again(recipe: Recipe, fakes: Fakes) -> None:
     run(recipe)
     (recipe.folder / "augment" / "summary.json").unlink()
     shutil.rmtree(recipe.folder / "export")
@@ -137,13 +136,13 @@ def test_until_and_only(recipe: Recipe, path: Path, fakes: Fakes) -> None:
     assert run(recipe, only="student") == ["student"]
     with pytest.raises(SettingsError, match=r"^augment reads annotate, which has not run with this recipe"):
         run(micro.read(path, "--annotate.retries", "0"), only="augment")
-    for wanted in ({"until": "serve"}, {"only": "serve"}):
+    for arguments in ({"until": "serve"}, {"only": "serve"}):
         with pytest.raises(SettingsError, match=r"^the recipe has no section serve; its stages are teacher, annotate"):
-            run(recipe, **wanted)
-    assert run(recipe) == JUDGED
+            run(recipe, **arguments)
+    assert run(recipe) == AFTER_STUDENT
 
 
-# ---- what a chain is made from ----
+# ---- inputs of a chain ----
 
 
 def jsonl_recipe(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Recipe:
@@ -159,7 +158,7 @@ ROWS = [
 ]
 
 
-def test_changed_data_runs_everything_again_and_moved_data_nothing(tmp_path: Path, fakes: Fakes) -> None:
+def test_changed_data_runs_all_stages_and_moved_data_none(tmp_path: Path, fakes: Fakes) -> None:
     assert len(run(jsonl_recipe(tmp_path, ROWS))) == 6
     (tmp_path / "elsewhere").mkdir()
     shutil.copytree(tmp_path / "data", tmp_path / "elsewhere" / "data")
@@ -171,14 +170,12 @@ def test_changed_data_runs_everything_again_and_moved_data_nothing(tmp_path: Pat
 @pytest.mark.parametrize(
     "changes", [{"data__seed": 1}, {"data__validation_fraction": 0.3}, {"data__max_pixels": 9}], ids=str
 )
-def test_another_split_of_the_same_rows_runs_everything_again(
-    changes: dict[str, Any], tmp_path: Path, fakes: Fakes
-) -> None:
+def test_another_split_of_the_same_rows_runs_all_stages(changes: dict[str, Any], tmp_path: Path, fakes: Fakes) -> None:
     run(jsonl_recipe(tmp_path, ROWS))
     assert len(run(jsonl_recipe(tmp_path, ROWS, **changes))) == 6
 
 
-def test_another_version_of_the_prompts_runs_everything_again(
+def test_another_version_of_the_prompts_runs_all_stages(
     recipe: Recipe, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe)
@@ -186,9 +183,7 @@ def test_another_version_of_the_prompts_runs_everything_again(
     assert run(recipe) == ALL
 
 
-def test_what_was_made_from_something_else_is_cleared_but_paid_answers_stay(
-    recipe: Recipe, path: Path, fakes: Fakes
-) -> None:
+def test_outputs_of_other_settings_are_deleted_but_the_ledger_is_kept(recipe: Recipe, path: Path, fakes: Fakes) -> None:
     run(recipe)
     annotate, student = recipe.folder / "annotate", recipe.folder / "student"
     (annotate / "ledger.jsonl").write_text("paid\n")
@@ -201,7 +196,7 @@ def test_what_was_made_from_something_else_is_cleared_but_paid_answers_stay(
     assert not (student / "checkpoints").exists() and not (student / "metrics.csv").exists()
 
 
-def test_an_export_stands_until_the_next_one_replaces_it(recipe: Recipe, path: Path, fakes: Fakes) -> None:
+def test_an_export_is_kept_until_the_next_one_replaces_it(recipe: Recipe, path: Path, fakes: Fakes) -> None:
     run(recipe)
     (recipe.folder / "export" / "model.safetensors").write_text("weights")
     fakes.failing["evaluate"] = RunError("stop here")
@@ -209,13 +204,13 @@ def test_an_export_stands_until_the_next_one_replaces_it(recipe: Recipe, path: P
     with pytest.raises(RunError, match="stop here"):
         run(other)
     assert (recipe.folder / "export" / "model.safetensors").read_text() == "weights"
-    assert run(other) == JUDGED
+    assert run(other) == AFTER_STUDENT
 
 
 # ---- failures ----
 
 
-def test_a_stage_that_fails_is_marked_and_goes_on_from_what_it_has(recipe: Recipe, fakes: Fakes) -> None:
+def test_a_failed_stage_is_marked_and_resumes_with_its_files(recipe: Recipe, fakes: Fakes) -> None:
     fakes.failing["assistant"] = RunError("the endpoint is gone")
     with pytest.raises(RunError, match="the endpoint is gone"):
         run(recipe)
@@ -235,18 +230,18 @@ def test_an_interrupted_stage_counts_as_failed(recipe: Recipe, fakes: Fakes) -> 
     assert run(recipe) == ALL[1:]
 
 
-def test_one_process_at_a_time(recipe: Recipe, fakes: Fakes) -> None:
+def test_a_second_process_is_rejected(recipe: Recipe, fakes: Fakes) -> None:
     with chain._locked(recipe.folder), pytest.raises(RunError, match=r"micro is in use by another process$"):
         run(recipe)
     assert run(recipe) == ALL
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"stages": 3', '{"other": {}}', "\x00\x01"], ids=repr)
-def test_a_damaged_manifest_is_named_and_left_alone(content: str, recipe: Recipe, fakes: Fakes) -> None:
+def test_a_damaged_manifest_is_named_and_not_changed(content: str, recipe: Recipe, fakes: Fakes) -> None:
     run(recipe)
     damaged = recipe.folder / "chain.json"
     damaged.write_text(content)
-    with pytest.raises(SettingsError, match=r"chain.json is not a manifest of this program; move it"):
+    with pytest.raises(SettingsError, match=r"chain\.json is not a valid manifest; move it"):
         run(recipe)
     assert damaged.read_text() == content
     damaged.unlink()
@@ -254,7 +249,7 @@ def test_a_damaged_manifest_is_named_and_left_alone(content: str, recipe: Recipe
 
 
 def torch_on_a_full_disk() -> RuntimeError:
-    """As torch.save fails: the file system's error is only the context of its own."""
+    """The error of torch.save, which has the error of the file system only as its context."""
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 6400 vs 6294")
     error.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return error
@@ -269,42 +264,27 @@ def torch_on_a_full_disk() -> RuntimeError:
     ],
     ids=["python", "torch", "safetensors"],
 )
-def test_a_full_disk_is_one_sentence_whoever_notices_it(error: Exception, recipe: Recipe, fakes: Fakes) -> None:
+def test_a_full_disk_is_reported_for_every_writer(error: Exception, recipe: Recipe, fakes: Fakes) -> None:
     fakes.failing["student"] = error
     with pytest.raises(RunError, match=r"No space left on device$") as raised:
         run(recipe)
     assert "\n" not in str(raised.value)
     assert micro.manifest(recipe)["student"]["status"] == "failed"
-    assert run(recipe) == ["student", *JUDGED]
+    assert run(recipe) == ["student", *AFTER_STUDENT]
 
 
-def test_a_fault_of_ours_is_not_blamed_on_the_disk(recipe: Recipe, fakes: Fakes) -> None:
+def test_other_errors_are_not_reported_as_disk_errors(recipe: Recipe, fakes: Fakes) -> None:
     error = TypeError("a bug")
-    error.__context__ = FileNotFoundError(errno.ENOENT, "looked for and not needed")
+    error.__context__ = FileNotFoundError(errno.ENOENT, "an optional file")
     fakes.failing["teacher"] = error
     with pytest.raises(TypeError, match="a bug"):
         run(recipe)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "a.json"
-    write_json(path, {"kept": "ü"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"kept": "ü"}
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(path, "half")
-    assert json.loads(path.read_text(encoding="utf-8")) == {"kept": "ü"}
-    assert os.listdir(path.parent) == ["a.json"]
+# ---- worker processes of distributed training ----
 
 
-# ---- processes that a training strategy starts ----
-
-
-def test_a_started_process_goes_straight_to_the_training_that_started_it(
+def test_a_worker_process_runs_only_the_stage_of_its_training(
     recipe: Recipe, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe, until="assistant")
@@ -313,7 +293,7 @@ def test_a_started_process_goes_straight_to_the_training_that_started_it(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("DISTILL_ACTIVE_FIT", str(recipe.folder / "student" / "hard_labels"))
     (recipe.folder / "student").mkdir()
-    with chain._locked(recipe.folder):  # as the process that started it does
+    with chain._locked(recipe.folder):  # held by the main process
         assert run(recipe) == []
     assert [folder.name for folder in fakes.folders] == ["student"]
     assert {name: entry for name, entry in state(recipe.folder).items() if "chain.json" in name} == {
@@ -322,17 +302,17 @@ def test_a_started_process_goes_straight_to_the_training_that_started_it(
 
 
 @pytest.mark.slow
-def test_two_processes_train_every_part_of_a_chain(tmp_path: Path) -> None:
-    """ddp starts the command anew for each training: assistant, student and the student's baseline."""
+def test_ddp_with_two_processes_trains_every_model_of_a_chain(tmp_path: Path) -> None:
+    """ddp starts the command again for each training: assistant, student and the student's baseline."""
     changes = {"trainer__devices": 2, "trainer__strategy": "ddp", "evaluate": None, "export": None}
     path = micro.write(tmp_path, micro.RECORDED, **changes)
     command = [str(Path(sys.executable).with_name("distill")), "run", "--config", str(path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stdout.strip() == "ran annotate, assistant, augment, student"
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ran annotate, assistant, augment, student"
     stages = micro.manifest(micro.read(path))
     assert all(entry["status"] == "done" for entry in stages.values())
     for folder in ("assistant", "student", "student/hard_labels"):
         checkpoint = torch.load(tmp_path / "runs/micro" / folder / "checkpoints/last.ckpt", weights_only=True)
-        # 27 labelled posts, half of them in each process, eight a step, two epochs; the baseline has no fewer
+        # 27 labelled posts on two processes, 8 posts per step and process, two epochs
         assert checkpoint["global_step"] == 4, folder

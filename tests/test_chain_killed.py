@@ -1,4 +1,4 @@
-"""The chain in a process of its own, killed and interrupted: it goes on, and pays for nothing twice."""
+"""A chain in a separate process that is killed or interrupted: it resumes, and no request is paid for twice."""
 
 import csv
 import json
@@ -23,13 +23,13 @@ from tests import micro
 
 
 def command(path: Path) -> None:
-    """The whole command, as the target of a process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+    """`distill run`, as the target of a process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
     sys.exit(cli.main(["run", "--config", str(path)]))
 
 
-def started(path: Path) -> Any:
-    """The command in a process of its own, which need not load the libraries first."""
+def start(path: Path) -> Any:
+    """Start the command in a process that has the libraries preloaded."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["distill.cli", "distill.chain"])
     process = processes.Process(target=command, args=(path,))
@@ -37,28 +37,28 @@ def started(path: Path) -> Any:
     return process
 
 
-def wait_until_under_way(process: Any, name: str, recipe: Recipe) -> None:
+def wait_until_in_progress(process: Any, name: str, recipe: Recipe) -> None:
     deadline = time.monotonic() + 120
-    while not under_way(name, recipe):
-        assert process.is_alive() and time.monotonic() < deadline, f"{name} did not get under way"
+    while not in_progress(name, recipe):
+        assert process.is_alive() and time.monotonic() < deadline, f"{name} did not start"
         time.sleep(0.002)
 
 
-def killed_in_every_stage(path: Path, recipe: Recipe) -> Iterator[str]:
-    """Run the command in a process and kill it, once in each stage; yields each stage that was killed."""
-    chances = random.Random(4)
+def kill_in_every_stage(path: Path, recipe: Recipe) -> Iterator[str]:
+    """Run the command and kill it once in each stage; yields the name of each killed stage."""
+    rng = random.Random(4)
     for name in stages_of(recipe):
-        process = started(path)
-        wait_until_under_way(process, name, recipe)
-        time.sleep(chances.uniform(0, 0.1))
+        process = start(path)
+        wait_until_in_progress(process, name, recipe)
+        time.sleep(rng.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         yield name
 
 
-def under_way(name: str, recipe: Recipe) -> bool:
-    """Whether a stage runs, and has something that a kill could cost: a checkpoint, or answers that were paid for."""
+def in_progress(name: str, recipe: Recipe) -> bool:
+    """Whether a stage is running and has written something that a kill could lose: a checkpoint, or paid answers."""
     if manifest_or_none(recipe).get(name, {}).get("status") != "running":
         return False
     folder = recipe.folder / name
@@ -76,7 +76,7 @@ def manifest_or_none(recipe: Recipe) -> dict[str, Any]:
 
 
 def mark_first_step(folder: Path) -> int:
-    """Write a loss into the first step's row that no training gives; returns how many steps the curve holds."""
+    """Replace the loss of the first step with a marker value; returns the number of logged steps."""
     path = folder / "metrics.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -89,28 +89,28 @@ def mark_first_step(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_once_in_every_stage_the_chain_completes_and_pays_for_nothing_twice(
+def test_a_chain_killed_in_every_stage_completes_without_paying_for_a_request_twice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = micro.write(tmp_path, micro.TAUGHT)
+    path = micro.write(tmp_path, micro.WITH_TEACHER)
     recipe = micro.read(path)
     trainings, killed_in = {}, []
-    for name in killed_in_every_stage(path, recipe):
+    for name in kill_in_every_stage(path, recipe):
         assert micro.manifest(recipe)[name]["status"] == "running"
         killed_in.append(name)
         if name in ("teacher", "assistant"):
             trainings[name] = mark_first_step(recipe.folder / name)
     assert killed_in == list(STAGES)
     with caplog.at_level(logging.ERROR):
-        assert run(recipe) == ["export"]  # what was killed before went on when the next one was to be killed
+        assert run(recipe) == ["export"]  # each run resumed the stage that was killed before
 
     for name, trained in trainings.items():
         with (recipe.folder / name / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         losses = [row for row in rows if row["train/loss"]]
-        assert [int(row["step"]) for row in losses] == list(range(len(losses))), "each step stands in the curve once"
+        assert [int(row["step"]) for row in losses] == list(range(len(losses))), "each step is logged once"
         assert int(losses[-1]["epoch"]) == 24 and 1 <= trained < len(losses)
-        assert losses[0]["train/loss"] == "12345.0", f"{name} began anew instead of going on from its last checkpoint"
+        assert losses[0]["train/loss"] == "12345.0", f"{name} restarted instead of resuming from its last checkpoint"
     for name in ("annotate", "augment", "evaluate"):
         lines = (recipe.folder / name / "ledger.jsonl").read_text().splitlines()
         keys = [json.loads(line)["key"] for line in lines]
@@ -124,11 +124,11 @@ def test_killed_once_in_every_stage_the_chain_completes_and_pays_for_nothing_twi
 
 
 @pytest.mark.slow
-def test_a_training_that_its_user_interrupts_ends_with_130_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_training_exits_with_130_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     path = micro.write(tmp_path, micro.RECORDED, assistant__trainer={"max_epochs": 200})
     recipe = micro.read(path)
-    process = started(path)
-    wait_until_under_way(process, "assistant", recipe)
+    process = start(path)
+    wait_until_in_progress(process, "assistant", recipe)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130

@@ -38,9 +38,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(report, "run", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(report, "summary", lambda settings: "")
     monkeypatch.setattr(tables, "plan_text", lambda settings: seen.append((settings, None)))
-    monkeypatch.setattr(chain, "ready", lambda settings, command, reads: {})
+    monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
-    monkeypatch.setattr(cli, "_quieten", lambda: None)
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
     monkeypatch.chdir(ROOT)
     return seen
 
@@ -94,7 +94,9 @@ def test_a_recipe_begins_with_the_command_that_runs_it(path: Path) -> None:
     assert f"recipes/{path.name}" in text(ROOT / "docs" / "recipes.md")
 
 
-@pytest.mark.parametrize(("page", "block"), YAML, ids=[f"{page}: {' '.join(block.split()[:4])}" for page, block in YAML])
+@pytest.mark.parametrize(
+    ("page", "block"), YAML, ids=[f"{page}: {' '.join(block.split()[:4])}" for page, block in YAML]
+)
 def test_a_fragment_of_a_recipe_fits_over_a_shipped_one(page: str, block: str, tmp_path: Path) -> None:
     fragment = tmp_path / "fragment.yaml"
     fragment.write_text(block, encoding="utf-8")
@@ -178,7 +180,7 @@ def test_a_row_of_ones_own_data_can_be_read(page: Path, tmp_path: Path) -> None:
     path.write_text(blocks("json", page)[0], encoding="utf-8")
     (row,) = jsonl.read(path)
     assert row.problem is None
-    assert jsonl.sample(row.fields, tmp_path).label == "negative"
+    assert jsonl.to_sample(row.fields, tmp_path).label == "negative"
 
 
 def _exit_status(arguments: list[str]) -> int:

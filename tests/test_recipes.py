@@ -1,4 +1,4 @@
-"""The recipes that are shipped: their models can be built, and the paper's have its hyperparameters."""
+"""The shipped recipes: their models can be built, and the recipes of the paper have its hyperparameters."""
 
 import dataclasses
 import re
@@ -15,8 +15,8 @@ from tests import micro
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
-def published(hidden: int, layers: int, heads: int, kv: int, intermediate: int, vocabulary: int, tied: bool) -> Any:
-    """The config of a published Qwen2.5-VL, as its model card gives the sizes."""
+def qwen_config(hidden: int, layers: int, heads: int, kv: int, intermediate: int, vocabulary: int, tied: bool) -> Any:
+    """The config of a published Qwen2.5-VL with the sizes from its model card."""
     return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -33,10 +33,10 @@ def published(hidden: int, layers: int, heads: int, kv: int, intermediate: int, 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The configs of the hub models that recipes name."""
+    """Configs of the hub models that the recipes use."""
     sizes = {
-        "Qwen/Qwen2.5-VL-3B-Instruct": published(2048, 36, 16, 2, 11008, 151_936, True),
-        "Qwen/Qwen2.5-VL-7B-Instruct": published(3584, 28, 28, 4, 18944, 152_064, False),
+        "Qwen/Qwen2.5-VL-3B-Instruct": qwen_config(2048, 36, 16, 2, 11008, 151_936, True),
+        "Qwen/Qwen2.5-VL-7B-Instruct": qwen_config(3584, 28, 28, 4, 18944, 152_064, False),
     }
     folders = {name: tmp_path_factory.mktemp("hub") for name in sizes}
     for name, folder in folders.items():
@@ -49,7 +49,7 @@ LAYERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 36, "Qwen/Qwen2.5-VL-7B-Instruct": 28}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_how_to_run_it_and_its_models_can_be_built(path: Path, hub: dict[str, Path]) -> None:
+def test_a_recipe_starts_with_its_command_and_its_models_can_be_built(path: Path, hub: dict[str, Path]) -> None:
     assert path.read_text().startswith(f"# distill run --config recipes/{path.name}")
     recipe = micro.read(path)
     assert recipe.name == path.stem
@@ -70,8 +70,8 @@ def test_a_recipe_says_how_to_run_it_and_its_models_can_be_built(path: Path, hub
 
 
 @pytest.mark.parametrize("name", ["twitter15", "twitter17", "mvsa-single", "mvsa-multiple"])
-def test_the_papers_recipes_have_its_hyperparameters(name: str) -> None:
-    """MulCoT-RD, arXiv 2508.05234, as DESIGN section 4 quotes it."""
+def test_the_recipes_of_the_paper_have_its_hyperparameters(name: str) -> None:
+    """The hyperparameters of MulCoT-RD, arXiv 2508.05234."""
     recipe = micro.read(next(path for path in RECIPES if path.stem == name))
     assert recipe.seed == 42 and recipe.assistant is not None and recipe.student is not None
     for section, path, dropout in ((recipe.assistant, "7B", 0.2), (recipe.student, "3B", 0.05)):
@@ -90,6 +90,6 @@ def test_the_papers_recipes_have_its_hyperparameters(name: str) -> None:
     assert "72B" in recipe.annotate.endpoint.model
 
 
-def test_a_model_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^model.path: no/such-model cannot be loaded"):
         on_meta(ModelSettings(path="no/such-model"))

@@ -1,4 +1,4 @@
-"""Trees of settings dataclasses, apart from the recipe: what is built, and what each mistake is called."""
+"""Trees of settings dataclasses, independent of the recipe: construction and error messages."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,7 +7,7 @@ import jsonargparse
 import pytest
 
 from distill.errors import SettingsError
-from distill.settings import build, check_names, fields, optional_sections, section_of, sentence
+from distill.settings import build, check_names, fields, optional_sections, parse_error_message, section_of
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Cart:
     front: Wheel = field(default_factory=Wheel)
     """The front wheel."""
     spare: Wheel | None = None
-    """One more, or none."""
+    """An optional spare wheel."""
     load: float | None = None
     """Kilograms."""
     tags: dict[str, Any] = field(default_factory=dict)
-    """Whatever is known about it."""
+    """Free-form properties."""
 
 
 @dataclass
@@ -54,65 +54,68 @@ def parsed(*arguments: str) -> Train:
     return build(Train, parser.parse_args(list(arguments)))
 
 
-def test_a_section_is_a_dataclass_always_or_optionally() -> None:
+def test_sections_are_found_in_required_and_optional_fields() -> None:
     assert section_of(Cart) is Cart and section_of(fields(Train)["last"]) is Cart
     assert section_of(dict[str, Any]) is None and section_of(Literal["red"]) is None and section_of(int | None) is None
     assert list(optional_sections(Train)) == [("first.spare", Wheel), ("last", Cart), ("last.spare", Wheel)]
 
 
-def test_what_was_parsed_becomes_the_dataclasses_it_stands_for() -> None:
+def test_parsed_values_become_dataclasses() -> None:
     train = parsed("--first.front.size", "3", "--last", "{}", "--last.spare.size", "9", "--first.tags.wood", "oak")
     assert train == Train(Cart(front=Wheel(3), tags={"wood": "oak"}), Cart(spare=Wheel(9)))
     assert parsed() == Train()
 
 
 @pytest.mark.parametrize("place", ["first.front", "first.spare", "last.spare"])
-def test_what_a_section_refuses_itself_is_named_by_its_place(place: str) -> None:
+def test_an_error_of_a_section_has_its_dotted_name(place: str) -> None:
     with pytest.raises(SettingsError, match=rf"^{place}.size is 0; it takes 1 or more$"):
         parsed(f"--{place}.size", "0")
 
 
 @pytest.mark.parametrize(
-    ("values", "complaint"),
+    ("values", "message"),
     [
-        ({"frist": {}}, "frist is not a field (did you mean first?); the train takes first, last"),
+        ({"frist": {}}, "frist is not a field (did you mean first?); the fields of the train are first, last"),
         (
             {"last": {"spare": {"sise": 1}}},
-            "last.spare.sise is not a field (did you mean size?); last.spare takes size",
+            "last.spare.sise is not a field (did you mean size?); the fields of last.spare are size",
         ),
-        ({"first": {7: 1}}, "first.7 is not a field; first takes colour, front, spare, load, tags"),
-        ({"first": {"front": 20}}, "first.front: 20 is not a section; it takes size"),
-        ({"last": ["cart"]}, "last: ['cart'] is not a section; it takes colour, front, spare, load, tags"),
+        ({"first": {7: 1}}, "first.7 is not a field; the fields of first are colour, front, spare, load, tags"),
+        ({"first": {"front": 20}}, "first.front: 20 is not a section; its fields are size"),
+        ({"last": ["cart"]}, "last: ['cart'] is not a section; its fields are colour, front, spare, load, tags"),
     ],
 )
-def test_names_that_are_not_there_are_refused_with_those_that_are(values: dict[Any, Any], complaint: str) -> None:
+def test_unknown_names_raise_with_the_known_ones(values: dict[Any, Any], message: str) -> None:
     with pytest.raises(SettingsError) as error:
         check_names(Train, values)
-    assert str(error.value) == complaint
+    assert str(error.value) == message
 
 
-def test_names_that_are_there_pass_and_free_mappings_hold_any() -> None:
+def test_known_names_pass_and_mappings_accept_any_key() -> None:
     check_names(Train, {"last": None, "first": {"tags": {"any": {"thing": 1}}, "spare": {}, "colour": "pink"}})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         (["--first.colour", "pink"], "first.colour: pink is not one of red, blue"),
         (["--last.colour", "pink"], "last.colour: pink is not one of red, blue"),
         (["--last.spare.size", "big"], "last.spare.size: big is not a whole number"),
         (["--first.load", "heavy"], "first.load: heavy is not a number"),
         (["--first.tags", "[1]"], "first.tags: [1] is not a mapping such as {name: value}"),
-        (["--last.spare", "4"], "last.spare: 4 is not a section; it takes size"),
-        (["--last.spare.sise", "4"], "last.spare.sise is not a field (did you mean size?); last.spare takes size"),
-        (["--other"], "other is not a field; the train takes first, last"),
+        (["--last.spare", "4"], "last.spare: 4 is not a section; its fields are size"),
+        (
+            ["--last.spare.sise", "4"],
+            "last.spare.sise is not a field (did you mean size?); the fields of last.spare are size",
+        ),
+        (["--other"], "other is not a field; the fields of the train are first, last"),
     ],
 )
-def test_a_complaint_of_the_parser_becomes_one_sentence(arguments: list[str], complaint: str) -> None:
+def test_an_error_of_the_parser_becomes_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises((jsonargparse.ArgumentError, ValueError, TypeError)) as error:
         parsed(*arguments)
-    assert sentence(Train, error.value) == complaint
+    assert parse_error_message(Train, error.value) == message
 
 
-def test_a_complaint_that_nobody_foresaw_is_kept_on_one_line() -> None:
-    assert sentence(Train, ValueError("something\n  quite   new")) == "something quite new"
+def test_an_unknown_error_is_kept_on_one_line() -> None:
+    assert parse_error_message(Train, ValueError("something\n  quite   new")) == "something quite new"

@@ -1,4 +1,4 @@
-"""Tracking with real wandb offline, switched off, and failing at every place where it can."""
+"""Tracking with the real wandb library: offline, disabled, and with errors in every call."""
 
 import builtins
 import json
@@ -31,7 +31,7 @@ def tracker(folder: Path, **settings: Any) -> Tracker:
 
 
 def record(folder: Path, *words: str) -> bytes:
-    """What wandb wrote about the only run, as it will be synced later; its process flushes shortly after the end."""
+    """The offline record of the only run. The wandb process flushes it shortly after the run ends, hence the wait."""
     (file,) = (folder / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 10
     while missing := [word for word in words if word.encode() not in file.read_bytes()]:
@@ -40,32 +40,34 @@ def record(folder: Path, *words: str) -> bytes:
     return file.read_bytes()
 
 
-def use_everything(run: StageRun, folder: Path) -> None:
+def use_all_methods(run: StageRun, folder: Path) -> None:
     (folder / "rationales.jsonl").write_text("{}\n")
     Image.new("RGB", (600, 300), "red").save(folder / "post.png")
     run.use_artifact("gold")
     run.log({"train/loss": 1.5}, step=3)
-    run.table("samples", [{"id": "1", "picture": folder / "post.png", "rationale": "<b>joy</b>"}])
+    run.table("samples", [{"id": "1", "image": folder / "post.png", "rationale": "<b>joy</b>"}])
     run.log_artifact("rationales", "dataset", folder / "rationales.jsonl")
     run.log_artifact("adapter", "model", folder)
 
 
-def test_offline_is_the_default_and_leaves_a_run_to_sync(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_offline_is_the_default_and_writes_a_run_that_can_be_synced(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with tracker(tmp_path).stage("annotate", {"seed": 42}) as run:
         assert run.active and run._run.offline
         assert (run._run.group, run._run.job_type, run._run.project) == ("my recipe", "annotate", "distill")
-        use_everything(run, tmp_path)
+        use_all_methods(run, tmp_path)
         assert run.active
     artifacts = ("my-recipe-rationales", "my-recipe-adapter", "my-recipe-gold")
     written = record(tmp_path, "train/loss", "annotate", "inputs", "rationales.jsonl", *artifacts)
     staged = [file.read_bytes() for file in (tmp_path / "run" / "wandb" / "artifacts" / "staging").iterdir()]
     tables = [json.loads(content) for content in staged if content.startswith(b"{")]
     table = next(table for table in tables if table["_type"] == "table")
-    assert table["columns"] == ["id", "picture", "rationale"]
-    ((_, picture, rationale),) = table["data"]
+    assert table["columns"] == ["id", "image", "rationale"]
+    ((_, image, rationale),) = table["data"]
     assert rationale == "<b>joy</b>"
-    assert (picture["_type"], picture["width"], picture["height"]) == ("image-file", 256, 128)
-    assert picture["path"].encode() in written
+    assert (image["_type"], image["width"], image["height"]) == ("image-file", 256, 128)
+    assert image["path"].encode() in written
     assert any(content.startswith(b"\x89PNG") for content in staged)
     assert "wandb" not in "".join(capfd.readouterr())
     assert not [name for name in os.environ if name in ("WANDB_SILENT", "WANDB_DATA_DIR", "WANDB_CACHE_DIR")]
@@ -102,13 +104,13 @@ def fit(logger: Any) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("how", ["setting", "environment"])
-def test_disabled_never_touches_wandb(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", ["setting", "environment"])
+def test_disabled_never_calls_wandb(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("wandb.init was called"))
-    if how == "environment":
+    if source == "environment":
         monkeypatch.setenv("WANDB_MODE", "disabled")
-    with tracker(tmp_path, mode="disabled" if how == "setting" else "auto").stage("annotate", {}) as run:
-        use_everything(run, tmp_path)
+    with tracker(tmp_path, mode="disabled" if source == "setting" else "auto").stage("annotate", {}) as run:
+        use_all_methods(run, tmp_path)
         assert not run.active and run.lightning_logger() is None
     assert not (tmp_path / "run").exists()
 
@@ -152,20 +154,20 @@ def test_a_key_in_the_environment_is_a_login(tmp_path: Path, monkeypatch: pytest
     assert chosen == ["online"]
 
 
-def test_wandb_that_cannot_start(
+def test_an_error_at_the_start_disables_tracking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(**_: Any) -> None:
-        raise wandb.errors.CommError("no route to host\nand a page more")
+    def fail(**_: Any) -> None:
+        raise wandb.errors.CommError("no route to host\nand more lines")
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "init", fail)
     with tracker(tmp_path).stage("annotate", {}) as run:
-        use_everything(run, tmp_path)
+        use_all_methods(run, tmp_path)
         assert run.lightning_logger() is None
-    assert warnings(caplog) == ["wandb is off for the rest of stage annotate: no route to host"]
+    assert warnings(caplog) == ["wandb is disabled for the rest of stage annotate: no route to host"]
 
 
-def test_wandb_that_is_not_installed(
+def test_without_wandb_installed_tracking_is_disabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = builtins.__import__
@@ -178,10 +180,10 @@ def test_wandb_that_is_not_installed(
     monkeypatch.setattr(builtins, "__import__", without_wandb)
     with tracker(tmp_path).stage("annotate", {}) as run:
         run.log({"x": 1})
-    assert warnings(caplog) == ["wandb is off for the rest of stage annotate: No module named 'wandb'"]
+    assert warnings(caplog) == ["wandb is disabled for the rest of stage annotate: No module named 'wandb'"]
 
 
-def test_wandb_that_fails_on_the_way(
+def test_an_error_while_logging_disables_tracking_for_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
@@ -195,24 +197,24 @@ def test_wandb_that_fails_on_the_way(
         logger = run.lightning_logger()
         monkeypatch.setattr(run._run, "log", full_disk)
         assert fit(logger).global_step == 3  # the training goes on
-        use_everything(run, tmp_path)
+        use_all_methods(run, tmp_path)
         assert not run.active
     assert calls == [1]
-    assert warnings(caplog) == ["wandb is off for the rest of stage student: [Errno 28] No space left on device"]
+    assert warnings(caplog) == ["wandb is disabled for the rest of stage student: [Errno 28] No space left on device"]
     with chain.stage("export", {}) as run:  # the next stage tries again
         assert run.active
 
 
-def test_a_bad_picture_costs_its_cell_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
+def test_a_broken_image_gives_an_empty_cell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     with tracker(tmp_path).stage("evaluate", {}) as run:
-        run.table("samples", [{"picture": tmp_path / "bad.png", "id": "a"}])
+        run.table("samples", [{"image": tmp_path / "bad.png", "id": "a"}])
         assert run.active
     assert not warnings(caplog)
     assert record(tmp_path, "samples.table.json")
 
 
-def test_a_stage_that_fails_ends_its_run_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_of_a_failed_stage_is_marked_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = []
     with pytest.raises(RuntimeError, match="out of memory"), tracker(tmp_path).stage("student", {}) as run:
         finish = run._run.finish
@@ -225,7 +227,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.message for r in caplog.records if r.name == "distill.tracking" and r.levelno == logging.WARNING]
 
 
-def test_online_artifacts_are_linked_and_a_missing_one_costs_only_the_link(
+def test_online_artifacts_are_linked_and_a_missing_one_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     used = []

@@ -1,1 +1,1 @@
-"""The teacher's reasoning data: predict, explain on failure, retry, quarantine; and the ledger of paid answers."""
+"""The teacher's reasoning data: predict, explain, retry, quarantine; and the ledger of paid answers."""

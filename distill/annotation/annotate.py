@@ -1,6 +1,6 @@
-"""From samples to the teacher's reasoning data (MulCoT-RD): predict, explain on failure, ask again, quarantine.
+"""The annotation protocol of MulCoT-RD (arXiv 2508.05234): predict, explain a wrong prediction, retry, quarantine.
 
-The protocol is a dialogue about one sample; `dialogue.py` holds many of them at once.
+The protocol is a conversation about one sample; `scheduler.py` runs many of them in parallel.
 """
 
 from collections import Counter
@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from distill.annotation.cached_teacher import CachedTeacher, Question, read_scores
-from distill.annotation.ledger import Ledger, Paid
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery, read_scores
+from distill.annotation.ledger import Ledger, PaidTotals
 from distill.annotation.scheduler import Progress, run_conversations
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
@@ -24,24 +24,24 @@ Source = Literal["predicted", "explained", "recorded"]
 
 @dataclass
 class AnnotateSettings:
-    """How the teacher is asked."""
+    """How the teacher annotates posts."""
 
     retries: int = 3
-    """How often an invalid answer is asked again before its sample goes to quarantine."""
+    """Number of retries after an invalid answer before the post is quarantined."""
     temperature: float = 0.0
-    """Temperature of the first answer; 0 is greedy."""
+    """Temperature of the first answer; 0 is greedy decoding."""
     temperature_step: float = 0.3
-    """By how much the temperature rises with each retry."""
+    """Increase of the temperature with each retry."""
     max_new_tokens: int = 1024
-    """Token limit of an answer; an answer that reaches it is invalid."""
+    """Maximum number of tokens of an answer; an answer that reaches it is invalid."""
     unlabelled: Literal["skip", "keep_confident"] = "skip"
-    """Posts without a gold label: skip, or keep_confident, where the teacher's own confident prediction labels them."""
+    """Posts without a gold label: `skip`, or `keep_confident` to label them with confident teacher predictions."""
     confidence: float = 0.9
-    """Lowest probability of a kept prediction; k answers that agree on one of K labels give 1 - (1 - 1/K) / (k + 1)."""
+    """Minimum probability of a teacher label; k samples that agree have 1 - (1 - 1/K) / (k + 1), for K labels."""
     recorded: bool = False
-    """Take the rationales that are already in the data, where they are valid."""
+    """Use the rationales in the data set if they are valid."""
     chunk: int = 64
-    """How many samples a teacher on this machine is handed at a time; an endpoint has its own `concurrency`."""
+    """Number of posts per call of a teacher on this machine; for an endpoint, `concurrency` applies instead."""
 
     def __post_init__(self) -> None:
         for name, valid, takes in (
@@ -58,7 +58,7 @@ class AnnotateSettings:
 
 @dataclass(frozen=True)
 class Kept:
-    """A valid rationale; `teacher_label` says that the label is the teacher's own, for want of a gold one."""
+    """A sample with a valid rationale. `teacher_label`: the sample has no gold label, `label` is the teacher's."""
 
     sample: Sample
     rationale: Rationale
@@ -69,7 +69,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A sample that got no valid rationale: the rule that its last answer broke, or `unanswered`."""
+    """A sample without a valid rationale.
+
+    Attributes:
+        reason: the rule that the last answer breaks, or `unanswered`.
+        detail: a description of the problem.
+        answer: the last answer.
+    """
 
     id: str
     reason: str
@@ -78,8 +84,8 @@ class Quarantined:
 
 
 @dataclass
-class Tally:
-    """The counts of `summary.json`, sample by sample."""
+class AnnotationCounts:
+    """Counts for `summary.json`, updated with each sample."""
 
     n: int = 0
     sources: Counter[Source] = field(default_factory=Counter)
@@ -87,33 +93,33 @@ class Tally:
     quarantined: Counter[str] = field(default_factory=Counter)
     unlabelled: Counter[str] = field(default_factory=Counter)
     unannotated: int = 0
-    first_answers: Counter[bool] = field(default_factory=Counter)  # by whether they were right
+    first_answers: Counter[bool] = field(default_factory=Counter)  # key: whether the prediction was correct
     recorded_defects: Counter[str] = field(default_factory=Counter)
-    paid: dict[str, Any] = field(default_factory=lambda: asdict(Paid()) | {"cost": None})
+    paid: dict[str, Any] = field(default_factory=lambda: asdict(PaidTotals()) | {"cost": None})
 
-    def add(self, case: "_Case") -> None:
-        """Count one settled sample."""
-        kept, outcome = isinstance(case.outcome, Kept), case.outcome
+    def add(self, state: "_SampleState") -> None:
+        """Count one finished sample."""
+        result = state.result
         self.n += 1
-        if isinstance(outcome, Kept) and not outcome.teacher_label:
-            self.sources[outcome.source] += 1
-        if isinstance(outcome, Quarantined):
-            self.quarantined[outcome.reason] += 1
-        if case.sample.label is None:
+        if isinstance(result, Kept) and not result.teacher_label:
+            self.sources[result.source] += 1
+        if isinstance(result, Quarantined):
+            self.quarantined[result.reason] += 1
+        if state.sample.label is None:
             self.unlabelled["seen"] += 1
-            self.unlabelled["kept"] += kept
-            self.unlabelled["quarantined"] += isinstance(outcome, Quarantined)
-            self.unlabelled["below_threshold"] += case.below_threshold
-        if case.first_right is not None:
-            self.first_answers[case.first_right] += 1
-        if case.defect is not None:
-            self.recorded_defects[case.defect] += 1
-        self.retried += case.retried
-        self.unannotated += case.open
+            self.unlabelled["kept"] += isinstance(result, Kept)
+            self.unlabelled["quarantined"] += isinstance(result, Quarantined)
+            self.unlabelled["below_threshold"] += state.below_threshold
+        if state.first_correct is not None:
+            self.first_answers[state.first_correct] += 1
+        if state.defect is not None:
+            self.recorded_defects[state.defect] += 1
+        self.retried += state.retried
+        self.unannotated += state.needs_rationale
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says."""
+        """The content of `summary.json`."""
         return {
             "n": self.n,
             **{source: self.sources[source] for source in get_args(Source)},
@@ -133,39 +139,40 @@ def annotate(
     teacher: Reasoner | None,
     settings: AnnotateSettings,
     ledger: Ledger,
-    tally: Tally,
+    counts: AnnotationCounts,
     progress: Progress | None = None,
 ) -> Generator[Kept | Quarantined, None, None]:
-    """Get a valid rationale for every sample that can have one (DESIGN section 4).
+    """Annotate samples with valid rationales.
 
-    Outcomes come in the samples' order, as soon as they are settled; a sample that is skipped has none. However many
-    samples there are, only a bounded window of them is held.
+    Results are yielded in sample order, as soon as they are available; a skipped sample has none. A bounded window of
+    samples is held in memory, for any number of samples.
 
     Args:
-        teacher: who is asked; None where only recorded rationales are taken.
-        ledger: what was paid for already is not asked again, and every new answer is written there as it comes.
-        tally: counts what is handed on.
+        teacher: the teacher; None to use only the rationales in the data set.
+        ledger: answers in the ledger are not requested again; every new answer is written to it.
+        counts: updated with each sample; complete after the last result.
 
     Raises:
-        SettingsError: a sample's label is not in the label space.
-        RunError: the teacher cannot be asked any more, or the ledger cannot be written.
+        SettingsError: the label of a sample is not in the label space.
+        RunError: the teacher no longer answers, or the ledger cannot be written.
     """
 
-    def dialogue(sample: Sample) -> Generator[Question, Answer, _Case]:
-        return _dialogue(_Case(sample, _label(sample, labels)), labels, settings, teacher is not None)
+    def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, _SampleState]:
+        state = _SampleState(sample, _label(sample, labels))
+        return _conversation(state, labels, settings, teacher is not None)
 
     teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk)
-    for case in run_conversations(samples, dialogue, teacher_cache, progress):
-        tally.add(case)
-        if case.outcome is not None:
-            yield case.outcome
-    tally.paid = asdict(ledger.paid) | {"cost": None}
+    for state in run_conversations(samples, conversation, teacher_cache, progress):
+        counts.add(state)
+        if state.result is not None:
+            yield state.result
+    counts.paid = asdict(ledger.paid) | {"cost": None}
     if isinstance(teacher, Endpoint):
-        tally.paid["cost"] = teacher.cost(ledger.paid.prompt_tokens, ledger.paid.completion_tokens)
+        counts.paid["cost"] = teacher.cost(ledger.paid.prompt_tokens, ledger.paid.completion_tokens)
 
 
 def recording_defects(samples: Iterable[Sample], labels: LabelSpace) -> dict[str, int]:
-    """What is wrong with the rationales of labelled samples: counts by reason, and of all and valid ones."""
+    """Counts of the rationales of labelled samples: all (`rationales`), `valid`, and the invalid ones by reason."""
     counts = Counter({"rationales": 0, "valid": 0})
     for sample in samples:
         if sample.rationale and sample.label is not None:
@@ -179,30 +186,30 @@ def recording_defects(samples: Iterable[Sample], labels: LabelSpace) -> dict[str
 
 
 @dataclass
-class _Case:
-    """One sample on its way: the question that waits, then the outcome."""
+class _SampleState:
+    """State of the protocol for one sample: the next request, then the result."""
 
     sample: Sample
     label: str | None
     template: prompts.Template = "predict"
     attempt: int = 0
-    outcome: Kept | Quarantined | None = None
+    result: Kept | Quarantined | None = None
     teacher_label: bool = False
     below_threshold: bool = False
-    first_right: bool | None = None  # None: never asked to predict a gold label
+    first_correct: bool | None = None  # None: the teacher did not predict a gold label
     retried: bool = False
-    defect: str | None = None  # of the recorded rationale
+    defect: str | None = None  # of the rationale in the data set
 
     @property
-    def open(self) -> bool:
-        return self.outcome is None and self.label is not None
+    def needs_rationale(self) -> bool:
+        return self.result is None and self.label is not None
 
     def keep(self, rationale: Rationale, source: Source) -> None:
         assert self.label is not None
-        self.outcome = Kept(self.sample, rationale, source, self.label, self.teacher_label)
+        self.result = Kept(self.sample, rationale, source, self.label, self.teacher_label)
 
     def quarantine(self, reason: str, detail: str, answer: str) -> None:
-        self.outcome = Quarantined(self.sample.id, reason, detail.removeprefix(f"{reason}: "), answer)
+        self.result = Quarantined(self.sample.id, reason, detail.removeprefix(f"{reason}: "), answer)
 
 
 def _label(sample: Sample, labels: LabelSpace) -> str | None:
@@ -214,64 +221,64 @@ def _label(sample: Sample, labels: LabelSpace) -> str | None:
         raise SettingsError(f"sample {sample.id}: {error}") from None
 
 
-def _dialogue(
-    case: _Case, labels: LabelSpace, settings: AnnotateSettings, can_ask: bool
-) -> Generator[Question, Answer, _Case]:
-    """What the teacher is asked about one sample until it is settled, or skipped."""
+def _conversation(
+    state: _SampleState, labels: LabelSpace, settings: AnnotateSettings, has_teacher: bool
+) -> Generator[TeacherQuery, Answer, _SampleState]:
+    """The requests about one sample, until it has a result or is skipped."""
     if settings.recorded:
-        _take_recorded(case, labels, can_ask)
-    if can_ask and case.label is None and settings.unlabelled == "keep_confident":
-        _label_confident(case, (yield Question("classify")), labels, settings)
-    while can_ask and case.open:
-        temperature = round(settings.temperature + case.attempt * settings.temperature_step, 6)
-        sampling = Sampling(temperature, settings.max_new_tokens, case.attempt)
-        _advance(case, (yield Question(case.template, sampling)), labels, settings)
-    return case
+        _use_recorded(state, labels, has_teacher)
+    if has_teacher and state.label is None and settings.unlabelled == "keep_confident":
+        _label_if_confident(state, (yield TeacherQuery("classify")), labels, settings)
+    while has_teacher and state.needs_rationale:
+        temperature = round(settings.temperature + state.attempt * settings.temperature_step, 6)
+        sampling = Sampling(temperature, settings.max_new_tokens, state.attempt)
+        _advance(state, (yield TeacherQuery(state.template, sampling)), labels, settings)
+    return state
 
 
-def _take_recorded(case: _Case, labels: LabelSpace, can_ask: bool) -> None:
-    """Hold a rationale of the data against the rules; explain an invalid one anew, if there is someone to ask."""
-    if case.label is None or not case.sample.rationale:
+def _use_recorded(state: _SampleState, labels: LabelSpace, has_teacher: bool) -> None:
+    """Keep a valid rationale of the data set; for an invalid one, continue with *explain* if there is a teacher."""
+    if state.label is None or not state.sample.rationale:
         return
     try:
-        case.keep(check(case.sample.rationale, labels, case.label), "recorded")
+        state.keep(check(state.sample.rationale, labels, state.label), "recorded")
     except InvalidRationale as invalid:
-        case.defect, case.template = invalid.reason, "explain"
-        if not can_ask:
-            case.quarantine(invalid.reason, str(invalid), case.sample.rationale)
+        state.defect, state.template = invalid.reason, "explain"
+        if not has_teacher:
+            state.quarantine(invalid.reason, str(invalid), state.sample.rationale)
 
 
-def _label_confident(case: _Case, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
-    """Give an unlabelled sample the teacher's label, where its probability is high enough."""
+def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
+    """Label an unlabelled sample with the teacher's prediction if its probability reaches `confidence`."""
     if answer.error is not None:
-        case.quarantine("unanswered", answer.error, "")
+        state.quarantine("unanswered", answer.error, "")
         return
     probabilities, _ = read_scores(answer)
     best = max(probabilities)
     if best < settings.confidence:
-        case.below_threshold = True
+        state.below_threshold = True
         return
-    case.label, case.teacher_label = labels.names[probabilities.index(best)], True
+    state.label, state.teacher_label = labels.names[probabilities.index(best)], True
 
 
-def _advance(case: _Case, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
-    """One step of the protocol: keep a valid answer, explain a wrong prediction, ask again, or quarantine."""
+def _advance(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
+    """One step of the protocol: keep a valid answer, explain a wrong prediction, retry, or quarantine."""
     if answer.error is not None:
-        case.quarantine("unanswered", answer.error, "")
+        state.quarantine("unanswered", answer.error, "")
         return
-    first = case.template == "predict" and case.attempt == 0 and not case.teacher_label
+    is_first = state.template == "predict" and state.attempt == 0 and not state.teacher_label
     try:
-        rationale = check(answer.text, labels, case.label, finished=answer.finished)
+        rationale = check(answer.text, labels, state.label, finished=answer.finished)
     except InvalidRationale as invalid:
-        right = invalid.reason == "leaks"  # of an answer that breaks no rule before
-        if case.template == "predict" and invalid.reason == "contradicts" and not case.teacher_label:
-            case.template, case.attempt = "explain", 0
-        elif case.attempt < settings.retries:
-            case.attempt, case.retried = case.attempt + 1, True
+        correct = invalid.reason == "leaks"  # checked last, so the prediction is the label
+        if state.template == "predict" and invalid.reason == "contradicts" and not state.teacher_label:
+            state.template, state.attempt = "explain", 0
+        elif state.attempt < settings.retries:
+            state.attempt, state.retried = state.attempt + 1, True
         else:
-            case.quarantine(invalid.reason, str(invalid), answer.text)
+            state.quarantine(invalid.reason, str(invalid), answer.text)
     else:
-        right = True
-        case.keep(rationale, "predicted" if case.template == "predict" else "explained")
-    if first:
-        case.first_right = right
+        correct = True
+        state.keep(rationale, "predicted" if state.template == "predict" else "explained")
+    if is_first:
+        state.first_correct = correct

@@ -1,10 +1,10 @@
-"""Self-written reasoning data: the assistant reasons without the label, and what it gets right is kept (MulCoT-RD)."""
+"""Self-augmentation of MulCoT-RD (arXiv 2508.05234): rationales of the assistant that predict the correct label."""
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
-from distill.annotation.cached_teacher import CachedTeacher, Question
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.ledger import Ledger
 from distill.annotation.scheduler import Progress, run_conversations
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -15,14 +15,14 @@ from distill.task.sample import Sample
 
 @dataclass
 class AugmentSettings:
-    """How the assistant writes rationales of its own."""
+    """How the assistant generates rationales."""
 
     temperature: float = 0.7
-    """Temperature of the assistant's rationales."""
+    """Sampling temperature."""
     max_new_tokens: int = 512
-    """Token limit of a rationale; one that reaches it is dropped."""
+    """Maximum number of tokens of a rationale; a rationale that reaches it is dropped."""
     chunk: int = 64
-    """How many samples the assistant is handed at a time."""
+    """Number of posts per call of the assistant."""
 
 
 def augment(
@@ -34,23 +34,28 @@ def augment(
     dropped: Counter[str],
     progress: Progress | None = None,
 ) -> Iterator[tuple[Sample, Rationale]]:
-    """One rationale a sample, kept where it is valid and its prediction is the sample's label; in the samples' order.
+    """Generate one rationale per sample, without giving the assistant the label.
+
+    Yields samples with their rationale, in sample order, if the rationale is valid and predicts the sample's label.
 
     Args:
-        dropped: counts the others by the rule that they break.
+        dropped: updated with the number of dropped rationales by the rule that they break.
+
+    Raises:
+        RunError: the assistant fails, or the ledger cannot be written.
     """
     sampling = Sampling(settings.temperature, settings.max_new_tokens)
 
-    def dialogue(sample: Sample) -> Generator[Question, Answer, tuple[Sample, Rationale | Reason]]:
-        answer = yield Question("reason", sampling)
+    def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, tuple[Sample, Rationale | Reason]]:
+        answer = yield TeacherQuery("reason", sampling)
         try:
             return sample, check(answer.text, labels, sample.label, finished=answer.finished)
         except InvalidRationale as invalid:
             return sample, invalid.reason
 
     teacher_cache = CachedTeacher(assistant, labels, ledger, settings.chunk)
-    for sample, found in run_conversations(samples, dialogue, teacher_cache, progress):
-        if isinstance(found, Rationale):
-            yield sample, found
+    for sample, result in run_conversations(samples, conversation, teacher_cache, progress):
+        if isinstance(result, Rationale):
+            yield sample, result
         else:
-            dropped[found] += 1
+            dropped[result] += 1

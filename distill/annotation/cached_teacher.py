@@ -1,4 +1,4 @@
-"""A teacher with a memory: asked only what its ledger of paid answers does not hold."""
+"""A teacher with a ledger: requests only those answers that the ledger does not have."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.annotation.ledger import Ledger, Paid, digest, key
+from distill.annotation.ledger import Ledger, PaidTotals, digest, key
 from distill.data.images import ImageError
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.endpoint.pool import as_completed
@@ -25,18 +25,18 @@ from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
 
-_DIGESTS = 4096  # of pictures that were asked about last
+_DIGEST_CACHE_SIZE = 4096  # image digests
 
 
 def read_scores(answer: Answer) -> tuple[list[float], float]:
-    """Probabilities [K] and label mass from the line that a classification left in the ledger."""
+    """Probabilities [K] and label mass of a classification, which the ledger stores as JSON text."""
     probabilities, mass = json.loads(answer.text)
     return probabilities, mass
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked about a sample: the template, how the answer is drawn, and for a review what was said before."""
+class TeacherQuery:
+    """A request about a sample: the template, the sampling settings and, for a *review*, the earlier answers."""
 
     template: Template = "reason"
     sampling: Sampling = Sampling()
@@ -44,158 +44,162 @@ class Question:
 
 
 class CachedTeacher:
-    """A Reasoner that is asked only what its ledger does not hold; threads may share it.
+    """A `Reasoner` that takes answers from its ledger and requests the others from `teacher`. Thread-safe.
 
-    `at_once` is how many samples it deals with at a time. A model on this machine is handed `chunk` of them; with an
-    endpoint half of them may have a question in flight, while the others encode pictures or wait for the disk.
+    `max_parallel` is the number of samples to process in parallel. For a model on this machine it is `chunk`, the batch
+    size. For an endpoint it is twice the `concurrency`: half of the threads have a request in flight, while the others
+    encode images or wait for the disk.
     """
 
     def __init__(self, teacher: Reasoner, labels: LabelSpace, ledger: Ledger, chunk: int) -> None:
         self.name = teacher.name
         self.teacher, self.labels, self.ledger, self.chunk = teacher, labels, ledger, chunk
-        in_flight = teacher.settings.concurrency if isinstance(teacher, Endpoint) else 1
-        self.at_once = 2 * in_flight if isinstance(teacher, Endpoint) else chunk
-        self._slots = threading.BoundedSemaphore(in_flight)
-        self._digest = lru_cache(_DIGESTS)(digest)
+        concurrency = teacher.settings.concurrency if isinstance(teacher, Endpoint) else 1
+        self.max_parallel = 2 * concurrency if isinstance(teacher, Endpoint) else chunk
+        self._slots = threading.BoundedSemaphore(concurrency)
+        self._digest = lru_cache(_DIGEST_CACHE_SIZE)(digest)
         self._lock = threading.Lock()
-        self._asked: dict[str, Future[Answer]] = {}
+        self._in_flight: dict[str, Future[Answer]] = {}
 
     @property
-    def paid(self) -> Paid:
-        """What the answers that were used cost, old or new, each counted once."""
+    def paid(self) -> PaidTotals:
+        """Totals of the answers that were used, new or old, each counted once."""
         return self.ledger.paid
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
-        """As `Reasoner.reason`; each new answer is in the ledger before it is handed on."""
-        return self.answers(samples, [Question(template, sampling)] * len(samples))
+        """See `Reasoner.reason`. A new answer is in the ledger before it is yielded."""
+        return self.answers(samples, [TeacherQuery(template, sampling)] * len(samples))
 
     def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
-        """As `Reasoner.classify`; where the teacher did not answer, the labels are equally likely, at a mass of 0.
+        """See `Reasoner.classify`. A sample without an answer has uniform probabilities and a label mass of 0.
 
-        The costs are those of the answers when they were paid for, were it on another day.
+        The cost of an answer from the ledger is what it cost when it was paid for.
         """
         probabilities = np.full((len(samples), len(self.labels)), 1 / len(self.labels))
         mass = np.zeros(len(samples))
         costs = [Cost()] * len(samples)
-        silent: dict[int, str] = {}
+        errors: dict[int, str] = {}
         for index, answer in self.scores(samples, earlier):
             costs[index] = answer.cost
             if answer.error is None:
                 probabilities[index], mass[index] = read_scores(answer)
             else:
-                silent[index] = answer.error
-        if silent:
-            index, why = min(silent.items())
-            found = (self.name, len(silent), len(samples), samples[index].id, why)
-            log.warning("%s left %d of %d posts unanswered; the first, %s: %s", *found)
+                errors[index] = answer.error
+        if errors:
+            index, error = min(errors.items())
+            values = (self.name, len(errors), len(samples), samples[index].id, error)
+            log.warning("%s left %d of %d posts unanswered; the first, %s: %s", *values)
         return ClassScores(probabilities, mass, tuple(costs))
 
     def scores(
         self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None
     ) -> Iterator[tuple[int, Answer]]:
-        """Label scores as they come: pairs of a sample's index and an answer that `read_scores` reads."""
+        """Yield (sample index, answer) in completion order; `read_scores` reads an answer."""
         if earlier is None:
-            return self.answers(samples, [Question("classify")] * len(samples))
-        return self.answers(samples, [Question("review", earlier=said) for said in earlier])
+            return self.answers(samples, [TeacherQuery("classify")] * len(samples))
+        return self.answers(samples, [TeacherQuery("review", earlier=item) for item in earlier])
 
-    def ask(self, post: UserMessage, question: Question, stop: threading.Event) -> Answer:
-        """One answer of an endpoint; threads that ask the same wait for one answer.
+    def ask(self, message: UserMessage, query: TeacherQuery, stop: threading.Event) -> Answer:
+        """One answer of an endpoint. Threads with the same query share one request.
 
         Args:
-            stop: set when nobody waits for the answer any more.
+            stop: set when the answer is no longer needed.
 
         Raises:
-            RunError: the endpoint cannot be asked any more, or the ledger cannot be written.
+            RunError: the endpoint no longer answers, or the ledger cannot be written.
         """
         try:
-            name = self._key(post.sample, question)
+            ledger_key = self._key(message.sample, query)
         except OSError as error:
             return _unreadable(error)
         with self._lock:
-            first = name not in self._asked
-            asked = self._asked.setdefault(name, Future())
-        if first:
+            is_first = ledger_key not in self._in_flight
+            future = self._in_flight.setdefault(ledger_key, Future())
+        if is_first:
             try:
-                asked.set_result(self.ledger.get(name) or self._buy(name, post, question, stop))
-            except BaseException as error:  # noqa: BLE001 - it belongs to all that wait
-                asked.set_exception(error)
+                future.set_result(self.ledger.get(ledger_key) or self._request(ledger_key, message, query, stop))
+            except BaseException as error:  # noqa: BLE001 - raised in every thread that waits for the answer
+                future.set_exception(error)
             with self._lock:
-                del self._asked[name]
-        return asked.result()
+                del self._in_flight[ledger_key]
+        return future.result()
 
-    def _buy(self, name: str, post: UserMessage, question: Question, stop: threading.Event) -> Answer:
+    def _request(self, ledger_key: str, message: UserMessage, query: TeacherQuery, stop: threading.Event) -> Answer:
         assert isinstance(self.teacher, Endpoint)
-        with contextlib.suppress(ImageError, OSError):  # it is the answer that says so
-            post.encode()  # before it takes up a slot
+        with contextlib.suppress(ImageError, OSError):  # reported by the answer
+            message.encode()  # before the slot is taken
         with self._slots:
-            if question.template in prompts.SCORED:
-                scored = self.teacher.score(post, question.earlier, stop)
-                text = json.dumps([scored.probabilities.tolist(), float(scored.label_mass)])
-                answer = replace(scored.answer, text=text)
+            if query.template in prompts.SCORED:
+                score = self.teacher.score(message, query.earlier, stop)
+                text = json.dumps([score.probabilities.tolist(), float(score.label_mass)])
+                answer = replace(score.answer, text=text)
             else:
-                answer = self.teacher.ask(post, question.template, question.sampling, stop)
-        return self._keep(name, post.sample, question, answer)
+                answer = self.teacher.ask(message, query.template, query.sampling, stop)
+        return self._store(ledger_key, message.sample, query, answer)
 
-    def _keep(self, name: str, sample: Sample, question: Question, answer: Answer) -> Answer:
+    def _store(self, ledger_key: str, sample: Sample, query: TeacherQuery, answer: Answer) -> Answer:
         if answer.error is None:
             meta: dict[str, Any] = {"id": sample.id, "model": self.name, "version": prompts.VERSION}
-            meta |= {"template": question.template, "temperature": question.sampling.temperature}
-            self.ledger.put(name, meta | {"attempt": question.sampling.attempt}, answer)
+            meta |= {"template": query.template, "temperature": query.sampling.temperature}
+            self.ledger.put(ledger_key, meta | {"attempt": query.sampling.attempt}, answer)
         return answer
 
-    def answers(self, samples: Sequence[Sample], questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """The answer to each sample's question, as they come; of a model on this machine all are of one kind."""
+    def answers(self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]) -> Iterator[tuple[int, Answer]]:
+        """Yield (sample index, answer to its query) in completion order.
+
+        For a model on this machine, all queries must have the same template and sampling settings.
+        """
         teacher = self.teacher
         if isinstance(teacher, Endpoint):
 
             def ask(index: int, stop: threading.Event) -> Answer:
-                return self.ask(teacher.open(samples[index]), questions[index], stop)
+                return self.ask(teacher.message(samples[index]), queries[index], stop)
 
-            yield from as_completed(ask, range(len(samples)), self.at_once)
+            yield from as_completed(ask, range(len(samples)), self.max_parallel)
             return
-        waiting: dict[str, list[int]] = {}  # samples that are alike share one answer
+        waiting: dict[str, list[int]] = {}  # samples with the same key share one answer
         for index, sample in enumerate(samples):
             try:
-                waiting.setdefault(self._key(sample, questions[index]), []).append(index)
+                waiting.setdefault(self._key(sample, queries[index]), []).append(index)
             except OSError as error:
                 yield index, _unreadable(error)
-        for name in list(waiting):
-            if (answer := self.ledger.get(name)) is not None:
-                for index in waiting.pop(name):
+        for ledger_key in list(waiting):
+            if (answer := self.ledger.get(ledger_key)) is not None:
+                for index in waiting.pop(ledger_key):
                     yield index, answer
-        names = list(waiting)
-        for part in (names[begin : begin + self.chunk] for begin in range(0, len(names), self.chunk)):
-            firsts = [waiting[name][0] for name in part]
-            for position, answer in self._ask([samples[i] for i in firsts], [questions[i] for i in firsts]):
-                self._keep(part[position], samples[firsts[position]], questions[firsts[position]], answer)
-                for index in waiting[part[position]]:
+        keys = list(waiting)
+        for chunk in (keys[begin : begin + self.chunk] for begin in range(0, len(keys), self.chunk)):
+            first = [waiting[ledger_key][0] for ledger_key in chunk]
+            for position, answer in self._ask_chunk([samples[i] for i in first], [queries[i] for i in first]):
+                self._store(chunk[position], samples[first[position]], queries[first[position]], answer)
+                for index in waiting[chunk[position]]:
                     yield index, answer
 
-    def _ask(self, samples: Sequence[Sample], questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """What a model on this machine answers to one chunk."""
-        kind = questions[0]
-        if kind.template not in prompts.SCORED:
-            yield from self.teacher.reason(samples, kind.template, kind.sampling)
+    def _ask_chunk(self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]) -> Iterator[tuple[int, Answer]]:
+        """Answers of a model on this machine to one chunk."""
+        query = queries[0]
+        if query.template not in prompts.SCORED:
+            yield from self.teacher.reason(samples, query.template, query.sampling)
             return
-        earlier = [question.earlier for question in questions if question.earlier is not None]
-        found = self.teacher.classify(samples, earlier or None)
-        costs = found.costs or (Cost(calls=1),) * len(samples)
-        for index, (row, mass, cost) in enumerate(zip(found.probabilities, found.label_mass, costs, strict=True)):
+        earlier = [item.earlier for item in queries if item.earlier is not None]
+        scores = self.teacher.classify(samples, earlier or None)
+        costs = scores.costs or (Cost(calls=1),) * len(samples)
+        for index, (row, mass, cost) in enumerate(zip(scores.probabilities, scores.label_mass, costs, strict=True)):
             error = None if mass != 0 else "the model gave no answer"
             yield index, Answer(json.dumps([row.tolist(), float(mass)]), True, error=error, **asdict(cost))
 
-    def _key(self, sample: Sample, question: Question) -> str:
-        text = prompts.render(question.template, sample, self.labels, question.earlier)
-        if question.template in prompts.SCORED:  # the probabilities are those of these labels
+    def _key(self, sample: Sample, query: TeacherQuery) -> str:
+        text = prompts.render(query.template, sample, self.labels, query.earlier)
+        if query.template in prompts.SCORED:  # the probabilities belong to these labels
             text += "\n" + ", ".join(self.labels.names)
             if isinstance(self.teacher, Endpoint):
                 text += f"\n{self.teacher.settings.agreement_samples}"
         if isinstance(self.teacher, Endpoint) and sample.images:
             side = self.teacher.settings.max_image_side
             text += "" if side == EndpointSettings.max_image_side else f"\n{side} px"
-        return key(self.name, question.template, question.sampling, text, [self._digest(p) for p in sample.images])
+        return key(self.name, query.template, query.sampling, text, [self._digest(p) for p in sample.images])
 
 
 def _unreadable(error: OSError) -> Answer:

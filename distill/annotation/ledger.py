@@ -1,7 +1,7 @@
-"""The ledger of paid answers: one line each, appended as they come, so that no answer is ever paid for twice.
+"""The ledger of paid answers: an append-only JSONL file, so that no answer is paid for twice.
 
-A line is written whole and reaches the disk before its answer is handed on. What a crash may leave behind is a torn
-last line, which is cut off when the ledger is opened again. `memory.py` asks a teacher through it.
+An answer is flushed to disk before it is used. A crash can leave a truncated last line, which is removed when the
+ledger is opened again. `cached_teacher.py` requests answers through the ledger.
 """
 
 import errno
@@ -26,54 +26,54 @@ log = logging.getLogger(__name__)
 
 
 def key(model: str, template: str, sampling: Sampling, prompt: str, images: Sequence[str] = ()) -> str:
-    """What an answer is kept under: SHA-256 over everything that it depends on, the prompts' version included.
+    """Key of an answer: SHA-256 over everything that the answer depends on, including the version of the prompts.
 
     Args:
-        images: the `digest` of each picture, in the order in which the model sees them.
+        images: the `digest` of each image, in the order of the message.
     """
-    question = [model, prompts.VERSION, template, asdict(sampling), prompt, list(images)]
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+    inputs = [model, prompts.VERSION, template, asdict(sampling), prompt, list(images)]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises OSError for a file that cannot be read."""
+    """SHA-256 of a file's bytes. Raises OSError if the file cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
-class Paid:
-    """What was paid for answers, be it today or on an earlier day."""
+class PaidTotals:
+    """Number of paid answers and their tokens, including answers paid for in earlier runs."""
 
     answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
     def add(self, answer: Answer) -> None:
-        """Count one more answer."""
+        """Add one answer."""
         self.answers += 1
         self.prompt_tokens += answer.prompt_tokens
         self.completion_tokens += answer.completion_tokens
 
 
 class Ledger:
-    """An append-only JSONL file of answers, open in one process at a time; threads may share it.
+    """An append-only JSONL file of answers. Thread-safe; one process can open it at a time.
 
-    In memory is only where the lines stand. `paid` counts the answers that were used since the ledger was opened, new
-    or old, each of them once.
+    Answers are not held in memory; an index has the offsets of their lines. `paid` counts the answers that were used
+    since the ledger was opened, new or old, each once.
 
     Raises:
-        RunError: another process holds the ledger, or it cannot be read or written.
+        RunError: another process has the ledger open, or it cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.paid = Paid()
+        self.paid = PaidTotals()
         self._lock = threading.Lock()
-        self._disk = threading.Lock()  # held by the one thread that waits for the disk
-        self._written = self._safe = 0  # bytes of the file; those on the disk
-        self._lines: list[tuple[bytes, int, int]] = []  # of those between, as the index takes them
-        self._failure: OSError | RunError | None = None  # of the disk: what was not on it by then never will be
+        self._sync_lock = threading.Lock()  # held by the thread that calls fsync
+        self._written = self._synced = 0  # bytes written to the file; bytes flushed to disk
+        self._unsynced: list[tuple[bytes, int, int]] = []  # key, offset and length of lines not yet flushed
+        self._failure: OSError | RunError | None = None  # a failed flush; nothing is written after it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -85,7 +85,7 @@ class Ledger:
             self._load()
         except BlockingIOError:
             self.close()
-            raise RunError(f"another process is annotating into {path}; wait for it or stop it") from None
+            raise RunError(f"another process uses the ledger {path}; wait for it or stop it") from None
         except OSError as error:
             self.close()
             raise RunError(f"the ledger {path} cannot be used: {error.strerror}") from error
@@ -102,39 +102,40 @@ class Ledger:
         return len(self._index)
 
     def close(self) -> None:
-        """Hand the ledger back; closing gives up the lock. A second call does nothing."""
-        with self._disk, self._lock:
+        """Close the file and release its lock. A second call does nothing."""
+        with self._sync_lock, self._lock:
             if self._file >= 0:
                 self._index.close()
                 os.close(self._file)
                 self._file = -1
 
     def get(self, key: str) -> Answer | None:
-        """The answer paid for under a key, read back from the file."""
-        place = self._index.find(key.encode())
-        if place is None:
+        """The answer of a key, read from the file; None for an unknown key."""
+        location = self._index.find(key.encode())
+        if location is None:
             return None
-        start, length = place
+        start, length = location
         _, answer = _read(os.pread(self._file, length, start))
         with self._lock:
-            if self._index.use(key.encode()):
+            if self._index.mark_used(key.encode()):
                 self.paid.add(answer)
         return answer
 
     def put(self, key: str, meta: Mapping[str, Any], answer: Answer) -> None:
-        """Write one answer and wait until it is on the disk; `meta` says for a reader what was asked.
+        """Write one answer and wait until it is on disk. Threads that wait at the same time share one flush.
 
-        Threads that wait at the same time wait for the same write to the disk.
+        Args:
+            meta: fields that describe the request to a reader of the file.
 
         Raises:
-            RunError: the disk is full or fails; the file then ends with its last whole line.
-            ValueError: the answer has an error, so nothing was paid.
+            RunError: the disk is full or fails; the file then ends with its last complete line.
+            ValueError: the answer has an error, so it was not paid for.
         """
         if answer.error is not None:
-            raise ValueError("an answer that never came was not paid for")
+            raise ValueError("an answer with an error was not paid for")
         paid = {name: value for name, value in asdict(answer).items() if name != "error"}
         text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
-        line = text.encode("utf-8", "replace") + b"\n"  # a lone surrogate has no UTF-8
+        line = text.encode("utf-8", "replace") + b"\n"  # lone surrogates cannot be encoded
         try:
             self._sync(self._append(key.encode(), line))
         except OSError as error:
@@ -143,7 +144,7 @@ class Ledger:
             self.paid.add(answer)
 
     def _append(self, key: bytes, line: bytes) -> int:
-        """Write one line behind the others; returns where it ends."""
+        """Append one line. Returns the size of the file after it."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -154,61 +155,61 @@ class Ledger:
             except OSError:
                 os.ftruncate(self._file, start)
                 raise
-            self._lines.append((key, start, len(line)))
+            self._unsynced.append((key, start, len(line)))
             self._written = start + len(line)
             return self._written
 
     def _sync(self, end: int) -> None:
-        """Wait until all before `end` is on the disk and in the index; of threads that wait, one does it for all."""
-        with self._disk:
+        """Wait until the first `end` bytes are on disk and indexed. One of the waiting threads flushes for all."""
+        with self._sync_lock:
             if self._failure is not None:
                 raise self._failure
-            if self._safe >= end:
+            if self._synced >= end:
                 return
             with self._lock:
-                written, lines, self._lines = self._written, self._lines, []
+                written, lines, self._unsynced = self._written, self._unsynced, []
             try:
                 os.fsync(self._file)
             except OSError as error:
                 with self._lock:
                     self._failure = error
-                    os.ftruncate(self._file, self._safe)
+                    os.ftruncate(self._file, self._synced)
                 raise
             try:
                 self._index.load(lines, used=True)
             except RunError as error:
                 self._failure = error
                 raise
-            self._safe = written
+            self._synced = written
 
     def _load(self) -> None:
-        """Read what was paid, a line at a time; end the file with a whole line, cutting what a crash tore."""
+        """Index the file line by line. Afterwards the file ends with a complete line."""
         with self.path.open("rb") as file:
-            self._index.load(self._whole(file))
-        self._written = self._safe = os.fstat(self._file).st_size
+            self._index.load(self._complete_lines(file))
+        self._written = self._synced = os.fstat(self._file).st_size
 
-    def _whole(self, file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
-        """Keys, offsets and lengths of the whole lines."""
+    def _complete_lines(self, file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
+        """Yield key, offset and length of every valid line; remove a truncated last line."""
         start = 0
         for number, line in enumerate(file, 1):
-            torn = not line.endswith(b"\n")
+            truncated = not line.endswith(b"\n")
             try:
                 yield _read(line)[0], start, len(line)
             except (ValueError, KeyError, TypeError):
-                if torn:
-                    log.warning("%s ends with a torn line, as a crash leaves it; it is cut off", self.path)
+                if truncated:
+                    log.warning("%s ends with a truncated line, probably from a crash; the line is removed", self.path)
                     os.ftruncate(self._file, start)
                 else:
-                    log.warning("%s, line %d is unreadable; its answer will be asked again", self.path, number)
+                    log.warning("%s, line %d cannot be read; its answer will be requested again", self.path, number)
             else:
-                if torn:
+                if truncated:
                     os.write(self._file, b"\n")
-            if torn:
+            if truncated:
                 return
             start += len(line)
 
 
 def _read(line: bytes) -> tuple[bytes, Answer]:
-    """Key and answer of a line. Raises ValueError, KeyError or TypeError for any other shape."""
+    """Key and answer of a line. Raises ValueError, KeyError or TypeError if it is malformed."""
     entry = json.loads(line)
     return str(entry["key"]).encode(), Answer(**entry["answer"])

@@ -1,4 +1,4 @@
-"""Where each answer stands in its ledger: a temporary database, so that memory does not grow with the answers."""
+"""Index of a ledger in a temporary SQLite database, so that memory does not grow with the number of answers."""
 
 import sqlite3
 import threading
@@ -7,23 +7,23 @@ from contextlib import contextmanager
 
 from distill.errors import RunError
 
-_MEMORY_KIB = 1024
+_CACHE_KIB = 1024
 
 
 class LedgerIndex:
-    """Keys with the offset and the length of their lines; it lives as long as it is open, and threads may share it.
+    """Offset and length of each key's line in the ledger. Thread-safe. Its content is lost when it is closed.
 
     Raises:
-        RunError: the folder for temporary files is full or cannot be written.
+        RunError: the folder for temporary files is full or not writable.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # no name: a file of its own that vanishes with it; lost with a crash, and read anew from the ledger
+        # An empty name makes a private temporary file, deleted on close; it is rebuilt when the ledger is opened.
         self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         columns = "key BLOB PRIMARY KEY, start INTEGER, length INTEGER, used INTEGER"
         with self._table() as table:
-            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_MEMORY_KIB}"):
+            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KIB}"):
                 table.execute(f"PRAGMA {setting}")
             table.execute(f"CREATE TABLE line ({columns}) WITHOUT ROWID")
 
@@ -32,25 +32,25 @@ class LedgerIndex:
             return int(table.execute("SELECT count(*) FROM line").fetchone()[0])
 
     def close(self) -> None:
-        """Forget everything."""
+        """Close and delete the database."""
         with self._lock:
             self._connection.close()
 
     def load(self, lines: Iterable[tuple[bytes, int, int]], *, used: bool = False) -> None:
-        """Take in keys, offsets and lengths of lines; of a key given twice the last one stays."""
+        """Add lines as (key, offset, length); the last line of a key replaces earlier ones."""
         with self._table() as table:
             table.execute("BEGIN")
             table.executemany(f"REPLACE INTO line VALUES (?, ?, ?, {used:d})", lines)
             table.execute("COMMIT")
 
     def find(self, key: bytes) -> tuple[int, int] | None:
-        """Offset and length of a key's line."""
+        """Offset and length of a key's line; None for an unknown key."""
         with self._table() as table:
-            place = table.execute("SELECT start, length FROM line WHERE key = ?", (key,)).fetchone()
-        return place and (int(place[0]), int(place[1]))
+            location = table.execute("SELECT start, length FROM line WHERE key = ?", (key,)).fetchone()
+        return location and (int(location[0]), int(location[1]))
 
-    def use(self, key: bytes) -> bool:
-        """Whether a key is used for the first time."""
+    def mark_used(self, key: bytes) -> bool:
+        """Mark a key as used. Returns True the first time, False later or for an unknown key."""
         with self._table() as table:
             return table.execute("UPDATE line SET used = 1 WHERE key = ? AND used = 0", (key,)).rowcount == 1
 
@@ -60,4 +60,6 @@ class LedgerIndex:
             try:
                 yield self._connection
             except sqlite3.Error as error:
-                raise RunError(f"a ledger's index cannot be kept in the folder for temporary files: {error}") from error
+                raise RunError(
+                    f"the index of a ledger cannot be written to the folder for temporary files: {error}"
+                ) from error

@@ -1,6 +1,6 @@
-"""Many dialogues with one teacher at once; what comes of them is handed on in their order.
+"""Runs many conversations with one teacher in parallel and yields their results in sample order.
 
-A dialogue is a generator about one sample: it yields a question, is sent the answer, and returns its outcome.
+A conversation is a generator about one sample: it yields a query, is sent the answer, and returns its result.
 """
 
 import operator
@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from distill.annotation.cached_teacher import CachedTeacher, Question
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.models.endpoint import Endpoint
 from distill.models.endpoint.pool import as_completed
 from distill.models.reasoner import Answer
@@ -18,120 +18,121 @@ from distill.task.sample import Sample
 
 T = TypeVar("T")
 
-Dialogue = Generator[Question, Answer, T]
+Conversation = Generator[TeacherQuery, Answer, T]
 
 Progress = Callable[[int, int], None]
-"""Told how many samples are settled, and how many there are; 0 where nobody knows."""
+"""Called with the number of finished samples and the total number of samples (0 if it is unknown)."""
 
 _WINDOW = 64
-"""Dialogues that are open, or wait for an earlier one, for each sample that the teacher is handed at once."""
+"""Size of the window as a multiple of `CachedTeacher.max_parallel`."""
 
 
 def run_conversations(
     samples: Iterable[Sample],
-    dialogue: Callable[[Sample], Dialogue[T]],
+    conversation: Callable[[Sample], Conversation[T]],
     teacher_cache: CachedTeacher | None,
     progress: Progress | None = None,
 ) -> Iterator[T]:
-    """What comes of a dialogue about each sample, in the samples' order, as soon as it and all before it are settled.
+    """Yield the result of a conversation about each sample, in sample order, as soon as all earlier ones are finished.
 
-    A bounded window of samples is open at a time, and no sample is taken before it can be opened. An endpoint is asked
-    the next question, of whatever sample, as soon as one is answered. A model on this machine is asked the question
-    that most of the open samples wait for.
+    The window of samples that are open, or finished but not yet yielded, is bounded; a sample is taken only when it
+    can start. An endpoint receives the next query, of any sample, as soon as a request is answered. A model on this
+    machine receives the query that most open samples wait for, in batches.
 
     Args:
-        teacher_cache: the teacher; None where no dialogue asks anything.
+        teacher_cache: the teacher; None if no conversation yields a query.
 
     Raises:
-        RunError: the teacher cannot be asked any more, or the ledger cannot be written; what was paid for is kept.
+        RunError: the teacher no longer answers, or the ledger cannot be written; paid answers are kept.
     """
-    window: deque[_Open[T]] = deque()
-    size = _WINDOW * (1 if teacher_cache is None else teacher_cache.at_once)
+    window: deque[_OpenConversation[T]] = deque()
+    max_window = _WINDOW * (1 if teacher_cache is None else teacher_cache.max_parallel)
     total = operator.length_hint(samples)
 
-    def opened() -> Iterator[_Open[T]]:
+    def opened() -> Iterator[_OpenConversation[T]]:
         for sample in samples:
-            window.append(_Open(sample, dialogue(sample)))
+            window.append(_OpenConversation(sample, conversation(sample)))
             yield window[-1]
 
-    def room() -> bool:
-        return len(window) < size
+    def has_capacity() -> bool:
+        return len(window) < max_window
 
     if teacher_cache is not None and isinstance(teacher_cache.teacher, Endpoint):
-        over = _each_on_its_own(opened(), teacher_cache, room)
+        finished = _run_on_threads(opened(), teacher_cache, has_capacity)
     else:
-        over = _in_groups(opened(), teacher_cache, room)
-    for settled, _ in enumerate(over, start=1):
+        finished = _run_in_batches(opened(), teacher_cache, has_capacity)
+    for count, _ in enumerate(finished, start=1):
         if progress is not None:
-            progress(settled, total)
-        while window and window[0].question is None:
-            yield window.popleft().outcome
+            progress(count, total)
+        while window and window[0].query is None:
+            yield window.popleft().result
 
 
-class _Open(Generic[T]):
-    """A dialogue that has begun: the question that waits, None once there is an outcome."""
+class _OpenConversation(Generic[T]):
+    """A conversation that has started. `query` is the pending query; it is None once there is a `result`."""
 
-    outcome: T
+    result: T
 
-    def __init__(self, sample: Sample, dialogue: Dialogue[T]) -> None:
+    def __init__(self, sample: Sample, conversation: Conversation[T]) -> None:
         self.sample = sample
-        self._dialogue = dialogue
-        self._go_on(None)
+        self._conversation = conversation
+        self._advance(None)
 
-    def tell(self, answer: Answer) -> None:
-        self._go_on(answer)
+    def send(self, answer: Answer) -> None:
+        """Answer the pending query."""
+        self._advance(answer)
 
-    def _go_on(self, answer: Answer | None) -> None:
+    def _advance(self, answer: Answer | None) -> None:
         try:
-            question = next(self._dialogue) if answer is None else self._dialogue.send(answer)
+            query = next(self._conversation) if answer is None else self._conversation.send(answer)
         except StopIteration as end:
-            self.outcome, question = end.value, None
-        self.question: Question | None = question  # last: who sees that there is none, on another thread, finds one
+            self.result, query = end.value, None
+        self.query: TeacherQuery | None = query  # set last: a thread that reads None here can read the result
 
 
-def _each_on_its_own(
-    opened: Iterator[_Open[T]], teacher_cache: CachedTeacher, room: Callable[[], bool]
-) -> Iterator[_Open[T]]:
-    """Dialogues with an endpoint as they end, each on a thread, so that its pictures are encoded once."""
+def _run_on_threads(
+    opened: Iterator[_OpenConversation[T]], teacher_cache: CachedTeacher, has_capacity: Callable[[], bool]
+) -> Iterator[_OpenConversation[T]]:
+    """Yield finished conversations with an endpoint. Each runs on one thread, so that its images are encoded once."""
     teacher = teacher_cache.teacher
     assert isinstance(teacher, Endpoint)
 
-    def talk(one: _Open[T], stop: threading.Event) -> bool:
-        post = teacher.open(one.sample)
-        while one.question is not None and not stop.is_set():
-            answer = teacher_cache.ask(post, one.question, stop)
-            if answer.error is None or not stop.is_set():  # else it is cut short, and says nothing about the sample
-                one.tell(answer)
-        return one.question is None
+    def run(conversation: _OpenConversation[T], stop: threading.Event) -> bool:
+        message = teacher.message(conversation.sample)
+        while conversation.query is not None and not stop.is_set():
+            answer = teacher_cache.ask(message, conversation.query, stop)
+            if answer.error is None or not stop.is_set():  # a cancelled request says nothing about the sample
+                conversation.send(answer)
+        return conversation.query is None
 
-    for one, ended in as_completed(talk, opened, teacher_cache.at_once, room):
-        if ended:
-            yield one
+    for conversation, is_finished in as_completed(run, opened, teacher_cache.max_parallel, has_capacity):
+        if is_finished:
+            yield conversation
 
 
-def _in_groups(
-    opened: Iterator[_Open[T]], teacher_cache: CachedTeacher | None, room: Callable[[], bool]
-) -> Iterator[_Open[T]]:
-    """Dialogues with a model on this machine as they end; it is asked one question about many samples."""
-    waiting: list[_Open[T]] = []
-    more = True
-    while more or waiting:
-        while more and room():
-            one = next(opened, None)
-            more = one is not None
-            if one is not None and one.question is None:
-                yield one
-            elif one is not None:
-                waiting.append(one)
+def _run_in_batches(
+    opened: Iterator[_OpenConversation[T]], teacher_cache: CachedTeacher | None, has_capacity: Callable[[], bool]
+) -> Iterator[_OpenConversation[T]]:
+    """Yield finished conversations with a model on this machine, which receives one query about many samples."""
+    waiting: list[_OpenConversation[T]] = []
+    has_more = True
+    while has_more or waiting:
+        while has_more and has_capacity():
+            conversation = next(opened, None)
+            has_more = conversation is not None
+            if conversation is not None and conversation.query is None:
+                yield conversation
+            elif conversation is not None:
+                waiting.append(conversation)
         if not waiting:
             continue
         assert teacher_cache is not None
-        # labels before rationales; then what most wait for, so that a few are never asked about while many wait
-        kinds = Counter(one.question for one in waiting if one.question is not None)
-        kind = max(kinds, key=lambda question: (question.template in prompts.SCORED, kinds[question]))
-        group = [one for one in waiting if one.question == kind]
-        for index, answer in teacher_cache.answers([one.sample for one in group], [kind] * len(group)):
-            group[index].tell(answer)
-            if group[index].question is None:
-                yield group[index]
-        waiting = [one for one in waiting if one.question is not None]
+        # Labels come before rationales, then the most frequent query, so that batches stay large.
+        counts = Counter(item.query for item in waiting if item.query is not None)
+        query = max(counts, key=lambda each: (each.template in prompts.SCORED, counts[each]))
+        batch = [item for item in waiting if item.query == query]
+        for index, answer in teacher_cache.answers([item.sample for item in batch], [query] * len(batch)):
+            batch[index].send(answer)
+            if batch[index].query is None:
+                yield batch[index]
+        waiting = [item for item in waiting if item.query is not None]

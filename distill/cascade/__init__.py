@@ -1,1 +1,1 @@
-"""The student answers what it is sure of, the teacher gets the rest (U-ACS, arXiv 2509.04459)."""
+"""The cascade of student and teacher: posts on which the student is uncertain go to the teacher (arXiv 2509.04459)."""

@@ -1,4 +1,4 @@
-"""From two models' answers on the validation split to what the stages go by: temperatures, thresholds, a promise."""
+"""Temperatures and thresholds of the cascade, fitted on the validation split: the content of `calibration.json`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distill.cascade.cascade import Calibration, CascadePolicy, Prediction
-from distill.cascade.thresholds import by_budget, by_risk
+from distill.cascade.thresholds import threshold_for_budget, threshold_for_risk
 from distill.cascade.uncertainty import Measure, fit_error_map, fit_temperature
 from distill.errors import RunError, SettingsError
 from distill.evaluation.classification import calibration_error
@@ -20,27 +20,28 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class CalibrateSettings:
-    """How the thresholds of the cascade are fitted, on the validation split alone."""
+    """How the thresholds of the cascade are fitted. Only the validation split is used."""
 
     by: Literal["budget", "risk", "fixed"] = "budget"
-    """What the student's threshold keeps to: budget (teacher calls), risk (the student's errors), or fixed values."""
+    """What the student's threshold is fitted to: budget (teacher calls), risk (the student's error rate), or fixed
+    (given thresholds)."""
     budget: float = 0.3
-    """Teacher calls per post, 0 to 2; a post that is reviewed costs two."""
+    """Teacher calls per post, 0 to 2; a reviewed post costs two."""
     risk: float = 0.05
-    """Highest error rate among the posts that the student answers alone, kept to with `confidence`."""
+    """Highest error rate among the posts that the student answers alone, guaranteed with `confidence`."""
     confidence: float = 0.9
-    """Probability, over validation sets, that the risk is kept to."""
+    """Probability, over validation sets, that the risk bound holds."""
     student_threshold: float | None = None
-    """Highest uncertainty at which the student's answer stands, where `by` is fixed."""
+    """Highest uncertainty at which the student's answer is accepted; only with `by: fixed`."""
     teacher_threshold: float | None = None
-    """Highest uncertainty at which the teacher's answer stands; null: fitted so that `review` is kept to."""
+    """Highest uncertainty at which the teacher's first answer is accepted; null: fitted from `review`."""
     review: float = 0.1
-    """The teacher's threshold leaves this share of its answers to all posts, the least certain ones, to be reviewed
-    where the student's polarity is another; among deferred posts, which are harder, the share is larger."""
+    """Share of the teacher's answers to all validation posts that its threshold does not accept. They are reviewed if
+    the student's polarity differs. Among deferred posts, which are harder, the share is larger."""
     measure: Measure = "entropy"
-    """Uncertainty: entropy (of the paper, over ln K), max_probability or margin, each from 0 to 1."""
+    """Uncertainty measure: entropy (of the paper, divided by ln K), max_probability or margin, each from 0 to 1."""
     min_label_mass: float = 0.5
-    """An answer whose labels hold less of the probability than this counts as entirely uncertain."""
+    """Least total probability of the label tokens; an answer below it has uncertainty 1."""
 
     def __post_init__(self) -> None:
         for name, valid, takes in (
@@ -57,7 +58,7 @@ class CalibrateSettings:
             if value is not None and not 0 <= value <= 1:
                 raise SettingsError(f"calibrate.{name} is {value}; it takes 0 to 1")
         if (self.by == "fixed") != (self.student_threshold is not None):
-            raise SettingsError("calibrate.student_threshold goes with calibrate.by: fixed, and only with it")
+            raise SettingsError("calibrate.student_threshold must be set if calibrate.by is fixed, and only then")
 
 
 def calibrate(
@@ -68,21 +69,22 @@ def calibrate(
     labels: LabelSpace,
     settings: CalibrateSettings,
 ) -> dict[str, Any]:
-    """The content of `calibration.json`, from both models' answers to the n posts of the validation split.
+    """Fit both temperatures and both thresholds and return the content of `calibration.json`.
 
     Args:
-        gold: n label names, or values on a scale. Posts that a model did not answer are left out, and counted.
-        names: of the student and of the teacher.
+        gold: label names or values on a scale, one for each validation post.
+        student, teacher: scores of the same posts. Posts that a model did not answer are left out and counted.
+        names: names of student and teacher.
 
     Raises:
-        SettingsError: n posts cannot support the risk target; the message names the smallest that they can.
-        RunError: no post was answered by both.
+        SettingsError: the posts do not support the risk target; the message gives the smallest supported one.
+        RunError: no post was answered by both models.
     """
-    known = student.answered & teacher.answered
-    if not known.any():
+    answered = student.answered & teacher.answered
+    if not answered.any():
         raise RunError("calibrate: no validation post was answered by both student and teacher")
-    gold = [label for label, kept in zip(gold, known, strict=True) if kept]
-    student, teacher = student.only(known), teacher.only(known)
+    gold = [label for label, keep in zip(gold, answered, strict=True) if keep]
+    student, teacher = student.select(answered), teacher.select(answered)
     truth = np.array([labels.index(label) for label in gold])
     temperatures = [fit_temperature(scores.probabilities, truth) for scores in (student, teacher)]
     calibration = Calibration(
@@ -96,16 +98,19 @@ def calibrate(
         min_label_mass=settings.min_label_mass,
     )
     policy = CascadePolicy(labels, calibration)
-    firsts, seconds = policy.student(student), policy.teacher(teacher)
-    doubts = [np.array([prediction.uncertainty for prediction in predictions]) for predictions in (firsts, seconds)]
+    predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
+    student_uncertainty, teacher_uncertainty = (
+        np.array([prediction.uncertainty for prediction in of_model]) for of_model in predictions
+    )
 
-    least = settings.teacher_threshold
-    if least is None:
-        least = by_budget(doubts[1], np.ones(len(truth)), settings.review).tau
-    calibration = replace(calibration, teacher_threshold=least)
+    teacher_threshold = settings.teacher_threshold
+    if teacher_threshold is None:
+        teacher_threshold = threshold_for_budget(teacher_uncertainty, np.ones(len(truth)), settings.review).tau
+    calibration = replace(calibration, teacher_threshold=teacher_threshold)
     policy = replace(policy, calibration=calibration)
-    calls = np.array([1 + (policy.second(*pair) is None) for pair in zip(firsts, seconds, strict=True)])
-    errors = [wrong(predictions, gold, labels) for predictions in (firsts, seconds)]
+    # calls per post if it is deferred: a review costs a second one
+    calls = np.array([1 + (policy.accept_teacher(*both) is None) for both in zip(*predictions, strict=True)])
+    student_errors, teacher_errors = (errors(of_model, gold, labels) for of_model in predictions)
 
     promise: dict[str, Any] = {"by": settings.by}
     if settings.student_threshold is not None:
@@ -113,51 +118,47 @@ def calibrate(
     else:
         try:
             if settings.by == "budget":
-                found = by_budget(doubts[0], calls, settings.budget)
-                if found.calls is not None and found.calls > settings.budget + 1e-9:
-                    said = (
-                        "calibrate.budget: on so many posts the student is entirely uncertain that they take %.3f calls"
+                threshold = threshold_for_budget(student_uncertainty, calls, settings.budget)
+                if threshold.calls is not None and threshold.calls > settings.budget + 1e-9:
+                    log.warning(
+                        "calibrate.budget: posts with student uncertainty 1 alone need %.3f teacher calls per post, "
+                        "more than the budget of %g",
+                        threshold.calls,
+                        settings.budget,
                     )
-                    log.warning(said + " a post, not %g", found.calls, settings.budget)
             else:
-                found = by_risk(doubts[0], errors[0], settings.risk, settings.confidence)
+                threshold = threshold_for_risk(student_uncertainty, student_errors, settings.risk, settings.confidence)
         except ValueError as error:
             raise SettingsError(f"calibrate.{settings.by}: {error}") from None
-        calibration = replace(calibration, student_threshold=found.tau)
-        promise |= {name: value for name, value in asdict(found).items() if value is not None}
-    promise["says"] = _says(promise, len(truth))
-    deferred = (doubts[0] > calibration.student_threshold) | (doubts[0] >= 1)
+        calibration = replace(calibration, student_threshold=threshold.tau)
+        promise |= {name: value for name, value in asdict(threshold).items() if value is not None}
+    promise["says"] = _promise_text(promise, len(truth))
+    deferred = (student_uncertainty > calibration.student_threshold) | (student_uncertainty >= 1)
     return asdict(calibration) | {
         "n": len(truth),
-        "unanswered": int((~known).sum()),
+        "unanswered": int((~answered).sum()),
         "promise": promise,
         "assumes": "posts to come are like those of the validation split, on which temperatures and best epochs were "
         "chosen as well",
         "validation": {
             "deferred": float(deferred.mean()),
             "teacher_calls_per_sample": float((deferred * calls).mean()),
-            "student_risk": float(errors[0][~deferred].mean()) if not deferred.all() else None,
+            "student_risk": float(student_errors[~deferred].mean()) if not deferred.all() else None,
         },
         "models": {
-            role: {
-                "ece_before": calibration_error(scores.probabilities, truth),
-                "ece_after": calibration_error(stacked(predictions), truth),
-                "error_probability": dict(zip(("uncertainty", "error"), fit_error_map(doubt, error), strict=True)),
-            }
-            for role, scores, predictions, doubt, error in zip(
-                ("student", "teacher"), (student, teacher), (firsts, seconds), doubts, errors, strict=True
-            )
+            "student": _model_metrics(student, predictions[0], student_uncertainty, student_errors, truth),
+            "teacher": _model_metrics(teacher, predictions[1], teacher_uncertainty, teacher_errors, truth),
         },
     }
 
 
-def stacked(predictions: Sequence[Prediction]) -> np.ndarray:
-    """The tempered probabilities [B, K] of B predictions."""
+def stack_probabilities(predictions: Sequence[Prediction]) -> np.ndarray:
+    """The temperature-scaled probabilities [B, K] of B predictions."""
     return np.stack([prediction.probabilities for prediction in predictions])
 
 
-def wrong(predictions: Sequence[Prediction], gold: Sequence[str | float], labels: LabelSpace) -> np.ndarray:
-    """[B] whether each answer is wrong; on a scale, whether its polarity is."""
+def errors(predictions: Sequence[Prediction], gold: Sequence[str | float], labels: LabelSpace) -> np.ndarray:
+    """[B] boolean: the label is wrong, or on a scale the polarity."""
     if labels.scale is None:
         return np.array(
             [prediction.label != label for prediction, label in zip(predictions, gold, strict=True)], dtype=bool
@@ -166,8 +167,24 @@ def wrong(predictions: Sequence[Prediction], gold: Sequence[str | float], labels
     return np.array([prediction.polarity for prediction in predictions]) != truth
 
 
-def _says(promise: Mapping[str, Any], n: int) -> str:
-    """The promise as a sentence."""
+def _model_metrics(
+    scores: ClassScores,
+    predictions: Sequence[Prediction],
+    uncertainty: np.ndarray,
+    wrong: np.ndarray,
+    truth: np.ndarray,
+) -> dict[str, Any]:
+    """ECE of one model before and after temperature scaling, and the map from uncertainty to error probability."""
+    knots = fit_error_map(uncertainty, wrong)
+    return {
+        "ece_before": calibration_error(scores.probabilities, truth),
+        "ece_after": calibration_error(stack_probabilities(predictions), truth),
+        "error_probability": dict(zip(("uncertainty", "error"), knots, strict=True)),
+    }
+
+
+def _promise_text(promise: Mapping[str, Any], n: int) -> str:
+    """The promise in words, for the report."""
     if promise["by"] == "budget":
         return (
             f"From {n} validation posts: {promise['calls']:.3f} teacher calls a post expected, "

@@ -1,7 +1,7 @@
-"""The three stages of U-ACS (arXiv 2509.04459): the student, the teacher, the teacher once more.
+"""The three stages of U-ACS (arXiv 2509.04459): student, teacher, review by the teacher.
 
-`CascadePolicy` decides about one post and knows neither models nor servers. `run` takes many posts through it, one
-batch per stage; the gateway in `serving/` takes each request through the same policy.
+`CascadePolicy` decides about one post from the predictions on it and calls no model. `run_cascade` applies the policy
+to a data set, with one batch per stage; the gateway in `serving/` applies the same policy to single requests.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ Stage = Literal["student", "teacher_first", "teacher_review"]
 
 @dataclass
 class CascadeSettings:
-    """How the two models share the work; the thresholds come from `calibrate`."""
+    """The cascade on the test split; its temperatures and thresholds come from `calibrate`."""
 
     on_agreement: Literal["teacher", "average"] = "teacher"
-    """Whose answer stands where an uncertain teacher has the student's polarity: teacher, or average, weighted by how
-    certain each is (the paper's first version)."""
+    """Final answer if the teacher is uncertain and has the student's polarity: teacher, or average of both models'
+    probabilities, weighted by certainty (first version of the paper)."""
     deferral_curve: bool = True
-    """Ask the teacher about every test post, so that the whole curve can be drawn; false: about deferred ones alone."""
+    """Classify every test post with the teacher, for the deferral curve; false: only the deferred posts."""
     resamples: int = 1000
-    """Bootstrap resamples behind each 95% interval."""
+    """Number of bootstrap resamples for each 95% interval."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the stages need of `calibration.json`: how probabilities are tempered, and when an answer stands.
+    """Temperatures and thresholds from `calibration.json`.
 
-    `student` and `teacher` name the models that it was made with.
+    `student` and `teacher` are the names of the models that it was fitted to.
     """
 
     student: str
@@ -53,28 +53,32 @@ class Calibration:
 
     @classmethod
     def read(cls, path: Path, student: str) -> "Calibration":
-        """The calibration of one student.
+        """Read the calibration of one student.
 
         Raises:
-            SettingsError: the file is missing or broken, or was made with another student.
+            SettingsError: the file is missing or invalid, or was made with another student.
         """
         try:
             content = read_json(path)
-            found = cls(**{name: content[name] for name in cls.__dataclass_fields__})
+            calibration = cls(**{name: content[name] for name in cls.__dataclass_fields__})
         except OSError:
             raise SettingsError(f"{path} is missing; run: distill calibrate with the same recipe") from None
         except (ValueError, LookupError, TypeError) as error:
-            raise SettingsError(f"{path} is not a calibration ({error}); run: distill calibrate anew") from None
-        if found.student != student:
+            raise SettingsError(f"{path} is not a valid calibration ({error}); run: distill calibrate") from None
+        if calibration.student != student:
             raise SettingsError(
-                f"{path} was made with another student ({found.student}, now {student}); run: distill calibrate"
+                f"{path} was made with another student ({calibration.student}, now {student}); run: distill calibrate"
             )
-        return found
+        return calibration
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one model says of one post: tempered probabilities [K] and what follows from them."""
+    """One model's prediction on one post.
+
+    `probabilities` [K] are temperature-scaled; label, polarity and uncertainty are derived from them. `answered` is
+    false if the model returned no answer.
+    """
 
     label: str
     probabilities: np.ndarray
@@ -91,9 +95,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Decision:
-    """The final answer about one post: which stage gave it and why, and every prediction on the way.
+    """The final answer on one post: its stage, the reason, and all predictions made on the way.
 
-    `degraded` says that the teacher was wanted and could not be had, so that the student's answer stands.
+    `probabilities` [K] are the final ones. `degraded` is true if the teacher, or its review, was needed and not
+    available, so that an earlier answer is final.
     """
 
     stage: Stage
@@ -106,42 +111,62 @@ class Decision:
 
     @property
     def teacher_calls(self) -> int:
-        """How often the teacher was asked."""
+        """Number of calls to the teacher: 0, 1 or 2."""
         return (self.teacher is not None) + (self.review is not None)
 
     @property
     def cost(self) -> Cost:
-        """What all predictions took."""
-        asked = (self.student, self.teacher, self.review)
-        return sum((prediction.cost for prediction in asked if prediction is not None), Cost())
+        """Total cost of the predictions."""
+        predictions = (self.student, self.teacher, self.review)
+        return sum((prediction.cost for prediction in predictions if prediction is not None), Cost())
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as a row of `decisions.jsonl`."""
+
+        def prediction_json(prediction: Prediction | None) -> dict[str, Any] | None:
+            if prediction is None:
+                return None
+            return asdict(prediction) | {"probabilities": prediction.probabilities.tolist()}
+
+        return {
+            "stage": self.stage,
+            "reason": self.reason,
+            "degraded": self.degraded,
+            "probabilities": self.probabilities.tolist(),
+            "student": prediction_json(self.student),
+            "teacher": prediction_json(self.teacher),
+            "review": prediction_json(self.review),
+            "teacher_calls": self.teacher_calls,
+            "cost": asdict(self.cost),
+        }
 
 
 @dataclass(frozen=True)
 class CascadePolicy:
-    """When an answer stands. Each stage returns a decision, or None where the next stage must be asked."""
+    """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed."""
 
     labels: LabelSpace
     calibration: Calibration
     on_agreement: Literal["teacher", "average"] = "teacher"
 
-    def student(self, scores: ClassScores) -> list[Prediction]:
+    def student_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The student's predictions on B samples."""
         return self._predictions(scores, self.calibration.student_temperature)
 
-    def teacher(self, scores: ClassScores) -> list[Prediction]:
-        """The teacher's predictions on B samples, be they first ones or reviews."""
+    def teacher_predictions(self, scores: ClassScores) -> list[Prediction]:
+        """The teacher's predictions on B samples, first answers or reviews."""
         return self._predictions(scores, self.calibration.teacher_temperature)
 
-    def first(self, student: Prediction) -> Decision | None:
-        """Stage 1: the student's answer stands where it is certain enough; entirely uncertain, it never does."""
+    def accept_student(self, student: Prediction) -> Decision | None:
+        """Stage 1: accept the student's answer if its uncertainty is at most the threshold and below 1."""
         if student.uncertainty <= self.calibration.student_threshold and student.uncertainty < 1:
             return Decision("student", "the student is certain", student.probabilities, student)
         return None
 
-    def second(self, student: Prediction, teacher: Prediction) -> Decision | None:
-        """Stage 2: the teacher's answer stands where it is certain enough or has the student's polarity."""
+    def accept_teacher(self, student: Prediction, teacher: Prediction) -> Decision | None:
+        """Stage 2: accept the teacher's answer if it is certain enough or has the student's polarity."""
         if not teacher.answered:
-            return self.without_teacher(student, "the teacher did not answer", teacher)
+            return self.fallback_to_student(student, "the teacher did not answer", teacher)
         if teacher.uncertainty <= self.calibration.teacher_threshold and teacher.uncertainty < 1:
             return Decision("teacher_first", "the teacher is certain", teacher.probabilities, student, teacher)
         if not student.answered:
@@ -151,38 +176,40 @@ class CascadePolicy:
         final = teacher.probabilities if self.on_agreement == "teacher" else self._average(student, teacher)
         return Decision("teacher_first", "both have one polarity", final, student, teacher)
 
-    def third(self, student: Prediction, teacher: Prediction, review: Prediction) -> Decision:
-        """Stage 3: the review is final; where none came, the teacher's first answer stands."""
+    def accept_review(self, student: Prediction, teacher: Prediction, review: Prediction) -> Decision:
+        """Stage 3: accept the review, or the teacher's first answer if the review was not answered."""
         if not review.answered:
             return Decision(
                 "teacher_first", "the review was not answered", teacher.probabilities, student, teacher, review, True
             )
         return Decision("teacher_review", "reviewed", review.probabilities, student, teacher, review)
 
-    def without_teacher(self, student: Prediction, why: str, teacher: Prediction | None = None) -> Decision:
-        """The student's answer, where the teacher was wanted and could not be had."""
-        return Decision("student", why, student.probabilities, student, teacher, degraded=True)
+    def fallback_to_student(self, student: Prediction, reason: str, teacher: Prediction | None = None) -> Decision:
+        """Accept the student's answer because the teacher was needed and is not available."""
+        return Decision("student", reason, student.probabilities, student, teacher, degraded=True)
 
-    def earlier(self, student: Prediction, teacher: Prediction) -> EarlierAnswers:
-        """What the review prompt tells of the first two answers."""
+    def earlier_answers(self, student: Prediction, teacher: Prediction) -> EarlierAnswers:
+        """Both earlier answers for the review prompt."""
         return EarlierAnswers(student.label, student.confidence, teacher.label, teacher.confidence)
 
     def label(self, probabilities: np.ndarray) -> str | float:
-        """The answer that probabilities [K] give: a label name, or the value on a scale."""
+        """The label name of probabilities [K], or the value on a scale."""
         if self.labels.scale is not None:
             return float(self.labels.scale.expectation(probabilities))
         return self.labels.names[int(np.argmax(probabilities))]
 
     def _predictions(self, scores: ClassScores, temperature: float) -> list[Prediction]:
         probabilities = temper(scores.probabilities, temperature)
-        doubt = uncertainty(probabilities, self.calibration.measure)
-        # an answer off the format, or none at all, is no answer to be certain of; NaN: nobody knows the mass
-        doubt = np.where(scores.label_mass < self.calibration.min_label_mass, 1.0, doubt)
+        uncertainties = uncertainty(probabilities, self.calibration.measure)
+        # An answer off the format, or a missing one, must be deferred. A NaN mass is unknown and compares as false.
+        off_format = scores.label_mass < self.calibration.min_label_mass
+        uncertainties = np.where(off_format, 1.0, uncertainties)
         costs = scores.costs or (Cost(),) * len(probabilities)
+        polarities = self.labels.polarities(probabilities)
         return [
             Prediction(self.labels.names[int(row.argmax())], row, float(u), int(polarity), bool(answered), cost)
             for row, u, polarity, answered, cost in zip(
-                probabilities, doubt, self.labels.polarities(probabilities), scores.answered, costs, strict=True
+                probabilities, uncertainties, polarities, scores.answered, costs, strict=True
             )
         ]
 
@@ -192,46 +219,30 @@ class CascadePolicy:
         return weights / weights.sum() @ np.stack([student.probabilities, teacher.probabilities])
 
 
-def run(samples: Sequence[Sample], student: ClassScores, teacher: Reasoner, policy: CascadePolicy) -> list[Decision]:
-    """Take B samples through the three stages, each stage one batch.
+def run_cascade(
+    samples: Sequence[Sample], student_scores: ClassScores, teacher: Reasoner, policy: CascadePolicy
+) -> list[Decision]:
+    """Run B samples through the three stages, with one batch per stage.
 
     Args:
-        student: what the student says of the samples (`Reasoner.classify`).
+        student_scores: the student's scores of the B samples (`Reasoner.classify`).
 
     Raises:
-        RunError: the teacher cannot be reached at all.
+        RunError: the teacher cannot be reached.
     """
-    predictions = policy.student(student)
-    decisions: list[Decision | None] = [policy.first(prediction) for prediction in predictions]
-    asked = [index for index, decision in enumerate(decisions) if decision is None]
-    firsts = (
-        dict(zip(asked, policy.teacher(teacher.classify([samples[i] for i in asked])), strict=True)) if asked else {}
-    )
-    for index in asked:
-        decisions[index] = policy.second(predictions[index], firsts[index])
-    doubtful = [index for index in asked if decisions[index] is None]
-    if doubtful:
-        earlier = [policy.earlier(predictions[index], firsts[index]) for index in doubtful]
-        reviews = policy.teacher(teacher.classify([samples[index] for index in doubtful], earlier))
-        for index, review in zip(doubtful, reviews, strict=True):
-            decisions[index] = policy.third(predictions[index], firsts[index], review)
+    students = policy.student_predictions(student_scores)
+    decisions: list[Decision | None] = [policy.accept_student(student) for student in students]
+    deferred = [index for index, decision in enumerate(decisions) if decision is None]
+    teachers: dict[int, Prediction] = {}
+    if deferred:
+        scores = teacher.classify([samples[index] for index in deferred])
+        teachers = dict(zip(deferred, policy.teacher_predictions(scores), strict=True))
+    for index in deferred:
+        decisions[index] = policy.accept_teacher(students[index], teachers[index])
+    undecided = [index for index in deferred if decisions[index] is None]
+    if undecided:
+        earlier = [policy.earlier_answers(students[index], teachers[index]) for index in undecided]
+        reviews = policy.teacher_predictions(teacher.classify([samples[index] for index in undecided], earlier))
+        for index, review in zip(undecided, reviews, strict=True):
+            decisions[index] = policy.accept_review(students[index], teachers[index], review)
     return [decision for decision in decisions if decision is not None]
-
-
-def describe(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON holds it."""
-
-    def prediction(found: Prediction | None) -> dict[str, Any] | None:
-        return None if found is None else asdict(found) | {"probabilities": found.probabilities.tolist()}
-
-    return {
-        "stage": decision.stage,
-        "reason": decision.reason,
-        "degraded": decision.degraded,
-        "probabilities": decision.probabilities.tolist(),
-        "student": prediction(decision.student),
-        "teacher": prediction(decision.teacher),
-        "review": prediction(decision.review),
-        "teacher_calls": decision.teacher_calls,
-        "cost": asdict(decision.cost),
-    }

@@ -1,1 +1,1 @@
-"""Where samples come from: readers of the published layouts, the built-in corpus, safe image decoding."""
+"""Data sets: readers of the published layouts, the built-in corpus, and safe image decoding."""

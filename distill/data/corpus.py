@@ -1,4 +1,4 @@
-"""From a recipe's `data` section to checked samples: one reader per layout, one report of what was dropped."""
+"""The corpus of a recipe's `data` section: reading, validation, splitting, and the list of dropped rows."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Literal
 from distill.data import jsonl, mosi, mvsa, twitter
 from distill.data.images import ImageError, decode
 from distill.data.postcards import PostcardSettings, generate
-from distill.data.split import set_apart
+from distill.data.split import stratified_split
 from distill.errors import RunError, SettingsError
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
@@ -23,36 +23,37 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class DataSettings:
-    """Where the posts are, and how they are split."""
+    """The data: source, files and splits."""
 
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
-    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels, which need task.scale), or the
-    built-in postcards."""
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), or postcards
+    (the built-in corpus, generated into data.root)."""
     root: str = "data"
-    """Folder of the data; image paths are resolved inside it and may not leave it."""
+    """Folder of the data. Images outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
-    """Files of the training split, below the root; for mvsa labelResultAll.txt. Postcards name their own."""
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Ignored for postcards."""
     validation: list[str] = field(default_factory=list)
-    """Files of the validation split; empty: a stratified part of the training rows."""
+    """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
-    """Files of the test split; empty: a stratified part of the training rows."""
+    """Files of the test split; empty: a stratified part of the training rows is used."""
     validation_fraction: float = 0.1
-    """Share of the training rows that validates, where no validation file is given."""
+    """Fraction of the training rows used for validation if data.validation is empty."""
     test_fraction: float = 0.1
-    """Share of the training rows that tests, where no test file is given."""
+    """Fraction of the training rows used for testing if data.test is empty."""
     seed: int = 42
     """Seed of the stratified split."""
     images: str = "images"
-    """Folder of the images, below the root (twitter); jsonl and mosi rows name their images from the root."""
+    """Folder of the images of source twitter, relative to data.root. Image names in jsonl and mosi rows are relative to
+    data.root itself."""
     max_pixels: int = 50_000_000
-    """Images with more pixels than this are dropped unread."""
+    """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
-    """The built-in corpus, where the source is postcards."""
+    """The built-in corpus, used if data.source is postcards."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that was left out: where it stands and why, in one sentence."""
+    """A dropped row: its file, 1-based row number and id, and the reason."""
 
     file: str
     row: int
@@ -62,7 +63,7 @@ class Dropped:
 
 @dataclass
 class Corpus:
-    """The three splits, and every row that did not make it into one."""
+    """The three splits, the dropped rows, and the data root."""
 
     train: list[Sample]
     validation: list[Sample]
@@ -73,7 +74,7 @@ class Corpus:
 
 @dataclass
 class _Entry:
-    """A row on its way into a split, until a reason to drop it is found."""
+    """A row with its sample, or with the reason to drop it."""
 
     split: str
     file: str
@@ -84,11 +85,12 @@ class _Entry:
 
 
 def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
-    """Read, check and split a corpus. Every image is decoded once; what is wrong with a row drops that row only.
+    """Read, validate and split a corpus. Every image is decoded once. An invalid row is dropped; the others are kept.
 
     Raises:
-        SettingsError: continuous labels without a scale or a scale without them, a missing file, a file without a
-            usable row, or a split that cannot be made.
+        SettingsError: the source and `task.scale` do not fit, a file is missing or has no usable row, or a split cannot
+            be drawn.
+        RunError: the postcards cannot be written.
     """
     check_labels(settings, labels)
     _check_settings(settings)
@@ -97,37 +99,37 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
     root = Path(settings.root).resolve()
     entries = [_entry(split, file, row, settings, labels) for split, file, row in _rows(settings)]
     broken = _broken_images({image for entry in entries if entry.sample for image in entry.sample.images}, settings)
-    first: dict[str, _Entry] = {}
+    first_with_id: dict[str, _Entry] = {}
     for entry in entries:
         if entry.sample is not None:
-            entry.reason = _refuse(entry.split, entry.sample, broken, first)
+            entry.reason = _drop_reason(entry.split, entry.sample, broken, first_with_id)
             if entry.reason is None:
-                first[entry.id] = entry
+                first_with_id[entry.id] = entry
     _check_files(settings, entries)
     parts = {split: [e.sample for e in entries if e.split == split and e.sample and not e.reason] for split in SPLITS}
-    if missing := _missing(settings):
-        parts |= set_apart(parts["train"], missing, settings.seed)
+    if missing := _splits_to_draw(settings):
+        parts |= stratified_split(parts["train"], missing, settings.seed)
     for split in SPLITS:
         if not parts[split]:
             raise SettingsError(
-                f"data.{split}: the labelled posts of data.train are too few to set a part aside for it"
+                f"data.{split}: data.train has too few labelled posts to draw this split from; name a file instead"
             )
     dropped = [Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason]
     return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root)
 
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
-    """Raises SettingsError where labels are numbers and the label space has no scale for them, or the reverse."""
+    """Raise SettingsError if labels are continuous and the label space has no scale, or the reverse."""
     if settings.source == "mosi" and labels.scale is None:
-        raise SettingsError("data.source mosi has continuous labels; task.scale must say how they are cut into bins")
+        raise SettingsError("data.source mosi has continuous labels: add task.scale, which divides them into bins")
     if settings.source != "mosi" and labels.scale is not None:
         raise SettingsError(f"task.scale needs continuous labels: data.source mosi, not {settings.source}")
 
 
 def data_fingerprint(settings: DataSettings) -> str:
-    """A hash of what the data says: every row of every split file with its texts; of images the names and sizes.
+    """Hash of the data: every row of every split file, and the names and sizes of the images.
 
-    The same data in another folder has the same fingerprint. Postcards follow from their settings alone.
+    The same data in another folder has the same fingerprint. The fingerprint of postcards is that of their settings.
 
     Raises:
         SettingsError: a split file is missing.
@@ -150,19 +152,19 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:
-    """Write the dropped rows as JSONL: file, row, id, reason. Raises RunError where that is impossible."""
+    """Write the dropped rows as JSONL with file, row, id and reason. Raises RunError if the file cannot be written."""
     jsonl.write_rows(path, (asdict(row) for row in dropped))
 
 
 def _check_settings(settings: DataSettings) -> None:
     if not _files(settings)["train"]:
-        raise SettingsError("data.train names no file")
-    missing = _missing(settings)
+        raise SettingsError("data.train is empty; name at least one file")
+    missing = _splits_to_draw(settings)
     for split, fraction in missing.items():
         if not 0 < fraction < 1:
-            raise SettingsError(f"data.{split}_fraction must lie between 0 and 1, not be {fraction}")
+            raise SettingsError(f"data.{split}_fraction is {fraction}; it takes a number above 0 and below 1")
     if sum(missing.values()) >= 1:
-        raise SettingsError("data.validation_fraction and data.test_fraction leave no training rows")
+        raise SettingsError("data.validation_fraction and data.test_fraction must sum to less than 1")
 
 
 def _make_postcards(settings: DataSettings) -> None:
@@ -180,14 +182,14 @@ def _files(settings: DataSettings) -> dict[str, list[str]]:
     return {"train": settings.train, "validation": settings.validation, "test": settings.test}
 
 
-def _missing(settings: DataSettings) -> dict[str, float]:
-    """The splits without a file, with the share of the training rows that each takes."""
+def _splits_to_draw(settings: DataSettings) -> dict[str, float]:
+    """The splits without a file, with the fraction of the training rows that each takes."""
     fractions = {"validation": settings.validation_fraction, "test": settings.test_fraction}
     return {split: fraction for split, fraction in fractions.items() if not _files(settings)[split]}
 
 
 def _rows(settings: DataSettings) -> Iterator[tuple[str, str, jsonl.Row]]:
-    """Every row with the split and the file in which it stands."""
+    """Every row with its split and file."""
     for split, files in _files(settings).items():
         for file in files:
             try:
@@ -212,12 +214,12 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
 
 
 def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels: LabelSpace) -> _Entry:
-    """A row with its sample, or with the reason why it makes none."""
+    """Convert a row to an entry with a sample, or with the reason why it has none."""
     sample = None
     reason = row.problem
     if reason is None:
         try:
-            sample = jsonl.sample(row.fields, Path(settings.root))
+            sample = jsonl.to_sample(row.fields, Path(settings.root))
             if sample.label is not None:
                 labels.index(sample.label)
         except ValueError as error:
@@ -227,9 +229,9 @@ def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels
 
 
 def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]:
-    """The images that cannot be decoded, and why."""
+    """The images that cannot be decoded, with the reasons."""
 
-    def reason(path: Path) -> str | None:
+    def error_of(path: Path) -> str | None:
         try:
             decode(path, settings.max_pixels)
         except ImageError as error:
@@ -237,30 +239,32 @@ def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]
         return None
 
     paths = sorted(images)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the interpreter's lock
-        return {path: why for path, why in zip(paths, pool.map(reason, paths), strict=True) if why is not None}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
+        return {path: error for path, error in zip(paths, pool.map(error_of, paths), strict=True) if error is not None}
 
 
-def _refuse(split: str, sample: Sample, broken: Mapping[Path, str], first: Mapping[str, _Entry]) -> str | None:
-    """Why a well-formed row is dropped all the same."""
+def _drop_reason(
+    split: str, sample: Sample, broken: Mapping[Path, str], first_with_id: Mapping[str, _Entry]
+) -> str | None:
+    """Why a well-formed row is dropped; None if it is kept."""
     for image in sample.images:
         if image in broken:
             return broken[image]
-    if sample.id in first:
-        return f"id {sample.id!r} is already that of {first[sample.id].file} row {first[sample.id].row}"
+    if (first := first_with_id.get(sample.id)) is not None:
+        return f"id {sample.id!r} is already used by {first.file} row {first.row}"
     if split != "train" and sample.label is None:
-        return f"has no label, so it cannot be judged in {split}"
+        return f"has no label, which every row of the {split} split needs"
     return None
 
 
 def _check_files(settings: DataSettings, entries: list[_Entry]) -> None:
-    """Raise SettingsError for a file of which nothing is left."""
-    of_file: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+    """Raise SettingsError for a file without a usable row."""
+    by_file: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
     for entry in entries:
-        of_file[entry.split, entry.file].append(entry)
+        by_file[entry.split, entry.file].append(entry)
     for split, files in _files(settings).items():
         for file in files:
-            rows = of_file[split, file]
+            rows = by_file[split, file]
             if not rows:
                 raise SettingsError(f"data.{split}: {file} has no rows")
             if all(row.reason for row in rows):
@@ -278,5 +282,5 @@ def _size(path: Path) -> int:
 
 
 def _printable(text: str | None) -> str:
-    """A reason or an id from hostile rows, fit for one line of UTF-8."""
+    """A reason or an id from an untrusted row, as one line of valid UTF-8 with at most 300 characters."""
     return " ".join((text or "").encode("utf-8", "backslashreplace").decode()[:300].split())

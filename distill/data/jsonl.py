@@ -1,8 +1,8 @@
-"""Rows of JSON, one post a line: how samples are read and how reasoning data is written.
+"""JSONL files with one post per line: reading of samples, writing of reasoning data.
 
-The fields are the project's vocabulary, which the readers of other layouts speak too: `id`, `text`, `aspect`, `label`,
-`images` (a list, or one name as `image`), `rationale`, `attributes`. Image names are relative to the data root.
-`row` and `sample` are each other's inverse.
+The fields are `id`, `text`, `aspect`, `label`, `images` (a list, or one name as `image`), `rationale` and `attributes`.
+The readers of the other layouts yield rows with the same fields. Image names are relative to the data root. `to_row` is
+the inverse of `to_sample`.
 """
 
 import json
@@ -19,7 +19,7 @@ from distill.task.sample import Sample
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in a file: its line (1-based), its fields, and what makes it unreadable, if anything."""
+    """One row of a file: its line number (1-based), its fields, and why it cannot be used (`problem`), if so."""
 
     number: int
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Row:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank with their 1-based numbers; bytes that are not UTF-8 stay, as lone surrogates."""
+    """Yield the non-blank lines with their 1-based numbers. Bytes that are not UTF-8 become lone surrogates."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").rstrip("\r\n")
@@ -36,7 +36,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Every row of a file; one that is not a JSON object comes with its problem and never stops the others."""
+    """Yield every row of a file. A line that is not a JSON object yields a row with a `problem`."""
     for number, line in lines(path):
         try:
             fields = json.loads(line)
@@ -47,7 +47,7 @@ def read(path: Path) -> Iterator[Row]:
 
 
 def image_names(fields: Mapping[str, Any]) -> list[str]:
-    """The images of a row, given as `images` or as one `image`. Raises ValueError for anything else."""
+    """The image names of a row, from `images` or `image`. Raises ValueError for both, or for other types."""
     one, many = fields.get("image"), fields.get("images")
     if one is not None and many is not None:
         raise ValueError("image and images are both given")
@@ -57,12 +57,12 @@ def image_names(fields: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def sample(fields: Mapping[str, Any], root: Path) -> Sample:
-    """The sample of a row; whether its label and its images are good is for others to check.
+def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
+    """Convert a row's fields to a sample. The label and the content of the images are not checked here.
 
     Raises:
-        ValueError: a field is missing, of another type or not encodable, there is neither text nor image, or an image
-            lies outside `root`.
+        ValueError: a field is missing, has the wrong type or is not valid Unicode, there is neither text nor image, or
+            an image is outside `root`.
     """
     identity = fields.get("id")
     if isinstance(identity, int) and not isinstance(identity, bool):
@@ -81,7 +81,7 @@ def sample(fields: Mapping[str, Any], root: Path) -> Sample:
         raise ValueError("attributes must be text")
     aspect, rationale = _text(fields, "aspect"), _text(fields, "rationale")
     if not _is_unicode("".join([identity, text, aspect or "", rationale or "", *names, *attributes.values()])):
-        raise ValueError("is not UTF-8")  # or has half a surrogate pair as \ud83d, which no tokenizer takes
+        raise ValueError("is not UTF-8")  # or has a lone surrogate such as \ud83d, which tokenizers reject
     return Sample(
         id=identity,
         text=text,
@@ -93,11 +93,11 @@ def sample(fields: Mapping[str, Any], root: Path) -> Sample:
     )
 
 
-def row(sample: Sample, root: Path) -> dict[str, Any]:
-    """The fields of a sample in their fixed order, images relative to `root`; `attributes` only where there are any.
+def to_row(sample: Sample, root: Path) -> dict[str, Any]:
+    """Convert a sample to the fields of a row, in a fixed order; image names are relative to `root`.
 
     Raises:
-        ValueError: an image lies outside `root`.
+        ValueError: an image is outside `root`.
     """
     base = root.resolve()
     fields: dict[str, Any] = {
@@ -112,10 +112,10 @@ def row(sample: Sample, root: Path) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows so that `path` holds either all of them or what it held before.
+    """Write a JSONL file atomically.
 
     Raises:
-        RunError: the file cannot be written, for a full disk say.
+        RunError: the file cannot be written, for example because the disk is full.
     """
     try:
         with atomic_write(path) as file:

@@ -1,7 +1,7 @@
-"""Utterances with continuous sentiment, as CMU-MOSI and CMU-MOSEI have them: CSV with a header, or JSONL.
+"""Reader of utterances with continuous sentiment (CMU-MOSI, CMU-MOSEI): CSV with a header, or JSONL.
 
-The columns are `id`, `text`, `label` (a number), and where they exist `image`, `aspect`, `split`. With a `split`, one
-file may be named for all three splits: each takes its own rows.
+The columns are `id`, `text` and `label` (a number), and optionally `image`, `aspect` and `split`. With a `split`
+column, the same file can be given for all three splits: each split uses its own rows.
 """
 
 import csv
@@ -12,18 +12,18 @@ from pathlib import Path
 from distill.data import jsonl
 from distill.data.jsonl import Row
 
-SPLITS = {"dev": "validation", "val": "validation", "valid": "validation"}
-"""What `split` may say besides train, validation and test."""
+SPLIT_ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
+"""Values of the `split` column that are accepted besides train, validation and test."""
 
 
 def read(path: Path, split: str) -> Iterator[Row]:
-    """The rows of one file that belong to `split`, labels as floats; an empty label is none."""
+    """Yield the rows of one file that belong to `split`. Labels are floats; an empty label is None."""
     for row in _csv(path) if path.suffix.casefold() == ".csv" else jsonl.read(path):
         if row.problem is not None:
             yield row
             continue
         own = str(row.fields.get("split") or split).strip().casefold()
-        own = SPLITS.get(own, own)
+        own = SPLIT_ALIASES.get(own, own)
         if own not in ("train", "validation", "test"):
             yield Row(row.number, row.fields, f"unknown split {own!r}; the splits are train, validation, test")
         elif own == split:
@@ -48,7 +48,7 @@ def _number(value: object) -> float | None:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """The rows of a CSV file, numbered by the line on which they begin; an empty cell is None."""
+    """Yield the rows of a CSV file, numbered by the line on which they start. An empty cell is None."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header: list[str] = []
@@ -65,5 +65,5 @@ def _csv(path: Path) -> Iterator[Row]:
                 header = [name.strip() for name in cells]
             elif cells:
                 fields = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-                agrees = len(cells) == len(header)
-                yield Row(number, fields, None if agrees else f"has {len(cells)} cells instead of {len(header)}")
+                complete = len(cells) == len(header)
+                yield Row(number, fields, None if complete else f"has {len(cells)} cells instead of {len(header)}")

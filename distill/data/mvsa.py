@@ -1,8 +1,8 @@
-"""The layout of MVSA-Single and MVSA-Multiple (Niu et al., MMM 2016), with the published rule for one label a post.
+"""Reader of MVSA-Single and MVSA-Multiple (Niu et al., MMM 2016), with the published rule for one label per post.
 
-`labelResultAll.txt` has an id and one `text,image` pair of labels per annotator; beside it lie `data/<id>.txt` and
-`data/<id>.jpg`. Each annotator judged the words and the picture apart; how the two become one label is from
-MultiSentiNet (Xu and Mao, CIKM 2017, table 1).
+`labelResultAll.txt` has an id and one `text,image` pair of labels per annotator; the posts are `data/<id>.txt` and
+`data/<id>.jpg` in the same folder. Each annotator labelled text and image separately. The rule that merges the two into
+one label is from MultiSentiNet (Xu and Mao, CIKM 2017, table 1).
 """
 
 import logging
@@ -19,9 +19,9 @@ LABELS = ("negative", "neutral", "positive")
 
 
 def read(path: Path, root: Path) -> Iterator[Row]:
-    """The posts of one label file; those whose annotations give no label come with the reason.
+    """Yield the posts of one label file. A post whose annotations do not determine a label has a `problem`.
 
-    Says in the log how many texts were not UTF-8 and were read as Windows-1252.
+    Logs a warning with the number of texts that are not UTF-8 and are read as Windows-1252.
     """
     folder = path.parent / "data"
     recoded = 0
@@ -49,12 +49,13 @@ def read(path: Path, root: Path) -> Iterator[Row]:
 
 
 def ground_truth(pairs: Sequence[tuple[str, str]]) -> str:
-    """One label from the (text, image) labels of every annotator.
+    """Merge the (text, image) labels of all annotators into one label.
 
-    Per modality the majority of the annotators counts; then equal labels stand and a neutral yields to the other.
+    First, the majority of the annotators is taken for each modality. If the two labels are equal, that is the result;
+    if one is neutral, the other is.
 
     Raises:
-        ValueError: no pairs, no majority, or a positive-negative pair.
+        ValueError: there are no pairs, there is no majority, or the two labels are positive and negative.
     """
     text, image = (_majority([pair[i] for pair in pairs], ("text", "image")[i]) for i in (0, 1))
     if {text, image} == {"positive", "negative"}:
@@ -80,7 +81,7 @@ def _pair(cell: str) -> tuple[str, str]:
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
-    """A text of unknown encoding, and whether it was UTF-8; Windows-1252 leaves five bytes open, Latin-1 none."""
+    """Decode a text as UTF-8, Windows-1252 or (for bytes undefined there) Latin-1; also return whether it is UTF-8."""
     for encoding in ("utf-8-sig", "cp1252"):
         try:
             return raw.decode(encoding), encoding == "utf-8-sig"

@@ -1,10 +1,9 @@
-"""Postcards: the built-in corpus, drawn and written from a seed.
+"""Postcards: the built-in synthetic corpus, generated from a seed.
 
-Each post is a drawn card (a face under a sky) and a short text. Its sentiment needs both: cheerful words over a
-frowning face are sarcasm, gloomy words over a smiling face are teasing. Text alone can reach 5/9 of a balanced corpus,
-pictures alone 6/9. Gold attributes say what is really there, so that reasoning can be checked against the picture.
-
-Few training posts carry a label; most carry none, as in life.
+Each post is a drawn card (a face under a sky) and a short text. The sentiment depends on both: cheerful words with a
+frowning face are sarcasm, gloomy words with a smiling face are teasing. The best possible accuracy on the balanced
+corpus is 5/9 from the text alone and 6/9 from the image alone. Gold attributes describe each card, so that rationales
+can be checked against the image. Most training posts are unlabelled.
 """
 
 import json
@@ -34,7 +33,7 @@ RULE = {
     ("gloomy", "blank"): ("negative", "The face says nothing, so the grim words stand."),
     ("gloomy", "frowning"): ("negative", "Both are sad, so the grief is meant."),
 }
-"""Sentiment and its reason for each tone of the words and look of the face."""
+"""Sentiment and its explanation for each pair of the text's tone and the face's expression."""
 
 WORDS = {
     "cheerful": ("wonderful", "lovely", "splendid", "delightful", "glorious", "perfect", "charming", "superb",
@@ -57,51 +56,54 @@ TEXTS = (
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MARKER = "postcards.json"
-OWN = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
-"""What a folder of postcards holds; one with anything else in it is left alone."""
+GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
+"""Everything in a folder of postcards. A folder that contains anything else is never overwritten."""
 
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
 
 @dataclass
 class PostcardSettings:
-    """Size and seed of the built-in corpus."""
+    """Size and seed of the built-in corpus (`data.source: postcards`)."""
 
     seed: int = 7
-    """Seed of texts and pictures."""
+    """Seed of the texts and images."""
     labelled: int = 300
-    """Training posts with a gold label and a gold rationale."""
+    """Number of training posts with a gold label and a gold rationale."""
     unlabelled: int = 1100
-    """Training posts without either."""
+    """Number of training posts without label and rationale."""
     validation: int = 198
-    """Validation posts, all labelled."""
+    """Number of validation posts, all labelled."""
     test: int = 450
-    """Test posts, all labelled."""
+    """Number of test posts, all labelled."""
     image_size: int = 56
-    """Width and height of a card in pixels."""
+    """Width and height of the images, in pixels."""
 
 
-def are_there(root: Path, settings: PostcardSettings) -> bool:
-    """Whether `root` holds the corpus of these settings."""
+def is_generated(root: Path, settings: PostcardSettings) -> bool:
+    """Whether `root` contains the corpus of these settings."""
     marker = root / MARKER
     return marker.exists() and bool(read_json(marker) == asdict(settings))
 
 
 def generate(root: str | Path, settings: PostcardSettings) -> None:
-    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `images/` below `root`, unless they are there already.
+    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `images/` to `root`, unless they are already generated.
 
     The same settings give the same files. A corpus of other settings in the same folder is replaced.
+
+    Raises:
+        FileExistsError: `root` contains files that were not generated here.
+        OSError: `root` cannot be written.
     """
     root = Path(root)
-    if are_there(root, settings):
+    if is_generated(root, settings):
         return
     if root.exists():
-        found = {
-            path.name for path in root.iterdir()
-        }  # the folder is written atomically: without the marker it is not ours
-        if strangers := found - OWN if (root / MARKER).exists() else found:
-            name = min(strangers)
-            raise FileExistsError(f"data.root: {root} holds {name}; name an empty or new folder for the postcards")
+        found = {path.name for path in root.iterdir()}
+        # The folder is written atomically, marker included: without the marker, nothing in it was generated here.
+        if foreign := found - GENERATED if (root / MARKER).exists() else found:
+            name = min(foreign)
+            raise FileExistsError(f"data.root: {root} contains {name}; use a new or empty folder for the postcards")
     rng = random.Random(settings.seed)
     with atomic_folder(root) as new:
         (new / "images").mkdir()
@@ -122,7 +124,7 @@ def _posts(
     cells = [(tone, face) for tone in TONES for face in FACES]
     for number in range(count):
         if number % len(cells) == 0:
-            rng.shuffle(cells)  # every nine posts hold each cell once
+            rng.shuffle(cells)  # every nine posts contain each cell once
         tone, face = cells[number % len(cells)]
         word = rng.choice(WORDS[tone])
         blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
@@ -138,7 +140,7 @@ def _posts(
 
 
 def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -> Rationale:
-    """The gold rationale: what is there, and why it means what it means."""
+    """The gold rationale: the attributes of text and image, and the explanation of the label."""
     return Rationale(
         f"The word {word} sounds {tone}.",
         f"The card shows a {face} face under a {sky} sky.",
@@ -149,7 +151,7 @@ def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -
 
 
 def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image:
-    """One card, drawn four times too large and scaled down: sky, ground, and a face somewhere near the middle."""
+    """Draw one card at four times its size and scale it down: sky, ground, and a face near the middle."""
     side = 4 * size
     background = tuple(max(0, min(255, channel + rng.randint(-6, 6))) for channel in SKIES[sky])
     card = Image.new("RGB", (side, side), background)

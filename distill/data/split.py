@@ -1,4 +1,4 @@
-"""Validation and test parts for data that brings none: stratified, seeded, and without leaks."""
+"""Validation and test splits for data without them: stratified, seeded, and without leakage from training."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -7,28 +7,31 @@ from collections.abc import Hashable, Mapping, Sequence
 from distill.task.sample import Sample
 
 
-def set_apart(samples: Sequence[Sample], fractions: Mapping[str, float], seed: int) -> dict[str, list[Sample]]:
-    """`train`, and for each name in `fractions` a stratified part of the labelled samples, all in their given order.
+def stratified_split(samples: Sequence[Sample], fractions: Mapping[str, float], seed: int) -> dict[str, list[Sample]]:
+    """Split off a stratified part of the labelled samples for each name in `fractions`; the rest is `train`.
 
-    Posts that share an image or a text stay together, so a part never sees a training post again; a group that holds
-    an unlabelled post stays in train. Groups are taken in a random order, each by the first part that still wants all
-    of it. Who goes where depends on the seed and on the ids, not on the order of the rows. Values on a continuous
-    scale are stratified by the nearest integer.
+    Samples that share an image or a text form a group and stay together, so that no part repeats one of `train`. A
+    group with an unlabelled sample stays in `train`. Groups are assigned in random order, each to the first part that
+    still has room for all of it. The assignment depends on the seed and the ids, not on the order of the rows; each
+    part keeps that order. Values on a continuous scale are stratified by the nearest integer.
     """
     totals = Counter(_stratum(sample) for sample in samples if sample.label is not None)
-    wanted = {part: Counter({s: int(n * share + 0.5) for s, n in totals.items()}) for part, share in fractions.items()}
+    room = {
+        part: Counter({stratum: int(count * fraction + 0.5) for stratum, count in totals.items()})
+        for part, fraction in fractions.items()
+    }
     part_of: dict[str, str] = {}
-    for group in sorted(_groups(samples), key=lambda group: _shuffled(min(sample.id for sample in group), seed)):
+    for group in sorted(_groups(samples), key=lambda group: _sort_key(min(sample.id for sample in group), seed)):
         counts = Counter(_stratum(sample) for sample in group)
-        part = next((part for part, left in wanted.items() if counts <= left), "train")
+        part = next((part for part, left in room.items() if counts <= left), "train")
         if part != "train":
-            wanted[part] -= counts
+            room[part] -= counts
         part_of |= {sample.id: part for sample in group}
     return {part: [sample for sample in samples if part_of[sample.id] == part] for part in ("train", *fractions)}
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples that share an image (by content) or a text (but for case and spaces), directly or through others."""
+    """Connected groups of samples that share an image (by content) or a text (up to case and white space)."""
     parent = list(range(len(samples)))
 
     def find(i: int) -> int:
@@ -53,5 +56,6 @@ def _stratum(sample: Sample) -> str | int | None:
     return round(sample.label) if isinstance(sample.label, float) else sample.label
 
 
-def _shuffled(identity: str, seed: int) -> bytes:
+def _sort_key(identity: str, seed: int) -> bytes:
+    """A key that sorts ids in an order that is random but fixed by the seed."""
     return hashlib.sha256(f"{seed} {identity}".encode()).digest()

@@ -1,6 +1,7 @@
-"""TomBERT's layout of Twitter-2015 and Twitter-2017 (Yu and Jiang, IJCAI 2019): one target of a post a row.
+"""Reader of TomBERT's layout of Twitter-2015 and Twitter-2017 (Yu and Jiang, IJCAI 2019): one row per post and target.
 
-A file is tab-separated without any quoting: index, label (0, 1, 2), image name, text with `$T$` for the target, target.
+A file is tab-separated, without quoting. Its columns are index, label (0, 1, 2), image name, text with `$T$` in place
+of the target, and target.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ TARGET = "$T$"
 
 
 def read(path: Path, images: str) -> Iterator[Row]:
-    """The rows of one file; ids are the file's stem with the index, which every file counts anew.
+    """Yield the rows of one file. An id is the file's stem and the row's index, since every file has its own indices.
 
     Args:
-        images: folder of the images, below the data root.
+        images: folder of the images, relative to the data root.
     """
     for number, line in lines(path):
         cells = line.split("\t")

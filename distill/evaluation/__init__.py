@@ -1,1 +1,1 @@
-"""How good the roles are, and the page that shows it."""
+"""Metrics of the roles, and the HTML report."""

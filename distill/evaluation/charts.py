@@ -1,4 +1,4 @@
-"""Charts of the report as numbers that an SVG template draws: training curves, and the evidence of the cascade."""
+"""SVG coordinates of the report's charts: training curves, and the deferral and calibration curves of the cascade."""
 
 import csv
 import math
@@ -13,8 +13,8 @@ _MAX_POINTS = 300
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 44, 10, 10, 28  # in SVG units
 
 
-def training(path: Path) -> dict[str, dict[str, Any]]:
-    """The curves of one role from the `metrics.csv` of Lightning's CSVLogger: losses, and what was validated."""
+def training_charts(path: Path) -> dict[str, dict[str, Any]]:
+    """Training losses and validation metrics of one role, from the `metrics.csv` of Lightning's CSVLogger."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -26,52 +26,53 @@ def training(path: Path) -> dict[str, dict[str, Any]]:
             value = _number(text)
             if isinstance(name, str) and "/" in name and step is not None and value is not None:
                 curves.setdefault(name, []).append((step, value))
-    curves = {name: _thin(sorted(points)) for name, points in curves.items()}
+    curves = {name: _downsample(sorted(points)) for name, points in curves.items()}
     losses = {n: p for n, p in curves.items() if n.startswith("train/") and any(y for _, y in p)}
-    judged = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
-    charts = {"loss by step": chart(losses), "validation by step": chart(judged, top=1.0)}
-    return {title: found for title, found in charts.items() if found}
+    validated = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
+    charts = {"loss by step": chart(losses), "validation by step": chart(validated, top=1.0)}
+    return {title: plot for title, plot in charts.items() if plot}
 
 
-def cascade_charts(evidence: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The deferral curve with its baselines, and both models' risk-coverage curves and reliability.
+def cascade_charts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Deferral curves of all policies, and risk-coverage curves and reliability diagrams of student and teacher.
 
     Args:
-        evidence: `cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`.
+        metrics: `cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`.
     """
     charts = {}
     curves: dict[str, Points] = {}
-    spent: dict[str, Points] = {}
+    by_cost: dict[str, Points] = {}
     band: list[tuple[float, float, float]] = []
-    priced = evidence["cost_ratio"]["currency"] is not None
+    priced = metrics["cost_ratio"]["currency"] is not None
     unit = "currency" if priced else "seconds"
-    for row in evidence.get("deferral", ()):
-        at = float(row["deferred"])
+    for row in metrics.get("deferral", ()):
+        deferred = float(row["deferred"])
         policy = row["policy"].replace("_", " ")
-        curves.setdefault(policy, []).append((at, float(row["quality"])))
-        spent.setdefault(policy, []).append((float(row[unit]), float(row["quality"])))
-        if row["policy"] == evidence["measure"]:
-            band.append((at, float(row["low"]), float(row["high"])))
+        curves.setdefault(policy, []).append((deferred, float(row["quality"])))
+        by_cost.setdefault(policy, []).append((float(row[unit]), float(row["quality"])))
+        if row["policy"] == metrics["measure"]:
+            band.append((deferred, float(row["low"]), float(row["high"])))
     if curves:
-        name, quality = ("minus MAE", -evidence["mae"]) if "mae" in evidence else ("accuracy", evidence["accuracy"])
-        stages = evidence["stages"].values()
-        deferred = evidence["stages"]["teacher_first"]["asked"] / evidence["n"]
-        paid = sum(stage["cost"][unit] or 0 for stage in stages) / evidence["n"]
-        here = "this cascade, reviews included"
+        name, quality = ("minus MAE", -metrics["mae"]) if "mae" in metrics else ("accuracy", metrics["accuracy"])
+        stages = metrics["stages"].values()
+        fraction = metrics["stages"]["teacher_first"]["asked"] / metrics["n"]
+        cost = sum(stage["cost"][unit] or 0 for stage in stages) / metrics["n"]
+        marker = "this cascade, reviews included"
         charts[f"{name} by share of posts deferred"] = chart(
-            curves, bottom=None, band=band, spots={here: (deferred, quality)}
+            curves, bottom=None, band=band, markers={marker: (fraction, quality)}
         )
-        charts[f"{name} by {unit} a post"] = chart(spent, bottom=None, spots={here: (paid, quality)})
-    models = evidence.get("selective", {})
-    risks = {role: list(zip(*found["after"]["risk_coverage"].values(), strict=True)) for role, found in models.items()}
-    charts["risk by coverage"] = chart({role: _thin(points) for role, points in risks.items()})
-    for role, found in models.items():
-        lines = {f"{when} calibration": _reliability(found[when]["reliability"]) for when in ("before", "after")}
+        charts[f"{name} by {unit} per post"] = chart(by_cost, bottom=None, markers={marker: (cost, quality)})
+    models = metrics.get("selective", {})
+    risks = {role: list(zip(*model["after"]["risk_coverage"].values(), strict=True)) for role, model in models.items()}
+    charts["risk by coverage"] = chart({role: _downsample(points) for role, points in risks.items()})
+    for role, model in models.items():
+        lines = {f"{when} calibration": _reliability(model[when]["reliability"]) for when in ("before", "after")}
         charts[f"accuracy of the {role} by its confidence"] = chart(lines | {"ideal": [(0.0, 0.0), (1.0, 1.0)]})
-    return {title: found for title, found in charts.items() if found}
+    return {title: plot for title, plot in charts.items() if plot}
 
 
 def _reliability(bins: Mapping[str, Sequence[float]]) -> Points:
+    """Confidence and accuracy of the bins that are not empty."""
     columns = zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True)
     return [(confidence, accuracy) for confidence, accuracy, count in columns if count]
 
@@ -82,28 +83,29 @@ def chart(
     top: float = 0.0,
     bottom: float | None = 0.0,
     band: Sequence[tuple[float, float, float]] = (),
-    spots: Mapping[str, tuple[float, float]] | None = None,
+    markers: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """Lines in SVG coordinates with their axes; empty where there is nothing to draw.
+    """Lines and axes of a chart in SVG coordinates; empty if there are no points.
 
     Args:
-        top: what the y axis reaches at least.
-        bottom: where it begins; None: just below the lowest point.
+        curves: points (x, y) by name of the line.
+        top: the y axis ends at this value or higher.
+        bottom: start of the y axis; None: just below the lowest point.
         band: x, low and high of an area behind the lines.
-        spots: single points by name.
+        markers: single points by name.
     """
-    points = [point for curve in curves.values() for point in curve] + list((spots or {}).values())
+    points = [point for curve in curves.values() for point in curve] + list((markers or {}).values())
     if not points:
         return {}
-    heights = [y for _, y in points] + [y for _, *sides in band for y in sides]
+    heights = [y for _, y in points] + [y for _, *ends in band for y in ends]
     y_ticks = _ticks(min(heights) if bottom is None else bottom, max(top, *heights))
     x_ticks = _ticks(0.0, max(x for x, _ in points))
-    wide = _WIDTH - _LEFT - _RIGHT
-    high = _HEIGHT - _TOP - _BOTTOM
+    width = _WIDTH - _LEFT - _RIGHT
+    height = _HEIGHT - _TOP - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        share = (max(y, y_ticks[0]) - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(_LEFT + wide * x / x_ticks[-1], 1), round(_TOP + high * (1 - share), 1)
+        level = (max(y, y_ticks[0]) - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(_LEFT + width * x / x_ticks[-1], 1), round(_TOP + height * (1 - level), 1)
 
     return {
         "size": (_WIDTH, _HEIGHT),
@@ -112,11 +114,12 @@ def chart(
         "y_ticks": [(place(0.0, tick)[1], f"{tick:g}") for tick in y_ticks],
         "lines": {name: [place(x, y) for x, y in curve] for name, curve in curves.items()},
         "band": [place(x, low) for x, low, _ in band] + [place(x, up) for x, _, up in reversed(band)],
-        "spots": {name: place(*point) for name, point in (spots or {}).items()},
+        "markers": {name: place(*point) for name, point in (markers or {}).items()},
     }
 
 
 def _number(text: Any) -> float | None:
+    """A finite number, or None."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -124,15 +127,15 @@ def _number(text: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _thin(points: Points) -> Points:
-    """At most _MAX_POINTS points: means of equally many neighbours."""
+def _downsample(points: Points) -> Points:
+    """At most _MAX_POINTS points: the means of consecutive groups of equal size."""
     width = max(1, math.ceil(len(points) / _MAX_POINTS))
     groups = [points[i : i + width] for i in range(0, len(points), width)]
     return [(statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` or just below to `high` or just above."""
+    """Evenly spaced round numbers from `low` or just below to `high` or just above."""
     span = max(high - low, 1e-9)
     power = 10 ** math.floor(math.log10(span / 4))
     step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)

@@ -1,4 +1,4 @@
-"""How well labels are predicted: pure functions from gold labels and label probabilities to the figures of a role."""
+"""Classification metrics of a role, from gold labels and label probabilities."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ ECE_BINS = 15
 
 
 def classification_metrics(gold: Sequence[str], probabilities: np.ndarray, labels: LabelSpace) -> dict[str, Any]:
-    """The figures of one role on B samples.
+    """Classification metrics of one role on B samples.
 
     Args:
         gold: B names of the label space.
@@ -28,16 +28,16 @@ def classification_metrics(gold: Sequence[str], probabilities: np.ndarray, label
         al., arXiv 1706.04599) and `aurc`, both of the highest probability.
 
     Raises:
-        ValueError: no samples, an unknown gold label, another shape, or rows that are not probabilities.
+        ValueError: no samples, an unknown gold label, a wrong shape, or rows that are not probabilities.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     truth = _indices(gold, labels)
     if probabilities.shape != (len(truth), len(labels)):
-        raise ValueError(f"probabilities are {probabilities.shape}, not {(len(truth), len(labels))}")
+        raise ValueError(f"probabilities have shape {probabilities.shape}, expected {(len(truth), len(labels))}")
     sums = probabilities.sum(axis=1)
     if not (np.isfinite(sums).all() and (probabilities >= -1e-6).all() and (np.abs(sums - 1) < 1e-3).all()):
         raise ValueError("every row of probabilities must be non-negative and sum to 1")
-    # A rounding error above 1 would make torchmetrics take the probabilities for logits.
+    # torchmetrics treats values above 1, such as from rounding, as logits
     probabilities = probabilities.clip(0.0, 1.0)
     predicted = probabilities.argmax(axis=1)
     return {
@@ -54,18 +54,18 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
         probabilities: [B, K], in [0, 1].
         truth: [B] indices of the gold labels.
     """
-    found = multiclass_calibration_error(
+    error = multiclass_calibration_error(
         torch.from_numpy(probabilities), torch.from_numpy(truth), num_classes=probabilities.shape[1], n_bins=ECE_BINS
     )
-    return float(found)
+    return float(error)
 
 
 def majority_baseline(train_gold: Sequence[str], test_gold: Sequence[str], labels: LabelSpace) -> dict[str, Any]:
-    """What answering the most frequent training label everywhere gets on the test split.
+    """Test metrics of a baseline that always predicts the most frequent training label.
 
     Returns:
-        `label` (of equally frequent ones the first of the label space), `n`, `accuracy`, `weighted_f1`, `macro_f1`
-        and `confusion` as in `classification_metrics`. It has no confidence, so neither `ece` nor `aurc`.
+        `label` (on ties the first in the label space), `n`, `accuracy`, `weighted_f1`, `macro_f1` and `confusion` as
+        in `classification_metrics`. There is no confidence and therefore neither `ece` nor `aurc`.
 
     Raises:
         ValueError: an empty split or an unknown label.
@@ -87,7 +87,7 @@ def _label_metrics(truth: np.ndarray, predicted: np.ndarray, size: int) -> dict[
 
 
 def _indices(gold: Sequence[str], labels: LabelSpace) -> np.ndarray:
-    """[B] positions in the label space."""
+    """[B] indices into the label space."""
     if not len(gold):
-        raise ValueError("there are no samples to judge")
+        raise ValueError("there are no samples to evaluate")
     return np.array([labels.index(name) for name in gold], dtype=np.int64)

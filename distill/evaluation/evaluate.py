@@ -1,4 +1,4 @@
-"""One role judged on the test split: label scoring, reasoning, and the metrics of both."""
+"""Evaluation of one role on the test split: label scoring, generation of rationales, and the metrics of both."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,62 +19,74 @@ from distill.task.sample import Sample
 
 @dataclass
 class EvaluateSettings:
-    """How the roles are judged."""
+    """Evaluation of the roles on the test split."""
 
     teacher: bool = True
-    """Judge the teacher too, where it can be asked; behind an endpoint this pays for the test split."""
+    """Evaluate the teacher, too, if it can be called; an endpoint receives two requests per test post."""
     max_new_tokens: int = 512
-    """Token limit of a rationale."""
+    """Maximum number of tokens of a rationale."""
     similarity_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Folder or hub name of the embeddings that judge the similarity of rationales."""
+    """Folder or hub name of the sentence embedding model for the metric `similarity`."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The answers of one role to N test samples; `rationales` hold None where the text does not parse."""
+class RoleOutputs:
+    """Outputs of one role on N samples.
+
+    Attributes:
+        scores: label scores of the N samples.
+        texts: N generated answers; None if the role does not reason.
+        rationales: N parsed rationales, None for texts that do not parse; None if the role does not reason.
+    """
 
     scores: ClassScores
     texts: list[str] | None
     rationales: list[Rationale | None] | None
 
     def label(self, index: int, labels: LabelSpace) -> str:
+        """The most probable label of a sample."""
         return labels.names[int(self.scores.probabilities[index].argmax())]
 
     def value(self, index: int, labels: LabelSpace) -> float | None:
-        """The value on the labels' scale, where they have one."""
+        """The expected value on the labels' scale; None without a scale."""
         return float(labels.scale.expectation(self.scores.probabilities[index])) if labels.scale else None
 
 
-def judge(
+def evaluate_role(
     reasoner: Reasoner,
     samples: Sequence[Sample],
     labels: LabelSpace,
     settings: EvaluateSettings,
     template: Template | None = "reason",
     progress: Callable[[int, int], None] | None = None,
-) -> Judged:
-    """Classify N samples, and reason about them greedily unless `template` is None."""
+) -> RoleOutputs:
+    """Classify N samples and generate a rationale for each with greedy decoding.
+
+    Args:
+        template: prompt of the rationales; None: classify only.
+        progress: called with the number of finished samples and N.
+    """
     if template is None:
-        return Judged(reasoner.classify(samples), None, None)
+        return RoleOutputs(reasoner.classify(samples), None, None)
     scores: dict[int, ClassScores] = {}
     texts = [""] * len(samples)
     rationales: list[Rationale | None] = [None] * len(samples)
     answers = classify_and_reason(reasoner, samples, template, Sampling(max_new_tokens=settings.max_new_tokens))
-    for index, scored, answer in answers:
-        scores[index], texts[index] = scored, answer.text
-        rationales[index] = read(answer.text, labels, finished=answer.finished)
+    for index, sample_scores, answer in answers:
+        scores[index], texts[index] = sample_scores, answer.text
+        rationales[index] = parse_or_none(answer.text, labels, finished=answer.finished)
         if progress is not None:
             progress(len(scores), len(samples))
-    return Judged(ClassScores.together([scores[index] for index in range(len(samples))]), texts, rationales)
+    return RoleOutputs(ClassScores.concatenate([scores[index] for index in range(len(samples))]), texts, rationales)
 
 
 def gold_values(samples: Sequence[Sample]) -> list[float]:
-    """The values of samples that are labelled on a scale."""
+    """The values of the samples that are labelled on a scale."""
     return [sample.label for sample in samples if isinstance(sample.label, float)]
 
 
-def read(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rationale | None:
-    """A rationale from text, None where it breaks the format."""
+def parse_or_none(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rationale | None:
+    """Parse a rationale; None if there is no text or it is not a valid rationale."""
     try:
         return None if text is None else check(text, labels, finished=finished)
     except InvalidRationale:
@@ -82,32 +94,36 @@ def read(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rati
 
 
 def role_metrics(
-    judged: Judged,
+    outputs: RoleOutputs,
     samples: Sequence[Sample],
     references: Sequence[Rationale | None],
     labels: LabelSpace,
     settings: EvaluateSettings,
 ) -> dict[str, Any]:
-    """One object of `metrics.json` (DESIGN section 3) for N samples.
+    """The metrics of one role on N samples, as written to `metrics.json`.
 
-    On a scale, the figures of classification are over its bins, and those of the recovered values stand beside them.
-    Where the samples have gold attributes, `grounded` is the share of them that a rationale names, over all samples.
+    On a scale, the classification metrics are those of its bins, and the regression metrics of the expected values are
+    added. If samples have gold attributes, `grounded` is the share of all their attributes that the rationales name as
+    a word in the text or image analysis.
+
+    Args:
+        references: N reference rationales; None for samples without one.
     """
     gold = [labels.name(sample.label) for sample in samples]
-    metrics = classification_metrics(gold, judged.scores.probabilities, labels)
+    metrics = classification_metrics(gold, outputs.scores.probabilities, labels)
     if labels.scale is not None:
-        predicted = labels.scale.expectation(judged.scores.probabilities)
+        predicted = labels.scale.expectation(outputs.scores.probabilities)
         metrics |= regression_metrics(gold_values(samples), predicted, labels.scale)
-    metrics["label_mass"] = float(np.mean(judged.scores.label_mass))
-    if judged.rationales is None:
+    metrics["label_mass"] = float(np.mean(outputs.scores.label_mass))
+    if outputs.rationales is None:
         return metrics
-    classified = [judged.label(index, labels) for index in range(len(samples))]
+    classified = [outputs.label(index, labels) for index in range(len(samples))]
     metrics |= reasoning_metrics(
-        judged.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
+        outputs.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
     )
     named = [
         rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")
-        for sample, rationale in zip(samples, judged.rationales, strict=True)
+        for sample, rationale in zip(samples, outputs.rationales, strict=True)
         for value in sample.attributes.values()
     ]
     return metrics | ({"grounded": float(np.mean(named))} if named else {})

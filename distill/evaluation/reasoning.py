@@ -1,7 +1,7 @@
-"""How well rationales are written: overlap with reference rationales, diversity, and agreement with the labels.
+"""Metrics of rationales: overlap with reference rationales, diversity, and agreement with the labels.
 
-The libraries of the overlap metrics are the extra `metrics`. What one of them needs and cannot get is left out with a
-warning: a figure is either computed as its paper says, or absent.
+The libraries of the overlap metrics are in the extra `metrics`. A metric whose library, corpus or model is missing is
+left out with a warning; there are no approximations.
 """
 
 import logging
@@ -23,8 +23,8 @@ SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _log = logging.getLogger(__name__)
 
 
-class _Missing(Exception):
-    """What a metric needs and cannot get, and how to get it."""
+class _MissingResource(Exception):
+    """A corpus or model that a metric needs is missing; the message says how to get it."""
 
 
 def reasoning_metrics(
@@ -35,33 +35,33 @@ def reasoning_metrics(
     labels: LabelSpace,
     similarity_model: str = SIMILARITY_MODEL,
 ) -> dict[str, float]:
-    """The figures of one role's rationales on B samples, all in [0, 1] (similarity in [-1, 1]).
+    """Metrics of one role's rationales on B samples, all in [0, 1] (similarity in [-1, 1]).
 
     Args:
-        predictions: B generated rationales, None where the answer did not parse.
-        references: B rationales of the teacher, None where there is none.
+        predictions: B generated rationales, None if the answer did not parse.
+        references: B rationales of the teacher, None if there is none.
         gold: B gold labels.
-        classified: B labels by label scoring.
+        classified: B labels from label scoring.
         similarity_model: name or folder of a sentence-transformers model.
 
     Returns:
-        `parse_rate`; `reasoned_accuracy` of the rationale's own prediction, an unparsed one counting as wrong;
-        `consistency`, how often a parsed prediction is the classified label; `distinct1` and `distinct2` of the
-        predictions (Li et al., arXiv 1510.03055: different n-grams / all n-grams, over all texts together); and the
-        means over samples that have both texts of `bleu4` (sentence BLEU, 13a), `meteor`, `rouge_l` (F1) and
-        `similarity` (cosine of sentence embeddings). The texts compared are the canonical ones, field names
-        included, as the published evaluation does. A figure that cannot be had is absent.
+        `parse_rate`; `reasoned_accuracy` of the rationale's prediction, where an answer that does not parse is wrong;
+        `consistency`, share of parsed predictions that equal the classified label; `distinct1` and `distinct2` of the
+        predictions (Li et al., arXiv 1510.03055: distinct n-grams / all n-grams, over all texts together); and the
+        means, over samples with both texts, of `bleu4` (sentence BLEU, 13a), `meteor`, `rouge_l` (F1) and
+        `similarity` (cosine of sentence embeddings). The compared texts are in canonical form with field names, as in
+        the published evaluation. Metrics that cannot be computed are absent.
 
     Raises:
-        ValueError: no samples, sequences of different lengths, or a label that is not in the space.
+        ValueError: no samples, sequences of different lengths, or an unknown label.
     """
     if not predictions or len({len(predictions), len(references), len(gold), len(classified)}) > 1:
         raise ValueError("predictions, references, gold and classified need one entry for each sample")
     for name in (*gold, *classified):
         labels.index(name)
     parsed = [(p, c) for p, c in zip(predictions, classified, strict=True) if p is not None]
-    right = [p is not None and p.prediction == g for p, g in zip(predictions, gold, strict=True)]
-    metrics = {"parse_rate": len(parsed) / len(predictions), "reasoned_accuracy": float(np.mean(right))}
+    correct = [p is not None and p.prediction == g for p, g in zip(predictions, gold, strict=True)]
+    metrics = {"parse_rate": len(parsed) / len(predictions), "reasoned_accuracy": float(np.mean(correct))}
     if not parsed:
         return metrics
     texts = [render(p) for p, _ in parsed]
@@ -80,13 +80,13 @@ def reasoning_metrics(
             metrics[name] = float(np.mean(scores(pairs)))
         except ImportError as error:
             _warn_once(f"{name} is left out: {error.name} is not installed (pip install 'distill[metrics]')")
-        except _Missing as missing:
-            _warn_once(f"{name} is left out: {missing}")
+        except _MissingResource as error:
+            _warn_once(f"{name} is left out: {error}")
     return metrics
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams / all n-grams over all texts together; 0 where there are none. Words and punctuation marks."""
+    """Distinct n-grams / all n-grams, over the words and punctuation marks of all texts; 0 if there are no n-grams."""
     words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
     grams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -107,7 +107,7 @@ def _meteor(pairs: Sequence[tuple[str, str]]) -> list[float]:
     try:
         wordnet.ensure_loaded()
     except LookupError:
-        raise _Missing("nltk's wordnet corpus is not there (python -m nltk.downloader wordnet)") from None
+        raise _MissingResource("nltk's wordnet corpus is missing (python -m nltk.downloader wordnet)") from None
     words = TreebankWordTokenizer().tokenize
     return [single_meteor_score(words(reference), words(text), wordnet=wordnet) for text, reference in pairs]
 
@@ -122,28 +122,29 @@ def _rouge_l(pairs: Sequence[tuple[str, str]]) -> list[float]:
 def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
     from sentence_transformers import SentenceTransformer
 
-    from distill.models.backbone import quiet
+    from distill.models.backbone import hide_progress_bars
 
     if not model:
-        raise _Missing("no model is named")
+        raise _MissingResource("similarity_model is empty")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
-        with quiet():
-            encoder = SentenceTransformer(model, local_files_only=offline or not _hub_answers())
+        with hide_progress_bars():
+            encoder = SentenceTransformer(model, local_files_only=offline or not _hub_reachable())
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        how = "download it once with a connection, or name the folder of a copy"
-        raise _Missing(f"the model {model!r} cannot be loaded ({how}): {reason}") from error
+        remedy = "download it once with a connection, or set the folder of a copy"
+        raise _MissingResource(f"the model {model!r} cannot be loaded ({remedy}): {reason}") from error
     texts, references = zip(*pairs, strict=True)
     embedded = [
-        encoder.encode(list(side), normalize_embeddings=True, show_progress_bar=False) for side in (texts, references)
+        encoder.encode(list(column), normalize_embeddings=True, show_progress_bar=False)
+        for column in (texts, references)
     ]
     return [float(one @ other) for one, other in zip(*embedded, strict=True)]
 
 
 @cache
-def _hub_answers() -> bool:
-    """Whether the model hub can be reached; asked once, for its own client tries each file for minutes."""
+def _hub_reachable() -> bool:
+    """Whether the model hub is reachable; checked once, because the hub's client retries each file for minutes."""
     try:
         connection_pool(constants.ENDPOINT, 1).request("HEAD", constants.ENDPOINT, timeout=5, redirect=False)
     except HTTPError:
@@ -153,5 +154,5 @@ def _hub_answers() -> bool:
 
 @cache
 def _warn_once(message: str) -> None:
-    """One warning a process: several roles miss the same thing."""
+    """Log a warning once per process; several roles lack the same resource."""
     _log.warning(message)

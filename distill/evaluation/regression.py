@@ -1,7 +1,7 @@
-"""How well values on a scale are predicted: pure functions from gold and predicted values to the figures of a role.
+"""Regression metrics of a role, from gold and predicted values on a scale.
 
 Acc-2 and its F1 are published in two conventions for multimodal sentiment: with zero (non-negative against negative,
-all rows) and without zero (positive against negative, rows whose gold value is 0 left out).
+all rows) and without zero (positive against negative, rows with a gold value of 0 left out).
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ Values = Sequence[float] | np.ndarray
 
 
 def regression_metrics(gold: Values, predicted: Values, scale: Scale) -> dict[str, Any]:
-    """The figures of one role on B values.
+    """Regression metrics of one role on B values.
 
     Returns:
-        `mae`; `correlation`, Pearson's, None where either side is constant. Where the scale has both signs also
-        `acc2_with_zero`, `f1_with_zero`, `acc2_without_zero`, `f1_without_zero` (F1 weighted by the gold classes; by
-        the sign of the value, whatever the scale's dead zone; None where no row is left), and on [-3, 3] also `acc7`
-        and `acc5`: agreement of the values clipped to [-3, 3] and [-2, 2] and rounded, halves to even (as numpy does).
+        `mae`; `correlation` (Pearson), None if either side is constant. On scales with both signs also
+        `acc2_with_zero`, `f1_with_zero`, `acc2_without_zero`, `f1_without_zero`: by the sign of the value, regardless
+        of the scale's dead zone; F1 weighted by the gold classes; None if no row is left. On [-3, 3] also `acc7` and
+        `acc5`: agreement of the values clipped to [-3, 3] and [-2, 2] and rounded, halves to even (as in numpy).
 
     Raises:
-        ValueError: no values, lengths that differ, or a value that is not finite.
+        ValueError: no values, different lengths, or a value that is not finite.
     """
     truth, answer = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != answer.shape or not len(truth):
-        raise ValueError(f"gold {truth.shape} and predicted {answer.shape} values need one for each sample")
+        raise ValueError(f"gold {truth.shape} and predicted values {answer.shape} must have one value for each sample")
     if not (np.isfinite(truth).all() and np.isfinite(answer).all()):
         raise ValueError("gold and predicted values must be finite")
     metrics = {"mae": float(np.abs(truth - answer).mean()), "correlation": _correlation(truth, answer)}
@@ -43,12 +43,11 @@ def regression_metrics(gold: Values, predicted: Values, scale: Scale) -> dict[st
 
 
 def trivial_baseline(train_gold: Values, test_gold: Values, scale: Scale) -> dict[str, Any]:
-    """What answering without a look at the post gets on the test split.
+    """Test metrics of a baseline that always predicts the mean training value.
 
     Returns:
-        `value`, the mean of the training values, and the figures of answering it everywhere as in
-        `regression_metrics`; but Acc-2 and its F1 are those of the polarity most frequent in training, in each
-        convention (of equally frequent ones the positive).
+        `value`, the mean training value, and its metrics as in `regression_metrics`. Acc-2 and its F1 are those of
+        always predicting the most frequent training polarity, in each convention (positive on ties).
 
     Raises:
         ValueError: an empty split or a value that is not finite.
@@ -69,9 +68,9 @@ def trivial_baseline(train_gold: Values, test_gold: Values, scale: Scale) -> dic
 def _correlation(truth: np.ndarray, answer: np.ndarray) -> float | None:
     if np.ptp(truth) == 0 or np.ptp(answer) == 0:
         return None
-    with np.errstate(all="ignore"):  # values that differ by less than their squares can hold
-        found = float(np.corrcoef(truth, answer)[0, 1])
-    return found if np.isfinite(found) else None
+    with np.errstate(all="ignore"):  # the variance can underflow to 0
+        correlation = float(np.corrcoef(truth, answer)[0, 1])
+    return correlation if np.isfinite(correlation) else None
 
 
 def _rounded_accuracy(truth: np.ndarray, answer: np.ndarray, end: int) -> float:

@@ -1,7 +1,7 @@
-"""What a chain came to: the table printed at its end, and one self-contained HTML page.
+"""Results of a chain: the table printed at its end, and a self-contained HTML page.
 
-The page needs no network and runs no script: styles, plots (SVG) and small pictures are inside it, and a content
-security policy keeps it so. Whatever comes from posts and models is escaped by Jinja.
+The page loads nothing and runs no scripts: styles, charts (SVG) and thumbnails are inline, which a content security
+policy enforces. Jinja escapes all texts of posts and models.
 """
 
 import base64
@@ -16,14 +16,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distill.data.images import ImageError, decode
 from distill.errors import RunError
-from distill.evaluation.charts import cascade_charts, training
+from distill.evaluation.charts import cascade_charts, training_charts
 from distill.files import atomic_write
 from distill.task.labels import LabelSpace
 from distill.task.rationale import FIELDS, InvalidRationale, parse
 
 Metrics = Mapping[str, Any]
 Roles = Mapping[str, Metrics | Sequence[Metrics]]
-"""Per role its object in `metrics.json`, or a list of such objects: one for each seed."""
+"""The object of each role in `metrics.json`, or a list of such objects, one per seed."""
 
 TITLES = {
     "teacher": "teacher",
@@ -31,7 +31,7 @@ TITLES = {
     "student": "student",
     "student_hard_labels": "student, hard labels",
 }
-"""The roles in the order in which they are shown."""
+"""Titles of the roles, in display order."""
 
 CLASSIFICATION = {
     "accuracy": "accuracy",
@@ -50,7 +50,7 @@ REGRESSION = {
     "f1_with_zero": "F1 (≥ 0)",
     "f1_without_zero": "F1 (no 0)",
 }
-"""Values on a scale; Acc-2 and F1 in both published conventions."""
+"""Metrics of values on a scale; Acc-2 and F1 in both published conventions."""
 REASONING = {
     "reasoned_accuracy": "reasoned accuracy",
     "parse_rate": "parse rate",
@@ -62,47 +62,47 @@ REASONING = {
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
 }
-_PRINTED = {
+_TABLE_REASONING = {
     "reasoned_accuracy": "reasoned",
     "parse_rate": "parse rate",
     "rouge_l": "ROUGE-L",
     "consistency": "consistency",
 }
-_PICTURE_SIDE = 320
+_THUMBNAIL_SIZE = 320
 
 
 @dataclass
 class Report:
-    """Everything the page shows; only `name`, `labels` and `roles` must be there."""
+    """Content of the page; only `name`, `labels` and `roles` are required."""
 
     name: str
     labels: LabelSpace
     roles: Roles
     baselines: Mapping[str, Metrics] = field(default_factory=dict)
-    """By title, what answering without a look at the post gets: `majority_baseline`, on a scale `trivial_baseline`."""
+    """Metrics by title of the baselines: `majority_baseline`, and on a scale `trivial_baseline`."""
     curves: Mapping[str, Path] = field(default_factory=dict)
-    """Per role the `metrics.csv` of Lightning's CSVLogger; a missing file shows no curve."""
+    """By role, the `metrics.csv` of Lightning's CSVLogger; missing files are skipped."""
     annotation: Mapping[str, Any] | None = None
-    """The annotation's `summary.json`."""
+    """`annotate/summary.json`."""
     cascade: Mapping[str, Any] | None = None
-    """The cascade's `metrics.json`, with the rows of `deferral_curve.csv` under `deferral`."""
+    """`cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`."""
     gallery: Sequence[Mapping[str, Any]] = ()
-    """Test posts: id, text, aspect, image (a path or None), gold, answers {role: {label, probability}}, rationale and
-    reference (text as generated, or None)."""
+    """Test posts: id, text, aspect, image (path or None), gold, answers {role: {label, probability}}, rationale and
+    reference (generated text or None)."""
     settings: str = ""
     """The resolved recipe as YAML."""
     dates: Mapping[str, str] = field(default_factory=dict)
-    """When the chain started and finished, say."""
+    """Dates by event, such as the start of the chain."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the libraries that matter."""
+    """Versions by library."""
 
 
 def format_table(roles: Roles, baselines: Mapping[str, Metrics] | None = None) -> str:
-    """The table that ends a chain, as plain text: the baselines by their titles, then the roles that exist."""
-    shown = _columns(roles, CLASSIFICATION | REGRESSION | _PRINTED)
+    """The table printed at the end of a chain: the baselines by title, then the roles that were evaluated."""
+    shown = _columns(roles, CLASSIFICATION | REGRESSION | _TABLE_REASONING)
     rows = [["", *shown.values()]]
-    lines_of = dict(baselines or {}) | {title: roles[role] for role, title in _titles(roles).items()}
-    for title, metrics in lines_of.items():
+    by_title = dict(baselines or {}) | {title: roles[role] for role, title in _titles(roles).items()}
+    for title, metrics in by_title.items():
         rows.append([title, *(" ".join(_cell(metrics, key)).strip() for key in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -110,7 +110,7 @@ def format_table(roles: Roles, baselines: Mapping[str, Metrics] | None = None) -
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page, in place of an earlier one only when it is complete.
+    """Write the page atomically: an earlier page is replaced only by a complete one.
 
     Raises:
         RunError: the page cannot be written.
@@ -127,7 +127,7 @@ def write_report(path: Path, report: Report) -> None:
         cell=_cell,
         seeds=max((len(_runs(metrics)) for metrics in report.roles.values()), default=0),
         confusions={title: _confusion(report.roles[role]) for role, title in titles.items()},
-        curves={TITLES.get(role, role): found for role, file in report.curves.items() if (found := training(file))},
+        curves={TITLES.get(role, role): c for role, file in report.curves.items() if (c := training_charts(file))},
         cascade=cascade_charts(report.cascade) if report.cascade else {},
         priced=any(
             stage["cost"]["currency"] is not None for stage in (report.cascade or {"stages": {}})["stages"].values()
@@ -144,21 +144,23 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def _titles(roles: Roles) -> dict[str, str]:
+    """Titles by role, in display order; roles without a title come last under their names."""
     return {role: TITLES.get(role, role) for role in [*TITLES, *roles] if role in roles}
 
 
 def _runs(metrics: Metrics | Sequence[Metrics]) -> Sequence[Metrics]:
+    """The metrics of a role, one object per seed."""
     return [metrics] if isinstance(metrics, Mapping) else metrics
 
 
 def _columns(roles: Roles, columns: Mapping[str, str]) -> dict[str, str]:
-    """Those columns that at least one role has a figure for."""
+    """The columns for which at least one role has a value."""
     present = {key for metrics in roles.values() for run in _runs(metrics) for key in run}
     return {key: title for key, title in columns.items() if key in present}
 
 
 def _cell(metrics: Metrics | Sequence[Metrics], key: str) -> tuple[str, str]:
-    """A figure and, over several seeds, what follows their mean: ± their standard deviation (n - 1)."""
+    """Mean over the seeds, and for several seeds ± their standard deviation (n - 1)."""
     values = [float(run[key]) for run in _runs(metrics) if run.get(key) is not None]
     if not values:
         return "–", ""
@@ -166,14 +168,14 @@ def _cell(metrics: Metrics | Sequence[Metrics], key: str) -> tuple[str, str]:
 
 
 def _confusion(metrics: Metrics | Sequence[Metrics]) -> list[list[tuple[int, float]]]:
-    """Counts over all seeds, each with its share of its gold label."""
+    """Counts summed over all seeds, each with its share of the gold label's row."""
     matrices = [run["confusion"] for run in _runs(metrics) if "confusion" in run]
     total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
     return [[(count, count / max(sum(row), 1)) for count in row] for row in total]
 
 
 def _flatten(summary: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested counts as one list of readable names and figures."""
+    """Flatten nested counts into readable names and values."""
     flat: dict[str, str] = {}
     for key, value in summary.items():
         name = prefix + {"n": "samples"}.get(key, str(key).replace("_", " "))
@@ -185,9 +187,10 @@ def _flatten(summary: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
+    """A gallery entry with its thumbnail and parsed rationales."""
     return {
         **entry,
-        "picture": _picture(entry.get("image")),
+        "thumbnail": _thumbnail(entry.get("image")),
         "aspect": entry.get("aspect"),
         "rationale": _fields(entry.get("rationale"), labels),
         "reference": _fields(entry.get("reference"), labels),
@@ -195,7 +198,7 @@ def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
 
 
 def _fields(text: str | None, labels: LabelSpace) -> dict[str, str] | None:
-    """The fields of a rationale by name; all of an answer that is none under the reason why."""
+    """The fields of a rationale by name; an invalid one as a whole, under the reason."""
     if not text:
         return None
     try:
@@ -205,8 +208,8 @@ def _fields(text: str | None, labels: LabelSpace) -> dict[str, str] | None:
     return {name.replace("_", " "): value for name, value in zip(FIELDS, values, strict=True)}
 
 
-def _picture(path: Path | str | None) -> dict[str, Any] | None:
-    """A small copy as a data URI; `tiny` where it is drawn larger than it is."""
+def _thumbnail(path: Path | str | None) -> dict[str, Any] | None:
+    """A thumbnail as a data URI; `tiny` for images that the page enlarges."""
     if path is None:
         return None
     try:
@@ -214,7 +217,7 @@ def _picture(path: Path | str | None) -> dict[str, Any] | None:
     except ImageError as error:
         return {"error": str(error)}
     tiny = max(image.size) <= 96
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG") if tiny else image.save(buffer, "JPEG", quality=82)
     kind = "png" if tiny else "jpeg"

@@ -1,4 +1,4 @@
-"""How good a model is that answers only what it is surest of, alone and with a teacher who gets the rest."""
+"""Metrics of selective prediction and of deferral to a teacher: risk-coverage, reliability and deferral curves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +7,20 @@ import numpy as np
 
 
 def risk_coverage(errors: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The risk-coverage curve of B samples, the most confident first (Geifman & El-Yaniv, arXiv 1705.08500).
+    """Risk-coverage curve of B samples, most confident first (Geifman & El-Yaniv, arXiv 1705.08500).
 
-    Samples of equal confidence have no order of their own: each counts with the mean error of its tie, which is the
-    expected curve over all orders, so the result does not depend on the order of the input.
+    Samples of equal confidence count with the mean error of their tie. This is the expected curve over all orders of
+    the tie, so that the result does not depend on the order of the input.
 
     Args:
-        errors: [B] the loss of each sample, 0 or 1 for classification.
-        confidence: [B] higher is surer, on any scale.
+        errors: [B], loss of each sample, 0 or 1 for classification.
+        confidence: [B], higher is more confident, on any scale.
 
     Returns:
         coverage [B], k / B for k = 1..B, and risk [B], the mean error of the k most confident samples.
 
     Raises:
-        ValueError: no samples, shapes that differ, or a value that is not finite.
+        ValueError: no samples, different shapes, or a value that is not finite.
     """
     errors, confidence = _columns(errors=errors, confidence=confidence)
     _, tie, size = np.unique(-confidence, return_inverse=True, return_counts=True)
@@ -32,7 +32,7 @@ def risk_coverage(errors: np.ndarray, confidence: np.ndarray) -> tuple[np.ndarra
 def aurc(errors: np.ndarray, confidence: np.ndarray) -> float:
     """Area under the risk-coverage curve: the mean risk over the B coverages (Geifman et al., arXiv 1805.08206).
 
-    Args and errors as for `risk_coverage`. 0 is perfect; a useless confidence gives the error rate.
+    Arguments and exceptions as for `risk_coverage`. 0 is perfect; an uninformative confidence gives the error rate.
     """
     return float(risk_coverage(errors, confidence)[1].mean())
 
@@ -41,35 +41,36 @@ def augrc(errors: np.ndarray, confidence: np.ndarray) -> float:
     """Area under the generalised risk-coverage curve (Traub et al., arXiv 2407.01032): the mean, over all coverages, of
     the probability that a sample is both answered and wrong.
 
-    Args and errors as for `risk_coverage`; the curve is joined linearly. 0 is perfect; a useless confidence gives half
-    the error rate. For errors of 0 and 1 it is (1 - AUROC) acc (1 - acc) + (1 - acc)^2 / 2.
+    Arguments and exceptions as for `risk_coverage`; the curve is interpolated linearly. 0 is perfect; an uninformative
+    confidence gives half the error rate. For errors of 0 and 1 it is (1 - AUROC) acc (1 - acc) + (1 - acc)^2 / 2.
     """
     coverage, risk = risk_coverage(errors, confidence)
     return float(np.trapezoid(np.append(0.0, risk * coverage), dx=1 / len(risk)))
 
 
 def reliability(probabilities: np.ndarray, gold: np.ndarray, bins: int = 15) -> dict[str, list[Any]]:
-    """The reliability diagram of B answers, over equal bins of the highest probability (Guo et al., arXiv 1706.04599).
+    """Reliability diagram of B predictions over equal bins of the highest probability (Guo et al., arXiv 1706.04599).
 
     Args:
         probabilities: [B, K], rows sum to 1.
-        gold: [B] indices of the right labels.
+        gold: [B], indices of the gold labels.
+        bins: number of bins.
 
     Returns:
-        For each bin, from low to high: `confidence` and `accuracy`, the means of its answers, None where it is empty,
+        For each bin, from low to high: `confidence` and `accuracy`, the means of its predictions, None for empty bins,
         and `count`. The ECE is the sum over bins of count / B times |accuracy - confidence|.
 
     Raises:
-        ValueError: no samples, shapes that differ, or a value that is not finite.
+        ValueError: no samples, different shapes, or a value that is not finite.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if probabilities.ndim != 2 or not probabilities.size:
-        raise ValueError(f"probabilities {probabilities.shape} need a row for each sample")
+        raise ValueError(f"probabilities {probabilities.shape} must have one row for each sample")
     highest, truth = _columns(confidence=probabilities.max(axis=1), gold=gold)
-    place = np.searchsorted(np.linspace(0, 1, bins + 1), highest, side="right").clip(1, bins) - 1
-    count = np.bincount(place, minlength=bins)
+    bin_index = np.searchsorted(np.linspace(0, 1, bins + 1), highest, side="right").clip(1, bins) - 1
+    count = np.bincount(bin_index, minlength=bins)
     sums = [
-        np.bincount(place, weights=values, minlength=bins) for values in (highest, probabilities.argmax(1) == truth)
+        np.bincount(bin_index, weights=values, minlength=bins) for values in (highest, probabilities.argmax(1) == truth)
     ]
     confidence, accuracy = (
         [s / n if n else None for s, n in zip(total.tolist(), count, strict=True)] for total in sums
@@ -80,42 +81,41 @@ def reliability(probabilities: np.ndarray, gold: np.ndarray, bins: int = 15) -> 
 def deferral_curve(
     score: np.ndarray, student: np.ndarray, teacher: np.ndarray, *, fractions: np.ndarray | None = None
 ) -> np.ndarray:
-    """What n samples give on average when the teacher gets a fraction of them, the highest scores first.
+    """Mean quality or cost of n samples as a function of the fraction deferred to the teacher, highest scores first.
 
-    Samples of equal score count with the mean of their tie, the expectation over all orders; so a constant score is
-    random deferral, a straight line. The same function serves quality (correctness, or minus the absolute error) and
-    cost (the student's; the student's plus the teacher's, who is asked after it).
+    Samples of equal score count with the mean of their tie, the expectation over all orders. A constant score therefore
+    gives random deferral, a straight line. The function applies to quality (correctness, or minus the absolute error)
+    and to cost (of the student; of student plus teacher if deferred).
 
     Args:
-        score: [n] higher is deferred sooner, on any scale.
-        student: [n] what each sample gives where the student answers.
-        teacher: [n] what it gives where it is deferred.
-        fractions: [F] where to read the curve, in [0, 1]; None: at 0, 1/n, ..., 1.
+        score: [n], samples of higher score are deferred first; any scale.
+        student: [n], value of each sample if the student answers it.
+        teacher: [n], value of each sample if it is deferred.
+        fractions: [F], deferred fractions at which to evaluate the curve, in [0, 1]; None: 0, 1/n, ..., 1.
 
     Returns:
-        [F] or [n + 1].
+        The curve, [F] or [n + 1].
 
     Raises:
-        ValueError: no samples, shapes that differ, or a value that is not finite.
+        ValueError: no samples, different shapes, or a value that is not finite.
     """
     score, student, teacher = _columns(score=score, student=student, teacher=teacher)
     _, tie, size = np.unique(-score, return_inverse=True, return_counts=True)
-    # within a tie the expected curve is straight, so its ends say it all
+    # within a tie the expected curve is linear, so its end points define it
     deferred = np.append(0, np.cumsum(size)) / len(score)
-    gained = np.append(0.0, np.cumsum(np.bincount(tie, weights=teacher - student))) / len(score)
+    gain = np.append(0.0, np.cumsum(np.bincount(tie, weights=teacher - student))) / len(score)
     if fractions is None:
         fractions = np.linspace(0, 1, len(score) + 1)
-    return student.mean() + np.interp(fractions, deferred, gained)
+    return student.mean() + np.interp(fractions, deferred, gain)
 
 
 def oracle_scores(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """Scores [n] of the best possible deferral: first where the teacher's quality is better by most, last where it is
-    worse by most, and where both are equal in between."""
+    """Scores [n] of optimal deferral: the gain in quality of each sample if the teacher answers it."""
     return np.asarray(teacher, dtype=np.float64) - np.asarray(student, dtype=np.float64)
 
 
 def gain_over_random(curve: np.ndarray) -> float:
-    """Area between a deferral curve [F], read at even steps from 0 to 1, and random deferral between the same ends."""
+    """Area between a deferral curve [F], at evenly spaced fractions from 0 to 1, and random deferral."""
     line = np.linspace(curve[0], curve[-1], len(curve))
     return float(np.trapezoid(curve - line, dx=1 / (len(curve) - 1)))
 
@@ -126,18 +126,20 @@ def bootstrap_interval(
     """Percentile bootstrap interval of a statistic of n samples (Efron & Tibshirani, 1993, section 13.3).
 
     Args:
-        statistic: called with the columns, their n rows drawn anew with replacement; gives a number or an array.
-        columns: arrays [n, ...] that belong together row by row.
+        statistic: called with the columns resampled with replacement; returns a number or an array.
+        columns: arrays [n, ...] with aligned rows, which are resampled together.
+        resamples: number of bootstrap samples.
+        level: coverage of the interval.
 
     Returns:
-        The interval's two ends, each in the statistic's shape.
+        Lower and upper end of the interval, each with the shape of the statistic.
 
     Raises:
-        ValueError: no samples, or columns of different length.
+        ValueError: no samples, or columns of different lengths.
     """
     lengths = {len(column) for column in columns}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError("the columns of a bootstrap need equally many samples, one or more")
+        raise ValueError("the columns of a bootstrap must have the same number of samples, one or more")
     random, n = np.random.default_rng(seed), lengths.pop()
     draws = (random.integers(n, size=n) for _ in range(resamples))
     values = np.stack([statistic(*(column[rows] for column in columns)) for rows in draws])
@@ -146,11 +148,11 @@ def bootstrap_interval(
 
 
 def _columns(**named: np.ndarray) -> list[np.ndarray]:
-    """Columns [n] in float64. Raises ValueError unless they are finite, of one length, and not empty."""
+    """Columns [n] as float64. Raises ValueError if they are empty, not finite, or differ in shape."""
     columns = [np.asarray(column, dtype=np.float64) for column in named.values()]
     shapes = " and ".join(f"{name} {column.shape}" for name, column in zip(named, columns, strict=True))
     if any(column.ndim != 1 or column.shape != columns[0].shape or not len(column) for column in columns):
-        raise ValueError(f"{shapes} need one value for each sample")
+        raise ValueError(f"{shapes} must have one value for each sample")
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"{' and '.join(named)} must be finite")
     return columns

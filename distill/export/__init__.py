@@ -1,1 +1,1 @@
-"""A student that other tools load: merged weights, processor, model card, and the proof that they do."""
+"""Export of the student as a transformers folder: merged weights, processor, model card, and a reload check."""

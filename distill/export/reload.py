@@ -1,9 +1,10 @@
-"""Run as a script by `export.py`: load an exported folder with transformers alone, and say what it answers.
+"""Script run by `export.py`: load an exported folder with transformers alone, and compare its logits.
 
     python reload.py FOLDER EXPECTED.pt
 
-EXPECTED.pt holds batches of model inputs with the logits [B, V] at their last tokens. Prints one JSON object:
-`difference`, the largest absolute difference of logits in float32, and `labels_equal`, of the label tokens' argmax.
+EXPECTED.pt holds the label token ids, and batches of model inputs with the logits [B, V] at their last tokens. Prints
+one JSON object: `difference`, the maximum absolute difference of logits in float32; `labels_equal`, the number of
+samples whose most probable label token agrees; and `samples`, the number of samples.
 """
 
 import json
@@ -21,8 +22,8 @@ def main(folder: str, expected: str) -> None:
         for batch in stored["batches"]:
             last = batch["inputs"]["attention_mask"].sum(1) - 1
             logits = model(**batch["inputs"]).logits[torch.arange(len(last)), last]
-            off = (logits - batch["logits"]).abs().nan_to_num(nan=torch.inf)  # which `max` would pass over
-            difference = max(difference, float(off.max()))
+            delta = (logits - batch["logits"]).abs().nan_to_num(nan=torch.inf)  # Python's `max` ignores NaN
+            difference = max(difference, float(delta.max()))
             ids = stored["label_ids"]
             equal += int((logits[:, ids].argmax(-1) == batch["logits"][:, ids].argmax(-1)).sum())
             count += len(last)

@@ -1,1 +1,1 @@
-"""Who answers: teacher, assistant and student are all a `Reasoner`, whatever stands behind them."""
+"""Models: teacher, assistant and student implement `Reasoner`, in this process or behind an HTTP endpoint."""

@@ -1,7 +1,6 @@
-"""A transformers vision-language model with its processor: loaded, adapted, encoded for, saved and merged.
+"""A transformers vision-language model with its processor: loading, LoRA, encoding, saving and merging.
 
-Nothing else in the house knows transformers or peft. A backbone is either pretrained (`path`, usually with LoRA) or
-tiny and built from a config (`tiny`, all weights train).
+A backbone is either pretrained (`path`, usually with LoRA) or tiny and built from a config (`tiny`, all weights train).
 """
 
 import inspect
@@ -18,61 +17,68 @@ from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.encoding import IGNORE, Encoder, Question, Side, label_tokens
-from distill.models.packing import Features, Packed, pad_rows, predictions, tree_mask, tree_positions
+from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens
+from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_mask, tree_positions
 from distill.models.tiny import TinySettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
 from distill.task.sample import Sample
 
-__all__ = ["IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "load", "on_meta", "quiet"]
+__all__ = [
+    "IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "hide_progress_bars", "load",
+    "on_meta",
+]  # fmt: skip
 
 
 @dataclass
 class LoraSettings:
-    """A low-rank adapter on a pretrained model."""
+    """LoRA adapter of a pretrained model."""
 
     r: int = 16
     """Rank of the adapter."""
     alpha: int = 32
-    """Scale of the adapter: its update is multiplied by alpha / r."""
+    """Scaling of the adapter: its update is multiplied by alpha / r."""
     dropout: float = 0.05
     """Dropout before the adapter."""
     targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over module names; the default takes the language model's projections, no vision tower's."""
+    """Regular expression over module names; the default matches the projections of the language model only."""
     quantize: bool = False
     """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
 
 
 @dataclass
 class ModelSettings:
-    """Which model, and how it is loaded."""
+    """Choice and loading of a model."""
 
     path: str = ""
-    """Folder or hub name of an image-text-to-text model; empty: a tiny model is built."""
+    """Folder or hub name of an image-text-to-text model; empty: build a tiny model."""
     revision: str = "main"
     """Revision of a hub model."""
     tiny: TinySettings = field(default_factory=TinySettings)
-    """Size of the tiny model that is built where no path is given."""
+    """Size of the tiny model that is built if `path` is empty."""
     lora: LoraSettings | None = None
-    """Adapter trained on top of `path`; null: all weights train."""
+    """LoRA adapter trained on top of `path`; null: train all weights."""
     image_size: int = 280
-    """Images are resized to squares of this many pixels; 0: the processor's own sizes."""
+    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; the arithmetic follows trainer.precision."""
+    """Data type of the weights; `trainer.precision` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel."""
+    """Attention implementation."""
     batch_size: int = 8
-    """Samples scored or generated for at a time."""
+    """Samples per batch of label scoring and generation."""
 
 
 class Backbone:
-    """A model, its processor and the label space it speaks of.
+    """A model with its processor and label space.
 
     Attributes:
-        label_tokens: K lists, the tokens of each label after the forced prefix, its end token included.
-        label_ids: [K], the first of them; where `labels_share_tokens`, two or more labels begin with one token.
+        label_tokens: K lists, the tokens of each label after the forced prefix, with the end token.
+        label_ids: [K], the first token of each label; not unique if `labels_share_tokens`.
+
+    Raises:
+        SettingsError: the processor has no chat template, the tokenizer has no end token or cannot encode the labels,
+            or the attention implementation cannot score them.
     """
 
     def __init__(self, model: torch.nn.Module, processor: Any, labels: LabelSpace, settings: ModelSettings) -> None:
@@ -81,7 +87,7 @@ class Backbone:
         self.labels = labels
         self.settings = settings
         if not getattr(processor, "chat_template", None):
-            raise SettingsError(f"model.path: {settings.path or 'the tiny model'} has no chat template to ask it with")
+            raise SettingsError(f"model.path: {settings.path or 'the tiny model'} has no chat template")
         tokenizer = processor.tokenizer
         if tokenizer.eos_token is None:
             raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
@@ -92,7 +98,7 @@ class Backbone:
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
         if self.labels_share_tokens and settings.attention == "flash_attention_2":
             raise SettingsError(
-                "model.attention: flash_attention_2 cannot score labels that begin with one token; take sdpa or eager"
+                "model.attention: flash_attention_2 cannot score labels that share their first token; use sdpa or eager"
             )
 
     @property
@@ -101,7 +107,7 @@ class Backbone:
 
     @property
     def labels_share_tokens(self) -> bool:
-        """Whether the first token alone does not tell the labels apart."""
+        """Whether two or more labels have the same first token."""
         return len(set(self.label_ids.tolist())) < len(self.labels)
 
     def encode(
@@ -113,128 +119,130 @@ class Backbone:
         earlier: Sequence[EarlierAnswers] | None = None,
         padding_side: Side = "right",
     ) -> Features:
-        """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and what pictures need.
-
-        With `answers`, each is appended with its end token and `labels` [B, T] marks it, IGNORE elsewhere. Without
-        answers, *classify* and *review* are closed with the forced prefix, so that the next token is the label's.
+        """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and the image tensors.
 
         Args:
-            earlier: B pairs of earlier answers, which *review* asks about.
+            answers: B answers; each is appended with its end token, and `labels` [B, T] holds its tokens, IGNORE
+                elsewhere. None: *classify* and *review* prompts end with the forced prefix, so that the model predicts
+                the label next.
+            earlier: B earlier answers of student and teacher, for *review*.
 
         Raises:
+            ImageError: an image cannot be read.
             ValueError: *review* without earlier answers.
         """
-        said = earlier if earlier is not None else (None,) * len(samples)
-        questions = [
-            (prompts.render(template, sample, self.labels, before), sample.images)
-            for sample, before in zip(samples, said, strict=True)
+        reviewed = earlier if earlier is not None else (None,) * len(samples)
+        messages = [
+            (prompts.render(template, sample, self.labels, pair), sample.images)
+            for sample, pair in zip(samples, reviewed, strict=True)
         ]
         if answers is not None:
             endings = [self.answer_tokens(answer) for answer in answers]
         else:
-            closing = self.encoder.tokens(prompts.CLASSIFY_PREFIX) if template in prompts.SCORED else []
-            endings = [closing] * len(questions)
-        return self.encoder.encode(questions, endings, labelled=answers is not None, padding_side=padding_side)
+            prefix = self.encoder.tokens(prompts.CLASSIFY_PREFIX) if template in prompts.SCORED else []
+            endings = [prefix] * len(messages)
+        return self.encoder.encode(messages, endings, labelled=answers is not None, padding_side=padding_side)
 
     def answer_tokens(self, text: str) -> list[int]:
-        """The tokens of an answer with the one that ends it."""
+        """The tokens of an answer with the end token."""
         return [*self.encoder.tokens(text), self.processor.tokenizer.eos_token_id]
 
-    def pack(self, rows: Sequence[Sequence[Question]]) -> Packed:
-        """B rows of questions about the same pictures, each row one sequence (`models/packing.py`).
+    def pack(self, rows: Sequence[Sequence[PromptWithAnswers]]) -> Packed:
+        """Pack B rows into one sequence each (`models/packing.py`); the prompts of a row have the same images.
 
         Raises:
-            ImageError: a picture cannot be read.
-            SettingsError: the chat template does not let the questions share their pictures.
+            ImageError: an image cannot be read.
+            SettingsError: the chat template places the images where the prompts cannot share them.
         """
-        first, layouts, lengths = self.encoder.pack(rows)
-        seen = first["attention_mask"].bool()
+        first, packed, lengths = self.encoder.pack(rows)
+        masks = first["attention_mask"].bool()
         inputs = {name: value for name, value in first.items() if value.shape != first["input_ids"].shape}
-        for name in first.keys() - inputs.keys() - {"input_ids", "attention_mask"}:  # of pictures, which are shared
+        # token-aligned tensors mark image tokens, all of which are in the shared prefix
+        for name in first.keys() - inputs.keys() - {"input_ids", "attention_mask"}:
             inputs[name] = pad_rows([
-                (row[mask].tolist()[:length] + [0] * len(layout.tokens))[: len(layout.tokens)]
-                for row, mask, layout, length in zip(first[name], seen, layouts, lengths, strict=True)
+                (values[mask].tolist()[:length] + [0] * len(row.tokens))[: len(row.tokens)]
+                for values, mask, row, length in zip(first[name], masks, packed, lengths, strict=True)
             ], 0)  # fmt: skip
-        inputs["input_ids"] = pad_rows([row.tokens for row in layouts], self.processor.tokenizer.pad_token_id)
-        if any(row.branches for row in layouts):
-            inputs["ends"] = pad_rows([row.ends for row in layouts])
-            alone = self.positions(first)
-            shared = [alone[..., row, mask][..., : lengths[row]] for row, mask in enumerate(seen)]
-            inputs["position_ids"] = tree_positions(shared, layouts)
+        inputs["input_ids"] = pad_rows([row.tokens for row in packed], self.processor.tokenizer.pad_token_id)
+        if any(row.branches for row in packed):
+            inputs["ends"] = pad_rows([row.ends for row in packed])
+            positions = self.positions(first)
+            shared = [positions[..., row, mask][..., : lengths[row]] for row, mask in enumerate(masks)]
+            inputs["position_ids"] = tree_positions(shared, packed)
         else:
-            inputs["attention_mask"] = pad_rows([[1] * len(row.tokens) for row in layouts], 0)
-        return predictions(inputs, layouts)
+            inputs["attention_mask"] = pad_rows([[1] * len(row.tokens) for row in packed], 0)
+        return packed_batch(inputs, packed)
 
     def hidden_states(self, inputs: Features, cache: Cache | None = None) -> torch.Tensor:
-        """Last hidden states [B, T, D]: what the output head turns into logits. Differentiable.
+        """Last hidden states [B, T, D], the input of the output head. Differentiable.
 
         Args:
-            cache: takes the keys and values of all columns, for what is to be generated behind them.
+            cache: stores the keys and values of all columns, for generation.
         """
         if "ends" in inputs:
             mask = tree_mask(inputs["ends"])
-            if self.settings.attention == "eager":  # which adds its mask
-                plain = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-                mask = plain.masked_fill(~mask, torch.finfo(torch.float32).min)
+            if self.settings.attention == "eager":  # which adds the mask to the scores
+                zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+                mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
-        output = self._plain.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
-        found: torch.Tensor = output.last_hidden_state
-        return found
+        output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
 
     @property
     def head(self) -> torch.Tensor:
         """Weights [V, D] of the output head; it has no bias."""
-        return self._plain.get_output_embeddings().weight
+        return self._base_model.get_output_embeddings().weight
 
     def positions(self, features: Features) -> torch.Tensor:
-        """Position ids [..., B, T] of padded prompts: multimodal ones where the model has them, plain otherwise."""
-        index = getattr(self._plain.base_model, "get_rope_index", None)
-        if index is None:
+        """Position ids [..., B, T] of padded prompts: multimodal if the model defines them, otherwise one per token."""
+        rope_index = getattr(self._base_model.base_model, "get_rope_index", None)
+        if rope_index is None:
             return (features["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        known = inspect.signature(index).parameters
-        found: torch.Tensor = index(**{name: value for name, value in features.items() if name in known})[0]
-        return found
+        accepted = inspect.signature(rope_index).parameters
+        positions: torch.Tensor = rope_index(**{name: value for name, value in features.items() if name in accepted})[0]
+        return positions
 
     def save(self, folder: Path) -> None:
-        """Write the trained weights (the adapter alone under LoRA) and the processor."""
-        with quiet():
+        """Write the trained weights (with LoRA only the adapter) and the processor."""
+        with hide_progress_bars():
             self.model.save_pretrained(folder)  # type: ignore[operator]
             self.processor.save_pretrained(folder)
 
     @property
-    def _plain(self) -> Any:
-        """The model without its adapter's wrapping; the adapter itself stays in it."""
+    def _base_model(self) -> Any:
+        """The transformers model without peft's wrapper; the adapter stays active."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def merged(self) -> torch.nn.Module:
-        """The model as plain transformers weights, its adapter merged in."""
+        """The transformers model with the adapter merged into its weights."""
         return self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
 
 
 def create(
     settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True, weights: bool = True
 ) -> Backbone:
-    """A model before training: pretrained with a fresh adapter, or tiny with random weights.
+    """Create a model before training: pretrained with a new adapter, or tiny with random weights.
 
     Args:
-        tokenizer: folder of the tokenizer that the chain's tiny models share.
-        train: False for a ready model that only answers; it gets no adapter.
-        weights: False for its shapes alone: a pretrained one is then on the meta device, and no weights are read.
+        tokenizer: folder of the tokenizer that all tiny models of a chain share.
+        train: False for inference only; no adapter is added.
+        weights: False for shapes only: a pretrained model is then on the meta device, and no weights are read.
 
     Raises:
-        SettingsError: the model cannot be loaded, lacks a chat template, or its tokenizer splits a label strangely.
+        SettingsError: the model cannot be loaded, has no chat template, or its tokenizer cannot encode the labels.
     """
     if not settings.path:
         if settings.lora is not None:
             raise SettingsError("model.lora needs model.path: a tiny model has no pretrained weights to adapt")
         try:
-            words = tiny.load_tokenizer(tokenizer)
+            tiny_tokenizer = tiny.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {_first_line(error)}") from error
         model: Any = AutoModelForImageTextToText.from_config(
-            tiny.build_config(settings.tiny, words), attn_implementation=settings.attention
+            tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=settings.attention
         )
-        return Backbone(model, tiny.build_processor(words), labels, settings)
+        return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
     model = _pretrained(settings, settings.path) if weights else on_meta(settings)
     if train and settings.lora is not None:
         model = _with_lora(model, settings.lora)
@@ -242,7 +250,7 @@ def create(
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
-    """A model after training, from the folder that `Backbone.save` wrote.
+    """Load a trained model from the folder that `Backbone.save` wrote.
 
     Raises:
         SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
@@ -250,9 +258,9 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
     if settings.path and settings.lora is not None:
         base = _pretrained(settings, settings.path)
         try:
-            with quiet():
+            with hide_progress_bars():
                 model = PeftModel.from_pretrained(base, adapter)
-        except Exception as error:  # a torn file raises what safetensors, torch and peft please
+        except Exception as error:  # a truncated file raises various errors of safetensors, torch and peft
             raise SettingsError(f"the adapter in {adapter} cannot be loaded: {_first_line(error)}") from error
     else:
         model = _pretrained(settings, str(adapter))
@@ -260,15 +268,15 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
 
 
 def on_meta(settings: ModelSettings) -> torch.nn.Module:
-    """The model on the meta device, for its shapes and size alone; no weights are read.
+    """Create the model on the meta device, for its shapes and size; no weights are read.
 
     Raises:
-        SettingsError: the model's config cannot be had.
+        SettingsError: the config of the model cannot be loaded.
     """
     with torch.device("meta"):
         if not settings.path:
-            words = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
-            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, words))
+            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
+            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
         try:
             config = AutoConfig.from_pretrained(settings.path, revision=settings.revision)
             return AutoModelForImageTextToText.from_config(config)
@@ -277,31 +285,31 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
 
 
 @contextmanager
-def quiet():  # type: ignore[no-untyped-def]
-    """Loading and saving without transformers' own progress bars."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def hide_progress_bars():  # type: ignore[no-untyped-def]
+    """Context manager that hides the progress bars of transformers."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
 def _pretrained(settings: ModelSettings, path: str) -> Any:
-    extra: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if settings.lora is not None and settings.lora.quantize:
-        extra["quantization_config"] = _four_bits(settings)
+        options["quantization_config"] = _quantization_config(settings)
     try:
-        with quiet():
+        with hide_progress_bars():
             return AutoModelForImageTextToText.from_pretrained(
                 path,
                 revision=settings.revision if path == settings.path else "main",
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation=settings.attention,
-                **extra,
+                **options,
             )
-    except Exception as error:  # a torn file raises what safetensors and torch please
+    except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -315,7 +323,7 @@ def _with_lora(model: Any, lora: LoraSettings) -> PeftModel:
         raise SettingsError(f"model.lora.targets: {_first_line(error)}") from error
 
 
-def _four_bits(settings: ModelSettings) -> Any:
+def _quantization_config(settings: ModelSettings) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

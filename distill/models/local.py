@@ -1,4 +1,4 @@
-"""A Reasoner over a backbone on this machine: label scoring in one forward pass, and generation."""
+"""`Local`, a Reasoner in this process: label scoring in one forward pass, and generation with transformers."""
 
 import logging
 import time
@@ -14,7 +14,13 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling, classify_then_reason
-from distill.models.scoring import Reading, label_log_probabilities, normalise_labels, read_both, score_labels
+from distill.models.scoring import (
+    ScoredPrefill,
+    label_log_probabilities,
+    normalise_labels,
+    score_and_prefill,
+    score_labels,
+)
 from distill.task.prompts import SCORED, EarlierAnswers, Template
 from distill.task.sample import Sample
 
@@ -27,18 +33,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its text, its log-probability, and those of the tokens that were asked about."""
+    """One generated token.
+
+    Attributes:
+        text: the decoded token.
+        logprob: its log-probability.
+        top_logprobs: log-probabilities by text of the top-k and the requested tokens at this position, highest first.
+    """
 
     text: str
     logprob: float
-    likely: Mapping[str, float]
+    top_logprobs: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of `Local.chat`. `finished` is False where the token limit cut it.
+    """One answer of `Local.chat`.
 
-    `tokens` are all generated tokens, the end token included; empty where no log-probabilities were asked for.
+    Attributes:
+        finished: False if the token limit cut the answer.
+        tokens: all generated tokens with the end token; empty if no log-probabilities were requested.
     """
 
     text: str
@@ -49,56 +63,56 @@ class Completion:
 
 
 class Local:
-    """Teacher, assistant or student as a model in this process."""
+    """Teacher, assistant or student in this process."""
 
     def __init__(self, backbone: Backbone, name: str, device: torch.device | str = "cpu") -> None:
         self.backbone = backbone
         self.name = name
-        self._exact: bool | None = None
+        self._joint_prefill: bool | None = None  # None: not checked yet
         backbone.model.to(device).eval()
 
     @torch.inference_mode()
     def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
-        """Label probabilities of B samples by label scoring (DESIGN section 6)."""
+        """Label scores of B samples, one forward pass per batch; see `Reasoner.classify`."""
         parts, costs = [], []
         template: Template = "classify" if earlier is None else "review"
         for first, batch in self._batches(samples):
             begin = time.perf_counter()
-            said = None if earlier is None else earlier[first : first + len(batch)]
-            features = self.backbone.encode(batch, template, earlier=said)
-            parts.append(score_labels(self.backbone, self._moved(features)))
+            batch_earlier = None if earlier is None else earlier[first : first + len(batch)]
+            features = self.backbone.encode(batch, template, earlier=batch_earlier)
+            parts.append(score_labels(self.backbone, self._to_device(features)))
             seconds = (time.perf_counter() - begin) / len(batch)
             costs += [Cost(1, length, 0, seconds) for length in features["attention_mask"].sum(1).tolist()]
         if not parts:
             return ClassScores(np.zeros((0, len(self.backbone.labels))), np.zeros(0))
         probabilities, mass = zip(*parts, strict=True)
-        return _scores(probabilities, mass, costs)
+        return _class_scores(probabilities, mass, costs)
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
-        """Generated answers, a batch at a time, in the samples' order; the same seed draws the same answers."""
+        """Generate answers batch by batch, in the order of the samples; the same seed gives the same answers."""
         for first, batch in self._batches(samples):
             begin = time.perf_counter()
             features = self.backbone.encode(batch, template, padding_side="left")
-            found = self._generate(self._moved(features), sampling, first)
+            completions = self._generate(self._to_device(features), sampling, first)
             seconds = (time.perf_counter() - begin) / len(batch)
-            for index, one in enumerate(found, first):
-                yield index, Answer(one.text, one.finished, one.prompt_tokens, one.completion_tokens, seconds=seconds)
+            for index, c in enumerate(completions, first):
+                yield index, Answer(c.text, c.finished, c.prompt_tokens, c.completion_tokens, seconds=seconds)
 
     def classify_and_reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, ClassScores, Answer]]:
-        """What `classify` and `reason` say of each sample, of which the model reads what both have in common once.
+        """Results of `classify` and `reason`, with one prefill of the common prompt prefix per sample.
 
-        A label costs what it costs alone, the answer what it took beyond that. Where the model cannot read two
-        questions at once, they are put apart.
+        The scores have the cost of `classify`, the answer only the additional cost. If the model does not support a
+        joint prefill, both are computed separately.
         """
-        if template in SCORED or not samples or not self._reads_both(samples):
+        if template in SCORED or not samples or not self._supports_joint_prefill(samples):
             yield from classify_then_reason(self, samples, template, sampling)
             return
         for first, batch in self._batches(samples):
-            yield from self._both(batch, template, sampling, first)
+            yield from self._score_and_generate(batch, template, sampling, first)
 
     def chat(
         self,
@@ -107,158 +121,179 @@ class Local:
         logprobs: int = 0,
         token_ids: Sequence[int] = (),
     ) -> list[Completion]:
-        """Answers to B messages, each a text and the images that go before it, encoded as a sample's question is.
+        """Answers to B user messages, encoded like the prompts of samples.
+
+        Log-probabilities are those of the model before temperature is applied.
 
         Args:
-            logprobs: how many of the likeliest tokens to tell at each place.
-            token_ids: tokens whose log-probabilities to tell at each place, likely or not.
-
-        Log-probabilities are those of the model's own distribution, whatever the temperature.
+            prompts: B pairs of a text and the images placed before it.
+            logprobs: number of most probable tokens to return per position.
+            token_ids: tokens whose log-probabilities are returned at every position.
 
         Raises:
-            ImageError: a picture cannot be read.
+            ImageError: an image cannot be read.
         """
-        found: list[Completion] = []
+        completions: list[Completion] = []
         for first, batch in self._batches(prompts):
             features = self.backbone.encoder.encode(batch, padding_side="left")
-            watch = _Watch(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
-            found += self._generate(self._moved(features), sampling, first, watch)
-        return found
+            recorder = _LogprobRecorder(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
+            completions += self._generate(self._to_device(features), sampling, first, recorder)
+        return completions
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, as they are in a message."""
+        """Tokenize a text as part of a message: control tokens are escaped."""
         return self.backbone.encoder.tokens(text)
 
-    def _both(
+    def _score_and_generate(
         self, batch: Sequence[Sample], template: Template, sampling: Sampling, first: int
     ) -> list[tuple[int, ClassScores, Answer]]:
         """One batch of `classify_and_reason`."""
         begin = time.perf_counter()
-        reading = self._read_both(batch, template)
-        read = time.perf_counter()
-        found = self._generate(reading.prompt, sampling, first)
-        seconds, more = (read - begin) / len(batch), (time.perf_counter() - read) / len(batch)
-        costs = [Cost(1, length, 0, seconds) for length in reading.lengths.tolist()]
-        scores = _scores([reading.probabilities], [reading.mass], costs)
+        prefill = self._score_and_prefill(batch, template)
+        scored = time.perf_counter()
+        completions = self._generate(prefill.prompt, sampling, first)
+        scoring_seconds, seconds = (scored - begin) / len(batch), (time.perf_counter() - scored) / len(batch)
+        costs = [Cost(1, length, 0, scoring_seconds) for length in prefill.classify_lengths.tolist()]
+        scores = _class_scores([prefill.probabilities], [prefill.mass], costs)
         answers = [
-            Answer(one.text, one.finished, added, one.completion_tokens, seconds=more)
-            for one, added in zip(found, reading.added.tolist(), strict=True)
+            Answer(c.text, c.finished, added, c.completion_tokens, seconds=seconds)
+            for c, added in zip(completions, prefill.added_lengths.tolist(), strict=True)
         ]
         return [(first + row, scores.row(row), answer) for row, answer in enumerate(answers)]
 
     @torch.inference_mode()
-    def _read_both(self, samples: Sequence[Sample], template: Template) -> Reading:
-        return read_both(self.backbone, samples, template)
+    def _score_and_prefill(self, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
+        return score_and_prefill(self.backbone, samples, template)
 
-    def _reads_both(self, samples: Sequence[Sample]) -> bool:
-        """Whether this model can read two questions at once: tried out once, on the sample with the most pictures."""
-        if self._exact is None:
-            self._exact = self.backbone.settings.attention != "flash_attention_2" and _crops(self.backbone)
+    def _supports_joint_prefill(self, samples: Sequence[Sample]) -> bool:
+        """Whether a joint prefill gives the same label scores as `classify`: checked once, on the sample with the most
+        images."""
+        if self._joint_prefill is None:
+            supported = self.backbone.settings.attention != "flash_attention_2" and _has_full_cache(self.backbone)
             sample = max(samples, key=lambda sample: len(sample.images))
-            if self._exact:
+            if supported:
                 try:
-                    found = self._read_both([sample], "reason").probabilities.double().cpu().numpy()
-                except SettingsError:  # of where the chat template puts pictures
-                    self._exact = False
+                    joint = self._score_and_prefill([sample], "reason").probabilities.double().cpu().numpy()
+                except SettingsError:  # the chat template places images after the text
+                    supported = False
                 else:
                     tolerance = 1e-3 if self.backbone.settings.dtype == "float32" else 0.1
-                    self._exact = bool(abs(found - self.classify([sample]).probabilities).max() < tolerance)
-            if not self._exact:
-                log.info("%s cannot read two questions at once: label and rationale are asked for apart", self.name)
-        return self._exact
+                    supported = bool(abs(joint - self.classify([sample]).probabilities).max() < tolerance)
+            if not supported:
+                log.info("%s does not support joint prefill: labels and rationales are computed separately", self.name)
+            self._joint_prefill = supported
+        return self._joint_prefill
 
     @torch.inference_mode()
     def _generate(
-        self, features: dict[str, Any], sampling: Sampling, first: int, watch: "_Watch | None" = None
+        self, features: dict[str, Any], sampling: Sampling, first: int, recorder: "_LogprobRecorder | None" = None
     ) -> list[Completion]:
-        """Answers to B left-padded prompts, of which the first is number `first` among all that were asked."""
+        """Answers to B left-padded prompts.
+
+        Args:
+            first: index of the first prompt among all prompts of the call; part of the seed.
+        """
         tokenizer, stops = self.backbone.processor.tokenizer, _end_tokens(self.backbone)
         options = _options(sampling) | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        if watch is not None:
-            options["logits_processor"] = LogitsProcessorList([watch])
-        # a caller may draw between two batches: neither changes what the other gets
+        if recorder is not None:
+            options["logits_processor"] = LogitsProcessorList([recorder])
+        # isolate the random state: callers may draw random numbers between two batches
         with torch.random.fork_rng(_devices(self.backbone.device)):
             torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
             output = self.backbone.model.generate(**features, **options)  # type: ignore[operator]
-        found = []
+        completions = []
         prompts = features["attention_mask"].sum(1).tolist()
         for index, row in enumerate(output[:, features["input_ids"].shape[1] :].cpu()):
             ends = torch.isin(row, torch.tensor(stops)).nonzero()
             length = int(ends[0]) if len(ends) else len(row)
-            written = length + bool(len(ends))
+            generated = length + bool(len(ends))
             text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            tokens = watch.tokens(output, index, written, tokenizer) if watch is not None else ()
-            found.append(Completion(text, bool(len(ends)), prompts[index], written, tokens))
-        return found
+            tokens = recorder.tokens(output, index, generated, tokenizer) if recorder is not None else ()
+            completions.append(Completion(text, bool(len(ends)), prompts[index], generated, tokens))
+        return completions
 
     def _batches(self, items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
         size = self.backbone.settings.batch_size
         return ((first, items[first : first + size]) for first in range(0, len(items), size))
 
-    def _moved(self, features: Features) -> Features:
+    def _to_device(self, features: Features) -> Features:
         return {name: value.to(self.backbone.device) for name, value in features.items()}
 
 
-class _Watch(LogitsProcessor):
-    """Notes at each step of a generation, before any temperature, the log-probabilities that were asked about.
+class _LogprobRecorder(LogitsProcessor):
+    """Records the requested log-probabilities at each generation step, before temperature is applied.
 
-    A step's own token is known only when the next one begins: until then its whole distribution is held.
+    The token sampled in a step is only known when the next step begins; until then the full distribution is kept.
+
+    Args:
+        count: number of most probable tokens per step.
+        token_ids: tokens that are always recorded.
     """
 
     def __init__(self, count: int, token_ids: Sequence[int], device: torch.device) -> None:
         self._count = count
         self._token_ids = torch.tensor(token_ids, dtype=torch.long, device=device)
         self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._open: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._settle(input_ids)
-        self._open = scores.log_softmax(-1)
+        self._record_pending(input_ids)
+        self._pending = scores.log_softmax(-1)
         return scores
 
     def tokens(self, output: torch.Tensor, row: int, length: int, tokenizer: Any) -> tuple[Token, ...]:
         """The first `length` generated tokens of one row of the output."""
-        self._settle(output)
-        found = []
+        self._record_pending(output)
+        tokens = []
         for ids, values in self._steps[:length]:
             texts = [tokenizer.decode([token]) for token in ids[row].tolist()]
             pairs = list(zip(texts, values[row].tolist(), strict=True))
-            likely: dict[str, float] = {}
+            top: dict[str, float] = {}
             for text, value in sorted(pairs[1:], key=lambda pair: -pair[1]):
-                likely.setdefault(text, value)  # of tokens that read alike the likeliest stays
-            found.append(Token(*pairs[0], likely))
-        return tuple(found)
+                top.setdefault(text, value)  # of tokens with the same text, keep the most probable
+            tokens.append(Token(*pairs[0], top))
+        return tuple(tokens)
 
-    def _settle(self, sequences: torch.Tensor) -> None:
-        if self._open is not None:
-            top = self._open.topk(self._count).indices
+    def _record_pending(self, sequences: torch.Tensor) -> None:
+        """Record the previous step; its token is the last column of the sequences [B, T]."""
+        if self._pending is not None:
+            top = self._pending.topk(self._count).indices
             ids = torch.cat([sequences[:, -1:], top, self._token_ids.expand(len(top), -1)], 1)
-            self._steps.append((ids.cpu(), self._open.gather(1, ids).cpu()))
-            self._open = None
+            self._steps.append((ids.cpu(), self._pending.gather(1, ids).cpu()))
+            self._pending = None
 
 
-def _scores(probabilities: Sequence[torch.Tensor], mass: Sequence[torch.Tensor], costs: Sequence[Cost]) -> ClassScores:
-    """The scores of samples that were read in batches."""
-    together, held = (torch.cat([part.cpu() for part in parts]).double().numpy() for parts in (probabilities, mass))
-    return ClassScores(together, held, tuple(costs))
+def _class_scores(
+    probabilities: Sequence[torch.Tensor], mass: Sequence[torch.Tensor], costs: Sequence[Cost]
+) -> ClassScores:
+    """Concatenate the probabilities [B, K] and masses [B] of batches."""
+    all_probabilities, all_mass = (
+        torch.cat([part.cpu() for part in parts]).double().numpy() for parts in (probabilities, mass)
+    )
+    return ClassScores(all_probabilities, all_mass, tuple(costs))
 
 
-def _crops(backbone: Backbone) -> bool:
-    """Whether keys and values of every token are all that a model remembers, so that the last ones can be cut off."""
+def _has_full_cache(backbone: Backbone) -> bool:
+    """Whether all layers cache keys and values of every token, so that the cache can be truncated."""
     cache = DynamicCache(config=backbone.model.config)
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
-    """How `generate` is to draw; published models bring penalties and cuts of their own."""
+    """Sampling options of `generate`; they override the generation config that a published model brings."""
     options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "repetition_penalty": 1.0}
     if sampling.temperature > 0:
         return options | {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    return options | {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' neutral ones
+    return options | {
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }  # the defaults of transformers
 
 
 def _end_tokens(backbone: Backbone) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those the model was published with."""
+    """Ids of the end tokens: the tokenizer's and those of the generation config."""
     published = backbone.model.generation_config.eos_token_id  # type: ignore[union-attr]
     ids = published if isinstance(published, list) else [published]
     return sorted({backbone.processor.tokenizer.eos_token_id, *ids} - {None})

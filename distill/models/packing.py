@@ -1,8 +1,8 @@
-"""Sequences that begin alike in one row: what they share is read once, what they do not share stays apart.
+"""Packing of sequences with a common prefix into one row (tree attention), so that the prefix is computed once.
 
-A row is a tree of tokens, laid out depth first: the shared beginning, then for every question its own ending and the
-answers to it. A token sees what stands before it on its own path from the root, at the position that it would have in a
-sequence of its own, so that to the model every path is such a sequence.
+A row is a token tree in depth-first order: the shared prefix, then for each prompt its own suffix followed by its
+answers. A token attends only to its ancestors and has the position id it would have in a separate sequence. Each path
+from the root to a leaf is therefore equivalent to a separate sequence.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class Packed(NamedTuple):
     """B rows of T columns, and the N answer tokens that they predict.
 
     Attributes:
-        inputs: what the model takes; where rows branch, `ends` [B, T] in place of a mask (`tree_mask`), and positions.
-        columns: [N], where each answer token is predicted: row · T + column.
+        inputs: model inputs; if a row branches, `ends` [B, T] replaces the mask (`tree_mask`) and positions are given.
+        columns: [N], flat index row · T + column of the hidden state that predicts each answer token.
         tokens: [N], the answer tokens.
-        answers: [N], which answer each belongs to, counted over all rows and questions.
+        answers: [N], index of the answer of each token, counted over all rows and prompts.
     """
 
     inputs: Features
@@ -32,11 +32,15 @@ class Packed(NamedTuple):
 
 
 @dataclass
-class Layout:
-    """One row: its tokens, where the branch of each is closed, how far it is from the root; and what is predicted.
+class TreeRow:
+    """One packed row of T tokens.
 
-    `predictions` are pairs of a column and the token that it predicts, a list for each answer. The last token of an
-    answer predicts nothing and stands in no column. Column -1 is what stands before the row.
+    Attributes:
+        tokens: T token ids.
+        ends: T columns, the end (exclusive) of the subtree of each token: no later column attends to the token.
+        depths: T distances from the root.
+        predictions: per answer, pairs of a column and the token that it predicts. The last token of an answer predicts
+            nothing and has no column. Column -1 is the last column before the row.
     """
 
     tokens: list[int]
@@ -46,69 +50,76 @@ class Layout:
 
     @property
     def branches(self) -> bool:
-        """Whether any token does not see all that stand before it."""
+        """Whether any token does not attend to all tokens before it."""
         return any(end < len(self.tokens) for end in self.ends)
 
 
-def lay_out(root: Sequence[int], questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Layout:
-    """A row of the tokens that all share, then of each question its own tokens and the answers behind them."""
-    row = Layout(list(root), [0] * len(root), list(range(len(root))))
+def build_tree_row(root: Sequence[int], prompts: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> TreeRow:
+    """Build a row from the shared prefix and, per prompt, its own suffix and the answers to it.
 
-    def write(tokens: Sequence[int], depth: int) -> None:
+    Args:
+        root: tokens that all prompts share.
+        prompts: pairs of the tokens that follow the root, and the answers, each with its end token.
+    """
+    row = TreeRow(list(root), [0] * len(root), list(range(len(root))))
+
+    def append(tokens: Sequence[int], depth: int) -> None:
         row.tokens += tokens
         row.ends += [0] * len(tokens)
         row.depths += range(depth, depth + len(tokens))
 
-    def close(first: int) -> None:
+    def close_branch(first: int) -> None:
         row.ends[first:] = [end or len(row.tokens) for end in row.ends[first:]]
 
-    for own, answers in questions:
+    for suffix, answers in prompts:
         begin = len(row.tokens)
-        write(own, len(root))
-        asked = len(row.tokens) - 1 if own else len(root) - 1
+        append(suffix, len(root))
+        last = len(row.tokens) - 1 if suffix else len(root) - 1
         for answer in answers:
             first = len(row.tokens)
-            write(answer[:-1], len(root) + len(own))
+            append(answer[:-1], len(root) + len(suffix))
             row.ends[first:] = [len(row.tokens)] * (len(answer) - 1)
-            row.predictions.append(list(zip([asked, *range(first, len(row.tokens))], answer, strict=True)))
-        close(begin)
-    close(0)
+            row.predictions.append(list(zip([last, *range(first, len(row.tokens))], answer, strict=True)))
+        close_branch(begin)
+    close_branch(0)
     return row
 
 
-def shared_length(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
+def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix of the sequences, in tokens."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
 
 
 def tree_mask(ends: torch.Tensor) -> torch.Tensor:
-    """Which columns each column sees, [B, 1, T, T], from the columns [B, T] at which each one's branch is closed."""
+    """Boolean attention mask [B, 1, T, T] from `ends` [B, T]: column i attends to j if j <= i < ends[j]."""
     columns = torch.arange(ends.shape[1], device=ends.device)
     return ((columns[:, None] >= columns) & (columns[:, None] < ends[:, None]))[:, None]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], padding: int | None = None) -> torch.Tensor:
-    """[B, T] of rows padded on the right with `padding`; None: with the columns behind, so that each sees itself."""
+    """[B, T] of rows padded on the right with `padding`; None: as `ends`, such that padding attends only to itself."""
     width = max(map(len, rows))
     return torch.tensor([
         [*row, *(range(len(row) + 1, width + 1) if padding is None else [padding] * (width - len(row)))] for row in rows
     ])  # fmt: skip
 
 
-def tree_positions(shared: Sequence[torch.Tensor], rows: Sequence[Layout]) -> torch.Tensor:
-    """Position ids [..., B, T] from those of the tokens [..., L] that each row's questions share: one more with each
-    token behind them.
+def tree_positions(shared: Sequence[torch.Tensor], rows: Sequence[TreeRow]) -> torch.Tensor:
+    """Position ids [..., B, T] of packed rows; after the shared prefix they grow by one per token of a path.
+
+    Args:
+        shared: B tensors [..., L], the position ids of each row's shared prefix of L tokens.
     """
-    width, found = max(len(row.tokens) for row in rows), []
-    for known, row in zip(shared, rows, strict=True):
-        length = known.shape[-1]
-        beyond = known[..., -1:] + torch.tensor(row.depths[length:]) - (length - 1)
-        found.append(torch.nn.functional.pad(torch.cat([known, beyond], -1), (0, width - len(row.tokens))))
-    return torch.stack(found, -2)
+    width, padded = max(len(row.tokens) for row in rows), []
+    for prefix, row in zip(shared, rows, strict=True):
+        length = prefix.shape[-1]
+        suffix = prefix[..., -1:] + torch.tensor(row.depths[length:]) - (length - 1)
+        padded.append(torch.nn.functional.pad(torch.cat([prefix, suffix], -1), (0, width - len(row.tokens))))
+    return torch.stack(padded, -2)
 
 
-def predictions(inputs: Features, rows: Sequence[Layout]) -> Packed:
-    """The model's inputs with what is predicted in them."""
+def packed_batch(inputs: Features, rows: Sequence[TreeRow]) -> Packed:
+    """Combine model inputs [B, T] with the predictions of their rows."""
     width, answers = inputs["input_ids"].shape[1], [answer for row in rows for answer in row.predictions]
     begins = [index * width for index, row in enumerate(rows) for _ in row.predictions]
     pairs = [(begin + column, token) for begin, answer in zip(begins, answers, strict=True) for column, token in answer]

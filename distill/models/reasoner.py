@@ -1,4 +1,4 @@
-"""The one interface of teacher, assistant and student."""
+"""`Reasoner`, the common interface of teacher, assistant and student, and its inputs and outputs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from distill.task.sample import Sample
 
 @dataclass(frozen=True)
 class Cost:
-    """What answers took: how often a model was asked, the tokens it read and wrote, and seconds until it answered."""
+    """Cost of answers: model calls, prompt tokens, completion tokens, and latency in seconds."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -30,11 +30,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer. `finished` is False where the token limit cut it or nothing usable came back.
+    """One generated answer.
 
-    `error` says in a sentence why nothing came back (a refused request, a passed deadline); `text` is empty then.
-    `calls` and `seconds` are what it took; a model that answers a batch at once shares the batch's seconds out.
-    Two answers that differ in their seconds alone are equal.
+    Attributes:
+        text: empty if the request failed.
+        finished: False if the token limit cut the answer or no usable answer was returned.
+        error: why there is no answer (refused request, deadline exceeded), as one sentence.
+        calls: number of model calls.
+        seconds: latency; the time of a batch is divided equally among its answers. Ignored when comparing answers.
     """
 
     text: str
@@ -52,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. Temperature 0 is greedy; `attempt` tells apart answers drawn with the same settings."""
+    """Sampling settings. Temperature 0 is greedy; answers with different `attempt`s are sampled independently."""
 
     temperature: float = 0.0
     max_new_tokens: int = 512
@@ -62,30 +65,33 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Label scoring of B samples over K labels.
+    """Label scores of B samples over K labels.
 
-    probabilities: [B, K], rows sum to 1; label_mass: [B], how much of the next-token probability the labels held
-    before they were normalised (NaN where the model does not tell); costs: B, what each answer took, where that was
-    counted. A sample without an answer has equally likely labels at a mass of exactly 0.
+    A sample without an answer has uniform probabilities and a label mass of exactly 0.
+
+    Attributes:
+        probabilities: [B, K], rows sum to 1.
+        label_mass: [B], total probability of the labels before normalising; NaN if the model does not return it.
+        costs: B costs, one per sample; empty if they were not recorded.
     """
 
     probabilities: np.ndarray
     label_mass: np.ndarray
     costs: tuple[Cost, ...] = ()
 
-    def only(self, kept: np.ndarray) -> "ClassScores":
-        """The scores of the samples that are True in [B]."""
-        costs = tuple(cost for cost, keep in zip(self.costs, kept, strict=False) if keep)
-        return ClassScores(self.probabilities[kept], self.label_mass[kept], costs)
+    def select(self, mask: np.ndarray) -> "ClassScores":
+        """The scores of the samples whose entry of the boolean mask [B] is True."""
+        costs = tuple(cost for cost, keep in zip(self.costs, mask, strict=False) if keep)
+        return ClassScores(self.probabilities[mask], self.label_mass[mask], costs)
 
     def row(self, index: int) -> "ClassScores":
-        """The scores of one sample."""
+        """The scores of one sample, with B = 1."""
         rows = slice(index, index + 1)
         return ClassScores(self.probabilities[rows], self.label_mass[rows], self.costs[rows])
 
     @staticmethod
-    def together(parts: "Sequence[ClassScores]") -> "ClassScores":
-        """The scores of all samples of one or more parts, in their order."""
+    def concatenate(parts: "Sequence[ClassScores]") -> "ClassScores":
+        """The scores of one or more parts along the sample axis."""
         return ClassScores(
             np.concatenate([part.probabilities for part in parts]),
             np.concatenate([part.label_mass for part in parts]),
@@ -94,51 +100,51 @@ class ClassScores:
 
     @property
     def answered(self) -> np.ndarray:
-        """[B] False where the model gave no answer."""
+        """[B], False for samples without an answer."""
         return self.label_mass != 0
 
 
 class Reasoner(Protocol):
-    """A model that classifies samples and reasons about them."""
+    """A model that classifies samples and generates rationales."""
 
     name: str
 
     def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
-        """Label probabilities of B samples, in their order.
+        """Label scores of B samples, in the order of the samples.
 
         Args:
-            earlier: B pairs of earlier answers; the samples are then put to *review* instead of *classify*.
+            earlier: B earlier answers of student and teacher; with them, the *review* prompt replaces *classify*.
         """
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers to one question about each sample, as they come: pairs of the sample's index and its answer.
+        """Generate one answer per sample; yields pairs of sample index and answer as answers become available.
 
         Raises:
-            RunError: the model cannot be reached or refuses to serve at all.
+            RunError: the model is unreachable or refuses all requests.
         """
 
 
 @runtime_checkable
-class ReadsOnce(Reasoner, Protocol):
-    """A Reasoner that classifies and reasons from one reading of each sample."""
+class JointReasoner(Reasoner, Protocol):
+    """A Reasoner that scores labels and generates an answer from one prefill per sample."""
 
     def classify_and_reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, ClassScores, Answer]]:
-        """As the function of this name; an answer's cost is what it took beyond the label's."""
+        """See the module function; an answer's cost excludes the tokens and time already counted for label scoring."""
 
 
 def classify_and_reason(
     reasoner: Reasoner, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
 ) -> Iterator[tuple[int, ClassScores, Answer]]:
-    """Label scores and the answer to one question about each sample, as the answers come: its index, and both.
+    """Label scores and one generated answer per sample; yields index, scores and answer as they become available.
 
     Raises:
-        RunError: the model cannot be reached or refuses to serve at all.
+        RunError: the model is unreachable or refuses all requests.
     """
-    if isinstance(reasoner, ReadsOnce):
+    if isinstance(reasoner, JointReasoner):
         return reasoner.classify_and_reason(samples, template, sampling)
     return classify_then_reason(reasoner, samples, template, sampling)
 
@@ -146,7 +152,7 @@ def classify_and_reason(
 def classify_then_reason(
     reasoner: Reasoner, samples: Sequence[Sample], template: Template, sampling: Sampling
 ) -> Iterator[tuple[int, ClassScores, Answer]]:
-    """The same from two readings: first all labels, then the answers."""
+    """`classify_and_reason` as two separate calls: label scores of all samples first, then generation."""
     scores = reasoner.classify(samples)
     for index, answer in reasoner.reason(samples, template, sampling):
         yield index, scores.row(index), answer

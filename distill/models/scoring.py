@@ -1,4 +1,4 @@
-"""Label scoring: the probability of each label as the answer to a closed *classify* or *review* prompt."""
+"""Label scoring: probabilities of the labels as the answer to a *classify* or *review* prompt with forced prefix."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,62 +7,64 @@ import torch
 from transformers import DynamicCache
 
 from distill.models.backbone import Backbone
-from distill.models.encoding import Question
-from distill.models.packing import Features, lay_out
+from distill.models.encoding import PromptWithAnswers
+from distill.models.packing import Features, build_tree_row
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 
 
-class Reading(NamedTuple):
-    """B samples read once for two questions: their labels, and from where a model goes on to answer the other one.
+class ScoredPrefill(NamedTuple):
+    """Label scores of B samples, and the prefilled key-value cache of a second prompt about them.
 
     Attributes:
-        probabilities, mass: [B, K] and [B], as `score_labels` gives them.
-        prompt: what `generate` takes to go on: left-padded `input_ids` and `attention_mask` [B, T], `position_ids`, and
-            `past_key_values` of all columns but the last.
-        lengths: [B], tokens of the closed *classify* prompts.
-        added: [B], tokens of the other prompts that are not in the first ones.
+        probabilities: [B, K], as from `score_labels`.
+        mass: [B], as from `score_labels`.
+        prompt: inputs with which `generate` continues the second prompt: left-padded `input_ids` and `attention_mask`
+            [B, T], `position_ids`, and `past_key_values` of all columns but the last.
+        classify_lengths: [B], tokens of the *classify* prompts with forced prefix.
+        added_lengths: [B], tokens of the second prompts that are not shared with the *classify* prompts.
     """
 
     probabilities: torch.Tensor
     mass: torch.Tensor
     prompt: dict[str, Any]
-    lengths: torch.Tensor
-    added: torch.Tensor
+    classify_lengths: torch.Tensor
+    added_lengths: torch.Tensor
 
 
 def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, K] and label mass [B] of right-padded prompts closed with the forced prefix (DESIGN section 6).
+    """Probabilities [B, K] and label mass [B] from right-padded prompts that end with the forced prefix.
 
-    Labels that differ in their first token are told apart by it; others are scored whole, with their end tokens.
+    If all labels differ in their first token, only this token is scored; otherwise all tokens of the labels and their
+    end tokens.
     """
     if backbone.labels_share_tokens:
-        return _normalised(label_log_probabilities(backbone, features))
+        return _normalise_whole_labels(label_log_probabilities(backbone, features))
     last = features["attention_mask"].sum(1) - 1
     hidden = backbone.hidden_states(features)[torch.arange(len(last)), last]
     return normalise_labels(hidden @ backbone.head.T, backbone.label_ids.to(hidden.device))
 
 
 def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the K labels alone and the mass they held, from next-token logits [B, V] and token ids [K]."""
+    """Softmax over K labels [B, K] and their total probability [B], from next-token logits [B, V] and token ids [K]."""
     log_probabilities = torch.log_softmax(logits.float(), -1)[:, label_ids]
     return log_probabilities.softmax(-1), log_probabilities.exp().sum(-1)
 
 
 def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Tensor:
-    """Log-probabilities [B, K] of the whole labels with their end tokens; differentiable.
+    """Log-probabilities [B, K] of all tokens of each label with its end token; differentiable.
 
-    All labels are scored in one forward pass behind one prompt, as branches that cannot see each other.
+    All labels are scored in one forward pass, as branches after the prompt that do not attend to each other.
 
     Args:
-        features: right-padded prompts closed with the forced prefix, as `Backbone.encode` makes them.
+        features: right-padded prompts that end with the forced prefix, from `Backbone.encode`.
     """
     ids, mask = features["input_ids"], features["attention_mask"].bool()
-    branches = lay_out([], [([], backbone.label_tokens)])
+    branches = build_tree_row([], [([], backbone.label_tokens)])
     width, size = ids.shape[1], len(branches.tokens)
 
-    def behind(row: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
+    def append(row: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
         return torch.cat([row, torch.tensor(values).to(row).expand(len(ids), -1)], 1)
 
     inputs = {
@@ -70,9 +72,9 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
         for name, value in features.items()
         if name != "attention_mask"
     }
-    inputs["input_ids"] = behind(ids, branches.tokens)
-    itself = torch.arange(1, width + 1, device=ids.device)  # what padding sees
-    inputs["ends"] = behind(torch.where(mask, width + size, itself), [width + end for end in branches.ends])
+    inputs["input_ids"] = append(ids, branches.tokens)
+    itself = torch.arange(1, width + 1, device=ids.device)  # padding attends only to itself
+    inputs["ends"] = append(torch.where(mask, width + size, itself), [width + end for end in branches.ends])
     positions = backbone.positions(features)
     last = mask.sum(1, keepdim=True) - 1
     depths = torch.tensor(branches.depths, device=ids.device)
@@ -81,49 +83,52 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
 
     columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
     columns = torch.where(columns < 0, last, width + columns)
-    return _whole_labels(backbone, backbone.hidden_states(inputs), columns)
+    return _whole_label_log_probabilities(backbone, backbone.hidden_states(inputs), columns)
 
 
-def read_both(backbone: Backbone, samples: Sequence[Sample], template: Template) -> Reading:
-    """Label scoring of B samples and the reading of another question about them, in one forward pass.
+def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
+    """Score the labels of B samples and prefill a second prompt about them, in one forward pass.
 
-    A row holds what the questions share, the other question's own tokens, and the closed *classify* prompt's with the
-    labels, as branches that cannot see each other (`models/packing.py`).
+    A packed row (`models/packing.py`) holds the common prefix of both prompts and two branches that do not attend to
+    each other: the rest of the second prompt, and the rest of the *classify* prompt with the forced prefix and labels.
+
+    Args:
+        template: template of the second prompt.
 
     Raises:
-        ImageError: a picture cannot be read.
-        SettingsError: the chat template does not let the questions share their pictures.
+        ImageError: an image cannot be read.
+        SettingsError: the chat template places the images where the prompts cannot share them.
     """
-    labels, closing = backbone.labels, backbone.encoder.tokens(prompts.CLASSIFY_PREFIX)
+    labels, prefix = backbone.labels, backbone.encoder.tokens(prompts.CLASSIFY_PREFIX)
     answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
-    unwritten = [[backbone.processor.tokenizer.eos_token_id]]  # whatever it begins with
+    placeholder = [[backbone.processor.tokenizer.eos_token_id]]  # any first token: it has no column of its own
     packed = backbone.pack([
         [
-            Question((prompts.render(template, sample, labels), sample.images), [], unwritten),
-            Question((prompts.render("classify", sample, labels), sample.images), closing, answers),
+            PromptWithAnswers((prompts.render(template, sample, labels), sample.images), [], placeholder),
+            PromptWithAnswers((prompts.render("classify", sample, labels), sample.images), prefix, answers),
         ]
         for sample in samples
     ])  # fmt: skip
     inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
     width = inputs["input_ids"].shape[1]
     columns = (packed.columns % width).view(len(samples), -1).to(backbone.device)
-    asked, scored = columns[:, 0], columns[:, 1:]
+    second_end, scored = columns[:, 0], columns[:, 1:]
     cache = DynamicCache()
     hidden = backbone.hidden_states(inputs, cache)
     if backbone.labels_share_tokens:
-        found = _normalised(_whole_labels(backbone, hidden, scored))
+        scores = _normalise_whole_labels(_whole_label_log_probabilities(backbone, hidden, scored))
     else:
         last = hidden[torch.arange(len(samples)), scored[:, 0]]
-        found = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
-    closed = scored[:, :1]
-    every = torch.arange(width, device=closed.device)
-    lengths = ((every <= closed) & (inputs["ends"] > closed)).sum(1)  # what the last token of the prompt sees
-    prompt = _first_tokens(inputs, cache, asked + 1, backbone.processor.tokenizer.pad_token_id)
-    return Reading(*found, prompt, lengths, closed[:, 0] + 1 - lengths)
+        scores = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
+    classify_end = scored[:, :1]
+    every = torch.arange(width, device=classify_end.device)
+    lengths = ((every <= classify_end) & (inputs["ends"] > classify_end)).sum(1)  # tokens that the last one attends to
+    prompt = _leading_tokens(inputs, cache, second_end + 1, backbone.processor.tokenizer.pad_token_id)
+    return ScoredPrefill(*scores, prompt, lengths, classify_end[:, 0] + 1 - lengths)
 
 
-def _first_tokens(inputs: Features, cache: DynamicCache, lengths: torch.Tensor, padding: int) -> dict[str, Any]:
-    """The first `lengths` [B] tokens of rows, padded on the left, with what a cache holds of all but the last."""
+def _leading_tokens(inputs: Features, cache: DynamicCache, lengths: torch.Tensor, padding: int) -> dict[str, Any]:
+    """The first `lengths` [B] tokens of each row, left-padded, with the cached keys and values of all but the last."""
     width = int(lengths.max())
     columns = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
     mask, columns = columns >= 0, columns.clamp(min=0)
@@ -142,17 +147,23 @@ def _first_tokens(inputs: Features, cache: DynamicCache, lengths: torch.Tensor, 
     }
 
 
-def _whole_labels(backbone: Backbone, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [B, K] of all tokens of each label, which hidden states [B, T, D] predict at columns [B, N]."""
+def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B, K] of each label, summed over its tokens.
+
+    Args:
+        hidden: hidden states [B, T, D].
+        columns: [B, N], the columns that predict the N tokens of all labels.
+    """
     tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=columns.device)
     logits = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    found = logits.gather(-1, tokens.expand(len(columns), -1)[..., None])[..., 0] - logits.logsumexp(-1)
-    return torch.stack([part.sum(1) for part in found.split([len(label) for label in backbone.label_tokens], 1)], 1)
+    token_scores = logits.gather(-1, tokens.expand(len(columns), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+    lengths = [len(label) for label in backbone.label_tokens]
+    return torch.stack([part.sum(1) for part in token_scores.split(lengths, 1)], 1)
 
 
-def _normalised(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, K] and mass [B] of whole labels."""
+def _normalise_whole_labels(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, K] and mass [B] from the log-probabilities [B, K] of whole labels."""
     mass = log_probabilities.exp().sum(-1)
-    # too small for a float, perhaps, but 0 would say that there is no answer
+    # the sum can underflow, but a mass of 0 means that there is no answer
     return log_probabilities.softmax(-1), mass.clamp(min=torch.finfo(mass.dtype).tiny)

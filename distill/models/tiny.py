@@ -1,6 +1,6 @@
-"""Tiny vision-language models from a config, with a tokenizer trained on the corpus: same classes as the real ones.
+"""Tiny Qwen2.5-VL models with random weights, and a tokenizer trained on the corpus.
 
-They make the whole chain run on a CPU without a model hub. The architecture is Qwen2.5-VL.
+They use the same transformers classes as pretrained models, so that the whole chain runs on a CPU without a model hub.
 """
 
 from collections.abc import Iterable
@@ -40,15 +40,15 @@ class TinySettings:
     """Size of a tiny model."""
 
     hidden: int = 128
-    """Width of the language model; a multiple of 32."""
+    """Hidden size of the language model; a multiple of 32."""
     layers: int = 2
-    """Layers of the language model."""
+    """Number of layers of the language model."""
     vision_hidden: int = 64
-    """Width of the vision tower; a multiple of 16."""
+    """Hidden size of the vision tower; a multiple of 16."""
     vision_depth: int = 1
-    """Layers of the vision tower."""
+    """Number of layers of the vision tower."""
     vocabulary: int = 2048
-    """Size of the byte-pair vocabulary trained on the corpus, special tokens included."""
+    """Size of the byte-pair vocabulary trained on the corpus, including the special tokens."""
 
     def __post_init__(self) -> None:
         for name, step in (("hidden", 32), ("layers", 1), ("vision_hidden", 16), ("vision_depth", 1)):
@@ -57,27 +57,27 @@ class TinySettings:
                 raise SettingsError(f"{name} is {value}; it takes a positive multiple of {step}")
         least = 256 + len(SPECIAL_TOKENS)
         if self.vocabulary < least:
-            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes {least} or more, for every byte is in it")
+            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes {least} or more (bytes and special tokens)")
 
 
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its video half, which needs torchvision; reads the standard directories."""
+    """Qwen2.5-VL's processor without the video processor, which needs torchvision; loads the standard folders."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
 
 def processor_class(config: PretrainedConfig) -> Any:
-    """What reads the processor of a model: AutoProcessor, but for Qwen2.5-VL without torchvision.
+    """Class that loads a model's processor: AutoProcessor, or ImageOnlyProcessor for Qwen2.5-VL without torchvision.
 
-    Registering the image-only class with AutoProcessor would not do: a folder that names the standard class gets that.
+    Registering ImageOnlyProcessor with AutoProcessor has no effect: AutoProcessor uses the class that the folder names.
     """
     image_only = isinstance(config, Qwen2_5_VLConfig) and not is_torchvision_available()
     return ImageOnlyProcessor if image_only else AutoProcessor
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over `texts`, with Qwen's special tokens and chat template."""
+    """Train a byte-level BPE tokenizer on `texts`, with Qwen's special tokens and chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,15 +98,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> ImageOnlyProcessor:
-    """Image processor (without torchvision) and tokenizer together."""
+    """Combine an image processor (without torchvision) and the tokenizer."""
     return ImageOnlyProcessor(Qwen2VLImageProcessorPil(), tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL configuration of the given size. The embeddings are tied: untied, tiny models stay at chance."""
+    """A Qwen2.5-VL config of the given size. The embeddings are tied: untied, tiny models stay at chance level."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     heads = settings.hidden // 32
-    spread = settings.hidden**-0.5  # the usual 0.02 suits wide models; narrow ones hardly see a picture through it
+    initializer_std = settings.hidden**-0.5  # the usual 0.02 is too small here: narrow models then hardly use the image
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -116,7 +116,7 @@ def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> 
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 4096,
-            "initializer_range": spread,
+            "initializer_range": initializer_std,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
@@ -129,7 +129,7 @@ def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> 
             "num_heads": settings.vision_hidden // 16,
             "out_hidden_size": settings.hidden,
             "fullatt_block_indexes": list(range(settings.vision_depth)),
-            "initializer_range": spread,
+            "initializer_range": initializer_std,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -139,10 +139,10 @@ def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> 
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],
         tie_word_embeddings=True,
-        initializer_range=spread,
+        initializer_range=initializer_std,
     )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer that `train_tokenizer` made and `save_pretrained` stored."""
+    """Load a tokenizer of `train_tokenizer` that was saved with `save_pretrained`."""
     return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,1 +1,1 @@
-"""`distill plan`: dataset sizes, tokens, FLOPs, memory, disk, and teacher requests of a chain, before it runs."""
+"""`distill plan`: dataset sizes, teacher requests, tokens, FLOPs, memory and disk space of a chain before it runs."""

@@ -1,4 +1,4 @@
-"""The trainings of a chain before it runs: rows, epochs, steps, tokens, FLOPs, memory and disk of each."""
+"""Forecast of the trainings of a chain: rows, epochs, steps, tokens, FLOPs, memory and disk space of each."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,127 +8,157 @@ import torch
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
-from distill.planning.training_cost import DeviceMemory, Targets, Work, disk_bytes, flop, memory, work
-from distill.planning.workload import ChainForecast, Rows, spread
+from distill.planning.training_cost import (
+    DeviceMemory,
+    SoftTargetSource,
+    TokenCounts,
+    count_tokens,
+    soft_target_bytes,
+    training_flops,
+    training_memory,
+)
+from distill.planning.workload import ChainForecast, TrainingRows, sample_by_length
 from distill.training.assistant import TrainSettings
-from distill.training.batches import answer
-from distill.training.soft_target_cache import room
+from distill.training.batches import target_answer
+from distill.training.soft_target_cache import disk_space
 from distill.training.student import StudentSettings
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training: how long it is, and where its model can be had what it takes, as published and as it will run."""
+class TrainingForecast:
+    """Forecast of one training. Pairs are for the published procedure and for this recipe.
+
+    Attributes:
+        rows: number of training samples; an upper bound unless `exact`.
+        epochs, steps: number of epochs and of optimizer steps; infinite if unlimited.
+        model: the model without weights; None if its config cannot be loaded, and then all costs are None too.
+        tokens: counts per sample.
+        flops: FLOPs per sample and epoch; None if the assistant's config cannot be loaded.
+        memory: memory per device.
+        source: source of the soft targets.
+        disk: bytes of cached soft targets.
+    """
 
     name: str
     settings: TrainSettings
     rows: int
-    known: bool
+    exact: bool
     epochs: float
     steps: float
     model: Backbone | None = None
-    tokens: tuple[Work, Work] | None = None
-    flop: tuple[float, float] | None = None
+    tokens: tuple[TokenCounts, TokenCounts] | None = None
+    flops: tuple[float, float] | None = None
     memory: tuple[DeviceMemory, DeviceMemory] | None = None
-    targets: Targets = "none"
+    source: SoftTargetSource = "none"
     disk: float = 0.0
 
     @property
-    def in_all(self) -> tuple[float, float] | None:
-        """FLOP of all posts and epochs, None where nobody knows."""
-        if self.flop is None or not math.isfinite(self.epochs):
+    def total_flops(self) -> tuple[float, float] | None:
+        """FLOPs over all samples and epochs; None if unknown."""
+        if self.flops is None or not math.isfinite(self.epochs):
             return None
-        before, after = (self.rows * self.epochs * flop for flop in self.flop)
-        return before, after
+        published, ours = (self.rows * self.epochs * flops for flops in self.flops)
+        return published, ours
 
 
-def trainings(forecast: ChainForecast, problems: list[str]) -> list[Training]:
-    """The trainings of a chain in order; why a model cannot be had is added to `problems`, a line each."""
-    recipe, found = forecast.recipe, []
+def forecast_trainings(forecast: ChainForecast, problems: list[str]) -> list[TrainingForecast]:
+    """Return the trainings of a chain in order; adds a message to `problems` for each model that cannot be loaded."""
+    recipe, trainings = forecast.recipe, []
     if recipe.teacher is not None:
-        found.append(
-            _training(forecast, "teacher", recipe.teacher, forecast.teacher_rows(recipe.teacher.tasks), problems)
-        )
+        rows = forecast.teacher_rows(recipe.teacher.tasks)
+        trainings.append(_forecast_training(forecast, "teacher", recipe.teacher, rows, problems))
     if recipe.assistant is not None:
-        found.append(_training(forecast, "assistant", recipe.assistant, forecast.annotated(), problems))
+        rows = forecast.annotated_rows()
+        trainings.append(_forecast_training(forecast, "assistant", recipe.assistant, rows, problems))
     student = recipe.student
     if student is not None:
         rows = forecast.student_rows()
-        found.append(_training(forecast, "student", student, rows, problems))
+        trainings.append(_forecast_training(forecast, "student", student, rows, problems))
         if student.hard_labels_baseline:
-            plain = replace(student, tasks={"classify": 1.0}, distillation=replace(student.distillation, weight=0.0))
-            gold = forecast.gold()
-            longer = max(1, round(len(rows.samples) / max(1, len(gold.samples))))
-            found.append(_training(forecast, "hard labels", plain, gold, problems, longer))
-    return found
+            no_distillation = replace(student.distillation, weight=0.0)
+            baseline = replace(student, tasks={"classify": 1.0}, distillation=no_distillation)
+            gold = forecast.gold_rows()
+            epoch_factor = max(1, round(len(rows.samples) / max(1, len(gold.samples))))
+            trainings.append(_forecast_training(forecast, "hard labels", baseline, gold, problems, epoch_factor))
+    return trainings
 
 
-def _training(
-    forecast: ChainForecast, name: str, settings: TrainSettings, rows: Rows, problems: list[str], longer: int = 1
-) -> Training:
+def _forecast_training(
+    forecast: ChainForecast,
+    name: str,
+    settings: TrainSettings,
+    rows: TrainingRows,
+    problems: list[str],
+    epoch_factor: int = 1,
+) -> TrainingForecast:
     tasks: Any = settings.tasks
-    samples = [row for row in rows.samples if any(answer(task, row, forecast.labels) is not None for task in tasks)]
-    epochs, steps = _length(forecast, settings, len(samples), longer)
-    plain = Training(name, settings, len(samples), rows.known, epochs, steps)
+    labels = forecast.labels
+    samples = [row for row in rows.samples if any(target_answer(task, row, labels) is not None for task in tasks)]
+    epochs, steps = _epochs_and_steps(forecast, settings, len(samples), epoch_factor)
+    training = TrainingForecast(name, settings, len(samples), rows.exact, epochs, steps)
     if not samples:
-        return plain
+        return training
     try:
         model = forecast.model(settings.model)
     except SettingsError as error:
         problems.append(f"{name}: {error}")
-        return plain
-    before, after = work(spread(samples), model, settings)
-    plain = replace(plain, model=model, tokens=(before, after))
-    targets: Targets = "none"
+        return training
+    published, ours = count_tokens(sample_by_length(samples), model, settings)
+    training = replace(training, model=model, tokens=(published, ours))
+    source: SoftTargetSource = "none"
     assistant, disk = None, 0.0
     if isinstance(settings, StudentSettings) and settings.distillation.weight > 0:
         assert forecast.recipe.assistant is not None
         try:
             assistant = forecast.model(forecast.recipe.assistant.model)
-        except SettingsError:  # said under its own name
-            return plain
-        disk = disk_bytes(len(samples) * after.logits, settings.distillation, assistant)
-        keeps = settings.distillation.use_cache(epochs, disk, *room(forecast.recipe.folder))
-        targets = "cached" if keeps else "online"
+        except SettingsError:  # reported for the assistant's own training
+            return training
+        disk = soft_target_bytes(len(samples) * ours.logits, settings.distillation, assistant)
+        use_cache = settings.distillation.use_cache(epochs, disk, *disk_space(forecast.recipe.folder))
+        source = "cached" if use_cache else "online"
     module = None if assistant is None else assistant.model
     arguments = forecast.context.trainer_arguments(settings)
-    half, on = "16" in str(arguments.get("precision", "")), _cuda(arguments)
+    half, cuda = "16" in str(arguments.get("precision", "")), _uses_cuda(arguments)
     return replace(
-        plain,
-        flop=flop(model.model, settings, before, after, assistant=module, targets=targets, epochs=epochs),
-        memory=memory(model, settings, before, after, assistant=assistant, targets=targets, half=half, cuda=on),
-        targets=targets,
+        training,
+        flops=training_flops(model.model, settings, published, ours, assistant=module, source=source, epochs=epochs),
+        memory=training_memory(
+            model, settings, published, ours, assistant=assistant, source=source, half=half, cuda=cuda
+        ),
+        source=source,
         disk=disk,
     )
 
 
-def _length(forecast: ChainForecast, settings: TrainSettings, rows: int, longer: int) -> tuple[float, float]:
-    """Epochs and optimiser steps, infinite where only time or progress ends the training."""
+def _epochs_and_steps(
+    forecast: ChainForecast, settings: TrainSettings, rows: int, epoch_factor: int
+) -> tuple[float, float]:
+    """Return the number of epochs and optimizer steps; infinite if neither is limited."""
     arguments = forecast.context.trainer_arguments(settings)
-    batches = math.ceil(math.ceil(rows / _processes(arguments)) / settings.batch_size)
+    batches = math.ceil(math.ceil(rows / _process_count(arguments)) / settings.batch_size)
     limit = arguments.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
     steps = math.ceil(batches / arguments.get("accumulate_grad_batches", 1))
-    epochs, most = arguments["max_epochs"], arguments.get("max_steps", -1)
-    if epochs is None:
-        epochs = 1000 if most < 0 else -1  # as Lightning reads it
-    if steps and most > 0 and (epochs < 0 or most < epochs * longer * steps):
-        return most / steps, most
-    length = math.inf if epochs < 0 else epochs * longer
-    return length, length * steps if steps else 0
+    max_epochs, max_steps = arguments["max_epochs"], arguments.get("max_steps", -1)
+    if max_epochs is None:
+        max_epochs = 1000 if max_steps < 0 else -1  # the defaults of Lightning
+    if steps and max_steps > 0 and (max_epochs < 0 or max_steps < max_epochs * epoch_factor * steps):
+        return max_steps / steps, max_steps
+    epochs = math.inf if max_epochs < 0 else max_epochs * epoch_factor
+    return epochs, epochs * steps if steps else 0
 
 
-def _processes(arguments: dict[str, Any]) -> int:
-    """As Lightning counts them, on this machine where the recipe leaves it to the machine."""
+def _process_count(arguments: dict[str, Any]) -> int:
+    """Return the number of processes that Lightning would start; `auto` is resolved for this machine."""
     devices, nodes = arguments.get("devices", "auto"), arguments.get("num_nodes", 1)
     if isinstance(devices, str) and devices != "auto":
         devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
     if devices in ("auto", -1):
-        devices = torch.cuda.device_count() if _cuda(arguments) else 1
+        devices = torch.cuda.device_count() if _uses_cuda(arguments) else 1
     return max(len(devices) if isinstance(devices, list) else devices, 1) * nodes
 
 
-def _cuda(arguments: dict[str, Any]) -> bool:
-    kind = arguments.get("accelerator", "auto")
-    return kind in ("gpu", "cuda") or (kind == "auto" and torch.cuda.is_available())
+def _uses_cuda(arguments: dict[str, Any]) -> bool:
+    accelerator = arguments.get("accelerator", "auto")
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

@@ -1,4 +1,4 @@
-"""How much a teacher will be asked: bounds that are known before it is asked anything."""
+"""Forecast of the number of teacher requests, their tokens and their cost."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,42 +11,52 @@ from distill.task.sample import Sample
 
 @dataclass(frozen=True)
 class RequestForecast:
-    """Questions of one kind, at least and at most, and the tokens of one of them and of its answer."""
+    """Forecast of one kind of teacher request.
+
+    Attributes:
+        stage: stage that sends the requests.
+        purpose: what the teacher returns: labels, rationales or reviews.
+        minimum, maximum: bounds on the number of requests.
+        prompt_tokens: mean prompt tokens of one request.
+        answer_tokens: lower and upper estimate of the answer tokens of one request.
+    """
 
     stage: str
-    about: str
-    least: int
-    most: int
+    purpose: str
+    minimum: int
+    maximum: int
     prompt_tokens: float = 0.0
     answer_tokens: tuple[float, float] = (0.0, 0.0)
 
     def cost(self, prompt_price: float, completion_price: float) -> tuple[float, float]:
-        """At least and at most, from prices of a million tokens."""
-        least, most = (
+        """Return the minimum and maximum cost, from prices per million tokens."""
+        minimum, maximum = (
             count * (self.prompt_tokens * prompt_price + answer * completion_price) / 1e6
-            for count, answer in zip((self.least, self.most), self.answer_tokens, strict=True)
+            for count, answer in zip((self.minimum, self.maximum), self.answer_tokens, strict=True)
         )
-        return least, most
+        return minimum, maximum
 
 
-def rationale_bounds(samples: Iterable[Sample], labels: LabelSpace, settings: AnnotateSettings) -> tuple[int, int]:
-    """How many rationales the teacher is asked for, at least and at most (`annotate`, with someone to ask).
+def rationale_request_bounds(
+    samples: Iterable[Sample], labels: LabelSpace, settings: AnnotateSettings
+) -> tuple[int, int]:
+    """Return the minimum and maximum number of rationale requests that `annotate` sends to a teacher.
 
-    A labelled post takes at most a *predict* and an *explain*, each with all retries; one with a recorded rationale
-    that breaks a rule at most an *explain*; an unlabelled one, where it is kept, at most a *predict*.
+    A labelled post needs at most one *predict* and one *explain* prompt, each with all retries; a labelled post with an
+    invalid recorded rationale at most one *explain* prompt; an unlabelled post that is kept at most one *predict*.
     """
-    tries, least, most = 1 + settings.retries, 0, 0
+    attempts, minimum, maximum = 1 + settings.retries, 0, 0
     for sample in samples:
         if sample.label is None:
-            most += tries * (settings.unlabelled == "keep_confident")
+            maximum += attempts * (settings.unlabelled == "keep_confident")
             continue
-        recorded = _valid(sample, labels) if settings.recorded and sample.rationale else None
-        least += not recorded
-        most += 0 if recorded else tries if recorded is False else 2 * tries
-    return least, most
+        valid = _has_valid_rationale(sample, labels) if settings.recorded and sample.rationale else None
+        minimum += not valid
+        maximum += 0 if valid else attempts if valid is False else 2 * attempts
+    return minimum, maximum
 
 
-def _valid(sample: Sample, labels: LabelSpace) -> bool:
+def _has_valid_rationale(sample: Sample, labels: LabelSpace) -> bool:
     try:
         check(sample.rationale or "", labels, labels.name(sample.label))
     except InvalidRationale:

@@ -1,7 +1,8 @@
-"""What one training takes for each sample, as published and as its settings do it: tokens, FLOP, memory, bytes on disk.
+"""Cost of one training per sample: tokens, FLOPs, memory and disk space.
 
-The published procedure (MulCoT-RD, arXiv 2508.05234) gives each task a sequence of its own with its own picture, pads
-it to the longest of the data set, computes logits at every position and asks the assistant in every epoch.
+Each cost is given twice, for the published procedure and for the settings of the recipe. The published procedure
+(MulCoT-RD, arXiv 2508.05234) gives each task its own sequence with its own image, pads it to the longest of the data
+set, computes logits at all positions and runs the assistant in every epoch.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 from distill.models.backbone import Backbone
-from distill.planning.flops import flops, kept_values, patches
+from distill.planning.flops import count_patches, flops, saved_activations
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.assistant import TrainSettings
-from distill.training.batches import answer, encode, synthetic_answers
+from distill.training.batches import encode, synthetic_answers, target_answer
 from distill.training.fused_loss import CPU_ELEMENTS, CUDA_ELEMENTS
 from distill.training.soft_target_cache import bytes_per_token
 from distill.training.student import DistillationSettings, StudentSettings
@@ -24,8 +25,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Work:
-    """What goes through a model for one sample, on average (`flops`); `longest` is the tokens of the longest sample."""
+class TokenCounts:
+    """Mean counts per sample, as arguments of `flops`; `longest` is the number of tokens of the longest sample."""
 
     tokens: float
     logits: float
@@ -36,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device."""
+    """Bytes per device."""
 
     weights: float
     optimizer: float
@@ -49,170 +50,178 @@ class DeviceMemory:
         return self.weights + self.optimizer + self.activations + self.logits + self.assistant
 
 
-Targets = Literal["none", "online", "cached"]
-"""Where a student's soft targets come from."""
+SoftTargetSource = Literal["none", "online", "cached"]
+"""Source of a student's soft targets."""
 
 
-def work(samples: Sequence[Sample], backbone: Backbone, settings: TrainSettings) -> tuple[Work, Work]:
-    """What the samples take as published, and with these settings; each has an answer to at least one task.
+def count_tokens(
+    samples: Sequence[Sample], backbone: Backbone, settings: TrainSettings
+) -> tuple[TokenCounts, TokenCounts]:
+    """Return the counts of the published procedure and of these settings.
 
-    Sequences that the settings pad to the longest of a batch count without their padding.
+    Each sample must have an answer to at least one task. Padding within a batch of these settings is not counted.
 
     Raises:
-        ImageError: a picture cannot be read.
-        SettingsError: the chat template does not let the questions share their pictures.
+        ImageError: an image cannot be read.
+        SettingsError: the chat template does not allow the prompts to share their images.
     """
     tasks: dict[Template, float] = settings.tasks  # type: ignore[assignment]
-    alone = [_alone(sample, backbone, tasks) for sample in samples]
-    widths = {task: max(lengths.get(task, 0) for lengths, _ in alone) for task in tasks}
-    published = [_row([widths[task] for task in lengths], count) for lengths, count in alone]
-    if takes_all_positions(settings):
-        return _mean(published), _mean([_row(lengths.values(), count) for lengths, count in alone])
-    return _mean(published), _mean([_packed(sample, backbone, tasks, settings.packing) for sample in samples])
+    separate = [_separate_lengths(sample, backbone, tasks) for sample in samples]
+    widths = {task: max(lengths.get(task, 0) for lengths, _ in separate) for task in tasks}
+    published = [_separate_counts([widths[task] for task in lengths], patches) for lengths, patches in separate]
+    if uses_all_positions(settings):
+        return _mean(published), _mean([_separate_counts(lengths.values(), patches) for lengths, patches in separate])
+    return _mean(published), _mean([_packed_counts(sample, backbone, tasks, settings.packing) for sample in samples])
 
 
-def takes_all_positions(settings: TrainSettings) -> bool:
-    """Whether the settings follow the published code in layout and logits."""
+def uses_all_positions(settings: TrainSettings) -> bool:
+    """Whether the settings use the published layout, with logits at all positions."""
     return isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
 
 
-def flop(
+def training_flops(
     model: Any,
     settings: TrainSettings,
-    published: Work,
-    here: Work,
+    published: TokenCounts,
+    ours: TokenCounts,
     *,
     assistant: Any = None,
-    targets: Targets = "none",
+    source: SoftTargetSource = "none",
     epochs: float = 1,
 ) -> tuple[float, float]:
-    """FLOP of a sample in one epoch, as published and with these settings.
+    """Return the FLOPs per sample and epoch of the published procedure and of these settings.
 
-    Soft targets that are computed once are shared out among the epochs; from hidden states, the logits of the answer
-    tokens are computed in every epoch.
+    The cost of cached soft targets is divided by the number of epochs; with cached hidden states, the assistant's
+    logits of the answer tokens are computed in every epoch.
     """
     backward: Literal["activations", "all"] = "activations" if settings.model.lora else "all"
-    before, after = (_flops(model, layout, backward) for layout in (published, here))
-    if targets == "none":
+    before, after = (_flops(model, counts, backward) for counts in (published, ours))
+    if source == "none":
         return before, after
     assert isinstance(settings, StudentSettings)
     before += _flops(assistant, published)
-    whole, head = _flops(assistant, here), flops(assistant, tokens=0, logits=here.logits)
-    if targets == "online":
-        return before, after + whole
-    again = 0.0 if settings.distillation.top_k else head
-    return before, after + (whole - again) / (epochs or 1) + again
+    full, head = _flops(assistant, ours), flops(assistant, tokens=0, logits=ours.logits)
+    if source == "online":
+        return before, after + full
+    every_epoch = 0.0 if settings.distillation.top_k else head
+    return before, after + (full - every_epoch) / (epochs or 1) + every_epoch
 
 
-def memory(
+def training_memory(
     backbone: Backbone,
     settings: TrainSettings,
-    published: Work,
-    here: Work,
+    published: TokenCounts,
+    ours: TokenCounts,
     *,
     assistant: Backbone | None = None,
-    targets: Targets = "none",
+    source: SoftTargetSource = "none",
     half: bool = False,
     cuda: bool = False,
 ) -> tuple[DeviceMemory, DeviceMemory]:
-    """An estimate for each device, as published and with these settings; the data set's longest samples in one batch.
+    """Estimate the memory per device of the published procedure and of these settings, for a batch of longest samples.
 
-    Logits are those of one tensor for each model where they are computed at all positions, and the buffers of
-    `answer_loss` where they are not.
+    If logits are computed at all positions, one logits tensor per model is counted, otherwise the buffers of
+    `answer_loss`.
 
     Args:
-        half: whether the arithmetic is in 16 bits.
+        half: whether training uses 16-bit arithmetic.
+        cuda: whether training runs on a GPU.
     """
-    weights, trained = sizes(backbone)
-    model, size, vocabulary = backbone.model, settings.batch_size, len(backbone.head)
-    beside = 0.0 if assistant is None or targets == "none" else sizes(assistant)[0]
+    weights, trained = weight_bytes(backbone)
+    model, batch_size, vocabulary = backbone.model, settings.batch_size, len(backbone.head)
+    assistant_bytes = 0.0 if assistant is None or source == "none" else weight_bytes(assistant)[0]
 
-    def of(layout: Work, positions: float, held: float) -> DeviceMemory:
+    def estimate(counts: TokenCounts, positions: float, assistant_bytes: float) -> DeviceMemory:
         backward: Literal["activations", "all"] = "activations" if settings.model.lora else "all"
-        values = kept_values(model, tokens=layout.longest, patches=layout.patches, backward=backward)
-        activations = size * values * (2 if half else _BYTES[settings.model.dtype])
-        return DeviceMemory(weights, 3 * trained, activations, 4 * vocabulary * positions, held)
+        values = saved_activations(model, tokens=counts.longest, patches=counts.patches, backward=backward)
+        activations = batch_size * values * (2 if half else _BYTES[settings.model.dtype])
+        return DeviceMemory(weights, 3 * trained, activations, 4 * vocabulary * positions, assistant_bytes)
 
-    models = 1 + (targets != "none")
-    before = of(published, models * size * published.longest, beside)
-    if takes_all_positions(settings):
-        return before, of(here, models * size * here.longest, beside)
+    models = 1 + (source != "none")
+    before = estimate(published, models * batch_size * published.longest, assistant_bytes)
+    if uses_all_positions(settings):
+        return before, estimate(ours, models * batch_size * ours.longest, assistant_bytes)
     buffers = 1 + cuda
-    if targets != "none":
+    if source != "none":
         assert isinstance(settings, StudentSettings) and assistant is not None
         buffers += cuda if settings.distillation.top_k else 1
-        if targets == "cached":
-            beside = 0.0 if settings.distillation.top_k else head_bytes(assistant)
-    chunk = min(size * here.logits, max((CUDA_ELEMENTS if cuda else CPU_ELEMENTS) // vocabulary, 1))
-    return before, of(here, buffers * chunk, beside)
+        if source == "cached":
+            assistant_bytes = 0.0 if settings.distillation.top_k else head_bytes(assistant)
+    chunk = min(batch_size * ours.logits, max((CUDA_ELEMENTS if cuda else CPU_ELEMENTS) // vocabulary, 1))
+    return before, estimate(ours, buffers * chunk, assistant_bytes)
 
 
-def sizes(backbone: Backbone) -> tuple[float, float]:
-    """Bytes of all weights and of those that train."""
+def weight_bytes(backbone: Backbone) -> tuple[float, float]:
+    """Return the bytes of all weights and of the trainable ones."""
     settings = backbone.settings
     size = _BYTES[settings.dtype]
-    trained = [weights for weights in backbone.model.parameters() if weights.requires_grad]
-    count, all_ = (sum(weights.numel() for weights in part) for part in (trained, backbone.model.parameters()))
+    trainable = [weights for weights in backbone.model.parameters() if weights.requires_grad]
+    trained, total = (sum(weights.numel() for weights in part) for part in (trainable, backbone.model.parameters()))
     if settings.lora is None:
-        return all_ * size, count * size
-    frozen = float(all_ - count) * size
-    if settings.lora.quantize:  # matrices in 4 bits; of embeddings, output head and vectors peft makes float32
+        return total * size, trained * size
+    frozen = float(total - trained) * size
+    if settings.lora.quantize:  # matrices in 4 bits; peft casts embeddings, output head and vectors to float32
         matrices = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
         packed = sum(m.weight.numel() for m in matrices if not m.weight.requires_grad and m.weight is not backbone.head)
-        frozen = 0.5 * packed + 4.0 * (all_ - count - packed)
-    return frozen + 4 * count, 4 * count  # peft keeps adapters in float32
+        frozen = 0.5 * packed + 4.0 * (total - trained - packed)
+    return frozen + 4 * trained, 4 * trained  # peft keeps adapters in float32
 
 
 def head_bytes(backbone: Backbone) -> float:
-    """Bytes of the output head."""
+    """Return the bytes of the output head."""
     return backbone.head.numel() * _BYTES[backbone.settings.dtype]
 
 
-def disk_bytes(answer_tokens: float, options: DistillationSettings, assistant: Backbone) -> float:
-    """What cached soft targets take on the disk: those of the tokens, and the output head where they need it."""
+def soft_target_bytes(answer_tokens: float, options: DistillationSettings, assistant: Backbone) -> float:
+    """Return the bytes of cached soft targets on disk, including the output head that hidden states need."""
     rows = answer_tokens * bytes_per_token(assistant.head.shape[1], options.top_k)
     return rows + (0.0 if options.top_k else head_bytes(assistant))
 
 
-def _flops(model: Any, layout: Work, backward: Literal["none", "activations", "all"] = "none") -> float:
-    passed = {"tokens": layout.tokens, "logits": layout.logits, "patches": layout.patches, "pairs": layout.pairs}
-    return flops(model, backward=backward, **passed)
+def _flops(model: Any, counts: TokenCounts, backward: Literal["none", "activations", "all"] = "none") -> float:
+    arguments = {"tokens": counts.tokens, "logits": counts.logits, "patches": counts.patches, "pairs": counts.pairs}
+    return flops(model, backward=backward, **arguments)
 
 
-def _alone(sample: Sample, backbone: Backbone, tasks: dict[Template, float]) -> tuple[dict[Template, int], int]:
-    """Tokens of each task's own sequence, and the patches of all of them."""
-    lengths, count = {}, 0
+def _separate_lengths(
+    sample: Sample, backbone: Backbone, tasks: dict[Template, float]
+) -> tuple[dict[Template, int], int]:
+    """Return the tokens of a separate sequence for each task, and the patches of all sequences."""
+    lengths, patches = {}, 0
     for task in tasks:
-        if (text := answer(task, sample, backbone.labels)) is not None:
+        if (text := target_answer(task, sample, backbone.labels)) is not None:
             earlier = [synthetic_answers(sample, backbone.labels)] if task == "review" else None
             features = backbone.encode([sample], task, [text], earlier=earlier)
             lengths[task] = int(features["attention_mask"].sum())
-            count += patches(backbone.model, features.get("pixel_values"))
-    return lengths, count
+            patches += count_patches(backbone.model, features.get("pixel_values"))
+    return lengths, patches
 
 
-def _packed(sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool) -> Work:
-    """One row, or one for each task; of one row none is padded."""
-    known = {task: weight for task, weight in tasks.items() if answer(task, sample, backbone.labels) is not None}
-    tokens = logits = count = pairs = 0
-    for row in [known] if packing else [{task: weight} for task, weight in known.items()]:
+def _packed_counts(sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool) -> TokenCounts:
+    """Return the counts of one sequence per sample, or per task without packing. Rows are encoded without padding."""
+    answered = {
+        task: weight for task, weight in tasks.items() if target_answer(task, sample, backbone.labels) is not None
+    }
+    tokens = logits = patches = pairs = 0
+    for row in [answered] if packing else [{task: weight} for task, weight in answered.items()]:
         batch = encode([sample], backbone, row, packing)
         width = batch.inputs["input_ids"].shape[1]
         ends = batch.inputs.get("ends", torch.tensor([[width] * width]))
         tokens, logits = tokens + width, logits + len(batch.tokens)
-        pairs += int((ends - torch.arange(width)).sum())  # a column is seen from itself to where its branch is closed
-        count += patches(backbone.model, batch.inputs.get("pixel_values"))
-    return Work(tokens, logits, count, pairs, tokens)
+        pairs += int((ends - torch.arange(width)).sum())  # a token is visible from itself to the end of its branch
+        patches += count_patches(backbone.model, batch.inputs.get("pixel_values"))
+    return TokenCounts(tokens, logits, patches, pairs, tokens)
 
 
-def _row(lengths: Collection[int], count: int) -> Work:
+def _separate_counts(lengths: Collection[int], patches: int) -> TokenCounts:
+    """Return the counts of causal sequences with logits at all positions."""
     tokens = sum(lengths)
-    return Work(tokens, tokens, count, sum(length * (length + 1) // 2 for length in lengths), tokens)
+    return TokenCounts(tokens, tokens, patches, sum(length * (length + 1) // 2 for length in lengths), tokens)
 
 
-def _mean(parts: list[Work]) -> Work:
+def _mean(parts: list[TokenCounts]) -> TokenCounts:
     n = len(parts)
-    tokens, logits, count, pairs = (
+    tokens, logits, patches, pairs = (
         sum(getattr(part, name) for part in parts) / n for name in ("tokens", "logits", "patches", "pairs")
     )
-    return Work(tokens, logits, count, pairs, max(part.longest for part in parts))
+    return TokenCounts(tokens, logits, patches, pairs, max(part.longest for part in parts))

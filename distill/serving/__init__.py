@@ -1,1 +1,1 @@
-"""The pair in service: one OpenAI-compatible address, and a page to try it on."""
+"""The cascade as a service: an OpenAI-compatible HTTP gateway with a web page."""

@@ -1,4 +1,4 @@
-"""Questions of many requests answered in batches, on threads of their own."""
+"""Dynamic batching: items of concurrent requests are collected into batches and processed on worker threads."""
 
 import asyncio
 import logging
@@ -16,22 +16,22 @@ log = logging.getLogger(__name__)
 class _Job:
     kind: Any
     item: Any
-    rank: int
-    since: float = field(default_factory=time.monotonic)
+    priority: int
+    submitted: float = field(default_factory=time.monotonic)
     future: "Future[Any]" = field(default_factory=Future)
 
 
 class Batcher:
-    """Threads that collect items of one kind, up to `size` of them for up to `wait_s`, and work on them together.
+    """Worker threads that collect items of one kind, at most `size` of them for at most `wait_s`, and process them.
 
-    Of what waits, the lowest rank goes first, then the oldest. An item whose future is cancelled before its batch
-    begins is never worked on, so that what nobody waits for any more does not pile up. An item on which the work fails
-    fails alone: the others of its batch are done again one by one.
+    Items with the lowest priority value are processed first, then the oldest. An item whose future is cancelled before
+    its batch starts is dropped, so that abandoned items do not accumulate. If a batch fails, its items are processed
+    again one by one, and only those that fail again get the error.
 
     Args:
-        work: takes a kind and its items and returns as many results.
-        threads: how many batches are worked on at once.
-        observe: told the kind and the size of each batch.
+        work: maps a kind and its items to as many results.
+        threads: number of batches processed concurrently.
+        observe: called with the kind and the size of each batch.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, kind: Any, item: Any, rank: int = 0) -> "Future[Any]":
-        """The future result of one item. Raises RuntimeError after `close`."""
-        job = _Job(kind, item, rank)
+    def submit(self, kind: Any, item: Any, priority: int = 0) -> "Future[Any]":
+        """Queue an item and return the future of its result. Raises RuntimeError after `close`."""
+        job = _Job(kind, item, priority)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the batcher is closed")
@@ -63,7 +63,7 @@ class Batcher:
         return job.future
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish what is waiting and end the threads; those still at work after `timeout_s` are left behind."""
+        """Process what is queued and end the threads; threads still busy after `timeout_s` are abandoned."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -76,58 +76,58 @@ class Batcher:
             jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if jobs:
                 self._observe(jobs[0].kind, len(jobs))
-                self._do(jobs)
+                self._process(jobs)
 
     def _take(self) -> list[_Job]:
-        """The next batch, waited for; an empty one when closed."""
+        """Wait for the next batch and remove it from the queue; returns an empty list once closed."""
         with self._changed:
             while True:
-                batch = self._next()
+                batch = self._next_batch()
                 if not batch and self._closing:
                     return []
-                left = batch[0].since + self._wait_s - time.monotonic() if batch else None
+                left = batch[0].submitted + self._wait_s - time.monotonic() if batch else None
                 if left is not None and (left <= 0 or len(batch) == self._size or self._closing):
                     self._waiting = [job for job in self._waiting if job not in batch]
                     return batch
                 self._changed.wait(left)
 
-    def _next(self) -> list[_Job]:
+    def _next_batch(self) -> list[_Job]:
         self._waiting = [job for job in self._waiting if not job.future.cancelled()]
-        first = min(self._waiting, key=lambda job: job.rank, default=None)
+        first = min(self._waiting, key=lambda job: job.priority, default=None)
         return [job for job in self._waiting if first is not None and job.kind == first.kind][: self._size]
 
-    def _do(self, jobs: list[_Job]) -> None:
+    def _process(self, jobs: list[_Job]) -> None:
         try:
             results = self._work(jobs[0].kind, [job.item for job in jobs])
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever waits for the item
+        except Exception as error:  # noqa: BLE001 - raised by the future, in the thread that waits for it
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
                 return
-            log.warning("a batch of %d failed and is done again one by one: %s", len(jobs), error)
+            log.warning("a batch of %d failed; its items are processed one by one: %s", len(jobs), error)
             for job in jobs:
-                self._do([job])
+                self._process([job])
             return
         for job, result in zip(jobs, results, strict=True):
             job.future.set_result(result)
 
 
 class DeadlineExceeded(TimeoutError):
-    """No result in time. `begun` says whether anybody had begun to work on it."""
+    """There is no result by the deadline. `begun` is true if processing had started."""
 
     def __init__(self, begun: bool) -> None:
         super().__init__("no result in time")
         self.begun = begun
 
 
-async def result(future: "Future[Any]", by: float) -> Any:
-    """What a future gives until `by` (of `time.monotonic`); after that it is given up.
+async def wait_for_result(future: "Future[Any]", deadline: float) -> Any:
+    """Wait for a future until a deadline on the clock of `time.monotonic`, then cancel it.
 
     Raises:
-        DeadlineExceeded: there is no result by then.
+        DeadlineExceeded: there is no result by the deadline.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), max(by - time.monotonic(), 0))
+        return await asyncio.wait_for(asyncio.wrap_future(future), max(deadline - time.monotonic(), 0))
     except TimeoutError:
-        if future.done() and not future.cancelled():  # just now
+        if future.done() and not future.cancelled():  # completed at the last moment
             return future.result()
         raise DeadlineExceeded(begun=not future.cancel()) from None

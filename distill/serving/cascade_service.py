@@ -1,4 +1,4 @@
-"""One post through the rules of the cascade, within a deadline: the student always, the teacher where it can be had."""
+"""The cascade on single posts, within a deadline: student first, then the teacher if it is needed and available."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from distill.models.encoding import Prompt
 from distill.models.endpoint import Endpoint
 from distill.models.local import Completion, Local
 from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
-from distill.serving.batcher import Batcher, DeadlineExceeded, result
+from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
 from distill.serving.metrics import Metrics
 from distill.serving.settings import ServeSettings
 from distill.task.prompts import EarlierAnswers
@@ -24,22 +24,23 @@ from distill.task.sample import Sample
 log = logging.getLogger(__name__)
 
 _LABEL, _CHAT, _REASON = range(3)
-"""What the student does first: every answer needs a label, and may go without a rationale."""
+"""Priorities of the student's batches: every result needs a label, and a rationale is optional."""
 
 
 class Overloaded(Exception):
-    """Not even the student has answered in time."""
+    """The student did not answer by the deadline."""
 
 
 class StudentUnavailable(Exception):
-    """The student, behind an endpoint of its own, cannot be had."""
+    """A student behind an endpoint did not answer."""
 
 
 @dataclass(frozen=True)
 class CascadeResult:
-    """A decision with its label, the student's rationale where it argues for that label, and what both took.
+    """A decision with its label, the rationale and the total cost.
 
-    `value` is on the scale, where labels are one. `price` is in the currency of the teacher's prices; None without.
+    `value` is the expected value if the labels are on a scale. `rationale` is the student's, or None if it is invalid
+    or supports another label. `price` is in the currency of the teacher's prices; None without prices.
     """
 
     decision: Decision
@@ -51,25 +52,26 @@ class CascadeResult:
 
     @property
     def prediction(self) -> Prediction:
-        """Of the model that answered."""
-        found = {"student": self.decision.student, "teacher_first": self.decision.teacher}
-        prediction = found.get(self.decision.stage, self.decision.review)
+        """The prediction that is final."""
+        decision = self.decision
+        by_stage = {"student": decision.student, "teacher_first": decision.teacher}
+        prediction = by_stage.get(decision.stage, decision.review)
         assert prediction is not None
         return prediction
 
 
 @dataclass(frozen=True)
-class _Chat:
-    """A way of answering prompts verbatim; requests that share it may share a batch."""
+class _ChatBatch:
+    """Batch key of chat prompts: prompts with equal keys may share a batch."""
 
     sampling: Sampling
     logprobs: int
     token_ids: tuple[int, ...]
-    alone: object = None
+    unique: object = None
 
 
 class CascadeService:
-    """Student and teacher in service. Each model on this machine has one thread, on which its questions are batched."""
+    """Runs student and teacher with dynamic batching. A model in this process has one thread."""
 
     def __init__(
         self,
@@ -83,26 +85,29 @@ class CascadeService:
         self.local = student if isinstance(student, Local) else None
         self._settings = settings
         self._models = (student, teacher)
-        self._student = self._batcher(student, self._ask_student, "student", metrics)
-        self._teacher = self._batcher(teacher, self._ask_teacher, "teacher") if teacher is not None else None
-        self._teacher_answers = True
+        self._student = self._batcher(student, self._run_student, "student", metrics)
+        self._teacher = self._batcher(teacher, self._run_teacher, "teacher") if teacher is not None else None
+        self._teacher_available = True
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that a student on this machine knows; 0 for another."""
+        """Vocabulary size of a student in this process; 0 for a student behind an endpoint."""
         return len(self.local.backbone.processor.tokenizer) if self.local else 0
 
-    async def judge(self, sample: Sample, by: float, rationale: bool = True) -> CascadeResult:
-        """The verdict on one post, before `by` (of `time.monotonic`).
+    async def classify(self, sample: Sample, deadline: float, rationale: bool = True) -> CascadeResult:
+        """Classify one post by a deadline on the clock of `time.monotonic`.
+
+        Args:
+            rationale: whether the student generates a rationale.
 
         Raises:
-            Overloaded: the student has not classified it by then.
-            StudentUnavailable: the student cannot be had.
+            Overloaded: the student did not classify the post by the deadline.
+            StudentUnavailable: the student did not answer.
         """
-        student: Prediction = await self._student_says("classify", sample, by)
-        reasoning = asyncio.create_task(self._reasoning(sample, by)) if rationale else None
+        student: Prediction = await self._ask_student("classify", sample, deadline)
+        reasoning = asyncio.create_task(self._reason(sample, deadline)) if rationale else None
         try:
-            decision = self.policy.first(student) or await self._deferred(sample, student, by)
+            decision = self.policy.accept_student(student) or await self._defer(sample, student, deadline)
             if decision.stage == "student" and not student.answered:
                 raise StudentUnavailable("the student did not answer")
             answer = await reasoning if reasoning else None
@@ -111,22 +116,23 @@ class CascadeService:
                 reasoning.cancel()
         label, value = self._label(decision)
         cost = decision.cost + (answer.cost if answer else Cost())
-        return CascadeResult(decision, label, value, self._argues(answer, label), cost, self._price(decision))
+        return CascadeResult(decision, label, value, self._rationale(answer, label), cost, self._price(decision))
 
     async def complete(
-        self, prompt: Prompt, sampling: Sampling, logprobs: int, token_ids: Sequence[int], by: float
+        self, prompt: Prompt, sampling: Sampling, logprobs: int, token_ids: Sequence[int], deadline: float
     ) -> Completion:
-        """The student's own answer to a prompt. Raises Overloaded."""
-        # what is drawn must not depend on who shares the batch
-        kind = _Chat(sampling, logprobs, tuple(token_ids), object() if sampling.temperature > 0 else None)
-        return await self._student_says(kind, prompt, by, _CHAT)
+        """The student's completion of a prompt. Raises Overloaded."""
+        # with sampling the result must not depend on the other prompts of a batch
+        unique = object() if sampling.temperature > 0 else None
+        kind = _ChatBatch(sampling, logprobs, tuple(token_ids), unique)
+        return await self._ask_student(kind, prompt, deadline, _CHAT)
 
-    async def tokenize(self, text: str, by: float) -> list[int]:
-        """The student's tokens of a text. Raises Overloaded."""
-        return await self._student_says("tokenize", text, by)
+    async def tokenize(self, text: str, deadline: float) -> list[int]:
+        """Token ids of a text by the student's tokenizer. Raises Overloaded."""
+        return await self._ask_student("tokenize", text, deadline)
 
     async def warm(self) -> None:
-        """Let the student answer once, however long that takes.
+        """Run the student once, without a deadline.
 
         Raises:
             Exception: the student cannot answer.
@@ -137,59 +143,63 @@ class CascadeService:
             await asyncio.wrap_future(self._student.submit("reason", sample))
 
     def close(self) -> None:
-        """End the threads; a teacher that is still at work is left behind after the deadline."""
+        """End the threads; calls of the teacher that take longer than the deadline are abandoned."""
         for batcher in (self._student, self._teacher):
             if batcher is not None:
                 batcher.close(self._settings.deadline_s)
 
-    async def _deferred(self, sample: Sample, student: Prediction, by: float) -> Decision:
-        """Stages 2 and 3, by the cascade's policy."""
+    async def _defer(self, sample: Sample, student: Prediction, deadline: float) -> Decision:
+        """Stages 2 and 3 of the cascade."""
         if self._teacher is None:
-            return self.policy.without_teacher(student, "there is no teacher")
-        first, why = await self._teacher_says(sample, None, by)
-        if first is None or why:
-            return self.policy.without_teacher(student, why, first)
-        if decision := self.policy.second(student, first):
+            return self.policy.fallback_to_student(student, "there is no teacher")
+        teacher, reason = await self._ask_teacher(sample, None, deadline)
+        if teacher is None or reason:
+            return self.policy.fallback_to_student(student, reason, teacher)
+        if decision := self.policy.accept_teacher(student, teacher):
             return decision
-        review, _ = await self._teacher_says(sample, self.policy.earlier(student, first), by)
+        review, _ = await self._ask_teacher(sample, self.policy.earlier_answers(student, teacher), deadline)
         if review is None:
-            return replace(self.policy.third(student, first, self._unanswered(Cost())), review=None)
-        return self.policy.third(student, first, review)
+            return replace(self.policy.accept_review(student, teacher, self._unanswered(Cost())), review=None)
+        return self.policy.accept_review(student, teacher, review)
 
-    async def _teacher_says(
-        self, sample: Sample, earlier: EarlierAnswers | None, by: float
+    async def _ask_teacher(
+        self, sample: Sample, earlier: EarlierAnswers | None, deadline: float
     ) -> tuple[Prediction | None, str]:
-        """A prediction and why there is none, else nothing: None where the teacher was never asked."""
+        """The teacher's prediction and, if it did not answer, the reason.
+
+        The prediction is None if the teacher did not receive the request.
+        """
         assert self._teacher is not None
         begin = time.monotonic()
         future = self._teacher.submit("classify" if earlier is None else "review", (sample, earlier))
-        why = "the teacher did not answer"
+        reason = "the teacher did not answer"
         try:
-            prediction: Prediction = await result(future, by)
-        except DeadlineExceeded as late:
-            if not late.begun:
+            prediction: Prediction = await wait_for_result(future, deadline)
+        except DeadlineExceeded as error:
+            if not error.begun:
                 return None, "the teacher is busy"
-            why = "the teacher was late"
-        except Exception as error:  # noqa: BLE001 - whatever ails the teacher, the student's answer stands
-            if self._teacher_answers:
-                log.warning("the teacher fails: %s", error)
+            reason = "the teacher was late"
+        except Exception as error:  # noqa: BLE001 - whatever the error, the student's answer is final
+            if self._teacher_available:
+                log.warning("the teacher failed: %s", error)
         else:
-            self._teacher_answers = prediction.answered
-            return prediction, "" if prediction.answered else why
-        self._teacher_answers = False
-        return self._unanswered(Cost(1, seconds=time.monotonic() - begin)), why
+            self._teacher_available = prediction.answered
+            return prediction, "" if prediction.answered else reason
+        self._teacher_available = False
+        return self._unanswered(Cost(1, seconds=time.monotonic() - begin)), reason
 
-    async def _reasoning(self, sample: Sample, by: float) -> Answer | None:
+    async def _reason(self, sample: Sample, deadline: float) -> Answer | None:
+        """The student's generated rationale; None if it fails, because the label does not depend on it."""
         try:
-            return await result(self._student.submit("reason", sample, _REASON), by)
+            return await wait_for_result(self._student.submit("reason", sample, _REASON), deadline)
         except DeadlineExceeded:
             return None
-        except Exception as error:  # noqa: BLE001 - the label is the answer, and stands without its reasons
-            log.warning("the student does not reason: %s", error)
+        except Exception as error:  # noqa: BLE001 - the label is returned without a rationale
+            log.warning("the student failed to generate a rationale: %s", error)
             return None
 
-    def _argues(self, answer: Answer | None, label: str) -> Rationale | None:
-        """The student's rationale where it is one and argues for the label."""
+    def _rationale(self, answer: Answer | None, label: str) -> Rationale | None:
+        """The parsed rationale; None if it is missing, invalid or predicts another label."""
         if answer is None or answer.error is not None:
             return None
         try:
@@ -197,20 +207,20 @@ class CascadeService:
         except InvalidRationale:
             return None
 
-    async def _student_says(self, kind: Any, item: Any, by: float, rank: int = _LABEL) -> Any:
+    async def _ask_student(self, kind: Any, item: Any, deadline: float, priority: int = _LABEL) -> Any:
         try:
-            return await result(self._student.submit(kind, item, rank), by)
+            return await wait_for_result(self._student.submit(kind, item, priority), deadline)
         except DeadlineExceeded:
-            raise Overloaded("the student has not answered in time") from None
+            raise Overloaded("the student did not answer in time") from None
         except Exception as error:
             if self.local is not None:
                 raise
             raise StudentUnavailable(f"the student did not answer: {error}") from error
 
-    def _ask_student(self, kind: Any, items: list[Any]) -> Sequence[Any]:
+    def _run_student(self, kind: Any, items: list[Any]) -> Sequence[Any]:
         student = self._models[0]
         if kind == "classify":
-            return self.policy.student(student.classify(items))
+            return self.policy.student_predictions(student.classify(items))
         if kind == "reason":
             answers = dict(student.reason(items, "reason", Sampling(max_new_tokens=self._settings.max_new_tokens)))
             return [answers[index] for index in range(len(items))]
@@ -219,14 +229,14 @@ class CascadeService:
             return [self.local.tokenize(text) for text in items]
         return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids)
 
-    def _ask_teacher(self, kind: str, items: list[tuple[Sample, EarlierAnswers]]) -> list[Prediction]:
+    def _run_teacher(self, kind: str, items: list[tuple[Sample, EarlierAnswers]]) -> list[Prediction]:
         teacher = self._models[1]
         assert teacher is not None
         samples, earlier = zip(*items, strict=True)
-        return self.policy.teacher(teacher.classify(samples, earlier if kind == "review" else None))
+        return self.policy.teacher_predictions(teacher.classify(samples, earlier if kind == "review" else None))
 
     def _batcher(self, model: Reasoner, work: Any, name: str, metrics: Metrics | None = None) -> Batcher:
-        """For a model on this machine batches on one thread; for an endpoint single questions on several."""
+        """Batches on one thread for a model in this process; single requests on several threads for an endpoint."""
 
         def observe(kind: Any, size: int) -> None:
             if metrics is not None:
@@ -239,21 +249,23 @@ class CascadeService:
         return Batcher(work, 1, 0.0, threads=threads, name=name, observe=observe)
 
     def _label(self, decision: Decision) -> tuple[str, float | None]:
-        """The label's name, and on a scale the value, which falls into the bin of that name."""
-        found, scale = self.policy.label(decision.probabilities), self.policy.labels.scale
-        if isinstance(found, str) or scale is None:
-            return str(found), None
-        value = min(max(found, scale.low), scale.high)  # rounding may leave the scale
+        """The label name and, on a scale, the value; the name is that of the value's bin."""
+        label, scale = self.policy.label(decision.probabilities), self.policy.labels.scale
+        if isinstance(label, str) or scale is None:
+            return str(label), None
+        value = min(max(label, scale.low), scale.high)  # rounding may exceed the scale
         return self.policy.labels.name(value), value
 
     def _unanswered(self, cost: Cost) -> Prediction:
+        """A teacher's prediction without an answer."""
         count = len(self.policy.labels)
-        return self.policy.teacher(ClassScores(np.full((1, count), 1 / count), np.zeros(1), (cost,)))[0]
+        scores = ClassScores(np.full((1, count), 1 / count), np.zeros(1), (cost,))
+        return self.policy.teacher_predictions(scores)[0]
 
     def _price(self, decision: Decision) -> float | None:
         teacher = self._models[1]
         if not isinstance(teacher, Endpoint):
             return None
-        asked = [prediction.cost for prediction in (decision.teacher, decision.review) if prediction is not None]
-        total = sum(asked, Cost())
+        costs = [prediction.cost for prediction in (decision.teacher, decision.review) if prediction is not None]
+        total = sum(costs, Cost())
         return teacher.cost(total.prompt_tokens, total.completion_tokens)

@@ -1,4 +1,4 @@
-"""The gateway: OpenAI's routes and a plain one in front of student and teacher, and a page to try them on."""
+"""The HTTP gateway of student and teacher: OpenAI-compatible routes, `/v1/sentiment`, and a web page."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
 from distill.serving.cascade_service import CascadeResult, CascadeService
 from distill.serving.images import RequestImages
 from distill.serving.metrics import Metrics
-from distill.serving.protocol import ChatRequest, Json, Message, Refusal, SentimentRequest, TokenizeRequest
+from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
 from distill.task.prompts import CLASSIFY_PREFIX
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 Piece = tuple[str, Json | None]
 """A part of a streamed answer, with its log-probabilities."""
 
-_BYTES = 4, 16  # of a token: usual, and the most that any text can hope for
+_TOKEN_BYTES = 4, 16  # bytes per token: typical, and the most that any text reaches
 
 
 class Gateway:
-    """The routes, over one pair.
+    """The routes of one cascade.
 
     Args:
-        policy: of the cascade, with the calibration of this very pair.
-        teacher: None where there is none; what the student is not certain of is then flagged `degraded`.
-        name: under which the pair is offered as a model; the student alone is `NAME-student`.
-        max_pixels: of a picture.
+        policy: the policy of the cascade, calibrated for this student and teacher.
+        teacher: None if there is no teacher; answers on which the student is uncertain are then marked `degraded`.
+        name: model name of the cascade; the student alone is `NAME-student`.
+        max_pixels: most pixels of an image.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
@@ -61,63 +61,64 @@ class Gateway:
     ) -> None:
         self.settings, self.name, self.labels = settings, name, policy.labels
         self.metrics = Metrics()
-        self.house = AdmissionControl(settings, self.metrics)
+        self.admission = AdmissionControl(settings, self.metrics)
         self.cascade = CascadeService(settings, policy, student, teacher, self.metrics)
-        self.pictures = RequestImages(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
+        self.images = RequestImages(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
         self.created = int(time.time())
         self.warm = self.stopping = False
-        self.page, self.policy = _page()
+        self.page, self.page_policy = _load_page()
 
     @property
     def models(self) -> list[str]:
-        """The pair and, where it is in this process, the student alone."""
+        """Model names: the cascade and, if it is in this process, the student alone."""
         return [self.name, *([f"{self.name}-student"] if self.cascade.local else [])]
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """From the first connection to the last."""
-        warming = asyncio.create_task(self._warm())
+        """Warm up the student on startup; end threads and connections on shutdown."""
+        warming = asyncio.create_task(self._warm_up())
         yield
         self.stopping = True
         warming.cancel()
-        await self.pictures.close()
+        await self.images.close()
         await asyncio.to_thread(self.cascade.close)
 
     async def sentiment(self, request: Request) -> Response:
         """`POST /v1/sentiment`."""
-        async with self.house.admit(request) as visit:
-            asked = protocol.read(SentimentRequest, visit.body)
-            images = [] if asked.image is None else [asked.image]
-            verdict = await self._judge(asked.text, images, asked.aspect, asked.rationale, visit.by)
-        return JSONResponse(self._described(verdict))
+        async with self.admission.admit(request) as admitted:
+            body = protocol.read(SentimentRequest, admitted.body)
+            images = [] if body.image is None else [body.image]
+            result = await self._classify(body.text, images, body.aspect, body.rationale, admitted.deadline)
+        return JSONResponse(self._result_json(result))
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        async with self.house.admit(request) as visit:
-            asked = protocol.read(ChatRequest, visit.body)
-            if asked.model not in self.models:
-                message = f"{asked.model[:100]} is not a model; the models are {', '.join(self.models)}"
-                raise Refusal(404, message, param="model", code="model_not_found")
-            answer = self._pair_says if asked.model == self.name else self._student_says
-            whole, pieces = await answer(asked, visit.by)
-        if not asked.stream:
-            return JSONResponse(whole)
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return StreamingResponse(protocol.stream(whole, pieces, usage), media_type="text/event-stream")
+        async with self.admission.admit(request) as admitted:
+            body = protocol.read(ChatRequest, admitted.body)
+            if body.model not in self.models:
+                message = f"{body.model[:100]} is not a model; the models are {', '.join(self.models)}"
+                raise RequestError(404, message, param="model", code="model_not_found")
+            complete = self._cascade_completion if body.model == self.name else self._student_completion
+            completion, pieces = await complete(body, admitted.deadline)
+        if not body.stream:
+            return JSONResponse(completion)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(protocol.stream(completion, pieces, usage), media_type="text/event-stream")
 
     async def tokenize(self, request: Request) -> Response:
-        """`POST /tokenize`, as vLLM has it."""
-        async with self.house.admit(request) as visit:
-            asked = protocol.read(TokenizeRequest, visit.body)
+        """`POST /tokenize`, in vLLM's format."""
+        async with self.admission.admit(request) as admitted:
+            body = protocol.read(TokenizeRequest, admitted.body)
             if not self.cascade.local:
-                raise Refusal(404, "the student is behind an endpoint of its own; ask that one for its tokens")
-            await self._check_length(asked.prompt, visit.by)
-            tokens = await self.cascade.tokenize(asked.prompt, visit.by)
+                message = "the student is behind an endpoint; send this request to that endpoint"
+                raise RequestError(404, message)
+            await self._check_length(body.prompt, admitted.deadline)
+            tokens = await self.cascade.tokenize(body.prompt, admitted.deadline)
         return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
     async def list_models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        self.house.check_token(request)
+        self.admission.check_token(request)
         return JSONResponse(protocol.models(self.models, self.created))
 
     async def live(self) -> Response:
@@ -135,105 +136,107 @@ class Gateway:
 
     async def show_page(self) -> Response:
         """`GET /`."""
-        headers = {"Content-Security-Policy": self.policy, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": self.page_policy, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(self.page, headers=headers | {"Referrer-Policy": "no-referrer"})
 
-    async def _judge(
-        self, text: str, images: Sequence[str], aspect: str | None, wanted: bool | None, by: float
+    async def _classify(
+        self, text: str, images: Sequence[str], aspect: str | None, with_rationale: bool | None, deadline: float
     ) -> CascadeResult:
         if not text.strip() and not images:
-            raise Refusal(400, "text is empty; send the text of a post, a picture, or both", param="text")
-        await self._check_length(text + (aspect or ""), by)
-        async with self.pictures.kept(images, by) as paths:
+            raise RequestError(400, "text is empty; send the text of a post, an image, or both", param="text")
+        await self._check_length(text + (aspect or ""), deadline)
+        async with self.images.stored(images, deadline) as paths:
             sample = Sample(uuid.uuid4().hex, text, paths, (aspect or "").strip() or None)
-            verdict = await self.cascade.judge(sample, by, self.settings.rationale and wanted is not False)
-        self.metrics.decision(verdict.decision)
-        return verdict
+            reason = self.settings.rationale and with_rationale is not False
+            result = await self.cascade.classify(sample, deadline, reason)
+        self.metrics.decision(result.decision)
+        return result
 
-    def _described(self, verdict: CascadeResult) -> Json:
-        decision, prediction, why = verdict.decision, verdict.prediction, verdict.rationale
-        value = {} if verdict.value is None else {"value": verdict.value}
-        return {"label": verdict.label} | value | {
+    def _result_json(self, result: CascadeResult) -> Json:
+        decision, prediction, found = result.decision, result.prediction, result.rationale
+        value = {} if result.value is None else {"value": result.value}
+        return {"label": result.label} | value | {
             "probabilities": dict(zip(self.labels.names, decision.probabilities.tolist(), strict=True)),
-            "rationale": why and dict(zip(rationale.FIELDS, vars(why).values(), strict=True)),
+            "rationale": found and dict(zip(rationale.FIELDS, vars(found).values(), strict=True)),
             "stage": decision.stage,
             "reason": decision.reason,
             "uncertainty": prediction.uncertainty,
             "degraded": decision.degraded,
             "teacher_calls": decision.teacher_calls,
-            "cost": vars(verdict.cost) | {"price": verdict.price},
+            "cost": vars(result.cost) | {"price": result.price},
         }  # fmt: skip
 
-    async def _pair_says(self, asked: ChatRequest, by: float) -> tuple[Json, list[Piece]]:
-        """The pair's verdict on the last user's message, as a chat completion."""
-        if asked.logprobs or asked.logprob_token_ids:
-            message = f"{self.name} gives no logprobs; its label probabilities are in the field distill"
-            raise Refusal(400, message, param="logprobs")
-        post = next((message for message in reversed(asked.messages) if message.role == "user"), None)
+    async def _cascade_completion(self, body: ChatRequest, deadline: float) -> tuple[Json, list[Piece]]:
+        """The cascade's result on the last user message, as a chat completion."""
+        if body.logprobs or body.logprob_token_ids:
+            message = f"{self.name} returns no logprobs; its label probabilities are in the field distill"
+            raise RequestError(400, message, param="logprobs")
+        post = next((message for message in reversed(body.messages) if message.role == "user"), None)
         if post is None:
-            raise Refusal(400, "messages has no user message; send the post as one", param="messages")
-        verdict = await self._judge(post.text, post.images, asked.aspect, asked.rationale, by)
-        why = verdict.rationale
-        content = rationale.render(why) if why else f"{CLASSIFY_PREFIX} {verdict.label}"
-        usage = protocol.usage(verdict.cost.prompt_tokens, verdict.cost.completion_tokens)
-        extra = {"distill": self._described(verdict)}
-        whole = protocol.completion(asked.model, content, "stop", usage, extra=extra)
-        return whole, _words(content)
+            raise RequestError(400, "messages has no user message; send the post as one", param="messages")
+        result = await self._classify(post.text, post.images, body.aspect, body.rationale, deadline)
+        found = result.rationale
+        content = rationale.render(found) if found else f"{CLASSIFY_PREFIX} {result.label}"
+        usage = protocol.usage(result.cost.prompt_tokens, result.cost.completion_tokens)
+        extra = {"distill": self._result_json(result)}
+        completion = protocol.completion(body.model, content, "stop", usage, extra=extra)
+        return completion, _split_words(content)
 
-    async def _student_says(self, asked: ChatRequest, by: float) -> tuple[Json, list[Piece]]:
-        """The student's own answer to the message, verbatim."""
-        message = self._only_message(asked)
-        await self._check_length(message.text, by)
-        ids = asked.logprob_token_ids or []
+    async def _student_completion(self, body: ChatRequest, deadline: float) -> tuple[Json, list[Piece]]:
+        """The student's own completion of the message."""
+        message = self._single_message(body)
+        await self._check_length(message.text, deadline)
+        ids = body.logprob_token_ids or []
         if ids and max(ids) >= self.cascade.vocabulary:
-            raise Refusal(
+            raise RequestError(
                 400, f"logprob_token_ids takes ids below {self.cascade.vocabulary}", param="logprob_token_ids"
             )
         sampling = Sampling(
-            asked.temperature or 0.0,
-            min(asked.limit or self.settings.max_new_tokens, self.settings.max_new_tokens),
-            seed=uuid.uuid4().int >> 66 if asked.seed is None else asked.seed,
+            body.temperature or 0.0,
+            min(body.limit or self.settings.max_new_tokens, self.settings.max_new_tokens),
+            seed=uuid.uuid4().int >> 66 if body.seed is None else body.seed,
         )
-        top = asked.top_logprobs or 0
-        async with self.pictures.kept(message.images, by) as paths:
-            watched = max(top, 1) if asked.logprobs or ids else 0
-            found = await self.cascade.complete((message.text, paths), sampling, watched, ids, by)
-        usage = protocol.usage(found.prompt_tokens, found.completion_tokens)
-        tokens = protocol.logprobs(found, tops=top > 0 or bool(ids)) if watched else None
-        finish = "stop" if found.finished else "length"
-        whole = protocol.completion(asked.model, found.text, finish, usage, logprobs=tokens)
-        return whole, [("", tokens), *_words(found.text)] if tokens else _words(found.text)
+        top = body.top_logprobs or 0
+        async with self.images.stored(message.images, deadline) as paths:
+            n_logprobs = max(top, 1) if body.logprobs or ids else 0
+            answer = await self.cascade.complete((message.text, paths), sampling, n_logprobs, ids, deadline)
+        usage = protocol.usage(answer.prompt_tokens, answer.completion_tokens)
+        logprobs = protocol.logprobs(answer, top=top > 0 or bool(ids)) if n_logprobs else None
+        finish = "stop" if answer.finished else "length"
+        completion = protocol.completion(body.model, answer.text, finish, usage, logprobs=logprobs)
+        words = _split_words(answer.text)
+        return completion, [("", logprobs), *words] if logprobs else words
 
-    def _only_message(self, asked: ChatRequest) -> Message:
+    def _single_message(self, body: ChatRequest) -> Message:
         neutral = {"top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "stop": [], "aspect": ""}
         for field, value in neutral.items():
-            if getattr(asked, field) not in (None, value):
-                raise Refusal(400, f"{field} is nothing that {asked.model} knows; leave it out", param=field)
-        if len(asked.messages) != 1 or asked.messages[0].role != "user":
-            raise Refusal(400, f"{asked.model} takes one user message and no others", param="messages")
-        if not asked.messages[0].text.strip() and not asked.messages[0].images:
-            raise Refusal(400, "the message is empty; send a text, a picture, or both", param="messages")
-        if asked.top_logprobs and not asked.logprobs:
-            raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        return asked.messages[0]
+            if getattr(body, field) not in (None, value):
+                raise RequestError(400, f"{field} is not supported by {body.model}; leave it out", param=field)
+        if len(body.messages) != 1 or body.messages[0].role != "user":
+            raise RequestError(400, f"{body.model} takes exactly one user message", param="messages")
+        if not body.messages[0].text.strip() and not body.messages[0].images:
+            raise RequestError(400, "the message is empty; send a text, an image, or both", param="messages")
+        if body.top_logprobs and not body.logprobs:
+            raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return body.messages[0]
 
-    async def _check_length(self, text: str, by: float) -> None:
-        """Raises Refusal for a text of too many tokens; a text of few bytes is not even counted."""
-        most, size = self.settings.max_text_tokens, len(text.encode())
-        if size <= most:
+    async def _check_length(self, text: str, deadline: float) -> None:
+        """Raise RequestError if a text has too many tokens. Its bytes often decide without counting."""
+        limit, size = self.settings.max_text_tokens, len(text.encode())
+        if size <= limit:
             return
-        count = size // _BYTES[0]
-        if self.cascade.local and size <= most * _BYTES[1]:
-            count = len(await self.cascade.tokenize(text, by))
-        if count > most:
-            raise Refusal(400, f"the text has more than {most:,} tokens; send a shorter one", param="text")
+        count = size // _TOKEN_BYTES[0]
+        if self.cascade.local and size <= limit * _TOKEN_BYTES[1]:
+            count = len(await self.cascade.tokenize(text, deadline))
+        if count > limit:
+            raise RequestError(400, f"the text has more than {limit:,} tokens; send a shorter one", param="text")
 
-    async def _warm(self) -> None:
+    async def _warm_up(self) -> None:
         while not self.warm:
             try:
                 await self.cascade.warm()
                 self.warm = True
-            except Exception as error:  # noqa: BLE001 - nothing is ready while the student cannot answer
+            except Exception as error:  # noqa: BLE001 - the gateway reports not ready until the student answers
                 log.warning("the student is not ready: %s", error)
                 await asyncio.sleep(2)
 
@@ -253,35 +256,35 @@ def create_app(gateway: Gateway) -> FastAPI:
         ("POST", "/tokenize", gateway.tokenize),
     ):
         app.add_api_route(path, handler, methods=[method], response_model=None)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
     return app
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    """Every refusal in OpenAI's shape."""
+async def _error_response(request: Request, error: Exception) -> Response:
+    """Every error in OpenAI's format."""
     if isinstance(error, HTTPException):
-        asked = f"{request.method} {request.url.path[:100]}"
-        message = f"{asked} is not served here; the README names what is"
-        return JSONResponse(Refusal(error.status_code, message).body(), error.status_code, headers=error.headers)
-    assert isinstance(error, Refusal)
+        route = f"{request.method} {request.url.path[:100]}"
+        message = f"{route} is not a route of this server; docs/serving.md lists the routes"
+        return JSONResponse(RequestError(error.status_code, message).body(), error.status_code, headers=error.headers)
+    assert isinstance(error, RequestError)
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-def _words(text: str) -> list[Piece]:
-    """A text in the pieces in which it is streamed."""
+def _split_words(text: str) -> list[Piece]:
+    """Split a text into the pieces in which it is streamed."""
     return [(word, None) for word in re.findall(r"\s*\S+|\s+$", text)]
 
 
-def _page() -> tuple[str, str]:
-    """The page, and the policy that lets nothing but its own style and script run."""
+def _load_page() -> tuple[str, str]:
+    """The web page, and a content security policy that allows only its own style and script."""
     page = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
 
-    def allowed(tag: str) -> str:
+    def digest(tag: str) -> str:
         content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         return f"'sha256-{base64.b64encode(sha256(content.encode()).digest()).decode()}'"
 
     return page, (
-        f"default-src 'none'; style-src {allowed('style')}; script-src {allowed('script')}; img-src blob: data:; "
+        f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}; img-src blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

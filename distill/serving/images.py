@@ -1,4 +1,4 @@
-"""Images of requests: decoded from base64 or fetched from an allowed host, checked, and kept for one request."""
+"""Images of requests: decoded from base64 or fetched from an allowed host, checked, and stored for one request."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from urllib3.util import Url, parse_url
 
 from distill.connections import BodyTooLarge, connection_pool, read_body
 from distill.data.images import FORMATS, ImageError, decode
-from distill.serving.protocol import Refusal
+from distill.serving.protocol import RequestError
 
 MAX_IMAGES = 8
 """Maximum number of images in one post."""
@@ -26,27 +26,27 @@ MAX_SIDE = 2048
 """Longest side of a stored image, in pixels; larger images are scaled down."""
 
 _FETCH_S = 10.0
-_FETCHES = 8  # at a time
+_MAX_FETCHES = 8  # concurrent
 _PORTS = {"http": 80, "https": 443}
 _DATA = re.compile(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
 
 class RequestImages:
-    """Where the pictures of requests lie while they are answered.
+    """Temporary storage of the images of requests.
 
     Args:
-        hosts: from which pictures may be fetched, each as host or host:port; redirects are not followed.
-        max_bytes: size of a picture as a file.
-        max_pixels: read from the header, before anything is decoded.
+        hosts: hosts from which images may be fetched, each as host or host:port; redirects are not followed.
+        max_bytes: largest file of a fetched image.
+        max_pixels: most pixels of an image, read from its header before it is decoded.
     """
 
     def __init__(self, hosts: Sequence[str], max_bytes: int, max_pixels: int) -> None:
         self._hosts = {host.lower() for host in hosts}
         self._max_bytes, self._max_pixels = max_bytes, max_pixels
         self._pools: dict[tuple[str | None, str], urllib3.PoolManager] = {}  # one for each scheme and allowed host
-        self._fetchers = ThreadPoolExecutor(_FETCHES, "fetch")
-        self._decoders = ThreadPoolExecutor(2, "decode")  # decoding an image may take much memory
+        self._fetchers = ThreadPoolExecutor(_MAX_FETCHES, "fetch")
+        self._decoders = ThreadPoolExecutor(2, "decode")  # few, because a decoded image may need much memory
 
     async def close(self) -> None:
         """Close the connections and end the threads."""
@@ -56,46 +56,46 @@ class RequestImages:
             pool.clear()
 
     @asynccontextmanager
-    async def kept(self, sources: Sequence[str], by: float) -> AsyncIterator[tuple[Path, ...]]:
-        """Files of the pictures, gone on leaving.
+    async def stored(self, sources: Sequence[str], deadline: float) -> AsyncIterator[tuple[Path, ...]]:
+        """Store the images in files, which are deleted when the context ends.
 
         Args:
-            sources: `data:` URIs, bare base64, or http(s) URLs of the allowed hosts.
-            by: until when (of `time.monotonic`) they must be there.
+            sources: `data:` URIs, bare base64, or http(s) URLs of allowed hosts.
+            deadline: until when the files must be stored, on the clock of `time.monotonic`.
 
         Raises:
-            Refusal: something in them cannot or must not be used.
+            RequestError: an image is invalid, too large, not allowed, or not available in time.
         """
         if not sources:
             yield ()
             return
         if len(sources) > MAX_IMAGES:
-            raise Refusal(400, f"a post takes {MAX_IMAGES} pictures at most; send fewer", param="image")
+            raise RequestError(400, f"a post takes at most {MAX_IMAGES} images; send fewer", param="image")
         with tempfile.TemporaryDirectory(prefix="distill-") as folder:
             paths = tuple(Path(folder) / str(number) for number in range(1, len(sources) + 1))
             for source, path in zip(sources, paths, strict=True):
-                path.write_bytes(await self._content(source, by))
+                path.write_bytes(await self._content(source, deadline))
                 checked = asyncio.get_running_loop().run_in_executor(self._decoders, _check, path, self._max_pixels)
                 try:
-                    await asyncio.wait_for(checked, max(by - time.monotonic(), 0))
+                    await asyncio.wait_for(checked, max(deadline - time.monotonic(), 0))
                 except ImageError as error:
-                    takes = f"send a whole {', '.join(FORMATS)} of at most {self._max_pixels:,} pixels"
-                    raise Refusal(400, f"{error}; {takes}", param="image") from None
+                    remedy = f"send a complete {', '.join(FORMATS)} of at most {self._max_pixels:,} pixels"
+                    raise RequestError(400, f"{error}; {remedy}", param="image") from None
                 except TimeoutError:
-                    raise Refusal(
-                        429, "the picture took too long to decode; send a smaller one", Retry_After="1"
-                    ) from None
+                    message = "the image took too long to decode; send a smaller one"
+                    raise RequestError(429, message, Retry_After="1") from None
             yield paths
 
-    async def _content(self, source: str, by: float) -> bytes:
-        if found := _DATA.match(source):
-            return _base64(source[found.end() :])
+    async def _content(self, source: str, deadline: float) -> bytes:
+        if prefix := _DATA.match(source):
+            return _decode_base64(source[prefix.end() :])
         scheme = _SCHEME.match(source)
         if scheme is None:
-            return _base64(source)
+            return _decode_base64(source)
         if scheme[1].lower() not in ("http", "https"):
-            raise Refusal(400, f"image: {scheme[1][:20]}: is refused; send a data: URI with base64", param="image")
-        return await self._fetch(source, by)
+            message = f"image: this {scheme[1][:20]}: URI is not supported; send a data: URI with base64"
+            raise RequestError(400, message, param="image")
+        return await self._fetch(source, deadline)
 
     async def _fetch(self, source: str, deadline: float) -> bytes:
         try:
@@ -103,48 +103,50 @@ class RequestImages:
         except LocationParseError:
             url = Url()
         if not url.host:
-            raise Refusal(400, "image is not a usable URL; send a data: URI with base64", param="image")
+            raise RequestError(400, "image is not a valid URL; send a data: URI with base64", param="image")
         host = url.host if url.port in (None, _PORTS[url.scheme or "http"]) else f"{url.host}:{url.port}"
         if host.lower() not in self._hosts or url.auth:
-            raise Refusal(400, f"image: images from {host[:100]} are refused; send a data: URI", param="image")
+            raise RequestError(400, f"image: images from {host[:100]} are refused; send a data: URI", param="image")
         end = min(deadline, time.monotonic() + _FETCH_S)
         fetched = asyncio.get_running_loop().run_in_executor(self._fetchers, self._get, source, url, host, end)
         try:
             return await asyncio.wait_for(fetched, max(end - time.monotonic(), 0))
         except BodyTooLarge:
-            raise Refusal(413, f"image has more than {self._max_bytes:,} bytes; send less", param="image") from None
+            message = f"image has more than {self._max_bytes:,} bytes; send a smaller one"
+            raise RequestError(413, message, param="image") from None
         except (HTTPError, TimeoutError) as error:
             refused = isinstance(error, NewConnectionError)  # a subclass of ConnectTimeoutError
             slow = not refused and isinstance(error, TimeoutError | ReadTimeoutError | ConnectTimeoutError)
-            why = "takes too long" if slow else "cannot be reached"
-            raise Refusal(400, f"image: {host} {why}; send the image itself", param="image") from None
+            reason = "takes too long" if slow else "cannot be reached"
+            raise RequestError(400, f"image: {host} {reason}; send the image itself", param="image") from None
 
     def _get(self, source: str, url: Url, host: str, deadline: float) -> bytes:
-        """The body of one image; runs on a thread, for no longer than its deadline allows."""
+        """Fetch one image within the deadline. Runs on a thread."""
         key = (url.scheme, host)
         if key not in self._pools:
-            self._pools[key] = connection_pool(source, _FETCHES)
+            self._pools[key] = connection_pool(source, _MAX_FETCHES)
         pool = self._pools[key]
         seconds, accept = max(deadline - time.monotonic(), 0.001), {"Accept": "image/*"}
         with pool.urlopen(
             "GET", source, headers=accept, timeout=seconds, redirect=False, preload_content=False
         ) as response:
             if response.status != 200:
-                raise Refusal(400, f"image: {host} answers {response.status} without an image", param="image")
+                message = f"image: {host} returned status {response.status}; send the image itself"
+                raise RequestError(400, message, param="image")
             return read_body(response, deadline, self._max_bytes)
 
 
 def _check(path: Path, max_pixels: int) -> None:
-    """Decode a picture once at its full size; a large one is kept smaller, for all who decode it after. ImageError."""
-    picture = decode(path, max_pixels)
-    if max(picture.size) > MAX_SIDE:
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        picture.save(path, "PNG", compress_level=1)
+    """Decode an image once, and scale its file down if it is larger than the models need. Raises ImageError."""
+    image = decode(path, max_pixels)
+    if max(image.size) > MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        image.save(path, "PNG", compress_level=1)
 
 
-def _base64(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        takes = "send a data: URI such as data:image/png;base64,..."
-        raise Refusal(400, f"image is not valid base64; {takes}", param="image") from None
+        remedy = "send a data: URI such as data:image/png;base64,..."
+        raise RequestError(400, f"image is not valid base64; {remedy}", param="image") from None

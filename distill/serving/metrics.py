@@ -1,4 +1,4 @@
-"""What Prometheus reads of a gateway: one registry of its own per application."""
+"""Prometheus metrics of a gateway, in a registry of its own."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,38 +20,38 @@ class Metrics:
             "distill_request_seconds", "Seconds until a request was answered.", ("route",),
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.in_flight = Gauge("distill_queue_depth", "Requests in the house.", registry=registry)
-        self._posts = Counter("distill_posts", "Posts judged, by stage.", ("stage",), registry=registry)
+        self.in_flight = Gauge("distill_queue_depth", "Requests in flight.", registry=registry)
+        self._posts = Counter("distill_posts", "Posts classified, by stage.", ("stage",), registry=registry)
         self._degraded = Counter(
-            "distill_degraded", "Answers without a teacher that was wanted, by reason.", ("reason",), registry=registry
+            "distill_degraded", "Answers without a teacher that was needed, by reason.", ("reason",), registry=registry
         )
-        self._calls = Counter("distill_teacher_calls", "Questions to the teacher.", registry=registry)
-        self._share = Gauge("distill_teacher_share", "Questions to the teacher per post judged.", registry=registry)
+        self._calls = Counter("distill_teacher_calls", "Calls to the teacher.", registry=registry)
+        self._share = Gauge("distill_teacher_share", "Calls to the teacher per classified post.", registry=registry)
         self._batches = Histogram(
-            "distill_student_batch_size", "Sizes of the student's batches, by what was asked.", ("question",),
+            "distill_student_batch_size", "Batch sizes of the student, by kind of work.", ("question",),
             buckets=_SIZES, registry=registry,
         )  # fmt: skip
-        self._judged = self._asked = 0
+        self._n_posts = self._n_calls = 0
 
     def request(self, route: str, status: int, seconds: float) -> None:
-        """Count one answered request."""
+        """Record one answered request."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def decision(self, decision: Decision) -> None:
-        """Count one judged post. Only the event loop's thread may call this."""
+        """Record one classified post. Must be called only from the thread of the event loop."""
         self._posts.labels(decision.stage).inc()
         if decision.degraded:
             self._degraded.labels(decision.reason).inc()
         self._calls.inc(decision.teacher_calls)
-        self._judged += 1
-        self._asked += decision.teacher_calls
-        self._share.set(self._asked / self._judged)
+        self._n_posts += 1
+        self._n_calls += decision.teacher_calls
+        self._share.set(self._n_calls / self._n_posts)
 
-    def batch(self, question: str, size: int) -> None:
-        """Count one batch of the student."""
-        self._batches.labels(question).observe(size)
+    def batch(self, kind: str, size: int) -> None:
+        """Record one batch of the student."""
+        self._batches.labels(kind).observe(size)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What goes over the wire: the requests that are taken, answers in OpenAI's shapes, refusals in one sentence."""
+"""The wire format: request models, and responses, streams and errors in OpenAI's format."""
 
 import json
 import time
@@ -12,11 +12,11 @@ from distill.models.local import Completion
 
 Json = dict[str, Any]
 
-_LEAST_LOGPROB = -9999.0  # JSON knows no infinity
+_MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
-class Refusal(Exception):
-    """A request that is not answered: an HTTP status and one sentence that says what to change."""
+class RequestError(Exception):
+    """An error response: an HTTP status and a message of one sentence that says what to change."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str
@@ -26,7 +26,7 @@ class Refusal(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def body(self) -> Json:
-        """In OpenAI's shape."""
+        """The error in OpenAI's format."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
@@ -78,7 +78,7 @@ class Message(_Request):
 
     @property
     def images(self) -> list[str]:
-        """The URLs of its pictures."""
+        """The URLs of the message's images."""
         parts = self.content if isinstance(self.content, list) else []
         return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
@@ -93,7 +93,7 @@ class ResponseFormat(_Request):
 
 
 class ChatRequest(_Request):
-    """OpenAI's chat request, with `aspect`, `rationale` and `logprob_token_ids` beside its own fields."""
+    """OpenAI's chat request, extended by `aspect`, `rationale` and `logprob_token_ids`."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -108,7 +108,7 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     logprob_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
-    # taken, for clients send them unasked, and without a meaning here
+    # accepted because clients send them by default; they have no effect
     n: Literal[1] | None = None
     top_p: float | None = None
     stop: str | list[str] | None = None
@@ -124,12 +124,12 @@ class ChatRequest(_Request):
 
     @property
     def limit(self) -> int | None:
-        """How many tokens the answer may have."""
+        """Token limit of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class TokenizeRequest(_Request):
-    """vLLM's request for the tokens of a text."""
+    """vLLM's request of `/tokenize`."""
 
     prompt: str
     model: str | None = None
@@ -140,21 +140,21 @@ R = TypeVar("R", bound=_Request)
 
 
 def read(kind: type[R], body: bytes) -> R:
-    """A request of one kind. Raises Refusal: not JSON, an unknown field, a wrong type."""
+    """Parse and validate a request body. Raises RequestError if it is not JSON, or a field is unknown or invalid."""
     try:
         content = _clean(json.loads(body))
     except (ValueError, RecursionError):
-        raise Refusal(400, "the body is not valid JSON; send an object in UTF-8") from None
+        raise RequestError(400, "the body is not valid JSON; send an object in UTF-8") from None
     if not isinstance(content, dict):
-        raise Refusal(400, 'the body is not a JSON object; send one, such as {"text": "..."}')
+        raise RequestError(400, 'the body is not a JSON object; send one, such as {"text": "..."}')
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise _refusal(kind, content, error) from None
+        raise _validation_error(kind, content, error) from None
 
 
 def _clean(value: Any) -> Any:
-    """JSON without lone surrogates, which are no text."""
+    """JSON with lone surrogates replaced, because they cannot be encoded as UTF-8."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):
@@ -164,38 +164,38 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def _refusal(kind: type[_Request], content: Json, error: ValidationError) -> Refusal:
-    """The complaint that lies deepest: of a field with several shapes it is about the one that was meant."""
-    found = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
+def _validation_error(kind: type[_Request], content: Json, error: ValidationError) -> RequestError:
+    """Return the error with the longest path: in a union type it belongs to the variant that was meant."""
+    deepest = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
     names: list[str] = []
     value: Any = content
-    for part in found["loc"]:  # among the names of fields stand those of shapes
-        inside = value[part] if isinstance(value, list) and isinstance(part, int) else None
-        if isinstance(value, dict) and (part in value or part == found["loc"][-1]):
-            inside = value.get(part)
-        elif inside is None:
+    for part in deepest["loc"]:  # pydantic's path contains the names of union variants, which are skipped
+        child = value[part] if isinstance(value, list) and isinstance(part, int) else None
+        if isinstance(value, dict) and (part in value or part == deepest["loc"][-1]):
+            child = value.get(part)
+        elif child is None:
             continue
         names.append(str(part))
-        value = inside
-    where = ".".join(names)[:200]
-    if found["type"] == "missing":
-        return Refusal(400, f"{where} is required", param=where)
-    if found["type"] == "extra_forbidden":
-        known = f"this takes {', '.join(kind.model_fields)}" if len(names) == 1 else "leave it out"
-        return Refusal(400, f"{where} is not a field; {known}", param=where)
-    return Refusal(400, f"{where}: {found['msg'][0].lower()}{found['msg'][1:]}", param=where)
+        value = child
+    path = ".".join(names)[:200]
+    if deepest["type"] == "missing":
+        return RequestError(400, f"{path} is required", param=path)
+    if deepest["type"] == "extra_forbidden":
+        remedy = f"the fields are {', '.join(kind.model_fields)}" if len(names) == 1 else "leave it out"
+        return RequestError(400, f"{path} is not a field; {remedy}", param=path)
+    return RequestError(400, f"{path}: {deepest['msg'][0].lower()}{deepest['msg'][1:]}", param=path)
 
 
 def models(names: Sequence[str], created: int) -> Json:
-    """The list of models."""
-    listed = [{"id": name, "object": "model", "created": created, "owned_by": "distill"} for name in names]
-    return {"object": "list", "data": listed}
+    """The list of models in OpenAI's format."""
+    entries = [{"id": name, "object": "model", "created": created, "owned_by": "distill"} for name in names]
+    return {"object": "list", "data": entries}
 
 
 def completion(
     model: str, content: str, finish: str, usage: Json, *, logprobs: Json | None = None, extra: Json | None = None
 ) -> Json:
-    """A chat completion of one choice; `extra` fields stand beside OpenAI's own."""
+    """A chat completion with one choice and the `extra` fields."""
     message = {"role": "assistant", "content": content, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": finish}
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
@@ -203,31 +203,35 @@ def completion(
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """Token counts in OpenAI's shape."""
+    """Token counts in OpenAI's format."""
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def logprobs(found: Completion, tops: bool) -> Json:
-    """The log-probabilities of an answer in OpenAI's shape, without those of its end token."""
+def logprobs(completion: Completion, top: bool) -> Json:
+    """The log-probabilities of a completion in OpenAI's format, without its end token.
+
+    Args:
+        top: whether to include the most likely alternatives of each token.
+    """
 
     def entry(text: str, logprob: float) -> Json:
-        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(text.encode())}
 
-    written = found.tokens[:-1] if found.finished else found.tokens
+    tokens = completion.tokens[:-1] if completion.finished else completion.tokens
     content = [
         entry(token.text, token.logprob)
-        | {"top_logprobs": [entry(*likely) for likely in token.likely.items()] if tops else []}
-        for token in written
+        | {"top_logprobs": [entry(*likely) for likely in token.top_logprobs.items()] if top else []}
+        for token in tokens
     ]
     return {"content": content, "refusal": None}
 
 
-def stream(whole: Json, pieces: Sequence[tuple[str, Json | None]], include_usage: bool) -> Iterator[str]:
-    """A completion as server-sent events: its text in pieces, each with its log-probabilities, and the end."""
-    head = {name: whole[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    choice = whole["choices"][0]
-    own = {name: value for name, value in whole.items() if name not in ("choices", "usage", *head)}
+def stream(completion: Json, pieces: Sequence[tuple[str, Json | None]], include_usage: bool) -> Iterator[str]:
+    """A completion as server-sent events: text pieces with their log-probabilities, the final event, and the usage."""
+    head = {name: completion[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    choice = completion["choices"][0]
+    extra_fields = {name: value for name, value in completion.items() if name not in ("choices", "usage", *head)}
 
     def event(delta: Json, finish: str | None = None, logprobs: Json | None = None, extra: Json | None = None) -> str:
         part = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -236,7 +240,7 @@ def stream(whole: Json, pieces: Sequence[tuple[str, Json | None]], include_usage
     yield event({"role": "assistant", "content": ""})
     for piece, logprobs in pieces:
         yield event({"content": piece}, logprobs=logprobs)
-    yield event({}, choice["finish_reason"], extra=own)
+    yield event({}, choice["finish_reason"], extra=extra_fields)
     if include_usage:
-        yield f"data: {json.dumps(head | {'choices': [], 'usage': whole['usage']})}\n\n"
+        yield f"data: {json.dumps(head | {'choices': [], 'usage': completion['usage']})}\n\n"
     yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""The gateway as a process: it listens, and ends in order when it is told to."""
+"""The server process of the gateway: listening, and graceful shutdown on SIGTERM and SIGINT."""
 
 import logging
 import math
@@ -15,20 +15,20 @@ from distill.serving.settings import ServeSettings
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_IDLE_S = 5  # after which an idle connection is closed
+_IDLE_S = 5  # idle connections are closed after this
 
 
 def serve(gateway: Gateway) -> None:
-    """Serve until SIGTERM or SIGINT; what is in flight then is answered first.
+    """Serve until SIGTERM or SIGINT, then answer the requests in flight and return.
 
     Raises:
-        SettingsError: the address cannot be listened on.
+        SettingsError: the server cannot listen on the address.
     """
     server = Server(gateway)
     with _listen(gateway.settings) as listener:
         host, port = listener.getsockname()[:2]
-        log.info("%s answers on http://%s:%d", gateway.name, f"[{host}]" if ":" in host else host, port)
-        # uvicorn raises the signal that stopped it once more when all is done; an orderly end is no failure
+        log.info("%s is served on http://%s:%d", gateway.name, f"[{host}]" if ":" in host else host, port)
+        # uvicorn raises the signal again after shutdown; with these handlers the process still exits with status 0
         before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listener])
@@ -38,11 +38,11 @@ def serve(gateway: Gateway) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn over the gateway; not ready any more from the moment it is told to stop."""
+    """uvicorn with the gateway; the gateway reports not ready as soon as a stop signal arrives."""
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway, settings = gateway, gateway.settings
-        patience = math.ceil(settings.deadline_s) + 1
+        shutdown_s = math.ceil(settings.deadline_s) + 1
         super().__init__(
             uvicorn.Config(
                 create_app(gateway),
@@ -54,12 +54,12 @@ class Server(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=_IDLE_S,
-                timeout_graceful_shutdown=patience,
+                timeout_graceful_shutdown=shutdown_s,
             )
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to stop."""
+        """Handle a stop signal."""
         self.gateway.stopping = True
         super().handle_exit(sig, frame)
 

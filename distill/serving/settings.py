@@ -1,4 +1,4 @@
-"""How the pair is served. No web framework is needed to read these settings."""
+"""Settings of `distill serve`. Importing them needs no web framework."""
 
 import dataclasses
 import re
@@ -8,41 +8,41 @@ from distill.errors import SettingsError
 from distill.models.endpoint import EndpointSettings
 
 MARGIN_S = 0.5
-"""Longest part of a deadline that is kept for writing the answer; of short deadlines it is a tenth."""
+"""Seconds of the deadline that are reserved for writing the response; at most a tenth of the deadline."""
 
 
 @dataclass
 class ServeSettings:
-    """The gateway in front of student and teacher."""
+    """The HTTP gateway of student and teacher."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0: every network of the machine."""
+    """Address to listen on; 0.0.0.0: all network interfaces."""
     port: int = 8000
-    """Port to listen on; 0: any free one."""
+    """Port to listen on; 0: any free port."""
     api_key_env: str = ""
-    """Environment variable that holds the bearer token asked of callers; empty: none is wanted."""
+    """Environment variable with the bearer token that clients must send; empty: no token is required."""
     deadline_s: float = 30.0
-    """Seconds within which every request is answered, by the student alone where the teacher is late."""
+    """Seconds within which every request is answered; if the teacher exceeds them, the student's answer is returned."""
     queue: int = 64
-    """How many requests may be in the house at once; one more gets 429 and Retry-After."""
+    """Most requests in flight; further requests get status 429 with Retry-After."""
     batch_size: int = 16
-    """Most requests that the student, or a teacher on this machine, answers in one batch."""
+    """Largest batch of the student, and of a teacher in this process."""
     batch_wait_ms: float = 5.0
     """Longest wait for a batch to fill, in milliseconds."""
     teacher_concurrency: int = 8
-    """How many questions to a teacher behind an endpoint are in flight at once."""
+    """Most requests in flight to a teacher behind an endpoint."""
     max_body_mb: float = 10.0
-    """Largest body of a request, and largest picture fetched from a URL, in megabytes."""
+    """Largest request body, and largest image fetched from a URL, in megabytes."""
     max_text_tokens: int = 2048
     """Longest post with its aspect, in tokens of the student."""
     image_hosts: list[str] = field(default_factory=list)
-    """Hosts, as host or host:port, from which pictures may be fetched by http(s) URL; none unless named here."""
+    """Hosts (host or host:port) from which images may be fetched by http(s) URL; empty: no images are fetched."""
     max_new_tokens: int = 256
-    """Token limit of the student's reasoning and of answers by the student alone."""
+    """Token limit of the student's rationales and of completions by the student alone."""
     rationale: bool = True
-    """Whether the student reasons about posts; a request may do without."""
+    """Generate rationales with the student; a request can turn them off."""
     student: EndpointSettings | None = None
-    """The student behind an endpoint of its own; null: the recipe's student, in this process."""
+    """Endpoint that serves the student; null: the recipe's student runs in this process."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -61,12 +61,12 @@ class ServeSettings:
 
     @property
     def answer_s(self) -> float:
-        """Seconds until an answer must be decided; the rest of the deadline is for writing it."""
+        """Seconds until the result must be available; the rest of the deadline is for writing the response."""
         return self.deadline_s - min(MARGIN_S, self.deadline_s / 10)
 
 
-def in_service(settings: EndpointSettings, deadline_s: float) -> EndpointSettings:
-    """An endpoint as a gateway asks it: each question once, and given up when nobody can wait for it any more."""
+def endpoint_for_serving(settings: EndpointSettings, deadline_s: float) -> EndpointSettings:
+    """Settings of an endpoint without retries and repeated samples, and with timeouts within the gateway's deadline."""
     return dataclasses.replace(
         settings,
         max_attempts=1,

@@ -1,1 +1,1 @@
-"""The stages of a chain, a file each: read inputs, call the rooms, write outputs."""
+"""The stages of a chain, one module each: read inputs, call the other packages, write outputs."""

@@ -1,4 +1,4 @@
-"""Stage `annotate`: the teacher's reasoning data, with the ledger of what was paid for."""
+"""Stage `annotate`: the teacher's rationales, with a ledger of all answers."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
 
-from distill.annotation.annotate import Kept, Quarantined, Tally, annotate, recording_defects
+from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
 from distill.annotation.ledger import Ledger
 from distill.data.corpus import SPLITS
 from distill.files import atomic_write, write_json
@@ -20,22 +20,23 @@ log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
+    """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage."""
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
-    samples, teacher, tally = context.corpus.train, context.teacher(), Tally()
+    samples, teacher, tally = context.corpus.train, context.teacher(), AnnotationCounts()
     with (
         Ledger(folder / "ledger.jsonl") as ledger,
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
-        # closed before the ledger is, so that answers under way still reach it
-        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show)) as outcomes,
+        # closed before the ledger, so that answers in flight are still written to it
+        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show)) as results,
     ):
-        context.write_rationales("annotate", _kept(outcomes, quarantine))
+        context.write_rationales("annotate", _kept(results, quarantine))
     summary = tally.summary
-    if silent := tally.quarantined["unanswered"]:
-        log.warning("%d posts were left unanswered; %s says why", silent, folder / "quarantine.jsonl")
-    if settings.recorded:  # of the whole recording, the rows that only judge included
+    if unanswered := tally.quarantined["unanswered"]:
+        log.warning("%d posts got no answer; the reasons are in %s", unanswered, folder / "quarantine.jsonl")
+    if settings.recorded:  # count the defects of the recording in all splits, not only in the training rows
         splits = {name: getattr(context.corpus, name) for name in SPLITS}
         summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}
     write_json(folder / "summary.json", summary)
@@ -44,10 +45,10 @@ def run(context: Context, tracked: StageRun) -> None:
 
 
 def _kept(
-    outcomes: Iterator[Kept | Quarantined], quarantine: IO[str]
+    results: Iterator[Kept | Quarantined], quarantine: IO[str]
 ) -> Iterator[tuple[Sample, Rationale, dict[str, Any]]]:
-    """The rationales as they come; what was quarantined goes to its file."""
-    for item in outcomes:
+    """Yield the kept rationales in order of arrival; write the others to the quarantine file."""
+    for item in results:
         if isinstance(item, Kept):
             extra = {"source": item.source, "teacher_label": item.teacher_label}
             yield replace(item.sample, label=item.label), item.rationale, extra

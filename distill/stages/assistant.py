@@ -1,4 +1,4 @@
-"""Stage `assistant`: multitask fine-tuning on the teacher's reasoning data."""
+"""Stage `assistant`: multitask fine-tuning of the assistant on the teacher's reasoning data."""
 
 from distill.stages.context import Context
 from distill.tracking import StageRun
@@ -10,6 +10,6 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     if context.recipe.annotate is not None:
         tracked.use_artifact("rationales")
-    rows = context.training_rows("annotate")
+    rows = context.training_samples("annotate")
     context.train("assistant", lambda model: AssistantModule(model, settings), rows, tracked)
     tracked.log_artifact("assistant", "model", context.folder / "assistant" / "adapter")

@@ -1,4 +1,4 @@
-"""Stage `augment`: the assistant's own rationales on the training posts, kept when right."""
+"""Stage `augment`: rationales by the assistant on the training posts; those with the correct label are kept."""
 
 from collections import Counter
 
@@ -14,16 +14,16 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     tracked.use_artifact("assistant")
     labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
-    taught = {sample.id: sample for sample in context.rationales("annotate")}
-    posts = taught | labelled  # gold labels before a teacher's
+    annotated = {sample.id: sample for sample in context.rationales("annotate")}
+    posts = annotated | labelled  # gold labels take precedence over the teacher's
     folder = context.folder / "augment"
     assistant = context.reasoner("assistant")
     dropped: Counter[str] = Counter()
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
-        found = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show)
+        kept = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show)
         rows = (
             (post, rationale, {"source": "augmented", "teacher_label": post.id not in labelled})
-            for post, rationale in found
+            for post, rationale in kept
         )
         context.write_rationales("augment", rows)
     summary = {"n": len(posts), "kept": len(posts) - dropped.total(), "dropped": dict(dropped)}

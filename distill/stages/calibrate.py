@@ -1,4 +1,4 @@
-"""Stage `calibrate`: temperatures and thresholds of the cascade, from both models' answers on the validation split."""
+"""Stage `calibrate`: fits temperatures and thresholds of the cascade on both models' validation predictions."""
 
 from distill.cascade.calibration import calibrate
 from distill.files import write_json
@@ -11,8 +11,8 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     student = context.reasoner("student")
     scores = student.classify(samples)
-    with context.asked_teacher(of_cascade=True) as teacher:
-        assert teacher is not None  # the recipe was checked
+    with context.cached_teacher(for_cascade=True) as teacher:
+        assert teacher is not None  # guaranteed by the validation of the recipe
         content = calibrate(
             [sample.label for sample in samples if sample.label is not None],
             scores,

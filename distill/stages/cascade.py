@@ -1,11 +1,10 @@
-"""Stage `cascade`: the three stages over the test split, and the evidence of what they are worth."""
+"""Stage `cascade`: runs the cascade on the test split and writes its decisions, metrics and deferral curve."""
 
 import csv
 import io
 from dataclasses import replace
 
-from distill.cascade.cascade import Calibration, CascadePolicy, describe
-from distill.cascade.cascade import run as take_through
+from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
 from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
 from distill.data import jsonl
 from distill.files import read_json, write_json, write_text
@@ -24,43 +23,40 @@ def run(context: Context, tracked: StageRun) -> None:
     calibration = Calibration.read(path, student.name)
     policy = CascadePolicy(labels, calibration, settings.on_agreement)
     gold = [sample.label for sample in samples if sample.label is not None]
-    scores = {"student": student.classify(samples)}
-    with context.asked_teacher(of_cascade=True) as teacher:
-        assert teacher is not None  # the recipe was checked
-        decisions = take_through(samples, scores["student"], teacher, policy)
+    student_scores, teacher_scores = student.classify(samples), None
+    with context.cached_teacher(for_cascade=True) as teacher:
+        assert teacher is not None  # guaranteed by the validation of the recipe
+        decisions = run_cascade(samples, student_scores, teacher, policy)
         if settings.deferral_curve:
-            scores["teacher"] = teacher.classify(samples)
-
-        asked = teacher.teacher
+            teacher_scores = teacher.classify(samples)
+        model = teacher.teacher
 
     def price(cost: Cost) -> float | None:
-        return asked.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(asked, Endpoint) else None
+        return model.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(model, Endpoint) else None
 
-    plain = replace(policy, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
-    predictions = {"student": policy.student(scores["student"])}
-    before = {"student": plain.student(scores["student"])}
-    if "teacher" in scores:
-        predictions["teacher"], before["teacher"] = policy.teacher(scores["teacher"]), plain.teacher(scores["teacher"])
-    metrics = cascade_metrics(decisions, gold, labels, predictions.get("teacher"), price)
+    uncalibrated = replace(policy, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
+    after = {"student": policy.student_predictions(student_scores)}
+    before = {"student": uncalibrated.student_predictions(student_scores)}
+    if teacher_scores is not None:
+        after["teacher"] = policy.teacher_predictions(teacher_scores)
+        before["teacher"] = uncalibrated.teacher_predictions(teacher_scores)
+    metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
     metrics["measure"] = calibration.measure
     metrics["promise"] = read_json(path)["promise"]["says"]
-    metrics["selective"] = {
-        role: selective_metrics(before[role], predictions[role], gold, labels) for role in predictions
-    }
+    metrics["selective"] = {role: selective_metrics(before[role], after[role], gold, labels) for role in after}
     rows = []
-    if "teacher" in predictions:
-        rows = deferral_rows(predictions["student"], predictions["teacher"], gold, labels, price, settings.resamples)
+    if "teacher" in after:
+        rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples)
     table = io.StringIO()
     writer = csv.DictWriter(table, ["policy", "deferred", "quality", "low", "high", "seconds", "currency"])
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / "deferral_curve.csv", table.getvalue())
-    found = zip(samples, decisions, strict=True)
     jsonl.write_rows(
         folder / "decisions.jsonl",
         (
-            {"id": sample.id, "gold": sample.label, "label": policy.label(decision.probabilities)} | describe(decision)
-            for sample, decision in found
+            {"id": sample.id, "gold": sample.label, "label": policy.label(decision.probabilities)} | decision.to_json()
+            for sample, decision in zip(samples, decisions, strict=True)
         ),
     )
     write_json(folder / "metrics.json", metrics)

@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, the run's folder, the data, the models of earlier stages, a way to train."""
+"""The context of a stage: recipe, run folder, data, models of earlier stages, and training."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import active_folder, fit, fits_here, with_defaults
+from distill.training.fit import fit, should_train, with_defaults, worker_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,34 +44,40 @@ _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "cla
 
 @dataclass
 class Context:
-    """One chain as its stages see it. `fingerprints` tells which version of each stage's output stands on disk."""
+    """The state that the stages of one chain share.
+
+    Attributes:
+        fingerprints: of the stages, as `chain.fingerprints` returns them; they are part of model names.
+    """
 
     recipe: Recipe
     fingerprints: dict[str, str]
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self.recipe.folder
 
     @property
     def labels(self) -> LabelSpace:
+        """The label space of the recipe."""
         return self.recipe.labels
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The data, read and checked once; what was dropped is written to `quarantine.jsonl` in the run's folder."""
+        """The data, read and validated once. Dropped rows are written to `quarantine.jsonl` in the run's folder."""
         corpus = read_corpus(self.recipe.data, self.labels)
-        if active_folder() is None:  # the processes of one training would write it at once
+        if worker_folder() is None:  # workers of a distributed training do not write it
             report = self.folder / "quarantine.jsonl"
             write_quarantine(report, corpus.dropped)
             if corpus.dropped:
                 first = corpus.dropped[0]
-                found = f"{len(corpus.dropped)} rows are left out and listed in {report}; the first:"
-                log.warning("data: %s %s row %d: %s", found, first.file, first.row, first.reason)
+                summary = f"{len(corpus.dropped)} rows are dropped and listed in {report}; the first:"
+                log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
         return corpus
 
     def tokenizer(self, settings: ModelSettings) -> Path:
-        """The folder of the tokenizer that tiny models of one vocabulary size share; trained when missing."""
+        """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
         texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
         parts = (*texts, settings.tiny.vocabulary)
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
@@ -82,48 +88,56 @@ class Context:
 
     @property
     def _reviews(self) -> bool:
-        """Whether a teacher learns to review, so that the tokenizer must know that question too."""
+        """Whether a teacher trains the *review* task, whose prompts the tokenizer is then trained on as well."""
         return self.recipe.teacher is not None and "review" in self.recipe.teacher.tasks
 
     def _texts(self) -> list[str]:
-        """What the models will read and write: posts, rationales, questions and answers."""
+        """Training texts of the tokenizer: posts, rationales, prompts and answers."""
         posts = self.corpus.train
         texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
         if self._reviews:
-            said = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
-            texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in said]
+            reviews = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
+            texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in reviews]
         return texts + [f"{prompts.CLASSIFY_PREFIX} {name}" for name in self.labels.names for _ in range(100)]
 
     def train(
         self,
         stage: str,
         module: Callable[[Backbone], AssistantModule],
-        rows: Sequence[Sample],
+        samples: Sequence[Sample],
         tracked: StageRun,
         *,
         part: str = "",
-        longer: int = 1,
+        epoch_factor: int = 1,
     ) -> None:
-        """Train one model on `rows` in the stage's folder (or a part of it) and leave its best weights in `adapter/`.
+        """Train one model and save its best weights to `adapter/` in the stage's folder.
 
-        `longer` multiplies the epochs, and those between validations.
+        Args:
+            module: creates the Lightning module for a new model.
+            part: a subfolder of the stage's folder, for a second training of the same stage.
+            epoch_factor: multiplies the number of epochs, and of epochs between validations.
+
+        Raises:
+            SettingsError: there are no samples.
         """
         settings: TrainSettings = getattr(self.recipe, stage)
         folder = self.folder / stage / part
-        if not fits_here(folder):
+        if not should_train(folder):
             return
-        if not rows:
-            raise SettingsError(f"{stage}: no training rows are left; {self.folder}/*/quarantine.jsonl says why")
-        # workers need cores of their own: threads that have to wait for a core cost more than they bring
+        if not samples:
+            raise SettingsError(
+                f"{stage}: no training rows are left; the reasons are in {self.folder}/*/quarantine.jsonl"
+            )
+        # leave cores for the workers: threads that wait for a core slow training down
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - settings.workers)))
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
         learner = module(model)
         data = ReasoningDataModule(
             model,
-            rows,
+            samples,
             self.corpus.validation,
             learner.settings.tasks,  # type: ignore[arg-type]
             learner.encode,
@@ -135,51 +149,53 @@ class Context:
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
-                arguments[name] *= longer
+                arguments[name] *= epoch_factor
         fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
 
     def trainer_arguments(self, settings: TrainSettings) -> dict[str, Any]:
-        """What lightning.Trainer is given for one training."""
+        """Arguments of lightning.Trainer for one training."""
         return with_defaults(self.recipe.trainer, settings.trainer)
 
     def weights(self, stage: str) -> str:
-        """A hash of the weights that a stage trained, and of what they lie on."""
+        """Hash of the weights that a stage trained, including the path and revision of the base model."""
         model: ModelSettings = getattr(self.recipe, stage).model
         files = sorted((self.folder / stage / "adapter").glob("*.safetensors"))
         return sha256(repr([model.path, model.revision, *map(digest, files)]).encode()).hexdigest()
 
     def load(self, stage: str, part: str = "") -> Backbone:
-        """The model that a stage trained."""
+        """Load the model that a stage trained."""
         return backbone.load(getattr(self.recipe, stage).model, self.labels, self.folder / stage / part / "adapter")
 
     def reasoner(self, stage: str, part: str = "") -> Local:
-        """The model that a stage trained, ready to answer; its name changes with its weights."""
+        """Load the model that a stage trained, for inference. Its name contains the stage's fingerprint."""
         return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
 
-    def teacher(self, *, of_cascade: bool = False) -> Reasoner | None:
-        """Who annotates: the trained teacher, an endpoint or a ready model; None for a recording.
+    def teacher(self, *, for_cascade: bool = False) -> Reasoner | None:
+        """The teacher that annotates: the trained one, an endpoint or a pretrained model; None for a recording.
 
-        `of_cascade`: who takes what the student is not sure of; the same, unless `calibrate` names another.
+        Args:
+            for_cascade: return the teacher of the cascade, which is the same unless `calibrate` sets another one.
         """
         recipe = self.recipe
-        asked: CalibrateStageSettings | AnnotateStageSettings | None = recipe.calibrate if of_cascade else None
-        if asked is None or (asked.endpoint is None and asked.model is None):
+        section: CalibrateStageSettings | AnnotateStageSettings | None = recipe.calibrate if for_cascade else None
+        if section is None or (section.endpoint is None and section.model is None):
             if recipe.teacher is not None:
                 return self.reasoner("teacher")
-            asked = recipe.annotate
-        if asked is not None and asked.endpoint is not None:
-            return Endpoint(asked.endpoint, self.labels, recipe.data.max_pixels)
-        if asked is not None and asked.model is not None:
-            ready = backbone.create(asked.model, self.labels, self.tokenizer(asked.model), train=False)
-            seen = f"{asked.model.image_size} px, {asked.model.dtype}"
-            return Local(ready, f"{asked.model.path}@{asked.model.revision} ({seen})", self.device)
+            section = recipe.annotate
+        if section is not None and section.endpoint is not None:
+            return Endpoint(section.endpoint, self.labels, recipe.data.max_pixels)
+        if section is not None and section.model is not None:
+            settings = section.model
+            model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
+            name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
+            return Local(model, name, self.device)
         return None
 
     @contextmanager
-    def asked_teacher(self, *, of_cascade: bool = False) -> Iterator[CachedTeacher | None]:
-        """The teacher as evaluate, calibrate and cascade ask it: through one ledger, so that nothing is paid twice."""
-        teacher = self.teacher(of_cascade=of_cascade)
+    def cached_teacher(self, *, for_cascade: bool = False) -> Iterator[CachedTeacher | None]:
+        """The teacher for evaluate, calibrate and cascade, which share a ledger: no request is paid for twice."""
+        teacher = self.teacher(for_cascade=for_cascade)
         if teacher is None:
             yield None
             return
@@ -188,11 +204,11 @@ class Context:
 
     @property
     def device(self) -> str:
-        """Where models answer: the first device that the trainer uses."""
-        trainer, chosen = self.recipe.trainer, self.recipe.trainer.get("devices")
+        """Device for inference: the first device of the trainer. Raises SettingsError if it is not available."""
+        trainer, devices = self.recipe.trainer, self.recipe.trainer.get("devices")
         try:
             first = L.Trainer(
-                accelerator=trainer.get("accelerator", "auto"), devices=chosen[:1] if isinstance(chosen, list) else 1,
+                accelerator=trainer.get("accelerator", "auto"), devices=devices[:1] if isinstance(devices, list) else 1,
                 logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             ).strategy.root_device  # fmt: skip
         except MisconfigurationException as error:
@@ -200,21 +216,21 @@ class Context:
         return str(first)
 
     def write_rationales(self, stage: str, kept: Iterable[tuple[Sample, Rationale, dict[str, Any]]]) -> None:
-        """`rationales.jsonl` of a stage: the samples with their rationales in the canonical look, as they come."""
+        """Write `rationales.jsonl` of a stage from samples, rationales and extra fields, in order of arrival."""
         rows = (
-            jsonl.row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
+            jsonl.to_row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
             for sample, rationale, extra in kept
         )
         jsonl.write_rows(self.folder / stage / "rationales.jsonl", rows)
 
     def rationales(self, *stages: str) -> list[Sample]:
-        """The reasoning data of the stages that the recipe has."""
+        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped."""
         present = [stage for stage in stages if getattr(self.recipe, stage) is not None]
         paths = [self.folder / stage / "rationales.jsonl" for stage in present]
-        return [jsonl.sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
+        return [jsonl.to_sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
 
-    def training_rows(self, *stages: str) -> list[Sample]:
-        """What assistant and student learn from: reasoning data, or the labelled posts where a recipe has none."""
+    def training_samples(self, *stages: str) -> list[Sample]:
+        """Training data of assistant and student: reasoning data, or labelled posts without an annotate section."""
         if self.recipe.annotate is None:
             return [sample for sample in self.corpus.train if sample.label is not None]
         return self.rationales(*stages)
@@ -222,7 +238,7 @@ class Context:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar as a function of what is done and what there is; it leaves an empty line, also after a failure."""
+    """Show a progress bar; the yielded function takes the numbers of completed and of all posts."""
     with tqdm(desc=description, unit="post", leave=False) as bar:
 
         def show(done: int, total: int) -> None:

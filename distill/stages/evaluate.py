@@ -1,4 +1,4 @@
-"""Stage `evaluate`: every role on the test split, `metrics.json`, `predictions.jsonl` and the report."""
+"""Stage `evaluate`: evaluates every role on the test split; writes `metrics.json` and `predictions.jsonl`."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.data import jsonl
 from distill.evaluation.classification import majority_baseline
-from distill.evaluation.evaluate import Judged, gold_values, judge, read, role_metrics
+from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
 from distill.evaluation.regression import trivial_baseline
 from distill.files import write_json
 from distill.models.reasoner import Reasoner
@@ -18,32 +18,33 @@ from distill.tracking import StageRun
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """On a scale, `gold` and `label` are the bins' names, and `value` stands beside them."""
+    """Run the stage. On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added."""
     recipe, labels, samples = context.recipe, context.labels, context.corpus.test
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None
-    judged: dict[str, Judged] = {}
+    outputs: dict[str, RoleOutputs] = {}
 
-    def ask(role: str, reasoner: Reasoner, template: Template | None) -> None:
+    def evaluate(role: str, reasoner: Reasoner, template: Template | None) -> None:
         with progress(f"evaluate {role}") as show:
-            judged[role] = judge(reasoner, samples, labels, settings, template, show)
+            outputs[role] = evaluate_role(reasoner, samples, labels, settings, template, show)
 
-    with context.asked_teacher() if settings.teacher else nullcontext() as teacher:
+    with context.cached_teacher() if settings.teacher else nullcontext() as teacher:
         if teacher is not None:
-            ask("teacher", teacher, "predict" if recipe.annotate is not None else None)
-    del teacher  # one on this machine makes room for the others
+            evaluate("teacher", teacher, "predict" if recipe.annotate is not None else None)
+    del teacher  # frees the memory of a local teacher
     if recipe.assistant is not None:
-        ask("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
-    ask("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)
+        evaluate("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
+    evaluate("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)
     if recipe.student.hard_labels_baseline:
-        ask("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
+        evaluate("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
 
-    references = _references(context, judged.get("teacher"))
+    references = _references(context, outputs.get("teacher"))
     none: list[Rationale | None] = [None] * len(samples)
     metrics: dict[str, Any] = {}
-    for role, answers in judged.items():
-        held_against = none if answers.rationales is references else references  # a reference is not, against itself
-        metrics[role] = role_metrics(answers, samples, held_against, labels, settings)
+    for role, output in outputs.items():
+        # the teacher is not compared with its own rationales
+        compared = none if output.rationales is references else references
+        metrics[role] = role_metrics(output, samples, compared, labels, settings)
     gold = [labels.name(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [labels.name(sample.label) for sample in samples], labels)
     if labels.scale is not None:
@@ -55,10 +56,10 @@ def run(context: Context, tracked: StageRun) -> None:
             "id": sample.id,
             "text": sample.text,
             "aspect": sample.aspect,
-            "images": jsonl.row(sample, context.corpus.root)["images"],
+            "images": jsonl.to_row(sample, context.corpus.root)["images"],
             "gold": labels.name(sample.label),
             "reference": sample.rationale,
-            "roles": {role: _answer(context, answers, index) for role, answers in judged.items()},
+            "roles": {role: _answer(context, output, index) for role, output in outputs.items()},
         }
         | ({"value": sample.label} if labels.scale is not None else {})
         for index, sample in enumerate(samples)
@@ -69,27 +70,30 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
 
 
-def _references(context: Context, teacher: Judged | None) -> list[Rationale | None]:
-    """The teacher's rationales: as recorded in the data where the recipe trusts the recording, else as just given."""
+def _references(context: Context, teacher: RoleOutputs | None) -> list[Rationale | None]:
+    """Reference rationales of the test samples: those recorded in the data if the recipe uses recordings or the teacher
+    generated none, otherwise those of the teacher."""
     annotate = context.recipe.annotate
     if (annotate is not None and annotate.recorded) or teacher is None or teacher.rationales is None:
-        return [read(sample.rationale, context.labels) for sample in context.corpus.test]
+        return [parse_or_none(sample.rationale, context.labels) for sample in context.corpus.test]
     return teacher.rationales
 
 
-def _answer(context: Context, answers: Judged, index: int) -> dict[str, Any]:
-    value = answers.value(index, context.labels)
+def _answer(context: Context, outputs: RoleOutputs, index: int) -> dict[str, Any]:
+    """The output of one role on one sample, as written to `predictions.jsonl`."""
+    value = outputs.value(index, context.labels)
     return {
-        "label": answers.label(index, context.labels),
+        "label": outputs.label(index, context.labels),
         **({} if value is None else {"value": value}),
-        "probabilities": answers.scores.probabilities[index].tolist(),
-        "label_mass": float(answers.scores.label_mass[index]),
-        "rationale": None if answers.texts is None else answers.texts[index],
+        "probabilities": outputs.scores.probabilities[index].tolist(),
+        "label_mass": float(outputs.scores.label_mass[index]),
+        "rationale": None if outputs.texts is None else outputs.texts[index],
     }
 
 
 def _table_row(context: Context, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the predictions table for experiment tracking."""
     image = context.corpus.root / row["images"][0] if row["images"] else None
     predicted = {role: answer["label"] for role, answer in row["roles"].items()}
-    said = row["roles"]["student"]["rationale"]
-    return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": said}
+    rationale = row["roles"]["student"]["rationale"]
+    return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": rationale}

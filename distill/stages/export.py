@@ -1,4 +1,4 @@
-"""Stage `export`: the student as a folder that transformers loads, with its model card."""
+"""Stage `export`: writes the student as a transformers folder with a model card."""
 
 from distill.export.export import base_licence, export, model_card
 from distill.files import read_json
@@ -21,13 +21,13 @@ def run(context: Context, tracked: StageRun) -> None:
         f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and "
         f"{len(corpus.test)} test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
     )
-    # a made-up post: a card travels further than the data may
+    # a placeholder post: the card may be published where the data may not
     example = Sample("example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)")
     card = model_card(
         recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,
         example, student, "reason" in recipe.student.tasks,
     )  # fmt: skip
     folder = context.folder / "export"
-    figures = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)
-    tracked.log(figures)
+    result = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)
+    tracked.log(result)
     tracked.log_artifact("export", "model", folder)

@@ -1,4 +1,4 @@
-"""`report.html` and the table at the end of a chain, from what the stages left."""
+"""`report.html` and the table at the end of a chain, from the files of the stages."""
 
 import csv
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _GALLERY = 24
 
 
 def run(recipe: Recipe) -> None:
-    """Write the report. Raises SettingsError where the chain has not been evaluated."""
+    """Write the report. Raises SettingsError if the chain has not been evaluated."""
     folder = recipe.folder
     roles, baselines = _metrics(recipe)
     summary = folder / "annotate" / "summary.json"
@@ -36,18 +36,21 @@ def run(recipe: Recipe) -> None:
         cascade=_cascade(recipe),
         gallery=_gallery(recipe),
         settings=to_yaml(recipe),
-        dates={"started": min(entry["started"] for entry in stages.values()), "judged": stages["evaluate"]["started"]},
+        dates={
+            "started": min(entry["started"] for entry in stages.values()),
+            "evaluated": stages["evaluate"]["started"],
+        },
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)
 
 
 def summary(recipe: Recipe) -> str:
-    """The table of roles, and where the report and the exported student are."""
+    """The table of the roles, and the paths of the report and the exported student."""
     roles, baselines = _metrics(recipe)
     lines = [format_table(roles, baselines)]
     if (cascade := _cascade(recipe)) is not None:
-        calls = f"{cascade['teacher_calls_per_sample']:.3f} teacher calls a post"
+        calls = f"{cascade['teacher_calls_per_sample']:.3f} teacher calls per post"
         lines.append(f"cascade  accuracy {cascade['accuracy']:.3f} with {calls}")
     lines.append(f"report   {recipe.folder / 'report.html'}")
     if recipe.export is not None and (recipe.folder / "export" / "config.json").exists():
@@ -56,6 +59,7 @@ def summary(recipe: Recipe) -> str:
 
 
 def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics of the roles by name, and of the baselines by title."""
     path = recipe.folder / "evaluate" / "metrics.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run: distill run --until evaluate with the same recipe")
@@ -68,7 +72,7 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _cascade(recipe: Recipe) -> dict[str, Any] | None:
-    """The cascade's metrics with its deferral curve; None where it did not run."""
+    """The cascade metrics with the deferral curve; None if the cascade did not run."""
     folder = recipe.folder / "cascade"
     if recipe.cascade is None or not (folder / "metrics.json").exists():
         return None
@@ -79,21 +83,22 @@ def _cascade(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
-    """Test posts spread over the split, those on which the roles disagree first."""
+    """Up to `_GALLERY` rows of `predictions.jsonl`; the first half are posts that not all roles classify correctly."""
     rows = [dict(row.fields) for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
 
-    def agreed(row: Mapping[str, Any]) -> bool:
+    def all_correct(row: Mapping[str, Any]) -> bool:
         return {answer["label"] for answer in row["roles"].values()} == {row["gold"]}
 
-    disputed = [row for row in rows if not agreed(row)]
-    plain = [row for row in rows if agreed(row)]
+    misclassified = [row for row in rows if not all_correct(row)]
+    correct = [row for row in rows if all_correct(row)]
     half = _GALLERY // 2
-    chosen = disputed[:half]
-    chosen += plain[: _GALLERY - len(chosen)]
+    chosen = misclassified[:half]
+    chosen += correct[: _GALLERY - len(chosen)]
     return [_entry(Path(recipe.data.root), row) for row in chosen]
 
 
 def _entry(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A gallery entry of `Report`."""
     return {
         "id": row["id"],
         "text": row["text"],

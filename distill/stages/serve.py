@@ -1,4 +1,4 @@
-"""`distill serve`: the student that a chain trained and its teacher, behind one address."""
+"""`distill serve`: serves the student of a chain and its teacher on one address."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Reasoner
 from distill.recipe import Recipe
-from distill.serving.settings import in_service
+from distill.serving.settings import endpoint_for_serving
 from distill.stages.context import Context
 
 
@@ -15,22 +15,22 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        fingerprints: of the stages, as `chain.ready` found them.
+        fingerprints: fingerprints of the stages, from `chain.input_fingerprints`.
 
     Raises:
-        SettingsError: the calibration is of another student, or the web libraries are not installed.
+        SettingsError: the calibration was made with another student, or the web libraries are not installed.
     """
     try:
         from distill.serving.gateway import Gateway
         from distill.serving.server import serve
     except ImportError as error:
         raise SettingsError(f"serve needs {error.name}: pip install 'distill[serve]'") from None
-    assert recipe.student is not None  # it was trained
+    assert recipe.student is not None  # `serve` requires the stage
     settings = replace(recipe.serve, rationale=recipe.serve.rationale and "reason" in recipe.student.tasks)
     for name in ("annotate", "calibrate"):
         section = getattr(recipe, name)
         if section is not None and section.endpoint is not None:
-            endpoint = in_service(section.endpoint, settings.deadline_s)
+            endpoint = endpoint_for_serving(section.endpoint, settings.deadline_s)
             recipe = replace(recipe, **{name: replace(section, endpoint=endpoint)})
     context = Context(recipe, fingerprints)
     calibration = Calibration.read(
@@ -39,8 +39,9 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     policy = CascadePolicy(context.labels, calibration, recipe.cascade.on_agreement if recipe.cascade else "teacher")
     student: Reasoner
     if settings.student is not None:
-        student = Endpoint(in_service(settings.student, settings.deadline_s), context.labels, recipe.data.max_pixels)
+        endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
+        student = Endpoint(endpoint, context.labels, recipe.data.max_pixels)
     else:
         student = context.reasoner("student")
-    teacher = context.teacher(of_cascade=True)
+    teacher = context.teacher(for_cascade=True)
     serve(Gateway(settings, policy, student, teacher, recipe.name, recipe.data.max_pixels))

@@ -1,4 +1,4 @@
-"""Stage `teacher`: fine-tune a local teacher on the labels and gold rationales of the training split."""
+"""Stage `teacher`: fine-tunes a local teacher on the labels and gold rationales of the training split."""
 
 from distill.errors import SettingsError
 from distill.stages.context import Context

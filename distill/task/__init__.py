@@ -1,1 +1,1 @@
-"""What is predicted: samples, labels, rationales and prompts. Imports nothing of ours, no torch."""
+"""The prediction task: samples, labels, rationales and prompts. Imports no other package of distill, and no torch."""

@@ -1,6 +1,6 @@
-"""The questions put to the models: versioned templates, one function for every one of them.
+"""The prompts: versioned templates, and one function that renders all of them.
 
-`VERSION` is part of the key under which a paid answer is kept (`annotation/ledger.py`): change it with any wording.
+`VERSION` is part of the ledger keys of cached answers (`annotation/ledger.py`): change it with any change of wording.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ VERSION = "2"
 Template = Literal["predict", "explain", "reason", "classify", "review"]
 
 CLASSIFY_PREFIX = '"Prediction":'
-"""The forced beginning of an answer to *classify* or *review*; label scoring reads the next token after it."""
+"""Forced prefix of an answer to *classify* or *review*; label probabilities are read from the tokens that follow."""
 
 SCORED: tuple[Template, ...] = ("classify", "review")
-"""The questions whose answer is a label alone."""
+"""The templates whose answer is only a label."""
 
 
 @dataclass(frozen=True)
 class EarlierAnswers:
-    """What student and teacher said before a review: label names, and their probabilities in [0, 1]."""
+    """Predictions of student and teacher before a review: label names, and their probabilities in [0, 1]."""
 
     student: str
     student_confidence: float
@@ -45,7 +45,7 @@ _FIELDS = (
 )
 
 _HEAD = "Judge the sentiment of {target}{scale}: {names}.\n{post}\n"
-"""What all questions about one post begin with, so that a model reads it (and the picture before it) once for all."""
+"""Common prefix of all prompts about one post, so that a model encodes it (and the images before it) only once."""
 
 _FULL = "{definitions}{hint}Answer with these five fields, one a line, and nothing else:\n{fields}"
 
@@ -63,40 +63,45 @@ _EARLIER = "A first reader said {} ({:.0%} sure), a second one {} ({:.0%} sure).
 
 
 def render(template: Template, sample: Sample, labels: LabelSpace, earlier: EarlierAnswers | None = None) -> str:
-    """The text of one question about one post; its images go before it in the message.
+    """Render the prompt text for one post; the post's images come before it in the message.
 
-    *predict* and *explain* are the teacher's questions (MulCoT-RD, reasoning data), *reason* and *classify* the two
-    tasks of assistant and student, *review* the teacher's second look (U-ACS, stage 3). Only *explain* contains the
-    sample's label, and only *review* what was answered before: label names and numbers, never free text.
+    *predict* and *explain* request a rationale from the teacher (MulCoT-RD, reasoning data). *reason* and *classify*
+    are the two tasks of assistant and student. *review* requests the teacher's second prediction (U-ACS, stage 3).
+    Only *explain* contains the sample's label. Only *review* contains earlier answers, as label names and
+    probabilities, never as free text.
+
+    Args:
+        earlier: the predictions that *review* shows; ignored by the other templates.
 
     Raises:
-        ValueError: *explain* for a sample without a label, *review* without earlier answers or with a label that is
-            not in the space.
+        ValueError: *explain* for a sample without a label, or *review* without earlier answers or with a label that is
+            not in the label space.
     """
     if template == "explain":
         labels.index(sample.label)
-    said = ""
+    earlier_text = ""
     if template == "review":
         if earlier is None:
             raise ValueError("a review needs the earlier answers")
         for name in (earlier.student, earlier.teacher):
             labels.index(name)
-        said = _EARLIER.format(earlier.student, earlier.student_confidence, earlier.teacher, earlier.teacher_confidence)
-    named = [name for name in labels.names if name in _DEFINITIONS]
+        confidences = earlier.student_confidence, earlier.teacher_confidence
+        earlier_text = _EARLIER.format(earlier.student, confidences[0], earlier.teacher, confidences[1])
+    defined = [name for name in labels.names if name in _DEFINITIONS]
     names = ", ".join(labels.names[:-1]) + " or " + labels.names[-1]
     return (_HEAD + _TAILS[template]).format(
-        target="the post" if sample.aspect is None else f'the post towards "{_line(sample.aspect)}"',
+        target="the post" if sample.aspect is None else f'the post towards "{_one_line(sample.aspect)}"',
         names=names,
         scale=f" on a scale from {labels.names[0]} (negative) to {labels.names[-1]} (positive)" if labels.scale else "",
-        definitions="".join(f"{name}: {_DEFINITIONS[name]}.\n" for name in named),
-        earlier=said,
-        post=f'Post: "{_line(sample.text)}"',
+        definitions="".join(f"{name}: {_DEFINITIONS[name]}.\n" for name in defined),
+        earlier=earlier_text,
+        post=f'Post: "{_one_line(sample.text)}"',
         hint=_HINT.format(label=labels.name(sample.label)) if template == "explain" else "",
         fields="\n".join(_FIELDS).format(names=names),
         prefix=CLASSIFY_PREFIX,
     )
 
 
-def _line(text: str) -> str:
-    """A post on one line, so that nothing in it can pass for a field of an answer that quotes it."""
+def _one_line(text: str) -> str:
+    """The text on one line, so that no line of a post can be parsed as a field of an answer that quotes the post."""
     return " ".join(text.split())

@@ -1,8 +1,9 @@
-"""The five-field reasoning chain of MulCoT-RD (arXiv 2508.05234): parse, render, check.
+"""The five-field rationale of MulCoT-RD (arXiv 2508.05234): parsing, rendering and validation.
 
-Teachers write the chain in several looks: quoted lines, Markdown headings, JSON, fenced or not. A field begins where
-its name opens a line in the look of the first field, never in the middle of one, so an answer may quote a post that
-contains such names; where it stays in doubt which prediction is the answer's own, the answer is malformed.
+Teachers write the fields in several formats: quoted lines, Markdown headings or JSON, with or without a code fence. A
+field starts only where its name is at the start of a line and has the same markup as the first field. An answer may
+therefore quote a post that contains field names. If it is ambiguous which prediction belongs to the answer, the answer
+is malformed.
 """
 
 import json
@@ -27,7 +28,7 @@ _LEAKS = (
 
 
 class InvalidRationale(ValueError):
-    """A teacher's answer that must not be learned from; `reason` says which rule it breaks."""
+    """A teacher's answer that is not used for training; `reason` is the rule that it violates."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -36,7 +37,7 @@ class InvalidRationale(ValueError):
 
 @dataclass(frozen=True)
 class Rationale:
-    """The five fields, each on one line; `prediction` is a name of the label space."""
+    """The five fields, each on one line; `prediction` is a label name."""
 
     text_analysis: str
     image_analysis: str
@@ -46,15 +47,15 @@ class Rationale:
 
 
 def parse(answer: str, labels: LabelSpace) -> Rationale:
-    """Read the five fields from an answer in any of the looks above.
+    """Parse the five fields of an answer in any of the formats above.
 
     Raises:
-        InvalidRationale: a field is missing, empty, not closed, given twice or out of order, the prediction is not a
-            label, or two predictions disagree.
+        InvalidRationale: a field is missing, empty, unterminated, duplicated or out of order, the prediction is not a
+            label, or two predictions differ.
     """
     for name in FIELDS[:4]:
         if len(re.findall(rf"{name.replace('_', '[_ ]')}[\\\"'`* \t]*:", answer, re.IGNORECASE)) > 1:
-            raise InvalidRationale("malformed", f"{name} is given twice")  # one of them is a quotation: but which?
+            raise InvalidRationale("malformed", f"{name} is given twice")  # one is a quotation; ambiguous
     fields = _from_json(answer) or _from_lines(answer)
     for name in FIELDS:
         if not fields.get(name):
@@ -68,21 +69,22 @@ def parse(answer: str, labels: LabelSpace) -> Rationale:
 
 
 def render(rationale: Rationale) -> str:
-    """The canonical look, one quoted field a line and the prediction unquoted; `parse` reads it back unchanged."""
+    """The canonical format: one quoted field per line, the prediction unquoted. `parse` returns the same rationale."""
     *texts, prediction = astuple(rationale)
     lines = [f'"{name}": "{" ".join(text.split())}"' for name, text in zip(FIELDS, texts, strict=False)]
     return "\n".join([*lines, f'"Prediction": {prediction}'])
 
 
 def check(answer: str, labels: LabelSpace, expected: object = None, *, finished: bool = True) -> Rationale:
-    """Parse an answer and hold it against the rules of DESIGN section 4.
+    """Parse and validate an answer.
 
     Args:
-        expected: the label that the prediction must be; None where nobody knows it.
-        finished: whether generation ended by itself rather than by the token limit.
+        expected: the label that the answer must predict; None if the sample is unlabelled.
+        finished: False if the token limit truncated the answer.
 
     Raises:
-        InvalidRationale: the answer is unfinished or malformed, predicts another label, or leaks the prompt.
+        InvalidRationale: the answer is unfinished or malformed, predicts another label, or mentions that the label was
+            given in the prompt.
     """
     if not finished:
         raise InvalidRationale("unfinished", "the token limit cut the answer")
@@ -96,59 +98,59 @@ def check(answer: str, labels: LabelSpace, expected: object = None, *, finished:
 
 
 def _from_json(answer: str) -> dict[str, list[str]] | None:
-    """The fields of an answer that holds one JSON object, fenced or not; each name with all the values it was given."""
-    chain: dict[str, list[str]] = {}
+    """All values of each field of an answer that contains one JSON object; None if it contains none."""
+    fields: dict[str, list[str]] = {}
 
     def collect(pairs: list[tuple[str, Any]]) -> str:
         named = [(name.strip().replace(" ", "_").capitalize(), str(value)) for name, value in pairs]
-        if FIELDS[0] in dict(named):  # it may be wrapped in another object
+        if FIELDS[0] in dict(named):  # may be nested in another object
             for name, value in named:
-                chain.setdefault(name, []).extend([value] if value.strip() else [])
+                fields.setdefault(name, []).extend([value] if value.strip() else [])
         return "an object"
 
     try:
         json.JSONDecoder(object_pairs_hook=collect, strict=False).raw_decode(answer[max(answer.find("{"), 0) :])
     except (ValueError, RecursionError):
         return None
-    return chain or None
+    return fields or None
 
 
 def _from_lines(answer: str) -> dict[str, list[str]]:
-    """The fields of an answer whose names open lines, in the order of the chain; text between belongs to the field."""
+    """All values of each field of an answer whose field names start lines, in order; a field ends at the next name."""
     body = _FENCE.sub("", answer)
     headers = list(_HEADER.finditer(body))
-    first = next((header for header in headers if _name(header) == FIELDS[0]), None)
+    first = next((header for header in headers if _field_name(header) == FIELDS[0]), None)
     if first is None:
         return {}
-    headers = [header for header in headers[headers.index(first) :] if _look(header) == _look(first)]
-    names = [_name(header) for header in headers]
+    headers = [header for header in headers[headers.index(first) :] if _markup(header) == _markup(first)]
+    names = [_field_name(header) for header in headers]
     conclusion = names.index(FIELDS[3]) if FIELDS[3] in names else len(names)
     headers = [header for at, header in enumerate(headers) if names[at] != "Prediction" or at > conclusion]
-    order = [FIELDS.index(_name(header)) for header in headers]
+    order = [FIELDS.index(_field_name(header)) for header in headers]
     if order != sorted(order) or any(order.count(field) > 1 for field in range(4)):
         raise InvalidRationale("malformed", "a field is given twice or out of order")
     ends = [header.start() for header in headers[1:]] + [len(body)]
     fields: dict[str, list[str]] = {}
     for header, end in zip(headers, ends, strict=True):
-        name, value = _name(header), body[header.end() : end].strip()
-        if name == "Prediction":  # what follows the line of the label is not part of it
+        name, value = _field_name(header), body[header.end() : end].strip()
+        if name == "Prediction":  # only the line of the label; the rest is commentary
             value = next((line for line in value.splitlines() if line.strip(" \t*_\"'`")), "")
         elif end < len(body):
             value = value.rstrip("# \t\n-,{*")
         value = value.strip().strip(",").removeprefix("**").strip()
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
-        elif value.startswith('"') and '"' in _look(first):  # the line quoted a post that broke it
+        elif value.startswith('"') and '"' in _markup(first):  # a quoted post broke the line
             raise InvalidRationale("malformed", f"{name} is not closed")
         if value.strip():
             fields.setdefault(name, []).append(value)
     return fields
 
 
-def _name(header: re.Match[str]) -> str:
+def _field_name(header: re.Match[str]) -> str:
     return header.group(2).replace(" ", "_").capitalize()
 
 
-def _look(header: re.Match[str]) -> set[str]:
-    """How a field's name is set apart: quoted, as a heading, in bold."""
+def _markup(header: re.Match[str]) -> set[str]:
+    """The markup of a field's name: quotes, heading or bold characters."""
     return set(header.group(1)) & set("\"'`#*")

@@ -1,4 +1,4 @@
-"""One post: what the models see, and what is known about it."""
+"""One post: the model's inputs and their annotations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +9,11 @@ from pathlib import Path
 class Sample:
     """A post with its annotations.
 
-    `label` is a name of the label space, a value on a continuous scale, or None where nobody labelled the post.
-    `rationale` is text as a teacher wrote it, parsed by `task/rationale.py`. `attributes` say what a post of the
-    built-in corpus really shows, and no model ever sees them.
+    Attributes:
+        aspect: the target of an aspect-level sentiment; None for the sentiment of the whole post.
+        label: a name of the label space, a value on a continuous scale, or None if the post is unlabelled.
+        rationale: a teacher's text in any format that `task/rationale.py` parses.
+        attributes: ground truth about a post of the built-in corpus, for evaluation only; never shown to a model.
     """
 
     id: str

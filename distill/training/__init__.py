@@ -1,1 +1,1 @@
-"""How assistant and student learn: batches, losses, soft targets and the Lightning modules over them."""
+"""Training of teacher, assistant and student: batches, losses, soft targets and the Lightning modules."""

@@ -1,4 +1,4 @@
-"""From samples to the batches of multitask training: one packed sequence per sample, with all its tasks."""
+"""Encoding of samples into multitask training batches: one packed sequence per sample with all its tasks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -9,7 +9,7 @@ import torch
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
-from distill.models.encoding import Question
+from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -18,81 +18,86 @@ from distill.task.sample import Sample
 
 
 class Batch(NamedTuple):
-    """B samples with their tasks, and the N answer tokens to learn.
+    """The model inputs of B samples with all their tasks, and the N answer tokens that the model learns to predict.
 
     Attributes:
-        inputs: what the model takes (`Packed.inputs`).
-        columns, tokens: [N], where each answer token is predicted, and which it is.
-        shares: [N], what each weighs in the loss.
-        tasks: [N], which task each belongs to, counted in the order of the settings.
-        sizes: [B], how many of the N belong to each sample, in their order.
-        soft: cached soft targets of the N tokens, by name; empty where the assistant is asked while training.
+        inputs: model inputs (`Packed.inputs`).
+        positions: [N], position that predicts each answer token, as an index into the flattened rows.
+        tokens: [N], ids of the answer tokens.
+        loss_weights: [N], weight of each token in the loss.
+        tasks: [N], index of each token's task in the order of the settings.
+        sizes: [B], number of answer tokens of each sample; the tokens are in the order of the samples.
+        soft_targets: cached soft targets of the N tokens by name; empty if the assistant runs during training.
     """
 
     inputs: Features
-    columns: torch.Tensor
+    positions: torch.Tensor
     tokens: torch.Tensor
-    shares: torch.Tensor
+    loss_weights: torch.Tensor
     tasks: torch.Tensor
     sizes: torch.Tensor
-    soft: Features
+    soft_targets: Features
 
 
-READER_ACCURACY = 0.6
-"""How often each of the made-up earlier readers of a *review* is right."""
+SYNTHETIC_ACCURACY = 0.6
+"""Accuracy of each of the two synthetic earlier answers in a *review* prompt."""
 
 
-def answer(template: Template, sample: Sample, labels: LabelSpace) -> str | None:
-    """What the model should answer: the rationale, or where a label alone is asked for its name; None: nobody knows."""
+def target_answer(template: Template, sample: Sample, labels: LabelSpace) -> str | None:
+    """Return the answer to learn: the rationale, or the prediction line if the task asks for the label only.
+
+    None if the sample has no rationale or no label for the task.
+    """
     if template in SCORED:
         return None if sample.label is None else f"{CLASSIFY_PREFIX} {labels.name(sample.label)}"
     return sample.rationale
 
 
 def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Template, float], packing: bool) -> Batch:
-    """B samples with the tasks whose answer is known; at least one sample has one.
+    """Encode B samples with the tasks for which they have an answer; at least one sample must have one.
 
-    An answer's tokens share the weight of its task equally, and so do the samples. Where the labels' scale spreads its
-    targets, *classify* and *review* have every label for an answer, each with its target's share of the weight.
+    The weight of a task is divided equally among the samples, and within a sample among the answer tokens. If the label
+    scale has soft targets (`spread` > 0), *classify* and *review* have every label as an answer, weighted by its target
+    probability.
 
     Args:
-        packing: one sequence for all tasks of a sample; otherwise each has one of its own, with the same picture.
+        packing: True puts all tasks of a sample into one sequence; False gives each task its own sequence and images.
     """
-    rows: list[list[Question]] = []
-    weights: list[tuple[int, float]] = []  # task and weight of a token of each answer
+    rows: list[list[PromptWithAnswers]] = []
+    weights: list[tuple[int, float]] = []  # of each answer: index of its task, loss weight of one token
     sizes = []
     for sample in samples:
-        questions = []
+        task_prompts = []
         for index, (template, weight) in enumerate(tasks.items()):
-            if (asked := _question(template, sample, backbone)) is None:
+            if (encoded := _task_prompt(template, sample, backbone)) is None:
                 continue
-            question, targets = asked
-            questions.append(question)
-            for answer_tokens, target in zip(question.answers, targets, strict=True):
+            prompt, targets = encoded
+            task_prompts.append(prompt)
+            for answer_tokens, target in zip(prompt.answers, targets, strict=True):
                 length = 1 if len(targets) > 1 else len(answer_tokens)
                 weights.append((index, weight * target / length / len(samples)))
-        sizes.append(sum(len(tokens) for question in questions for tokens in question.answers))
-        rows += [questions] if packing and questions else [[question] for question in questions]
+        sizes.append(sum(len(tokens) for prompt in task_prompts for tokens in prompt.answers))
+        rows += [task_prompts] if packing and task_prompts else [[prompt] for prompt in task_prompts]
     packed = backbone.pack(rows)
-    indices, shares = zip(*weights, strict=True)
+    indices, token_weights = zip(*weights, strict=True)
     return Batch(
         packed.inputs,
         packed.columns,
         packed.tokens,
-        torch.tensor(shares)[packed.answers],
+        torch.tensor(token_weights)[packed.answers],
         torch.tensor(indices)[packed.answers],
         torch.tensor(sizes),
         {},
     )
 
 
-def questions(sample: Sample, labels: LabelSpace, tasks: Iterable[Template]) -> list[tuple[str, str]]:
-    """What a sample is asked in the tasks whose answer is known: pairs of question and answer."""
-    found = []
+def prompts_and_answers(sample: Sample, labels: LabelSpace, tasks: Iterable[Template]) -> list[tuple[str, str]]:
+    """Return (prompt, answer) of each task for which the sample has an answer."""
+    pairs = []
     for template in tasks:
-        if (text := answer(template, sample, labels)) is not None:
-            found.append((_render(template, sample, labels), text))
-    return found
+        if (text := target_answer(template, sample, labels)) is not None:
+            pairs.append((_render(template, sample, labels), text))
+    return pairs
 
 
 def _render(template: Template, sample: Sample, labels: LabelSpace) -> str:
@@ -100,73 +105,88 @@ def _render(template: Template, sample: Sample, labels: LabelSpace) -> str:
     return prompts.render(template, sample, labels, earlier)
 
 
-def _question(template: Template, sample: Sample, backbone: Backbone) -> tuple[Question, Sequence[float]] | None:
-    """One task as a question with its answers, and what each answer weighs; None: nobody knows an answer."""
+def _task_prompt(
+    template: Template, sample: Sample, backbone: Backbone
+) -> tuple[PromptWithAnswers, Sequence[float]] | None:
+    """Return the prompt of a task with its answers and their weights; None if the sample has no answer."""
     labels = backbone.labels
-    if (text := answer(template, sample, labels)) is None:
+    if (text := target_answer(template, sample, labels)) is None:
         return None
     prompt = (_render(template, sample, labels), sample.images)
     if template in SCORED and labels.scale is not None and labels.scale.spread > 0:
         closing = backbone.encoder.tokens(CLASSIFY_PREFIX)
-        return Question(prompt, closing, backbone.label_tokens), labels.scale.targets([float(sample.label)])[0].tolist()  # type: ignore[arg-type]
-    return Question(prompt, [], [backbone.answer_tokens(text)]), [1.0]
+        targets = labels.scale.targets([float(sample.label)])[0].tolist()  # type: ignore[arg-type]
+        return PromptWithAnswers(prompt, closing, backbone.label_tokens), targets
+    return PromptWithAnswers(prompt, [], [backbone.answer_tokens(text)]), [1.0]
 
 
 def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Template, float]) -> dict[str, Features]:
-    """The published layout: for each task the padded sequences [B, T] of the samples whose answer is known."""
+    """Encode as the published code does: for each task the padded sequences [B, T] of the samples with an answer."""
     batch: dict[str, Features] = {}
     labels = backbone.labels
     for template in tasks:
-        pairs = [(sample, text) for sample in samples if (text := answer(template, sample, labels)) is not None]
+        pairs = [(sample, text) for sample in samples if (text := target_answer(template, sample, labels)) is not None]
         if pairs:
             answered, answers = zip(*pairs, strict=True)
             batch[template] = backbone.encode(answered, template, answers)
     return batch
 
 
-def check_exact(backbone: Backbone, samples: Iterable[Sample], tasks: Sequence[Template], packing: bool) -> None:
-    """Hold the packed sequence and its loss against the model's own logits of every task alone, on the sample that has
-    the most answers and pictures; and see that no answer there hears of another one.
+def check_compatibility(
+    backbone: Backbone, samples: Iterable[Sample], tasks: Sequence[Template], packing: bool
+) -> None:
+    """Check on one sample that the model supports the training layout.
+
+    The log-probabilities of the answer tokens, computed from hidden states and output head, alone and packed, are
+    compared with the model's own logits for each answer in a separate sequence. In a packed sequence, no answer may
+    influence the prediction of another one. The sample is the one with the most answers, then with the most images.
 
     Raises:
-        SettingsError: this architecture sees more than the mask shows it, or does more to its hidden states than its
-            output head does.
+        SettingsError: the logits are not the output head applied to the last hidden states, or the model attends to
+            tokens of a packed sequence that its mask hides.
     """
     labels = backbone.labels
-    sample = max(samples, key=lambda one: (sum(answer(t, one, labels) is not None for t in tasks), len(one.images)))
-    found = [asked[0] for task in tasks if (asked := _question(task, sample, backbone)) is not None]
-    alone = backbone.pack([[question._replace(answers=[answer])] for question in found for answer in question.answers])
-    whole = backbone.pack([found] if packing else [[question] for question in found])
+    sample = max(
+        samples, key=lambda one: (sum(target_answer(t, one, labels) is not None for t in tasks), len(one.images))
+    )
+    task_prompts = [encoded[0] for task in tasks if (encoded := _task_prompt(task, sample, backbone)) is not None]
+    separate = backbone.pack([[p._replace(answers=[answer])] for p in task_prompts for answer in p.answers])
+    packed = backbone.pack([task_prompts] if packing else [[prompt] for prompt in task_prompts])
     training = backbone.model.training
     backbone.model.eval()
     with torch.no_grad():
-        inputs = {name: value.to(backbone.device) for name, value in alone.inputs.items()}
-        expected = _of_tokens(backbone.model(**inputs).logits.flatten(0, 1)[alone.columns], alone.tokens)
-        by_head, packed = (_log_probabilities(backbone, rows) for rows in (alone, whole))
-        heard = _hears_of_others(backbone, whole)
+        inputs = {name: value.to(backbone.device) for name, value in separate.inputs.items()}
+        logits = backbone.model(**inputs).logits.flatten(0, 1)[separate.columns]
+        expected = _token_log_probs(logits, separate.tokens)
+        from_head, from_packed = (_head_log_probs(backbone, rows) for rows in (separate, packed))
+        leaks = _leaks_between_branches(backbone, packed)
     backbone.model.train(training)
-    tolerance = 0.01 if backbone.settings.dtype == "float32" else 0.3  # nats a token; a wrong mask costs whole ones
+    tolerance = 0.01 if backbone.settings.dtype == "float32" else 0.3  # nats per token; a wrong mask costs whole nats
 
-    def differ(said: torch.Tensor) -> bool:
-        """By answer, lest a short one vanish beside a long one."""
-        gaps = (said - expected).abs().split(whole.answers.bincount().tolist())
-        return max(float(gap.mean()) for gap in gaps) > tolerance
+    def differs(found: torch.Tensor) -> bool:
+        """Compare per answer, so that a long answer does not hide the error of a short one."""
+        errors = (found - expected).abs().split(packed.answers.bincount().tolist())
+        return max(float(error.mean()) for error in errors) > tolerance
 
-    if differ(by_head):
+    if differs(from_head):
         raise SettingsError(
-            "model: its logits are more than its output head makes of its hidden states; it cannot train"
+            "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
+            "such a model cannot be trained"
         )
-    if heard or differ(packed):
-        raise SettingsError("packing: this model sees more of a packed sequence than its mask shows; take false")
+    if leaks or differs(from_packed):
+        raise SettingsError(
+            "packing: the model attends to tokens of a packed sequence that its mask hides; set packing to false"
+        )
 
 
-def _hears_of_others(backbone: Backbone, packed: Packed) -> bool:
-    """Whether what predicts an answer changes with the tokens of the other answers."""
+def _leaks_between_branches(backbone: Backbone, packed: Packed) -> bool:
+    """Whether the hidden states that predict an answer change with the tokens of the other answers."""
     if "ends" not in packed.inputs:
         return False
     inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
     states = backbone.hidden_states(inputs).flatten(0, 1)
-    first = packed.answers.diff(prepend=packed.answers[:1] - 1) != 0  # predicted by the question, not by the answer
+    # the position that predicts an answer's first token holds a prompt token, which stays
+    first = packed.answers.diff(prepend=packed.answers[:1] - 1) != 0
     for answer in packed.answers.unique():
         own = packed.columns[packed.answers == answer]
         changed = inputs["input_ids"].flatten().clone()
@@ -177,34 +197,36 @@ def _hears_of_others(backbone: Backbone, packed: Packed) -> bool:
     return False
 
 
-def _log_probabilities(backbone: Backbone, packed: Packed) -> torch.Tensor:
+def _head_log_probs(backbone: Backbone, packed: Packed) -> torch.Tensor:
+    """Return the log-probabilities [N] of the answer tokens, computed with the output head from hidden states."""
     inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
-    return _of_tokens(backbone.hidden_states(inputs).flatten(0, 1)[packed.columns] @ backbone.head.T, packed.tokens)
+    hidden = backbone.hidden_states(inputs).flatten(0, 1)[packed.columns]
+    return _token_log_probs(hidden @ backbone.head.T, packed.tokens)
 
 
-def _of_tokens(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1).cpu()[torch.arange(len(tokens)), tokens]
 
 
 def synthetic_answers(sample: Sample, labels: LabelSpace) -> EarlierAnswers:
-    """EarlierAnswers answers for training on *review*, so that a teacher learns to weigh and not to trust them.
+    """Return synthetic student and teacher answers for a *review* prompt, so that a teacher learns not to copy them.
 
-    Each of the two readers is right with probability READER_ACCURACY and else says any other label; confidences are
-    uniform between chance and certainty. They follow from the sample's id alone.
+    Each answer is correct with probability SYNTHETIC_ACCURACY and otherwise a uniformly drawn wrong label; confidences
+    are uniform between 1 / K and 1. The random generator is seeded with the sample's id alone.
     """
-    draw = Random(sha256(sample.id.encode()).digest())
+    random = Random(sha256(sample.id.encode()).digest())
     gold = labels.name(sample.label)
-    others = [name for name in labels.names if name != gold]
+    wrong = [name for name in labels.names if name != gold]
 
-    def reader() -> tuple[str, float]:
-        said = gold if draw.random() < READER_ACCURACY else draw.choice(others)
-        return said, draw.uniform(1 / len(labels), 1)
+    def draw_answer() -> tuple[str, float]:
+        name = gold if random.random() < SYNTHETIC_ACCURACY else random.choice(wrong)
+        return name, random.uniform(1 / len(labels), 1)
 
-    return EarlierAnswers(*reader(), *reader())
+    return EarlierAnswers(*draw_answer(), *draw_answer())
 
 
 def check_tasks(tasks: Mapping[str, float], field: str) -> None:
-    """Raises SettingsError for an unknown task or a weight that is not positive."""
+    """Raise SettingsError if a task is unknown, a weight is not positive, or there is no task."""
     for name, weight in tasks.items():
         if name not in get_args(Template) or weight <= 0:
             known = ", ".join(get_args(Template))

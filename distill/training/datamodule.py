@@ -1,4 +1,4 @@
-"""One datamodule for every role: multitask batches to train on, labelled posts to judge by."""
+"""Lightning datamodule of all trainings: multitask training batches and labelled validation samples."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,61 +14,65 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.task.prompts import Template
 from distill.task.sample import Sample
-from distill.training.batches import answer
+from distill.training.batches import target_answer
 
 
-class ByLengthSampler(StatefulDistributedSampler):
-    """Samples of about one length in a batch: sorted within windows of some batches, which are shuffled in turn.
+class LengthGroupedSampler(StatefulDistributedSampler):
+    """Groups samples of similar length into batches to reduce padding.
 
-    Lengths that differ by little are left in the order of chance, for samples of one length are often alike in more.
-    A batch is what one step of the optimizer takes, over all processes and accumulated batches: so several of them see
-    what one with the larger batch would.
+    The shuffled samples are sorted by length within windows of WINDOW batches, then the batches of a window are
+    shuffled. Lengths are rounded to steps of STEP times the mean length; samples of equal rounded length stay in random
+    order, because samples of exactly the same length are often similar in other respects too.
+
+    A batch here is what one optimizer step consumes over all processes and accumulated batches, so that several
+    processes see the same samples per step as one process with the larger batch.
     """
 
-    WINDOW = 16  # batches
-    STEP = 1 / 8  # of the mean length
+    WINDOW = 16
+    STEP = 1 / 8
 
-    def __init__(self, samples: Sequence[Sample], world: int, rank: int, seed: int, batch_size: int) -> None:
-        super().__init__(samples, world, rank, seed=seed)
+    def __init__(self, samples: Sequence[Sample], world_size: int, rank: int, seed: int, batch_size: int) -> None:
+        super().__init__(samples, world_size, rank, seed=seed)
         self.next_yielded: int | None
         self.samples = samples
-        self.batch_size = batch_size * world
+        self.batch_size = batch_size * world_size
         lengths = [len(sample.text) + len(sample.rationale or "") for sample in samples]
         mean = max(1.0, sum(lengths) / len(lengths))
         self.lengths = [round((length / mean - 1) / self.STEP) for length in lengths]
 
     def __iter__(self) -> Iterator[int]:
         self.yielded, self.next_yielded = self.next_yielded or 0, None
-        for index in self._order()[self.rank :: self.num_replicas][self.yielded :]:
+        for index in self._epoch_order()[self.rank :: self.num_replicas][self.yielded :]:
             self.yielded += 1
             yield index
 
-    def _order(self) -> list[int]:
-        """An epoch of all processes."""
-        draw, size = Random(f"{self.seed} {self.epoch}"), self.batch_size
-        order = draw.sample(range(len(self.samples)), len(self.samples))
+    def _epoch_order(self) -> list[int]:
+        """Return the sample indices of one epoch over all processes."""
+        random, size = Random(f"{self.seed} {self.epoch}"), self.batch_size
+        order = random.sample(range(len(self.samples)), len(self.samples))
         order += [order[n % len(order)] for n in range(self.total_size - len(order))]
         mixed: list[int] = []
-        for window in _parts(order, self.WINDOW * size):
-            batches = _parts(sorted(window, key=self.lengths.__getitem__), size)
-            short = [batches.pop()] if len(batches[-1]) < size else []  # only an epoch's last batch may be smaller
-            draw.shuffle(batches)
+        for window in _chunks(order, self.WINDOW * size):
+            batches = _chunks(sorted(window, key=self.lengths.__getitem__), size)
+            short = [batches.pop()] if len(batches[-1]) < size else []  # only the last batch of an epoch may be smaller
+            random.shuffle(batches)
             mixed += [n for batch in batches + short for n in batch]
         return mixed
 
 
-def _parts(items: list[int], size: int) -> list[list[int]]:
+def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
 class ReasoningDataModule(L.LightningDataModule):
-    """Training batches are what `encode` makes of B samples; validation batches are closed *classify* prompts of B
-    samples, their gold indices [B], and their values [B] on the labels' scale (NaN where there is none).
+    """Training and validation loaders of one training.
 
-    The training loader keeps its place, so that a killed run goes on in the middle of an epoch with the batch it had
-    reached. Training samples are shuffled by seed and epoch, batched by length and shared out between processes;
-    validation samples are shared out with fillers (gold -1), so that every process has equally many. Training samples
-    without an answer to any of the tasks are left out.
+    A training batch is `encode` applied to B samples. A validation batch holds the *classify* prompts of B samples, the
+    gold label indices [B] and the gold values [B] on the label scale (NaN without a scale).
+
+    Training samples without an answer to any of the tasks are dropped. The others are shuffled by seed and epoch,
+    batched by length and divided among the processes. The training loader is stateful: a resumed run continues within
+    the epoch at the next batch. Validation samples are padded with gold index -1 to the same number in every process.
 
     Raises:
         SettingsError: no training sample has an answer.
@@ -89,7 +93,9 @@ class ReasoningDataModule(L.LightningDataModule):
         super().__init__()
         self.backbone = backbone
         labels = backbone.labels
-        self.train = [sample for sample in train if any(answer(task, sample, labels) is not None for task in tasks)]
+        self.train = [
+            sample for sample in train if any(target_answer(task, sample, labels) is not None for task in tasks)
+        ]
         if not self.train:
             raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")
         self.validation = list(validation)
@@ -99,10 +105,10 @@ class ReasoningDataModule(L.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> StatefulDataLoader:
-        world, rank = self._processes()
+        world_size, rank = self._processes()
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        sampler = ByLengthSampler(self.train, world, rank, self.seed, self.batch_size * accumulated)
-        if self.trainer:  # a resumed run starts its workers before Lightning tells the sampler which epoch it is
+        sampler = LengthGroupedSampler(self.train, world_size, rank, self.seed, self.batch_size * accumulated)
+        if self.trainer:  # a resumed run starts its workers before Lightning sets the epoch of the sampler
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
             self.train,
@@ -114,11 +120,11 @@ class ReasoningDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
-        world, rank = self._processes()
+        world_size, rank = self._processes()
         items: list[tuple[Sample, int]] = [(s, self.backbone.labels.index(s.label)) for s in self.validation]
-        items += [(items[0][0], -1)] * (-len(items) % world)
+        items += [(items[0][0], -1)] * (-len(items) % world_size)
         return torch.utils.data.DataLoader(
-            items[rank::world],  # type: ignore[arg-type]
+            items[rank::world_size],  # type: ignore[arg-type]
             self.backbone.settings.batch_size,
             num_workers=self.workers,
             collate_fn=self._validation_batch,
@@ -126,10 +132,11 @@ class ReasoningDataModule(L.LightningDataModule):
         )
 
     def _processes(self) -> tuple[int, int]:
+        """Return the number of processes and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _generator(self) -> torch.Generator:
-        """What a loader draws from, so that it does not draw from what dropout draws from."""
+        """Return the generator of a loader; the global generator is left to dropout."""
         return torch.Generator().manual_seed(self.seed)
 
     def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""One training run with Lightning: resumed where it stopped, left with the best weights in the module."""
+"""One training run with Lightning: resumable after a kill at any point, ends with the best weights in the module."""
 
 import csv
 import inspect
@@ -27,14 +27,17 @@ DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
 }
-"""What the Trainer gets unless a recipe says otherwise."""
+"""Default arguments of lightning.Trainer; a recipe overrides them."""
 
-_OURS = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
-_ACTIVE = "DISTILL_ACTIVE_FIT"
+_RESERVED = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
+"""Trainer arguments that `fit` sets itself."""
+
+_ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
+"""Environment variable that passes the folder of the running training to worker processes."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, so that a kill never leaves a torn one."""
+    """Writes checkpoints atomically, so that a kill never leaves a truncated one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path), "wb") as file:
@@ -42,10 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LatestCheckpoint(Checkpoint):
-    """Saves the whole state of training after each validation and each epoch.
+    """Saves the complete training state after each validation and each epoch.
 
-    ModelCheckpoint's `save_last` does so only when the best improves, and with a validation at an epoch's last batch it
-    saves a state from which Lightning skips the next epoch; that one waits for the epoch's end here.
+    ModelCheckpoint's `save_last` saves only when the best metric improves. After a validation at the last batch of an
+    epoch it saves a state from which Lightning skips the next epoch, so here the end of the epoch saves that state.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,20 +63,23 @@ class LatestCheckpoint(Checkpoint):
 
 
 def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer arguments: later sections over earlier ones over DEFAULTS; `max_steps` alone has no epoch limit."""
+    """Merge Trainer arguments: later sections override earlier ones, all override DEFAULTS.
+
+    `max_steps` without `max_epochs` removes the epoch limit.
+    """
     given = {name: value for section in sections for name, value in section.items()}
     if "max_steps" in given:
         given = {"max_epochs": -1} | given
     return DEFAULTS | given
 
 
-def fits_here(folder: Path) -> bool:
-    """Whether this process trains in `folder`.
+def should_train(folder: Path) -> bool:
+    """Whether this process takes part in the training in `folder`.
 
-    A strategy that starts processes by running the command again (ddp) leads them through every earlier training too;
-    they skip all but the one that started them.
+    A strategy that starts worker processes by running the command again (ddp) makes them reach every earlier training
+    as well; a worker skips all trainings except the one that started it.
     """
-    return not _started() or os.environ.get(_ACTIVE) == str(folder)
+    return not _is_worker() or os.environ.get(_ACTIVE_FOLDER) == str(folder)
 
 
 def fit(
@@ -83,22 +89,22 @@ def fit(
     arguments: Mapping[str, Any],
     loggers: Sequence[Logger] = (),
 ) -> L.Trainer:
-    """Train to the end, or go on from `folder/checkpoints/last.ckpt`; the module ends with its best weights.
+    """Train to the end and load the best weights into the module; resumes from `folder/checkpoints/last.ckpt`.
 
-    Writes `checkpoints/` and `metrics.csv`. Best is the highest validation accuracy, ties by macro F1; on a scale it is
-    the lowest mean absolute error.
+    Writes `checkpoints/` and `metrics.csv`. The best weights have the highest validation accuracy, ties broken by macro
+    F1; for labels on a scale, the lowest mean absolute error.
 
-    A process that the Trainer started ends here when training does; it never returns.
+    In a worker process started by the Trainer, this function exits the process after training and does not return.
 
     Raises:
-        SettingsError: lightning.Trainer refuses a value of `arguments`.
+        SettingsError: lightning.Trainer rejects a value of `arguments`.
     """
     checkpoints = folder / "checkpoints"
-    started = _started()
-    os.environ[_ACTIVE] = str(folder)
+    worker = _is_worker()
+    os.environ[_ACTIVE_FOLDER] = str(folder)
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
-    earlier = _set_aside(folder / "metrics.csv") if not started else None
+    earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
     try:
         trainer = L.Trainer(
             **with_defaults(arguments),
@@ -112,70 +118,70 @@ def fit(
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     try:
         trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except SystemExit:  # so Lightning ends after Ctrl-C
+    except SystemExit:  # raised by Lightning after Ctrl-C
         raise KeyboardInterrupt from None
-    if started:
+    if worker:
         sys.exit(0)
-    _leave_group()
+    _end_distributed()
     if earlier is not None:
-        _join(earlier, folder / "metrics.csv")
+        _merge_metrics(earlier, folder / "metrics.csv")
     _load_best(module, checkpoints)
     return trainer
 
 
 def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
-    """Raises SettingsError for a name that lightning.Trainer does not take, or that this house sets itself."""
-    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name not in ("self", *_OURS)]
+    """Raise SettingsError for a name that is not an argument of lightning.Trainer, or that `fit` sets itself."""
+    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name not in ("self", *_RESERVED)]
     for name in arguments:
         if name not in known:
             raise SettingsError(f"{field}.{name} is not a setting of lightning.Trainer; it takes {', '.join(known)}")
 
 
-def active_folder() -> Path | None:
-    """Where the training goes on for which this process was started; None in the process that the user started."""
-    return Path(os.environ[_ACTIVE]) if _started() else None
+def worker_folder() -> Path | None:
+    """Return the folder of the training that started this worker process; None in the process that the user started."""
+    return Path(os.environ[_ACTIVE_FOLDER]) if _is_worker() else None
 
 
-def _started() -> bool:
+def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
-    if path.exists():  # a dry run (fast_dev_run) leaves none
+    if path.exists():  # fast_dev_run writes no checkpoint
         module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
 
 
-def _leave_group() -> None:
-    """End what Lightning keeps until the process ends, so that the next fit starts its own processes."""
+def _end_distributed() -> None:
+    """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for name in (_ACTIVE, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (_ACTIVE_FOLDER, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 
 
-def _set_aside(path: Path) -> Path | None:
-    """Keep the curve of a killed run, which the logger would begin anew."""
-    aside = path.with_name("metrics.earlier.csv")
-    if path.exists() and aside.exists():
-        _join(aside, path)
+def _move_earlier_metrics(path: Path) -> Path | None:
+    """Rename the metrics of a killed run, which the logger would overwrite, and return their path."""
+    earlier = path.with_name("metrics.earlier.csv")
+    if path.exists() and earlier.exists():
+        _merge_metrics(earlier, path)
     if path.exists():
-        os.replace(path, aside)
-    return aside if aside.exists() else None
+        os.replace(path, earlier)
+    return earlier if earlier.exists() else None
 
 
-def _join(earlier: Path, later: Path) -> None:
-    """Put the rows of the earlier part before those of the later one that went on from its last checkpoint."""
+def _merge_metrics(earlier: Path, later: Path) -> None:
+    """Prepend the rows of `earlier` to `later`, without the steps that the resumed run repeated; delete `earlier`."""
     parts: list[list[dict[str, Any]]] = []
     for path in (earlier, later):
-        if not path.exists():  # all epochs were done: there was nothing to go on with
+        if not path.exists():  # the run was complete and logged nothing
             parts.append([])
             continue
-        with path.open(newline="") as file:  # a kill may have torn the last row
+        with path.open(newline="") as file:  # a kill may have truncated the last row
             parts.append([row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()])
     begin = min((int(row["step"]) for row in parts[1]), default=sys.maxsize)
     rows = [row for row in parts[0] if int(row["step"]) < begin] + parts[1]
-    names = sorted({name for row in rows for name in row})  # as the logger orders them
+    names = sorted({name for row in rows for name in row})  # the order of CSVLogger
     with atomic_write(later) as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

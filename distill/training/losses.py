@@ -1,6 +1,6 @@
-"""The loss of MulCoT-RD (arXiv 2508.05234) as its code has it, over whole padded sequences: a pure function.
+"""The loss of the published MulCoT-RD code (arXiv 2508.05234), over whole padded sequences.
 
-What is minimised unless a recipe asks for this one (`positions: all`) is `answer_loss` in fused.py.
+It is used only with `positions: all`; the default is `answer_loss` in fused_loss.py.
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,13 @@ Positions = Literal["response", "all"]
 
 
 class TaskLoss(NamedTuple):
-    """Scalars: `total` is what is minimised, `hard` the cross-entropy, `soft` the KL divergence (0 without targets)."""
+    """Scalar losses of one task.
+
+    Attributes:
+        total: loss to minimize.
+        hard: cross-entropy.
+        soft: KL divergence; 0 without soft targets.
+    """
 
     total: torch.Tensor
     hard: torch.Tensor
@@ -28,37 +34,39 @@ def published_loss(
     weight: float = 0.3,
     temperature: float = 2.0,
 ) -> TaskLoss:
-    """L_k = (1 - weight) CE_k + weight KL(softmax(z_a / T) || softmax(z_s / T)), without a T² factor.
+    """Compute L_k = (1 - weight) CE_k + weight KL(softmax(z_a / T) || softmax(z_s / T)), without a T² factor.
 
-    Cross-entropy is averaged over the answer tokens of the batch; KL over every position, padding and prompt included,
-    on unshifted logits.
+    The cross-entropy is averaged over the answer tokens of the batch. The KL is averaged over all positions, including
+    prompt and padding, on unshifted logits.
 
     Args:
-        logits: [B, T, V] of the student.
-        labels: [B, T] token ids of the answers, IGNORE elsewhere; position t + 1 is predicted at t.
-        soft_targets: [B, T, V] logits of the assistant; None leaves the cross-entropy alone.
+        logits: [B, T, V], student logits.
+        labels: [B, T], token ids of the answers, IGNORE elsewhere; position t + 1 is predicted at t.
+        soft_targets: [B, T, V], assistant logits; None returns the cross-entropy alone.
+        weight: weight of the KL divergence, λ.
+        temperature: T of both distributions in the KL.
 
     Raises:
-        ValueError: the vocabularies differ (cut both to the ids they share first).
+        ValueError: the shapes differ; cut both vocabularies to the shared ids first.
     """
     if soft_targets is not None and soft_targets.shape != logits.shape:
-        raise ValueError(f"soft targets {tuple(soft_targets.shape)} do not fit logits {tuple(logits.shape)}")
+        raise ValueError(f"soft targets {tuple(soft_targets.shape)} do not match logits {tuple(logits.shape)}")
     answer = labels[:, 1:] != IGNORE
-    hard = F.cross_entropy(_exact(logits[:, :-1][answer]), labels[:, 1:][answer], reduction="sum")
+    hard = F.cross_entropy(_upcast(logits[:, :-1][answer]), labels[:, 1:][answer], reduction="sum")
     hard = hard / answer.sum().clamp(min=1)
     if soft_targets is None:
         return TaskLoss(hard, hard, torch.zeros_like(hard))
-    soft = kl_divergence(_exact(logits.flatten(0, 1)), _exact(soft_targets.flatten(0, 1)), temperature).mean()
+    soft = kl_divergence(_upcast(logits.flatten(0, 1)), _upcast(soft_targets.flatten(0, 1)), temperature).mean()
     return TaskLoss((1 - weight) * hard + weight * soft, hard, soft)
 
 
 def kl_divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(softmax(target / T) || softmax(logits / T)) of N positions, [N, V] and [N, V] to [N], in nats."""
+    """Compute KL(softmax(target / T) || softmax(logits / T)) [N] in nats, from logits [N, V] and [N, V]."""
     log_p = torch.log_softmax(logits / temperature, -1)
     log_q = torch.log_softmax(target_logits / temperature, -1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
-def _exact(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 at least: half precision is too coarse for sums over a vocabulary."""
+def _upcast(logits: torch.Tensor) -> torch.Tensor:
+    """Cast logits to at least float32: half precision is too coarse for sums over a vocabulary."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""The assistant's soft targets, written once before training: it need not be in memory while the student learns.
+"""Soft targets cached on disk before training, so that the assistant need not be in memory during training.
 
-A shard is a safetensors file of what the assistant says at the answer tokens of some hundred samples. Its header names
-each sample by a key: a hash of all that its targets depend on, the assistant and the sample's questions, answers and
-pictures included. So what has changed is asked for again, and nothing else is.
+A shard is a safetensors file with the assistant's outputs at the answer tokens of up to SHARD_SAMPLES samples. Its
+metadata lists the samples by key: a hash of everything that the soft targets depend on, such as the assistant's weights
+and the sample's prompts, answers and images. Only samples whose key is missing are computed.
 """
 
 import json
@@ -27,98 +27,108 @@ from distill.models.backbone import Backbone, Features
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
 from distill.task.sample import Sample
-from distill.training.batches import Batch, questions
-from distill.training.fused_loss import HiddenTargets, TopKTargets
-from distill.training.soft_targets import SoftTargets
+from distill.training.batches import Batch, prompts_and_answers
+from distill.training.fused_loss import HiddenTargets, SoftTargets, TopKTargets
+from distill.training.soft_targets import OnlineTargets
 
 log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Sample]], Batch]
 
 FOLDER = Path("student", "soft_targets")
-"""Where the soft targets of a run lie in its folder."""
+"""Folder of the soft targets, relative to the run's folder."""
 
-SHARD, SHARD_BYTES = 256, 2**28
-"""A shard is closed when it has so many samples, or takes so much; writing one takes memory for it three times."""
+SHARD_SAMPLES, SHARD_BYTES = 256, 2**28
+"""A shard is closed at this number of samples or bytes; writing it takes three times its size in memory."""
 
 _FORMAT = 1  # part of every key
-_HEAD = "assistant.safetensors"  # its output head, empty where the shards do not need it
+_HEAD = "assistant.safetensors"  # the assistant's output head; empty for top-k targets
 
 
 @dataclass(frozen=True)
-class Key:
-    """What each sample is called: a hash of what all depend on (`keys`) and of its questions, answers and pictures."""
+class KeyFunction:
+    """Returns the key of a sample: a hash of `common` and of the sample's id, prompts, answers and images."""
 
     common: str
     labels: LabelSpace
     tasks: tuple[Template, ...]
 
     def __call__(self, sample: Sample) -> str:
-        asked = [sample.id, *questions(sample, self.labels, self.tasks), *map(_digest, sample.images)]
-        return sha256(json.dumps([self.common, *asked]).encode()).hexdigest()
+        pairs = prompts_and_answers(sample, self.labels, self.tasks)
+        content = [sample.id, *pairs, *map(_file_digest, sample.images)]
+        return sha256(json.dumps([self.common, *content]).encode()).hexdigest()
 
 
 class CachedTargets:
-    """The soft targets in a folder, memory-mapped; with hidden states goes the assistant's output head.
+    """The soft targets in a folder, memory-mapped, with the assistant's output head if they are hidden states.
 
     Args:
-        key: what a sample is called in the shards (`keys`).
+        key: the key function with which they were written (`key_function`).
 
     Attributes:
-        vocabulary: how many ids student and assistant share.
+        vocabulary: number of token ids that student and assistant share.
     """
 
-    def __init__(self, folder: Path, key: Key) -> None:
+    def __init__(self, folder: Path, key: KeyFunction) -> None:
         self.folder = folder
         self.key = key
-        self.places = {name: place for path in _shards(folder) for name, place in _places(path).items()}
+        self.locations = {name: location for path in _shards(folder) for name, location in _read_index(path).items()}
         with safe_open(folder / _HEAD, "pt") as file:
             self.head, self.vocabulary = file.get_tensor("head"), int(file.metadata()["vocabulary"])
         self._open: dict[str, Any] = {}
 
     def read(self, samples: Sequence[Sample]) -> Features:
-        """The targets of all answer tokens of B samples, by name.
+        """Return the soft targets of all answer tokens of B samples, by name.
 
         Raises:
-            RunError: those of a sample are not there, or cannot be read.
+            RunError: the soft targets of a sample are missing or cannot be read.
         """
         parts: dict[str, list[torch.Tensor]] = {}
         for sample in samples:
             try:
-                name, begin, end = self.places[self.key(sample)]
-                if name not in self._open:
-                    self._open[name] = safe_open(self.folder / name, "pt")
-                for part in self._open[name].keys():  # noqa: SIM118 - no dict
-                    parts.setdefault(part, []).append(self._open[name].get_slice(part)[begin:end])
+                shard, begin, end = self.locations[self.key(sample)]
+                if shard not in self._open:
+                    self._open[shard] = safe_open(self.folder / shard, "pt")
+                for name in self._open[shard].keys():  # noqa: SIM118 - not a dict
+                    parts.setdefault(name, []).append(self._open[shard].get_slice(name)[begin:end])
             except (KeyError, OSError, SafetensorError):
-                raise RunError(f"{self.folder} lacks those of {sample.id}; the same command writes them") from None
+                raise RunError(
+                    f"{self.folder} has no soft targets of sample {sample.id}; the same command computes them again"
+                ) from None
         return {name: torch.cat(rows) for name, rows in parts.items()}
 
-    def __call__(self, batch: Batch) -> HiddenTargets | TopKTargets:
-        """What the assistant says at the N positions that predict an answer token."""
-        if "hidden" not in batch.soft:
-            return TopKTargets(**batch.soft)
-        self.head = self.head.to(batch.columns.device)
-        return HiddenTargets(batch.soft["hidden"].to(self.head.dtype), self.head)
+    def __call__(self, batch: Batch) -> SoftTargets:
+        """Return the soft targets of the batch's N answer tokens."""
+        if "hidden" not in batch.soft_targets:
+            return TopKTargets(**batch.soft_targets)
+        self.head = self.head.to(batch.positions.device)
+        return HiddenTargets(batch.soft_targets["hidden"].to(self.head.dtype), self.head)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # another process opens the shards itself
 
 
-def keys(student: Backbone, tasks: Sequence[Any], assistant: str, top_k: int, temperature: float) -> Key:
-    """The key of samples whose targets depend on the assistant (a hash of its weights, say), on how the student reads
-    pictures and texts, and on what is kept.
+def key_function(
+    student: Backbone, tasks: Sequence[Any], assistant: str, top_k: int, temperature: float
+) -> KeyFunction:
+    """Return the key function of samples.
+
+    Args:
+        student: determines how images and texts are encoded.
+        assistant: identifies the assistant, for example a hash of its weights.
+        top_k: kind of soft targets, as in `write`; the key depends on the temperature only if it is not 0.
     """
-    kept = f"top {top_k} at {temperature}" if top_k else "hidden states"
-    return Key(json.dumps([_FORMAT, assistant, student.encoder.fingerprint(), kept]), student.labels, tuple(tasks))
+    kind = f"top {top_k} at {temperature}" if top_k else "hidden states"
+    common = json.dumps([_FORMAT, assistant, student.encoder.fingerprint(), kind])
+    return KeyFunction(common, student.labels, tuple(tasks))
 
 
 def write(
     folder: Path,
     samples: Sequence[Sample],
-    key: Key,
+    key: KeyFunction,
     encode: Encode,
-    assistant: Callable[[], SoftTargets],
+    assistant: Callable[[], OnlineTargets],
     *,
     device: torch.device | str = "cpu",
     top_k: int = 0,
@@ -126,102 +136,109 @@ def write(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Ask for what the folder lacks, a shard at a time; shards that are torn or of no use any more are removed.
+    """Compute the soft targets that are missing in the folder, shard by shard; delete unreadable and unused shards.
 
     Args:
-        encode: the batch that the student makes of samples.
-        assistant: loads the assistant; called only where there is anything to ask for.
-        workers: processes that prepare batches.
-        top_k: keep so many likeliest tokens at `temperature` and the mass of the others; 0: the last hidden states.
+        encode: returns the student's batch of samples.
+        assistant: loads the assistant; called only if soft targets are missing.
+        workers: DataLoader worker processes.
+        top_k: number of most likely tokens to store at `temperature`, with the mass of all others; 0 stores the last
+            hidden states.
+        progress: called with the number of samples done and the number to do after each shard.
     """
-    wanted = {key(sample): sample for sample in samples}
+    missing = {key(sample): sample for sample in samples}
     for path in _shards(folder):
         try:
-            known = _places(path)
+            cached = _read_index(path)
         except (SafetensorError, OSError, KeyError, ValueError):
-            log.warning("%s is torn; its soft targets are computed again", path)
-            known = {}
-        if not known.keys() & wanted.keys():
+            log.warning("%s is damaged; its soft targets are computed again", path)
+            cached = {}
+        if not cached.keys() & missing.keys():
             path.unlink()
-        for name in known:
-            wanted.pop(name, None)
-    if not wanted and _whole(folder / _HEAD):
+        for name in cached:
+            missing.pop(name, None)
+    if not missing and _is_readable(folder / _HEAD):
         return
-    asked = assistant()
-    asked.assistant.model.to(device)
-    head = asked.assistant.head.detach()[: 0 if top_k else asked.vocabulary]
-    _save(folder / _HEAD, {"head": head}, {"vocabulary": str(asked.vocabulary)})
-    names, done = list(wanted), 0
-    for rows, sizes in _ask(list(wanted.values()), encode, asked, top_k, temperature, workers):
-        part = names[done : done + len(sizes)]
+    targets = assistant()
+    targets.assistant.model.to(device)
+    head = targets.assistant.head.detach()[: 0 if top_k else targets.vocabulary]
+    _save(folder / _HEAD, {"head": head}, {"vocabulary": str(targets.vocabulary)})
+    names, done = list(missing), 0
+    for tensors, sizes in _compute_shards(list(missing.values()), encode, targets, top_k, temperature, workers):
+        keys = names[done : done + len(sizes)]
         ends = torch.tensor(sizes).cumsum(0).tolist()
-        name = sha256("".join(part).encode()).hexdigest()[:16]
-        _save(folder / f"{name}.safetensors", rows, {"ends": json.dumps(dict(zip(part, ends, strict=True)))})
-        done += len(part)
+        shard = sha256("".join(keys).encode()).hexdigest()[:16]
+        _save(folder / f"{shard}.safetensors", tensors, {"ends": json.dumps(dict(zip(keys, ends, strict=True)))})
+        done += len(keys)
         if progress is not None:
             progress(done, len(names))
 
 
 def bytes_per_token(width: int, top_k: int) -> int:
-    """What one answer token takes on the disk; `width` is that of the assistant's hidden states."""
+    """Return the bytes on disk per answer token; `width` is the size D' of the assistant's hidden states."""
     return 8 * top_k + 4 if top_k else 2 * width
 
 
-def room(run: Path) -> tuple[float, float]:
-    """Bytes for soft targets: what those of an earlier try take, and what is free where a run is, or will be."""
-    there = sum(path.stat().st_size for path in (run / FOLDER).glob("*"))
-    return there, shutil.disk_usage(next(path for path in [run, *run.absolute().parents] if path.exists())).free
+def disk_space(run: Path) -> tuple[float, float]:
+    """Return the bytes of soft targets that a run's folder contains, and the free bytes of its file system."""
+    cached = sum(path.stat().st_size for path in (run / FOLDER).glob("*"))
+    return cached, shutil.disk_usage(next(path for path in [run, *run.absolute().parents] if path.exists())).free
 
 
 @torch.no_grad()
-def _ask(
-    samples: Sequence[Sample], encode: Encode, targets: SoftTargets, top_k: int, temperature: float, workers: int
+def _compute_shards(
+    samples: Sequence[Sample], encode: Encode, targets: OnlineTargets, top_k: int, temperature: float, workers: int
 ) -> Iterator[tuple[Features, list[int]]]:
-    """A shard at a time: the targets of all answer tokens of the next samples, by name, and how many each has."""
+    """Yield for each shard the soft targets of its answer tokens by name, and the number of tokens of each sample."""
     parts: list[Features] = []
     sizes: list[int] = []
     device = targets.assistant.device
-    size = min(targets.assistant.settings.batch_size, SHARD)
-    for batch in DataLoader(samples, size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
+    batch_size = min(targets.assistant.settings.batch_size, SHARD_SAMPLES)
+    for batch in DataLoader(samples, batch_size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        hidden, head = targets(batch._replace(inputs=inputs, columns=batch.columns.to(device)))
+        hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
         sizes += batch.sizes.tolist()
         if not top_k:
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})
         else:
             for chunk in hidden.split(max(1, 2**25 // len(head))):
-                parts.append(top_targets(chunk @ head[: targets.vocabulary].T, top_k, temperature))
+                parts.append(top_k_targets(chunk @ head[: targets.vocabulary].T, top_k, temperature))
         full = sum(value.nbytes for part in parts for value in part.values()) >= SHARD_BYTES
-        if full or len(sizes) + size > SHARD:
-            yield _joined(parts), sizes
+        if full or len(sizes) + batch_size > SHARD_SAMPLES:
+            yield _concatenate(parts), sizes
             parts, sizes = [], []
     if sizes:
-        yield _joined(parts), sizes
+        yield _concatenate(parts), sizes
 
 
-def _joined(parts: Sequence[Features]) -> Features:
+def _concatenate(parts: Sequence[Features]) -> Features:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def top_targets(logits: torch.Tensor, top_k: int, temperature: float) -> Features:
-    """The k likeliest tokens of softmax(logits / T) and the log of what all others hold, from logits [N, V].
+def top_k_targets(logits: torch.Tensor, top_k: int, temperature: float) -> Features:
+    """Return the fields of `TopKTargets` from logits [N, V]: the k most likely tokens of softmax(logits / T).
 
     Returns:
-        `log_q` [N, k], `ids` [N, k] and `log_rest` [N]. Without the rest, the divergence from them would be biased.
+        `log_q` [N, k], `ids` [N, k] in 32 bits and `log_rest` [N], on the CPU. Without the mass of the other tokens,
+        the KL divergence would be biased.
     """
     log_q = (logits.float() / temperature).log_softmax(-1)
-    likeliest = log_q.topk(min(top_k, logits.shape[1]))
-    rest = log_q.scatter(-1, likeliest.indices, -torch.inf).logsumexp(-1)
-    found = {"log_q": likeliest.values, "ids": likeliest.indices.to(torch.int32), "log_rest": rest}
-    return {name: value.cpu() for name, value in found.items()}
+    top = log_q.topk(min(top_k, logits.shape[1]))
+    rest = log_q.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    targets = {"log_q": top.values, "ids": top.indices.to(torch.int32), "log_rest": rest}
+    return {name: value.cpu() for name, value in targets.items()}
 
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if path.name != _HEAD)
 
 
-def _places(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Where each sample of a shard lies: file, first row, last row. Raises what safetensors and json please."""
+def _read_index(path: Path) -> dict[str, tuple[str, int, int]]:
+    """Return the location of each sample of a shard: file name, first row, end row.
+
+    Raises:
+        SafetensorError, OSError, KeyError, ValueError: the file is damaged.
+    """
     with safe_open(path, "pt") as shard:
         ends: dict[str, int] = json.loads(shard.metadata()["ends"])
     return {name: (path.name, begin, end) for name, (begin, end) in zip(ends, _spans(ends.values()), strict=True)}
@@ -234,7 +251,7 @@ def _spans(ends: Any) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def _whole(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
         with safe_open(path, "pt"):
             return True
@@ -249,5 +266,5 @@ def _save(path: Path, tensors: Features, metadata: dict[str, str]) -> None:
 
 
 @cache
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     return digest(path)

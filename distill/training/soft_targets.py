@@ -1,4 +1,4 @@
-"""The assistant's soft targets at the answer positions of the student's batch, asked for while training."""
+"""Online soft targets: the assistant runs on the student's batches during training."""
 
 import logging
 from collections.abc import Sequence
@@ -14,8 +14,14 @@ from distill.training.fused_loss import HiddenTargets
 logger = logging.getLogger(__name__)
 
 
-class SoftTargets:
-    """A frozen assistant. It is no torch module, so it is neither trained, nor moved, nor saved with the student."""
+class OnlineTargets:
+    """A frozen assistant.
+
+    It is not a torch module, so it is not trained, moved or saved with the student.
+
+    Attributes:
+        vocabulary: number of token ids that student and assistant share.
+    """
 
     def __init__(self, assistant: Backbone, student: Backbone) -> None:
         self.assistant = assistant
@@ -24,32 +30,32 @@ class SoftTargets:
         assistant.model.eval()
 
     def read(self, samples: Sequence[Sample]) -> Features:
-        """What a batch carries of them: nothing."""
+        """Return no stored soft targets; `__call__` computes them from the batch."""
         return {}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
-        """What the assistant says at the N positions that predict an answer token."""
-        self._follow(batch.columns.device)
-        hidden = self.assistant.hidden_states(batch.inputs).flatten(0, 1)[batch.columns]
+        """Return the assistant's hidden states [N, D'] at the answer positions of the batch, and its output head."""
+        self._move_to(batch.positions.device)
+        hidden = self.assistant.hidden_states(batch.inputs).flatten(0, 1)[batch.positions]
         return HiddenTargets(hidden, self.assistant.head)
 
     @torch.no_grad()
     def logits(self, features: Features) -> torch.Tensor:
-        """Logits [B, T, V] of the assistant at every position, V the shared ids."""
-        self._follow(features["input_ids"].device)
+        """Return the assistant's logits [B, T, V] at all positions, for the V shared ids."""
+        self._move_to(features["input_ids"].device)
         return self.assistant.model(**features).logits[..., : self.vocabulary]
 
-    def _follow(self, device: torch.device) -> None:
+    def _move_to(self, device: torch.device) -> None:
         if self.assistant.device != device:
             self.assistant.model.to(device)
 
 
 def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
-    """How many ids both models have, after checking that an id means the same to both.
+    """Return the number of token ids that both models have, after checking that they process inputs alike.
 
     Raises:
-        SettingsError: the tokenizers differ, or the two see pictures differently: one cannot read the other's batch.
+        SettingsError: the tokenizers or the image processors differ.
     """
     if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
         raise SettingsError(
@@ -61,5 +67,5 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
         )
     sizes = [len(backbone.head) for backbone in (assistant, student)]
     if sizes[0] != sizes[1]:
-        logger.info("vocabularies of %d (assistant) and %d (student) ids, cut to the shared %d", *sizes, min(sizes))
+        logger.info("vocabulary sizes differ: assistant %d, student %d; the %d shared ids are used", *sizes, min(sizes))
     return min(sizes)

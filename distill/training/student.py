@@ -1,4 +1,4 @@
-"""The student: multitask training on hard labels and on the assistant's distribution (MulCoT-RD, arXiv 2508.05234)."""
+"""Training of the student on hard labels and on the assistant's distribution (MulCoT-RD, arXiv 2508.05234)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,66 +14,67 @@ from distill.training.batches import Batch, encode_tasks
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.losses import Positions, TaskLoss, published_loss
 from distill.training.soft_target_cache import CachedTargets
-from distill.training.soft_targets import SoftTargets
+from distill.training.soft_targets import OnlineTargets
 
 
 @dataclass
 class DistillationSettings:
-    """What the student takes from the assistant's distribution."""
+    """How the student learns from the assistant's distribution."""
 
     weight: float = 0.3
-    """Share of the soft targets in each task's loss, λ; 0 trains on hard targets alone."""
+    """Weight λ of the soft targets in the loss of each task; 0 trains on hard targets only."""
     temperature: float = 2.0
-    """Temperature T of both distributions; no T² factor."""
+    """Temperature T of both distributions; the loss has no T² factor."""
     positions: Positions = "response"
-    """Where the KL is taken: response (positions that predict an answer token) or all (as the published code does: a
-    padded sequence for each task, and the KL at every position of it)."""
+    """Positions of the KL divergence: response (those that predict an answer token) or all (as in the published code:
+    one padded sequence per task, and the KL at all of its positions)."""
     soft_targets: Literal["online", "cached"] | None = None
-    """online: the assistant is asked in every epoch; cached: once before the first; null: cached where there is more
-    than one epoch and the disk has room for twice what it takes."""
+    """online: the assistant runs in every epoch; cached: it runs once before the first epoch, and its soft targets are
+    stored on disk; null: cached if there is more than one epoch and the disk has space for twice their size."""
     top_k: int = 0
-    """What is cached of each answer token: the log-probabilities of so many likeliest tokens and the mass of all
-    others; 0: the assistant's last hidden state in bfloat16, from which its whole distribution is computed."""
+    """What is cached per answer token: k > 0 stores the log-probabilities of the k most likely tokens and the mass of
+    all others; 0 stores the assistant's last hidden state in bfloat16, from which the full distribution is computed."""
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
-            raise SettingsError(f"student.distillation.top_k is {self.top_k}; it takes 0 or more")
+            raise SettingsError(f"student.distillation.top_k is {self.top_k}; it must be 0 or more")
         if self.positions == "all" and (self.soft_targets == "cached" or self.top_k):
-            raise SettingsError("student.distillation.soft_targets takes online, and top_k 0, where positions is all")
+            raise SettingsError("student.distillation: positions all requires soft_targets online and top_k 0")
         if self.soft_targets == "online" and self.top_k:
-            raise SettingsError("student.distillation.top_k takes 0 where soft_targets is online")
+            raise SettingsError("student.distillation: soft_targets online requires top_k 0")
 
-    def use_cache(self, epochs: float, needed: float, there: float, free: float) -> bool:
+    def use_cache(self, epochs: float, needed: float, cached: float, free: float) -> bool:
         """Whether soft targets are written to disk before the first epoch.
 
-        The setting `soft_targets` decides where it is set. Otherwise they are cached if there is more than one epoch
-        and the disk has room for twice the missing bytes.
+        The setting `soft_targets` decides if it is not null. Otherwise they are cached if there is more than one epoch
+        and the disk has space for twice the missing bytes.
 
         Args:
+            epochs: number of epochs; -1 if unlimited.
             needed: bytes of all soft targets.
-            there: bytes that an earlier run already wrote.
+            cached: bytes that an earlier run has written.
             free: free bytes on the disk.
         """
         if self.soft_targets is not None or self.positions == "all":
             return self.soft_targets == "cached"
-        return epochs != 1 and 2 * (needed - there) <= free
+        return epochs != 1 and 2 * (needed - cached) <= free
 
 
 @dataclass
 class StudentSettings(TrainSettings):
-    """How the student is trained."""
+    """Settings of the student's training."""
 
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
-    """How the assistant's soft targets enter the loss."""
+    """Distillation from the assistant's soft targets."""
     hard_labels_baseline: bool = True
-    """Also train the same student on the gold labels alone, for comparison."""
+    """Also train the same student on the gold labels only, as a baseline."""
 
 
 class StudentModule(AssistantModule):
-    """L_k = (1 - λ) CE_k + λ KL(assistant || student) for each task; without soft targets, the cross-entropy alone."""
+    """Distillation with L_k = (1 - λ) CE_k + λ KL(assistant || student) per task; the CE alone without soft targets."""
 
     def __init__(
-        self, backbone: Backbone, settings: StudentSettings, soft_targets: SoftTargets | CachedTargets | None = None
+        self, backbone: Backbone, settings: StudentSettings, soft_targets: OnlineTargets | CachedTargets | None = None
     ) -> None:
         super().__init__(backbone, settings)
         self.distillation = settings.distillation
@@ -86,15 +87,15 @@ class StudentModule(AssistantModule):
     def encode(self, samples: Sequence[Sample]) -> Any:
         if self._published:
             return encode_tasks(samples, self.backbone, self.settings.tasks)  # type: ignore[arg-type]
-        soft = {} if self.soft_targets is None else self.soft_targets.read(samples)
-        return super().encode(samples)._replace(soft=soft)
+        stored = {} if self.soft_targets is None else self.soft_targets.read(samples)
+        return super().encode(samples)._replace(soft_targets=stored)
 
     def loss(self, batch: Batch) -> AnswerLoss:
         targets = None if self.soft_targets is None else self.soft_targets(batch)
         options = self.distillation
         head = self.backbone.head if self.soft_targets is None else self.backbone.head[: self.soft_targets.vocabulary]
-        parts = (self.hidden_states(batch), head, batch.tokens, batch.shares)
-        return answer_loss(*parts, targets, options.weight, options.temperature)
+        hidden = self.hidden_states(batch)
+        return answer_loss(hidden, head, batch.tokens, batch.loss_weights, targets, options.weight, options.temperature)
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         if not self._published:
@@ -110,10 +111,10 @@ class StudentModule(AssistantModule):
         return total
 
     def published_loss(self, features: Features) -> TaskLoss:
-        """The loss of one task over B padded sequences, the KL taken at every position (`positions: all`)."""
+        """Return the loss of one task over B padded sequences, with the KL at all positions (`positions: all`)."""
         inputs = {name: value for name, value in features.items() if name != "labels"}
         logits, targets = self.model(**inputs).logits, None
-        if isinstance(self.soft_targets, SoftTargets):
+        if isinstance(self.soft_targets, OnlineTargets):
             targets = self.soft_targets.logits(inputs)
             logits = logits[..., : self.soft_targets.vocabulary]
         options = self.distillation

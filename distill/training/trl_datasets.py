@@ -1,7 +1,7 @@
-"""The door to trl: reasoning data as conversational prompt-completion rows with images.
+"""Conversion of stored reasoning data to trl's conversational prompt-completion format with images.
 
-The stages store reasoning data as jsonl that `datasets.load_dataset("json", data_files=...)` reads as it is. One call
-more and trl's `SFTTrainer` trains on the very questions and answers that the assistant and the student learn from:
+The stages store reasoning data as jsonl, which `datasets.load_dataset("json", data_files=...)` reads directly. With the
+function below, trl's `SFTTrainer` trains on the same prompts and answers as the assistant and the student:
 
     dataset = to_prompt_completion("runs/twitter15/augment/rationales.jsonl", "data/twitter15", LabelSpace())
     SFTTrainer(model, SFTConfig(max_length=None), train_dataset=dataset, processing_class=processor)
@@ -28,29 +28,31 @@ FEATURES = Features({"prompt": _MESSAGES, "completion": _MESSAGES, "images": Lis
 def to_prompt_completion(
     path: Path | str, root: Path | str, labels: LabelSpace, tasks: Sequence[Task] = ("reason", "classify")
 ) -> Dataset:
-    """Stored reasoning data in trl's prompt-completion format for vision-language models.
+    """Convert stored reasoning data to trl's prompt-completion format for vision-language models.
 
-    Each row of the file gives one conversation for each task that it has an answer to: the rationale as stored for
-    *reason*, `"Prediction": <label>` for *classify*. Images go before the question and are decoded when they are read.
+    Each row of the file yields one conversation per task for which it has an answer: the stored rationale for *reason*,
+    `"Prediction": <label>` for *classify*. Images precede the prompt text and are decoded on access.
 
     Args:
-        path: a jsonl file of rows `{id, text, aspect, label, images, rationale, ...}`, as the stages write it.
-        root: folder that the image paths of the rows are relative to.
+        path: jsonl file with rows `{id, text, aspect, label, images, rationale, ...}`, as written by the stages.
+        root: folder to which the image paths of the rows are relative.
+        labels: label space of the rows.
+        tasks: tasks to include, from reason and classify.
 
     Returns:
-        Columns `prompt` and `completion`, lists of messages with structured content, and `images`.
+        Dataset with the columns `prompt` and `completion`, lists of messages with structured content, and `images`.
 
     Raises:
-        SettingsError: the file cannot be read, holds no answer to any of the tasks, or has a row without id or text,
-            with an unknown label, or with an image that is missing or outside the root.
+        SettingsError: the file cannot be read or has no answer to any of the tasks, or a row has no id or text, an
+            unknown label, or an image that is missing or outside the root.
     """
     if not tasks or not set(tasks) <= {"reason", "classify"}:
-        raise SettingsError(f"tasks must be of reason and classify, not {', '.join(tasks) or 'empty'}")
+        raise SettingsError(f"tasks must be reason, classify or both, not {', '.join(tasks) or 'empty'}")
     if not Path(path).is_file():
         raise SettingsError(f"{path} is missing")
     try:
         rows = load_dataset("json", data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps what pyarrow and json raise in classes of its own
+    except Exception as error:  # datasets wraps errors of pyarrow and json in its own classes
         raise SettingsError(f"{path} cannot be read as jsonl: {str(error).strip().splitlines()[0]}") from error
     conversations = [
         conversation
@@ -68,7 +70,7 @@ def _conversations(
     sample = Sample(str(row.get("id")), row.get("text") or "", aspect=row.get("aspect"), label=row.get("label"))
     if row.get("id") is None or not sample.text:
         raise SettingsError(f"{where} has no {'id' if row.get('id') is None else 'text'}")
-    images = [str(_inside(root, image, where)) for image in row.get("images") or ()]
+    images = [str(_resolve_image(root, image, where)) for image in row.get("images") or ()]
     if sample.label is not None and sample.label not in labels.names:
         raise SettingsError(f"{where}: unknown label {sample.label!r}; the labels are {', '.join(labels.names)}")
     answers = {
@@ -77,16 +79,16 @@ def _conversations(
     }
     for task in tasks:
         if answers[task]:
-            question = [{"type": "image", "text": None}] * len(images)
-            question.append({"type": "text", "text": render(task, sample, labels)})
+            content = [{"type": "image", "text": None}] * len(images)
+            content.append({"type": "text", "text": render(task, sample, labels)})
             yield {
-                "prompt": [{"role": "user", "content": question}],
+                "prompt": [{"role": "user", "content": content}],
                 "completion": [{"role": "assistant", "content": [{"type": "text", "text": answers[task]}]}],
                 "images": images,
             }
 
 
-def _inside(root: Path, image: str, where: str) -> Path:
+def _resolve_image(root: Path, image: str, where: str) -> Path:
     try:
         path = resolve(root, image)
     except ImageError as error:

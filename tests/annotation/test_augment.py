@@ -1,4 +1,4 @@
-"""Self-written rationales: only right ones stay, and what was asked is not asked again."""
+"""Self-augmentation: only correct rationales are kept, and no answer is requested twice."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ POSTS = [Sample(f"p{n}", f"post {n}", label=LABELS.names[n % 3]) for n in range(
 
 
 class Assistant:
-    """Answers as `answers` says by id; says `positive` about everything else. Dies before it answers `dies_at`."""
+    """Returns `answers` by sample id, otherwise `positive`. Fails before its answer number `fails_at`."""
 
     name = "assistant"
 
-    def __init__(self, dies_at: int | None = None, **answers: Answer) -> None:
+    def __init__(self, fails_at: int | None = None, **answers: Answer) -> None:
         self.answers = answers
-        self.dies_at = dies_at
+        self.fails_at = fails_at
         self.asked: list[str] = []
         self.sampling: set[tuple[Template, Sampling]] = set()
 
@@ -37,24 +37,24 @@ class Assistant:
     ) -> Iterator[tuple[int, Answer]]:
         self.sampling.add((template, sampling))
         for index, sample in enumerate(samples):
-            if len(self.asked) == self.dies_at:
+            if len(self.asked) == self.fails_at:
                 raise RunError("killed")
             self.asked.append(sample.id)
             yield index, self.answers.get(sample.id, Answer(rationale("positive"), finished=True))
 
     def classify(self, samples: Sequence[Sample], earlier: object = None) -> ClassScores:
-        raise AssertionError("nobody is asked to classify")
+        raise AssertionError("classify must not be called")
 
 
 def run(
     ledger: Ledger, assistant: Assistant, settings: AugmentSettings | None = None, progress: Any = None
 ) -> tuple[list[tuple[Sample, Rationale]], Counter[str]]:
     dropped: Counter[str] = Counter()
-    found = augment(POSTS, LABELS, assistant, settings or AugmentSettings(), ledger, dropped, progress)
-    return list(found), dropped
+    results = augment(POSTS, LABELS, assistant, settings or AugmentSettings(), ledger, dropped, progress)
+    return list(results), dropped
 
 
-def test_only_right_finished_and_valid_rationales_stay(tmp_path: Path) -> None:
+def test_only_correct_complete_and_valid_rationales_are_kept(tmp_path: Path) -> None:
     assistant = Assistant(
         p2=Answer(rationale("positive"), finished=False),
         p5=Answer("I would rather not say.", finished=True),
@@ -63,12 +63,12 @@ def test_only_right_finished_and_valid_rationales_stay(tmp_path: Path) -> None:
     )
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         kept, dropped = run(ledger, assistant)
-    assert [(sample.id, found.prediction) for sample, found in kept] == [("p0", "negative"), ("p11", "positive")]
+    assert [(sample.id, item.prediction) for sample, item in kept] == [("p0", "negative"), ("p11", "positive")]
     assert kept[0][0] is POSTS[0] and kept[0][1].text_analysis == "plainly bad"
     assert dropped == {"unfinished": 1, "malformed": 1, "leaks": 1, "contradicts": 7}
 
 
-def test_it_asks_the_task_of_the_paper_with_its_sampling(tmp_path: Path) -> None:
+def test_the_reason_template_and_the_sampling_settings_are_used(tmp_path: Path) -> None:
     assistant = Assistant()
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         run(ledger, assistant)
@@ -77,10 +77,10 @@ def test_it_asks_the_task_of_the_paper_with_its_sampling(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_a_killed_stage_goes_on_with_what_was_not_answered(tmp_path: Path, chunk: int) -> None:
+def test_a_failed_stage_resumes_with_the_unanswered_posts(tmp_path: Path, chunk: int) -> None:
     settings = AugmentSettings(chunk=chunk)
     path = tmp_path / "ledger.jsonl"
-    first = Assistant(dies_at=7)
+    first = Assistant(fails_at=7)
     with Ledger(path) as ledger, pytest.raises(RunError, match="killed"):
         run(ledger, first, settings)
     second = Assistant()
@@ -95,8 +95,8 @@ def test_a_killed_stage_goes_on_with_what_was_not_answered(tmp_path: Path, chunk
     assert third.asked == []
 
 
-def test_it_tells_how_far_it_is(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported(tmp_path: Path) -> None:
+    reported: list[tuple[int, int]] = []
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        run(ledger, Assistant(), progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 12) for done in range(1, 13)]
+        run(ledger, Assistant(), progress=lambda done, total: reported.append((done, total)))
+    assert reported == [(done, 12) for done in range(1, 13)]

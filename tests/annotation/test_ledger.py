@@ -1,4 +1,4 @@
-"""The ledger: what is in it stays, what was torn is cut, and nobody else writes to it."""
+"""The ledger: answers persist, a truncated last line is removed, and only one process writes."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ ANSWER = Answer("words \u2764 and a line\nbreak", True, 12, 7)
 CUT = Answer("", False, 3, 0)
 
 
-def test_answers_come_back_from_the_file(tmp_path: Path) -> None:
+def test_answers_are_read_back_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "annotate" / "ledger.jsonl"
     with Ledger(path) as ledger:
         assert ledger.get("a") is None
@@ -35,21 +35,21 @@ def test_answers_come_back_from_the_file(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in lines] == ["s1", "s2"]
 
 
-@pytest.mark.parametrize("torn", [b'{"key": "c", "answer": {"te', b"\x00\x00\x00", b"\xff\xfe", b'"'])
-def test_a_torn_last_line_is_cut(tmp_path: Path, torn: bytes) -> None:
+@pytest.mark.parametrize("truncated", [b'{"key": "c", "answer": {"te', b"\x00\x00\x00", b"\xff\xfe", b'"'])
+def test_a_truncated_last_line_is_removed(tmp_path: Path, truncated: bytes) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         ledger.put("a", {}, ANSWER)
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
+    complete = path.read_bytes()
+    path.write_bytes(complete + truncated)
     with Ledger(path) as ledger:
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
         ledger.put("b", {}, CUT)
     with Ledger(path) as ledger:
         assert (ledger.get("a"), ledger.get("b"), len(ledger)) == (ANSWER, CUT, 2)
 
 
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_complete_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         ledger.put("a", {}, ANSWER)
@@ -60,7 +60,7 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
         assert (ledger.get("a"), ledger.get("b")) == (ANSWER, CUT)
 
 
-def test_any_cut_of_the_file_keeps_every_whole_line(tmp_path: Path) -> None:
+def test_every_truncation_of_the_file_keeps_all_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         for name in "abc":
@@ -69,12 +69,12 @@ def test_any_cut_of_the_file_keeps_every_whole_line(tmp_path: Path) -> None:
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with Ledger(path) as ledger:
-            whole = content[:length].count(b"\n") + (content[length : length + 1] == b"\n")
-            assert len(ledger) == whole
+            complete = content[:length].count(b"\n") + (content[length : length + 1] == b"\n")
+            assert len(ledger) == complete
             assert path.read_bytes()[-1:] in (b"", b"\n")
 
 
-def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_line_loses_only_its_own_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         ledger.put("a", {}, ANSWER)
@@ -86,7 +86,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCapt
     assert "line 1" in caplog.text
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_cannot_open_the_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     program = f"from pathlib import Path; from distill.annotation.ledger import Ledger; Ledger(Path({str(path)!r}))"
     with Ledger(path):
@@ -100,32 +100,32 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     Ledger(path).close()
 
 
-def test_a_full_disk_ends_the_run_with_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_and_leaves_complete_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
-    real = os.write
+    real_write = os.write
 
-    def half(file: int, line: bytes) -> int:
-        return real(file, line[: len(line) // 2])
+    def write_half(file: int, line: bytes) -> int:
+        return real_write(file, line[: len(line) // 2])
 
-    def full(file: int, line: bytes) -> int:
+    def write_nothing(file: int, line: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Ledger(path) as ledger:
         ledger.put("a", {}, ANSWER)
-        whole = path.read_bytes()
-        for write in (half, full):
+        complete = path.read_bytes()
+        for write in (write_half, write_nothing):
             monkeypatch.setattr(module.os, "write", write)
             with pytest.raises(RunError, match="No space left"):
                 ledger.put("b", {}, ANSWER)
             monkeypatch.undo()
-            assert path.read_bytes() == whole
+            assert path.read_bytes() == complete
             assert ledger.get("b") is None
         ledger.put("b", {}, ANSWER)
     with Ledger(path) as ledger:
         assert len(ledger) == 2
 
 
-def test_a_ledger_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_opened_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="ledger"):
         Ledger(tmp_path / "file" / "ledger.jsonl")
@@ -133,12 +133,12 @@ def test_a_ledger_that_cannot_be_opened(tmp_path: Path) -> None:
         Ledger(tmp_path)
 
 
-def test_an_answer_that_never_came_is_not_paid(tmp_path: Path) -> None:
+def test_an_answer_with_an_error_cannot_be_stored(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.jsonl") as ledger, pytest.raises(ValueError, match="paid"):
         ledger.put("a", {}, Answer("", False, error="refused"))
 
 
-def test_threads_write_whole_lines(tmp_path: Path) -> None:
+def test_threads_write_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
 
@@ -156,12 +156,14 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
         assert ledger.get("k77") == replace(ANSWER, text="x" * 77)
 
 
-def test_a_key_depends_on_everything_that_the_answer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_depends_on_everything_that_determines_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = tmp_path / "1.png", tmp_path / "2.png"
     one.write_bytes(b"1")
     other.write_bytes(b"2")
     greedy = Sampling()
-    asked: list[tuple[Any, ...]] = [
+    arguments: list[tuple[Any, ...]] = [
         ("m", "predict", greedy, "p", [digest(one), digest(other)]),
         ("m", "predict", greedy, "p", [digest(other), digest(one)]),
         ("m", "predict", greedy, "p", [digest(one)]),
@@ -174,78 +176,78 @@ def test_a_key_depends_on_everything_that_the_answer_does(tmp_path: Path, monkey
         ("m", "predict", replace(greedy, max_new_tokens=1), "p"),
         ("m", "predict", replace(greedy, seed=1), "p"),
     ]
-    keys = {key(*question) for question in asked}
-    monkeypatch.setattr(module.prompts, "VERSION", "of another day")
-    assert len(keys | {key(*asked[0])}) == len(asked) + 1
+    keys = {key(*item) for item in arguments}
+    monkeypatch.setattr(module.prompts, "VERSION", "another version")
+    assert len(keys | {key(*arguments[0])}) == len(arguments) + 1
     monkeypatch.undo()
-    assert key(*asked[0]) in keys
+    assert key(*arguments[0]) in keys
     other.write_bytes(b"1")
     assert digest(one) == digest(other)
 
 
-def put_at_once(ledger: Ledger, count: int) -> list[BaseException | None]:
-    """Threads that each put one answer, and what became of it."""
-    found: list[BaseException | None] = [None] * count
+def put_in_parallel(ledger: Ledger, count: int) -> list[BaseException | None]:
+    """Put one answer on each of `count` threads; the error of each, or None."""
+    errors: list[BaseException | None] = [None] * count
 
     def write(i: int) -> None:
         try:
             ledger.put(f"k{i}", {}, replace(ANSWER, text=str(i)))
         except RunError as error:
-            found[i] = error
+            errors[i] = error
 
     threads = [Thread(target=write, args=(i,)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return errors
 
 
-def test_threads_that_wait_for_the_disk_wait_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, path = os.fsync, tmp_path / "ledger.jsonl"
+def test_waiting_threads_share_one_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_fsync, path = os.fsync, tmp_path / "ledger.jsonl"
     sizes: list[int] = []
 
     def slow(file: int) -> None:
-        if not sizes:  # until all the others have written
+        if not sizes:  # wait until all other threads have written
             while path.read_bytes().count(b"\n") < 30:
                 time.sleep(0.001)
         sizes.append(os.fstat(file).st_size)
-        real(file)
+        real_fsync(file)
 
     with Ledger(path) as ledger:
         monkeypatch.setattr(module.os, "fsync", slow)
-        assert put_at_once(ledger, 30) == [None] * 30
+        assert put_in_parallel(ledger, 30) == [None] * 30
         assert len(sizes) == 2 and sizes[-1] == path.stat().st_size
         ledger.put("late", {}, ANSWER)
         assert sizes[2] == path.stat().st_size
         assert ledger.get("k7") == replace(ANSWER, text="7") and ledger.paid.answers == 31
 
 
-def test_a_disk_that_fails_keeps_what_was_safe_and_takes_nothing_more(
+def test_after_a_failed_flush_only_flushed_answers_remain_and_writes_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "ledger.jsonl"
 
     def failing(file: int) -> None:
-        while path.read_bytes().count(b"\n") < 11:  # one that is safe, and ten that wait
+        while path.read_bytes().count(b"\n") < 11:  # one flushed line, and ten that wait
             time.sleep(0.001)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with Ledger(path) as ledger:
-        ledger.put("safe", {}, ANSWER)
-        whole = path.read_bytes()
+        ledger.put("flushed", {}, ANSWER)
+        complete = path.read_bytes()
         monkeypatch.setattr(module.os, "fsync", failing)
-        assert all("Input/output error" in str(error) for error in put_at_once(ledger, 10))
+        assert all("Input/output error" in str(error) for error in put_in_parallel(ledger, 10))
         monkeypatch.undo()
         with pytest.raises(RunError, match="could not be written"):
             ledger.put("later", {}, ANSWER)
-        assert path.read_bytes() == whole and len(ledger) == 1
+        assert path.read_bytes() == complete and len(ledger) == 1
     with Ledger(path) as ledger:
         ledger.put("later", {}, ANSWER)
-        assert (ledger.get("safe"), ledger.get("later")) == (ANSWER, ANSWER)
+        assert (ledger.get("flushed"), ledger.get("later")) == (ANSWER, ANSWER)
 
 
-def test_answers_are_counted_as_paid_once_when_they_are_used(tmp_path: Path) -> None:
+def test_used_answers_are_counted_once(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         for name in "abc":
@@ -258,7 +260,7 @@ def test_answers_are_counted_as_paid_once_when_they_are_used(tmp_path: Path) -> 
         assert (ledger.paid.answers, ledger.paid.prompt_tokens, ledger.paid.completion_tokens) == (2, 24, 14)
 
 
-def test_of_two_lines_with_one_key_the_last_counts(tmp_path: Path) -> None:
+def test_the_last_line_of_a_key_counts(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path) as ledger:
         ledger.put("a", {}, ANSWER)

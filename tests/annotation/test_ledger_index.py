@@ -1,4 +1,4 @@
-"""Where answers stand: found again, replaced by later ones, and out of memory."""
+"""The ledger index: lookup, replacement by later lines, and bounded memory."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def keys(count: int) -> list[bytes]:
     return [sha256(str(number).encode()).hexdigest().encode() for number in range(count)]
 
 
-def test_lines_are_found_by_their_keys_and_the_last_one_counts() -> None:
+def test_the_last_line_of_a_key_is_found() -> None:
     index = LedgerIndex()
     index.load([(b"a", 0, 10), (b"b", 10, 5), (b"a", 15, 7)])
     index.load([(b"c", 22, 1)], used=True)
@@ -25,16 +25,17 @@ def test_lines_are_found_by_their_keys_and_the_last_one_counts() -> None:
     assert len(index) == 3
 
 
-def test_a_key_is_used_for_the_first_time_once() -> None:
+def test_mark_used_is_true_only_the_first_time() -> None:
     index = LedgerIndex()
     index.load([(b"a", 0, 10)])
     index.load([(b"new", 10, 10)], used=True)
-    assert [index.use(b"a"), index.use(b"a"), index.use(b"new"), index.use(b"unknown")] == [True, False, False, False]
+    marked = [index.mark_used(key) for key in (b"a", b"a", b"new", b"unknown")]
+    assert marked == [True, False, False, False]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the memory of a process")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_the_lines_are_not_held_in_memory() -> None:
-    """SQLite's memory is not Python's, so that a process tells how much it has."""
+    """Measured as the resident memory of a process, because SQLite does not allocate from the Python heap."""
     program = """
 import re
 from pathlib import Path
@@ -52,7 +53,7 @@ print(len(index), resident() - before)
     assert lines == 100_000 and grown_kib < 3000  # their keys alone are 6 MB
 
 
-def test_a_failing_database_ends_the_run_in_one_sentence() -> None:
+def test_a_database_error_is_raised_as_a_run_error() -> None:
     index = LedgerIndex()
     index._connection.execute("PRAGMA max_page_count = 2")  # as on a full disk
     with pytest.raises(RunError, match="folder for temporary files"):

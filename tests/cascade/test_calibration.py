@@ -1,4 +1,4 @@
-"""From validation answers to `calibration.json`: what is fitted, what is promised, and what is refused."""
+"""Calibration on validation predictions: fitted values, guarantees and errors."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill.cascade.calibration import CalibrateSettings, calibrate
-from distill.cascade.cascade import Calibration, CascadePolicy, run
+from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace, Scale
@@ -21,7 +21,7 @@ NAMES = ("student-1", "teacher-1")
 
 
 def answers(gold: np.ndarray, sharpness: float, seed: int, sharpen: float = 1.0) -> ClassScores:
-    """Calibrated random answers to `gold`, made `sharpen` times too confident."""
+    """Random scores that are calibrated to `gold`, with logits multiplied by `sharpen` to make them overconfident."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(len(gold), 3)) + sharpness * np.eye(3)[gold] * random.random((len(gold), 1))
     probabilities = np.exp(logits * sharpen)
@@ -33,8 +33,8 @@ def validation(n: int = 600, seed: int = 0) -> tuple[list[str], ClassScores, Cla
     return [LABELS.names[k] for k in gold], answers(gold, 5, seed + 1, 3.0), answers(gold, 12, seed + 2)
 
 
-class Told:
-    """A teacher whose answers are known."""
+class FixedTeacher:
+    """A teacher that returns the given scores."""
 
     name = NAMES[1]
 
@@ -48,24 +48,24 @@ class Told:
         raise AssertionError
 
 
-def test_the_budget_is_kept_by_the_stages_themselves(tmp_path: Path) -> None:
+def test_the_budget_is_kept_by_the_cascade(tmp_path: Path) -> None:
     gold, student, teacher = validation()
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(budget=0.4))
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(content))
     policy = CascadePolicy(LABELS, Calibration.read(path, NAMES[0]))
     posts = [Sample(str(index), "x") for index in range(len(gold))]
-    decisions = run(posts, student, Told(posts, teacher), policy)
+    decisions = run_cascade(posts, student, FixedTeacher(posts, teacher), policy)
     calls = np.mean([decision.teacher_calls for decision in decisions])
     assert calls == pytest.approx(content["validation"]["teacher_calls_per_sample"])
     assert calls == pytest.approx(0.4, abs=0.01)
-    assert any(decision.stage == "teacher_review" for decision in decisions), "reviews are counted too"
+    assert any(decision.stage == "teacher_review" for decision in decisions), "the budget includes reviews"
     promise = content["promise"]
     assert promise["calls_low"] < 0.4 < promise["calls_high"] and promise["n"] == content["n"] == 600
     assert "600 validation posts" in promise["says"] and "0.400 teacher calls" in promise["says"]
     fresh_gold, fresh, fresh_teacher = validation(20_000, 77)
     posts = [Sample(str(index), "x") for index in range(len(fresh_gold))]
-    realised = np.mean([d.teacher_calls for d in run(posts, fresh, Told(posts, fresh_teacher), policy)])
+    realised = np.mean([d.teacher_calls for d in run_cascade(posts, fresh, FixedTeacher(posts, fresh_teacher), policy)])
     assert promise["calls_low"] < realised < promise["calls_high"]
 
 
@@ -74,21 +74,21 @@ def test_the_share_of_reviews_is_bounded() -> None:
     policy = CascadePolicy(
         LABELS, _calibration(calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(review=0.2)))
     )
-    doubts = np.array([prediction.uncertainty for prediction in policy.teacher(teacher)])
-    assert (doubts > policy.calibration.teacher_threshold).mean() == pytest.approx(0.2, abs=0.01)
+    uncertainties = np.array([prediction.uncertainty for prediction in policy.teacher_predictions(teacher)])
+    assert (uncertainties > policy.calibration.teacher_threshold).mean() == pytest.approx(0.2, abs=0.01)
 
 
-def test_temperatures_undo_false_confidence() -> None:
+def test_temperature_scaling_corrects_overconfidence() -> None:
     gold, student, teacher = validation()
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings())
-    assert content["student_temperature"] > 2, "made three times too sharp"
+    assert content["student_temperature"] > 2, "the logits are multiplied by three"
     found = content["models"]["student"]
     assert found["ece_after"] < 0.6 * found["ece_before"]
     knots = found["error_probability"]
     assert knots["error"] == sorted(knots["error"]) and len(knots["error"]) == len(knots["uncertainty"])
 
 
-def test_a_risk_target_is_kept_or_refused_with_the_smallest_that_could_be() -> None:
+def test_a_risk_target_is_kept_or_refused_with_the_smallest_supported_one() -> None:
     gold, student, teacher = validation(400)
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(by="risk", risk=0.25))
     assert content["validation"]["student_risk"] < 0.25 and content["promise"]["confidence"] == 0.9
@@ -103,38 +103,38 @@ def test_a_risk_target_is_kept_or_refused_with_the_smallest_that_could_be() -> N
     )
 
 
-def test_posts_without_an_answer_are_left_out_and_counted() -> None:
+def test_unanswered_posts_are_left_out_and_counted() -> None:
     gold, student, teacher = validation(200)
     mass = np.ones(200)
     mass[::4] = 0
     content = calibrate(gold, student, ClassScores(teacher.probabilities, mass), NAMES, LABELS, CalibrateSettings())
     assert (content["n"], content["unanswered"]) == (150, 50)
-    kept = mass > 0
-    fewer = [label for label, keep in zip(gold, kept, strict=True) if keep]
-    alone = calibrate(fewer, student.only(kept), teacher.only(kept), NAMES, LABELS, CalibrateSettings())
+    answered = mass > 0
+    fewer = [label for label, keep in zip(gold, answered, strict=True) if keep]
+    alone = calibrate(fewer, student.select(answered), teacher.select(answered), NAMES, LABELS, CalibrateSettings())
     assert content | {"unanswered": 0} == alone
-    silent = ClassScores(teacher.probabilities, np.zeros(200))
+    unanswered = ClassScores(teacher.probabilities, np.zeros(200))
     with pytest.raises(RunError, match="no validation post was answered by both"):
-        calibrate(gold, student, silent, NAMES, LABELS, CalibrateSettings())
+        calibrate(gold, student, unanswered, NAMES, LABELS, CalibrateSettings())
 
 
-def test_a_student_off_its_format_takes_more_than_a_small_budget_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_deferring_posts_with_uncertainty_1_exceeds_a_small_budget_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     gold, student, teacher = validation(200)
-    lost = ClassScores(student.probabilities, np.where(np.arange(200) % 2, 1.0, 0.1))
-    content = calibrate(gold, lost, teacher, NAMES, LABELS, CalibrateSettings(budget=0.1))
+    off_format = ClassScores(student.probabilities, np.where(np.arange(200) % 2, 1.0, 0.1))
+    content = calibrate(gold, off_format, teacher, NAMES, LABELS, CalibrateSettings(budget=0.1))
     assert content["validation"]["deferred"] == 0.5 and content["promise"]["calls"] >= 0.5
     assert content["validation"]["teacher_calls_per_sample"] == pytest.approx(content["promise"]["calls"])
-    assert "entirely uncertain" in caplog.text and "not 0.1" in caplog.text
+    assert "student uncertainty 1" in caplog.text and "more than the budget of 0.1" in caplog.text
 
 
-def test_fixed_thresholds_are_taken_as_they_are_and_promise_nothing() -> None:
+def test_fixed_thresholds_are_used_as_given_without_a_guarantee() -> None:
     settings = CalibrateSettings(by="fixed", student_threshold=0.25, teacher_threshold=0.5)
     content = calibrate(*validation(60), NAMES, LABELS, settings)
     assert (content["student_threshold"], content["teacher_threshold"]) == (0.25, 0.5)
     assert content["promise"] == {"by": "fixed", "says": "The thresholds were given; they promise nothing."}
 
 
-def test_on_a_scale_an_error_is_one_of_polarity() -> None:
+def test_on_a_scale_an_error_is_a_wrong_polarity() -> None:
     labels = LabelSpace.from_scale(Scale(-1, 1, 3))
     gold = [-0.9, 0.0, 0.2, 0.8, -0.2, 1.0]
     rows = np.array(
@@ -143,7 +143,7 @@ def test_on_a_scale_an_error_is_one_of_polarity() -> None:
     scores = ClassScores(rows, np.ones(6))
     settings = CalibrateSettings(by="fixed", student_threshold=1.0)
     content = calibrate(gold, scores, scores, NAMES, labels, settings)
-    assert content["validation"]["student_risk"] == pytest.approx(1 / 6), "only -0.2 got another sign"
+    assert content["validation"]["student_risk"] == pytest.approx(1 / 6), "only -0.2 is predicted with another sign"
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,12 @@ def test_on_a_scale_an_error_is_one_of_polarity() -> None:
         ({"budget": 2.5}, r"calibrate\.budget is 2\.5; it takes 0 to 2"),
         ({"risk": 0.0}, r"calibrate\.risk is 0\.0"),
         ({"confidence": 1.0}, r"calibrate\.confidence"),
-        ({"by": "fixed"}, r"calibrate\.student_threshold goes with"),
-        ({"student_threshold": 0.5}, r"calibrate\.student_threshold goes with"),
+        ({"by": "fixed"}, r"calibrate\.student_threshold must be set if"),
+        ({"student_threshold": 0.5}, r"calibrate\.student_threshold must be set if"),
         ({"teacher_threshold": 1.5}, r"calibrate\.teacher_threshold is 1\.5"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         CalibrateSettings(**settings)
 

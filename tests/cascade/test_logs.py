@@ -1,4 +1,4 @@
-"""The thresholds' promises and the deferral curve on the answers of two real language models."""
+"""Guarantees of the thresholds, and the deferral curve, on the predictions of two real language models."""
 
 import json
 import subprocess
@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.deferral import CONFIDENCE, FOLDER, budgets, deferral, judge, read, risks, splits
+from benchmarks.deferral import (
+    CONFIDENCE,
+    FOLDER,
+    deferral_metrics,
+    evaluate_budgets,
+    evaluate_risk,
+    evaluate_risks,
+    random_splits,
+    read_logs,
+)
 
 SPLITS = ("train", "test")
 missing = pytest.mark.skipif(
@@ -19,12 +28,12 @@ missing = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def logs() -> tuple:
-    train, test = (read(FOLDER / f"mmlu_llama_{split}.jsonl") for split in SPLITS)
-    return train, test, splits(train, test)
+    train, test = (read_logs(FOLDER / f"mmlu_llama_{split}.jsonl") for split in SPLITS)
+    return train, test, random_splits(train, test)
 
 
 @missing
-def test_the_logs_are_the_ones_that_the_figures_are_of(logs: tuple) -> None:
+def test_the_logs_have_the_expected_sizes(logs: tuple) -> None:
     train, test, resampled = logs
     assert (len(train.uncertainty), len(test.uncertainty), len(resampled)) == (285, 1531, 200)
     assert {(len(part.uncertainty), len(rest.uncertainty)) for part, rest in resampled} == {(285, 1531)}
@@ -32,20 +41,20 @@ def test_the_logs_are_the_ones_that_the_figures_are_of(logs: tuple) -> None:
 
 
 @missing
-def test_budgets_fitted_on_285_rows_are_met_within_their_own_interval(logs: tuple) -> None:
-    found = budgets(*logs)
+def test_realised_calls_lie_within_the_interval_of_budgets_fitted_on_285_rows(logs: tuple) -> None:
+    found = evaluate_budgets(*logs)
     assert [row["budget"] for row in found] == [0.1, 0.2, 0.3, 0.5]
     for row in found:
         low, high = row["interval"]
         assert low <= row["realised"] <= high and row["realised_inside"]
-        assert low < row["budget"] < high < low + 0.13  # an interval as wide as anything would hold anything
+        assert low < row["budget"] < high < low + 0.13  # a very wide interval would contain everything
         assert abs(row["mean_realised"] - row["budget"]) < 0.005
         assert row["inside"] > 0.88  # 93% if the interval is right; 200 splits leave 2 points of noise
 
 
 @missing
-def test_risk_targets_are_kept_to_as_often_as_promised_or_refused(logs: tuple) -> None:
-    found = {row["risk"]: row for row in risks(*logs)}
+def test_risk_targets_are_kept_with_the_given_confidence_or_refused(logs: tuple) -> None:
+    found = {row["risk"]: row for row in evaluate_risks(*logs)}
     for target in (0.2, 0.25, 0.3):
         assert found[target]["test"]["realised"] <= target
         assert found[target]["kept"] >= CONFIDENCE
@@ -55,14 +64,13 @@ def test_risk_targets_are_kept_to_as_often_as_promised_or_refused(logs: tuple) -
     assert refusal.startswith("285 validation samples cannot support a risk of 0.1 at a confidence of 0.9")
     smallest = float(refusal.rsplit(maxsplit=1)[-1])
     train, test, _ = logs
-    assert judge(train, test, smallest)["realised"] <= smallest
+    assert evaluate_risk(train, test, smallest)["realised"] <= smallest
 
 
 @missing
 def test_the_deferral_curve_lies_above_random_deferral(logs: tuple) -> None:
-    """At every whole percent. Below one percent, where a dozen questions decide, it starts below by a question or two,
-    which is well within noise."""
-    found = deferral(logs[1])
+    """Checked at every whole percent. Below one percent, about a dozen samples, the difference is within noise."""
+    found = deferral_metrics(logs[1])
     curve, line, oracle = (np.array(found[name]) for name in ("quality", "random", "oracle"))
     assert len(curve) == 101
     assert (curve[1:-1] > line[1:-1]).all() and found["smallest_margin"]["margin"] > 0

@@ -1,4 +1,4 @@
-"""Uncertainty, tempering and the maps fitted to them, against definitions written out and against scikit-learn."""
+"""Uncertainty measures, temperature scaling and error maps, against their definitions and scikit-learn."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from distill.cascade.uncertainty import (
 MEASURES = get_args(Measure)
 
 
-def drawn(labels: int, n: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Calibrated probabilities [n, labels], and gold labels drawn from them."""
+def sampled(labels: int, n: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, labels], and gold labels sampled from them."""
     random = np.random.default_rng(seed)
     probabilities = random.dirichlet(np.full(labels, 0.7), n)
     return probabilities, np.array([random.choice(labels, p=row) for row in probabilities])
@@ -42,20 +42,20 @@ def by_definition(row: list[float], measure: str) -> float:
 
 @pytest.mark.parametrize("labels", [2, 5])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_each_measure_is_its_definition_and_spans_zero_to_one(labels: int, measure: Measure) -> None:
-    probabilities = np.vstack([drawn(labels)[0], np.eye(labels), np.full((1, labels), 1 / labels)])
+def test_each_measure_equals_its_definition_and_spans_zero_to_one(labels: int, measure: Measure) -> None:
+    probabilities = np.vstack([sampled(labels)[0], np.eye(labels), np.full((1, labels), 1 / labels)])
     found = uncertainty(probabilities, measure)
     np.testing.assert_allclose(found, [by_definition(row, measure) for row in probabilities.tolist()], atol=1e-12)
     assert found.min() == 0 and found.max() == pytest.approx(1) and found.max() <= 1
 
 
 def test_with_two_labels_margin_and_max_probability_are_the_same() -> None:
-    probabilities, _ = drawn(2)
+    probabilities, _ = sampled(2)
     np.testing.assert_allclose(uncertainty(probabilities, "margin"), uncertainty(probabilities, "max_probability"))
 
 
 def test_the_order_of_the_labels_does_not_matter() -> None:
-    probabilities, _ = drawn(5)
+    probabilities, _ = sampled(5)
     for measure in MEASURES:
         np.testing.assert_allclose(
             uncertainty(probabilities, measure), uncertainty(probabilities[:, ::-1], measure), atol=1e-12
@@ -66,7 +66,7 @@ def test_no_samples_have_no_uncertainties() -> None:
     assert uncertainty(np.zeros((0, 3))).shape == (0,)
 
 
-def test_tempering_is_a_softmax_of_scaled_logits_and_keeps_the_answer() -> None:
+def test_tempering_is_a_softmax_of_scaled_logits_and_keeps_the_label() -> None:
     logits = np.random.default_rng(0).normal(size=(50, 4)) * 3
 
     def softmax(values: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_tempering_is_a_softmax_of_scaled_logits_and_keeps_the_answer() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.05, 1.0, 20.0, 1e6])
-def test_what_is_impossible_stays_so_at_any_temperature(temperature: float) -> None:
+def test_probability_zero_stays_zero_at_any_temperature(temperature: float) -> None:
     tempered = temper(np.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [1e-300, 1 - 1e-300, 0.0]]), temperature)
     assert np.isfinite(tempered).all()
     np.testing.assert_allclose(tempered.sum(axis=1), 1)
@@ -86,7 +86,7 @@ def test_what_is_impossible_stays_so_at_any_temperature(temperature: float) -> N
 
 
 @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
-def test_a_temperature_is_a_positive_number(temperature: float) -> None:
+def test_temperatures_must_be_positive_numbers(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         temper(np.array([[0.5, 0.5]]), temperature)
 
@@ -110,8 +110,8 @@ class Logits(ClassifierMixin, BaseEstimator):
 
 @pytest.mark.parametrize("distortion", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("labels", [3, 5])
-def test_finds_the_temperature_that_scikit_learn_finds(labels: int, distortion: float) -> None:
-    probabilities, gold = drawn(labels)
+def test_the_fitted_temperature_equals_scikit_learns(labels: int, distortion: float) -> None:
+    probabilities, gold = sampled(labels)
     distorted = temper(probabilities, distortion)
     reference = CalibratedClassifierCV(FrozenEstimator(Logits(labels)), method="temperature", ensemble=False)
     reference.fit(np.log(distorted.clip(1e-12)), gold)
@@ -120,38 +120,38 @@ def test_finds_the_temperature_that_scikit_learn_finds(labels: int, distortion: 
 
 
 @pytest.mark.parametrize("labels", [2, 5])
-def test_undoes_a_distortion_of_calibrated_probabilities(labels: int) -> None:
-    probabilities, gold = drawn(labels, n=8000)
+def test_the_fit_inverts_a_distortion_of_calibrated_probabilities(labels: int) -> None:
+    probabilities, gold = sampled(labels, n=8000)
     assert fit_temperature(temper(probabilities, 0.5), gold) == pytest.approx(2.0, rel=0.1)
 
 
-def test_hopeless_fits_end_at_the_limits() -> None:
+def test_degenerate_fits_end_at_the_limits() -> None:
     gold = np.array([0, 1, 2] * 20)
     nearly = np.eye(3)[gold] * 0.4 + 0.2
-    assert fit_temperature(np.eye(3)[gold], gold) <= 1  # always right, always sure
-    assert fit_temperature(nearly, gold) == TEMPERATURES[0]  # always right, never sure
-    assert fit_temperature(np.eye(3)[(gold + 1) % 3], gold) == TEMPERATURES[1]  # always wrong, always sure
+    assert fit_temperature(np.eye(3)[gold], gold) <= 1  # always right, always certain
+    assert fit_temperature(nearly, gold) == TEMPERATURES[0]  # always right, never certain
+    assert fit_temperature(np.eye(3)[(gold + 1) % 3], gold) == TEMPERATURES[1]  # always wrong, always certain
     assert fit_temperature(np.full((60, 3), 1 / 3), gold) == 1  # no temperature changes anything
     assert fit_temperature(np.array([[0.3, 0.7]]), np.array([0])) == TEMPERATURES[1]
-    assert TEMPERATURES[0] <= fit_temperature(drawn(3, 60)[0], np.zeros(60, dtype=int)) <= TEMPERATURES[1]
+    assert TEMPERATURES[0] <= fit_temperature(sampled(3, 60)[0], np.zeros(60, dtype=int)) <= TEMPERATURES[1]
 
 
-def test_one_impossible_gold_label_does_not_spoil_the_fit() -> None:
-    probabilities, gold = drawn(3)
+def test_one_gold_label_with_probability_0_does_not_dominate_the_fit() -> None:
+    probabilities, gold = sampled(3)
     clean = fit_temperature(probabilities, gold)
     probabilities[0], gold[0] = [1, 0, 0], 2
     assert clean <= fit_temperature(probabilities, gold) < 2 * clean
 
 
-def test_the_error_map_is_isotonic_regression_and_survives_json() -> None:
+def test_the_error_map_is_isotonic_regression_and_round_trips_through_json() -> None:
     random = np.random.default_rng(0)
-    doubt = random.integers(0, 40, 300) / 40
-    errors = random.random(300) < doubt**2
-    knots = json.loads(json.dumps(fit_error_map(doubt, errors)))
-    asked = np.linspace(-0.5, 1.5, 101)
-    reference = IsotonicRegression(out_of_bounds="clip").fit(doubt, errors)
-    np.testing.assert_allclose(error_probability(asked, knots), reference.predict(asked), atol=1e-12)
-    assert (np.diff(error_probability(asked, knots)) >= -1e-12).all()
+    uncertainties = random.integers(0, 40, 300) / 40
+    errors = random.random(300) < uncertainties**2
+    knots = json.loads(json.dumps(fit_error_map(uncertainties, errors)))
+    points = np.linspace(-0.5, 1.5, 101)
+    reference = IsotonicRegression(out_of_bounds="clip").fit(uncertainties, errors)
+    np.testing.assert_allclose(error_probability(points, knots), reference.predict(points), atol=1e-12)
+    assert (np.diff(error_probability(points, knots)) >= -1e-12).all()
 
 
 def test_an_error_map_of_one_uncertainty_is_the_error_rate() -> None:
@@ -170,19 +170,19 @@ NOT_PROBABILITIES = [
 
 
 @pytest.mark.parametrize("rows", NOT_PROBABILITIES)
-def test_refuses_rows_that_are_not_probabilities(rows: np.ndarray) -> None:
+def test_rows_that_are_not_probabilities_are_refused(rows: np.ndarray) -> None:
     for call in (uncertainty, lambda p: temper(p, 1.0), lambda p: fit_temperature(p, np.zeros(1, dtype=int))):
         with pytest.raises(ValueError, match="probabilities"):
             call(rows)
 
 
-def test_refuses_an_unknown_measure() -> None:
+def test_an_unknown_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="entropy, max_probability or margin"):
         uncertainty(np.array([[0.5, 0.5]]), "variance")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gold", [[], [0], [0, 2], [0, -1], [0.0, 1.0], [[0, 1]]])
-def test_refuses_gold_that_is_not_one_label_index_a_row(gold: list) -> None:
+def test_gold_must_be_one_label_index_per_row(gold: list) -> None:
     with pytest.raises(ValueError, match="gold"):
         fit_temperature(np.array([[0.5, 0.5], [0.1, 0.9]]), np.array(gold))
     with pytest.raises(ValueError, match="gold"):
@@ -190,8 +190,8 @@ def test_refuses_gold_that_is_not_one_label_index_a_row(gold: list) -> None:
 
 
 @pytest.mark.parametrize(
-    ("doubt", "errors"), [([], []), ([0.1], [0, 1]), ([0.1, float("nan")], [0, 1]), ([0.1, 0.2], [0, 0.5])]
+    ("uncertainties", "errors"), [([], []), ([0.1], [0, 1]), ([0.1, float("nan")], [0, 1]), ([0.1, 0.2], [0, 0.5])]
 )
-def test_refuses_errors_that_no_map_can_be_fitted_to(doubt: list, errors: list) -> None:
+def test_invalid_inputs_of_an_error_map_are_refused(uncertainties: list, errors: list) -> None:
     with pytest.raises(ValueError, match="uncertainty"):
-        fit_error_map(np.array(doubt), np.array(errors))
+        fit_error_map(np.array(uncertainties), np.array(errors))

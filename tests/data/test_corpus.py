@@ -1,4 +1,4 @@
-"""From settings to checked samples, on good data and on bad."""
+"""Reading, validation and splitting of a corpus, with valid and invalid data."""
 
 import dataclasses
 import json
@@ -22,9 +22,7 @@ from distill.task.labels import LabelSpace, Scale
 LABELS = LabelSpace()
 BINS = LabelSpace.from_scale(Scale())
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the real posts of ../shared/data are not on this machine"
-)
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real posts of ../shared/data are missing")
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any] | bytes]) -> None:
@@ -37,13 +35,13 @@ def post(name: str, **fields: Any) -> dict[str, Any]:
     return {"id": name, "text": f"text of {name}", "label": "neutral", **fields}
 
 
-def picture(path: Path, colour: str = "red") -> None:
+def save_image(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 12), colour).save(path)
 
 
-def ordinary(folder: Path, **settings: Any) -> DataSettings:
-    """Three good files of one row each, to be overwritten by the tests."""
+def valid_settings(folder: Path, **settings: Any) -> DataSettings:
+    """Settings of a corpus with three files of one valid row each; existing files are kept."""
     for split in ("train", "validation", "test"):
         if not (folder / f"{split}.jsonl").exists():
             write(folder / f"{split}.jsonl", [post(split)])
@@ -55,23 +53,23 @@ def names(corpus: Corpus) -> dict[str, list[str]]:
 
 
 def test_reads_three_files(tmp_path: Path) -> None:
-    picture(tmp_path / "images" / "a.png")
+    save_image(tmp_path / "images" / "a.png")
     write(
         tmp_path / "train.jsonl", [post("a", image="images/a.png"), post("b", label=None), post("c", label="positive")]
     )
-    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus) == {"train": ["a", "b", "c"], "validation": ["validation"], "test": ["test"]}
     assert corpus.train[0].images == (tmp_path.resolve() / "images" / "a.png",)
     assert [sample.label for sample in corpus.train] == ["neutral", None, "positive"]
     assert corpus.dropped == [] and corpus.root == tmp_path.resolve()
 
 
-def test_every_bad_row_is_dropped_with_its_reason_and_no_good_one(tmp_path: Path) -> None:
+def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    picture(root / "good.png")
-    picture(tmp_path / "secret.png")
+    save_image(root / "good.png")
+    save_image(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "words.jpg").write_text("no picture")
+    (root / "words.jpg").write_text("not an image")
     (root / "drawing.svg").write_text("<svg/>")
     (root / "short.png").write_bytes((root / "good.png").read_bytes()[:50])
     cases: list[tuple[Any, str, str]] = [
@@ -88,12 +86,12 @@ def test_every_bad_row_is_dropped_with_its_reason_and_no_good_one(tmp_path: Path
         (post("words", image="words.jpg"), "words", "image words.jpg is none of JPEG"),
         (post("svg", image="drawing.svg"), "svg", "image drawing.svg is none of JPEG"),
         (post("short", images=["good.png", "short.png"]), "short", "image short.png is broken"),
-        (post("first"), "first", "id 'first' is already that of train.jsonl row 1"),
+        (post("first"), "first", "id 'first' is already used by train.jsonl row 1"),
         (post("\ud83d"), "\\ud83d", "is not UTF-8"),
         (post("long", label="x" * 10_000), "long", "unknown label 'xxx"),
     ]
     write(root / "train.jsonl", [post("first", image="good.png"), *(row for row, _, _ in cases), post("last")])
-    corpus = read_corpus(ordinary(root), LABELS)
+    corpus = read_corpus(valid_settings(root), LABELS)
     assert names(corpus)["train"] == ["first", "last"]
     assert [(row.file, row.row) for row in corpus.dropped] == [("train.jsonl", i + 2) for i in range(len(cases))]
     for dropped, (_, name, reason) in zip(corpus.dropped, cases, strict=True):
@@ -106,26 +104,28 @@ def test_every_bad_row_is_dropped_with_its_reason_and_no_good_one(tmp_path: Path
 
 def test_ids_are_unique_across_splits(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", [post("train", text="other"), post("new")])
-    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus)["test"] == ["new"]
-    assert corpus.dropped == [Dropped("test.jsonl", 1, "train", "id 'train' is already that of train.jsonl row 1")]
+    assert corpus.dropped == [Dropped("test.jsonl", 1, "train", "id 'train' is already used by train.jsonl row 1")]
 
 
-def test_a_dropped_row_does_not_take_its_id_along(tmp_path: Path) -> None:
+def test_the_id_of_a_dropped_row_can_be_used_by_another_row(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [post("a", image="gone.png"), post("a")])
-    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus)["train"] == ["a"] and [row.row for row in corpus.dropped] == [1]
 
 
-def test_unlabelled_rows_cannot_judge(tmp_path: Path) -> None:
+def test_rows_for_evaluation_need_a_label(tmp_path: Path) -> None:
     write(tmp_path / "validation.jsonl", [post("a", label=None), post("b")])
-    corpus = read_corpus(ordinary(tmp_path), LABELS)
+    corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus)["validation"] == ["b"]
-    assert corpus.dropped == [Dropped("validation.jsonl", 1, "a", "has no label, so it cannot be judged in validation")]
+    assert corpus.dropped == [
+        Dropped("validation.jsonl", 1, "a", "has no label, which every row of the validation split needs")
+    ]
 
 
-def test_an_image_is_decoded_once_however_many_rows_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "a.png")
+def test_an_image_is_decoded_once_for_all_rows_that_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "a.png")
     decoded: list[str] = []
     decode = images.decode
 
@@ -135,15 +135,15 @@ def test_an_image_is_decoded_once_however_many_rows_show_it(tmp_path: Path, monk
 
     monkeypatch.setattr(corpus_module, "decode", counting)
     write(tmp_path / "train.jsonl", [post(str(i), image=("a.png", "./a.png")[i % 2]) for i in range(10)])
-    assert len(read_corpus(ordinary(tmp_path), LABELS).train) == 10
+    assert len(read_corpus(valid_settings(tmp_path), LABELS).train) == 10
     assert decoded == ["a.png"]
 
 
 def test_the_pixel_limit_is_a_setting(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     write(tmp_path / "train.jsonl", [post("a", image="a.png"), post("b")])
-    assert names(read_corpus(ordinary(tmp_path), LABELS))["train"] == ["a", "b"]
-    small = read_corpus(ordinary(tmp_path, max_pixels=143), LABELS)
+    assert names(read_corpus(valid_settings(tmp_path), LABELS))["train"] == ["a", "b"]
+    small = read_corpus(valid_settings(tmp_path, max_pixels=143), LABELS)
     assert names(small)["train"] == ["b"] and "12 x 12 pixels, more than 143" in small.dropped[0].reason
 
 
@@ -157,8 +157,8 @@ def test_the_pixel_limit_is_a_setting(tmp_path: Path) -> None:
         (b'\n{"id": "a", "text": "x", "image": "gone.jpg"}\n', r"row 2: image gone\.jpg is missing"),
     ],
 )  # fmt: skip
-def test_a_useless_file_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
-    settings = ordinary(tmp_path)
+def test_a_file_without_usable_rows_raises(tmp_path: Path, content: bytes | None, message: str) -> None:
+    settings = valid_settings(tmp_path)
     if content is None:
         (tmp_path / "train.jsonl").unlink()
     else:
@@ -168,35 +168,35 @@ def test_a_useless_file_is_one_sentence(tmp_path: Path, content: bytes | None, m
     assert "\n" not in str(caught.value)
 
 
-def test_a_useless_file_among_good_ones_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_file_without_usable_rows(tmp_path: Path) -> None:
     write(tmp_path / "more.jsonl", [post("a", label=None)])
     with pytest.raises(
         SettingsError, match=r"data\.test: none of the 1 rows of more\.jsonl can be used; row 1: has no l"
     ):
-        read_corpus(ordinary(tmp_path, test=["test.jsonl", "more.jsonl"]), LABELS)
+        read_corpus(valid_settings(tmp_path, test=["test.jsonl", "more.jsonl"]), LABELS)
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("settings", "message"),
     [
-        ({"train": []}, r"data\.train names no file"),
+        ({"train": []}, r"data\.train is empty; name at least one file"),
         ({"root": "/nonexistent"}, r"data\.train: cannot read /nonexistent/train\.jsonl"),
         ({"test": ["."]}, r"data\.test: cannot read"),
-        ({"test": [], "test_fraction": 0.0}, r"data\.test_fraction must lie between 0 and 1"),
-        ({"validation": [], "validation_fraction": 1.5}, r"data\.validation_fraction must lie"),
-        ({"validation": [], "test": [], "validation_fraction": 0.5, "test_fraction": 0.5}, "leave no training rows"),
-        ({"test": []}, r"data\.test: the labelled posts of data\.train are too few"),
+        ({"test": [], "test_fraction": 0.0}, r"data\.test_fraction is 0\.0; it takes a number above 0 and below 1"),
+        ({"validation": [], "validation_fraction": 1.5}, r"data\.validation_fraction is 1\.5; it takes"),
+        ({"validation": [], "test": [], "validation_fraction": 0.5, "test_fraction": 0.5}, "must sum to less than 1"),
+        ({"test": []}, r"data\.test: data\.train has too few labelled posts"),
     ],
 )
-def test_impossible_settings_are_named(tmp_path: Path, settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(SettingsError, match=field):
-        read_corpus(ordinary(tmp_path, **settings), LABELS)
+def test_invalid_settings_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_corpus(valid_settings(tmp_path, **settings), LABELS)
 
 
-def test_missing_splits_are_set_apart_from_train(tmp_path: Path) -> None:
+def test_splits_without_a_file_are_drawn_from_train(tmp_path: Path) -> None:
     rows = [post(f"p{i}", label=("negative", "neutral", "positive", None)[i % 4]) for i in range(400)]
     write(tmp_path / "train.jsonl", rows)
-    settings = ordinary(tmp_path, validation=[], test=[], test_fraction=0.2)
+    settings = valid_settings(tmp_path, validation=[], test=[], test_fraction=0.2)
     corpus = read_corpus(settings, LABELS)
     assert Counter(sample.label for sample in corpus.validation) == {"negative": 10, "neutral": 10, "positive": 10}
     assert len(corpus.test) == 60 and len(corpus.train) == 310
@@ -205,19 +205,19 @@ def test_missing_splits_are_set_apart_from_train(tmp_path: Path) -> None:
     assert all(sample.label is not None for sample in corpus.test)
 
 
-def test_a_split_that_has_files_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_split_with_files_is_not_changed(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [post(f"p{i}") for i in range(100)])
-    corpus = read_corpus(ordinary(tmp_path, validation=[]), LABELS)
+    corpus = read_corpus(valid_settings(tmp_path, validation=[]), LABELS)
     assert (len(corpus.train), len(corpus.validation), names(corpus)["test"]) == (90, 10, ["test"])
 
 
 def test_twitter_layout(tmp_path: Path) -> None:
-    picture(tmp_path / "pictures" / "1.jpg")
+    save_image(tmp_path / "photos" / "1.jpg")
     header = "index\t#1 Label\t#2 ImageID\t#3 String\t#3 String\n"
     for split in ("train", "dev", "test"):
         body = "1\t2\t1.jpg\t$T$ won\tHull\n2\t3\t1.jpg\t$T$ lost\tHull\n3\t0\t../1.jpg\t$T$ lost\tHull\n"
         (tmp_path / f"{split}.tsv").write_text(header + body)
-    settings = DataSettings("twitter", str(tmp_path), ["train.tsv"], ["dev.tsv"], ["test.tsv"], images="pictures")
+    settings = DataSettings("twitter", str(tmp_path), ["train.tsv"], ["dev.tsv"], ["test.tsv"], images="photos")
     corpus = read_corpus(settings, LABELS)
     assert names(corpus) == {"train": ["train-1"], "validation": ["dev-1"], "test": ["test-1"]}
     sample = corpus.test[0]
@@ -228,7 +228,7 @@ def test_twitter_layout(tmp_path: Path) -> None:
     ]
 
 
-def test_mvsa_layout_with_its_own_split(tmp_path: Path) -> None:
+def test_mvsa_layout_with_drawn_splits(tmp_path: Path) -> None:
     lines = ["ID\ttext,image"]
     for i in range(1, 61):
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -243,7 +243,7 @@ def test_mvsa_layout_with_its_own_split(tmp_path: Path) -> None:
     assert corpus.dropped == [Dropped("labelResultAll.txt", 62, "61", "text is positive and image is negative")]
 
 
-def test_continuous_labels_and_their_scale(tmp_path: Path) -> None:
+def test_mosi_layout_with_a_scale(tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("id,text,label,split\na,x,3,train\nb,y,3.1,train\nc,z,-3,dev\nd,w,0.5,test\n")
     settings = DataSettings("mosi", str(tmp_path), ["all.csv"], ["all.csv"], ["all.csv"])
     corpus = read_corpus(settings, BINS)
@@ -252,14 +252,14 @@ def test_continuous_labels_and_their_scale(tmp_path: Path) -> None:
     assert len(read_corpus(settings, LabelSpace.from_scale(Scale(low=-5, high=5))).train) == 2
 
 
-def test_numbers_need_a_scale_and_a_scale_needs_numbers(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"data\.source mosi has continuous labels; task\.scale must say"):
+def test_continuous_labels_and_a_scale_require_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data\.source mosi has continuous labels: add task\.scale"):
         read_corpus(DataSettings("mosi", str(tmp_path)), LABELS)
     with pytest.raises(SettingsError, match=r"task\.scale needs continuous labels: data\.source mosi, not jsonl"):
-        read_corpus(ordinary(tmp_path), BINS)
+        read_corpus(valid_settings(tmp_path), BINS)
 
 
-def test_postcards_are_made_and_read(tmp_path: Path) -> None:
+def test_postcards_are_generated_and_read(tmp_path: Path) -> None:
     postcards = PostcardSettings(labelled=9, unlabelled=9, validation=9, test=9)
     settings = DataSettings("postcards", str(tmp_path / "cards"), postcards=postcards)
     corpus = read_corpus(settings, LABELS)
@@ -272,11 +272,11 @@ def test_postcards_are_made_and_read(tmp_path: Path) -> None:
         read_corpus(dataclasses.replace(settings, root=str(tmp_path / "mine" / "train.jsonl" / "below")), LABELS)
 
 
-def test_the_fingerprint_follows_the_data_and_nothing_else(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_data_only(tmp_path: Path) -> None:
     root = tmp_path / "a"
-    picture(root / "a.png")
+    save_image(root / "a.png")
     write(root / "train.jsonl", [post("a", image="a.png"), post("b", image="gone.png"), post("c", image=3), b"broken"])
-    settings = ordinary(root)
+    settings = valid_settings(root)
     before = data_fingerprint(settings)
     assert before == data_fingerprint(settings)
     (root / "unrelated").write_text("x")
@@ -288,7 +288,7 @@ def test_the_fingerprint_follows_the_data_and_nothing_else(tmp_path: Path) -> No
     seen = {before}
     Image.new("RGB", (40, 40), "blue").save(root / "a.png")
     seen.add(data_fingerprint(settings))
-    picture(root / "gone.png")
+    save_image(root / "gone.png")
     seen.add(data_fingerprint(settings))
     write(root / "test.jsonl", [post("test", label="positive")])
     seen.add(data_fingerprint(settings))
@@ -299,7 +299,7 @@ def test_the_fingerprint_follows_the_data_and_nothing_else(tmp_path: Path) -> No
         data_fingerprint(settings)
 
 
-def test_the_fingerprint_sees_the_texts_of_mvsa_and_the_settings_of_postcards(tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_texts_of_mvsa_and_the_settings_of_postcards(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "1.txt").write_text("one")
     (tmp_path / "labels.txt").write_text("ID\ttext,image\n1\tneutral,neutral\n")
@@ -308,8 +308,8 @@ def test_the_fingerprint_sees_the_texts_of_mvsa_and_the_settings_of_postcards(tm
     (tmp_path / "data" / "1.txt").write_text("two")
     assert data_fingerprint(settings) != before
     cards = [DataSettings("postcards", "nowhere", postcards=PostcardSettings(seed=seed)) for seed in (1, 1, 2)]
-    prints = [data_fingerprint(card) for card in cards]
-    assert prints[0] == prints[1] != prints[2]
+    fingerprints = [data_fingerprint(card) for card in cards]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 @needs_shared
@@ -331,7 +331,7 @@ def test_real_utterances_are_all_read() -> None:
 
 
 @needs_shared
-def test_a_split_of_real_posts_shares_no_image_and_keeps_the_shares() -> None:
+def test_drawn_splits_of_real_posts_have_the_right_size_and_share_no_image() -> None:
     corpus = read_corpus(DataSettings(root=str(SHARED / "twitter15"), test=[]), LABELS)
     assert (len(corpus.validation), len(corpus.test)) == (318, 318)
     images = [{image for sample in part for image in sample.images} for part in (corpus.train, corpus.validation)]

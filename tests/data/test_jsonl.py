@@ -1,4 +1,4 @@
-"""Rows of JSON: what is read, what is refused and why, and that writing is all or nothing."""
+"""JSONL rows: reading, invalid rows and fields, and atomic writing."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from distill.errors import RunError
 from distill.task.sample import Sample
 
 
-def test_reads_every_row_with_its_line(tmp_path: Path) -> None:
+def test_reads_every_row_with_its_line_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "a"}\r\n\n  \n{"id": "b", "text": "x\xe2\x80\xa8y"}\n{"id": "c"}')
     rows = list(jsonl.read(path))
@@ -40,7 +40,7 @@ def test_reads_every_row_with_its_line(tmp_path: Path) -> None:
         ('{"id": "a", "text": "é"}'.encode("utf-16"), "is not UTF-8"),
     ],
 )
-def test_an_unreadable_row_does_not_stop_the_others(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_an_invalid_row_does_not_affect_the_others(tmp_path: Path, line: bytes, problem: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(line + b'\n{"id": "b"}\n')
     rows = list(jsonl.read(path))
@@ -50,14 +50,14 @@ def test_an_unreadable_row_does_not_stop_the_others(tmp_path: Path, line: bytes,
 
 def test_one_image_and_a_list_of_images(tmp_path: Path) -> None:
     root = tmp_path.resolve()
-    assert jsonl.sample({"id": "a", "text": "x", "image": "a.jpg"}, root).images == (root / "a.jpg",)
-    both = jsonl.sample({"id": "a", "text": "x", "images": ["a.jpg", "b/c.jpg"], "image": None}, root)
+    assert jsonl.to_sample({"id": "a", "text": "x", "image": "a.jpg"}, root).images == (root / "a.jpg",)
+    both = jsonl.to_sample({"id": "a", "text": "x", "images": ["a.jpg", "b/c.jpg"], "image": None}, root)
     assert both.images == (root / "a.jpg", root / "b" / "c.jpg")
-    assert jsonl.sample({"id": "a", "images": ["a.jpg"]}, root).text == ""
+    assert jsonl.to_sample({"id": "a", "images": ["a.jpg"]}, root).text == ""
 
 
 def test_optional_fields(tmp_path: Path) -> None:
-    plain = jsonl.sample({"id": 7, "text": "x", "aspect": " ", "unknown": 1}, tmp_path)
+    plain = jsonl.to_sample({"id": 7, "text": "x", "aspect": " ", "unknown": 1}, tmp_path)
     assert plain == Sample("7", "x")
     full = {
         "id": "a",
@@ -67,7 +67,7 @@ def test_optional_fields(tmp_path: Path) -> None:
         "rationale": "z",
         "attributes": {"k": "v", "n": None},
     }
-    assert jsonl.sample(full, tmp_path) == Sample("a", "x", (), "y", "neutral", "z", {"k": "v"})
+    assert jsonl.to_sample(full, tmp_path) == Sample("a", "x", (), "y", "neutral", "z", {"k": "v"})
 
 
 @pytest.mark.parametrize(
@@ -93,19 +93,19 @@ def test_optional_fields(tmp_path: Path) -> None:
         ({"id": "a", "text": "x", "rationale": "\udce9"}, "is not UTF-8"),
     ],
 )
-def test_bad_fields_are_named(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+def test_invalid_fields_are_named(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        jsonl.sample(fields, tmp_path)
+        jsonl.to_sample(fields, tmp_path)
 
 
-def test_bytes_that_are_not_utf8_are_found_inside_strings(tmp_path: Path) -> None:
+def test_strings_with_bytes_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"id": "a", "text": "café"}'.encode("latin-1"))
     (row,) = jsonl.read(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="is not UTF-8"):
-        jsonl.sample(row.fields, tmp_path)
+        jsonl.to_sample(row.fields, tmp_path)
 
 
-def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
+def test_to_sample_inverts_to_row(tmp_path: Path) -> None:
     root = tmp_path.resolve()
     samples = [
         Sample(
@@ -120,32 +120,32 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
         Sample("b", "\u2028", (root / "b.jpg",)),
         Sample("c", "x", label=-1.5),
     ]
-    jsonl.write_rows(root / "out" / "a.jsonl", (jsonl.row(sample, root) for sample in samples))
-    assert [jsonl.sample(row.fields, root) for row in jsonl.read(root / "out" / "a.jsonl")] == samples
+    jsonl.write_rows(root / "out" / "a.jsonl", (jsonl.to_row(sample, root) for sample in samples))
+    assert [jsonl.to_sample(row.fields, root) for row in jsonl.read(root / "out" / "a.jsonl")] == samples
     lines = (root / "out" / "a.jsonl").read_text(encoding="utf-8").split("\n")
     assert list(json.loads(lines[0])) == ["id", "text", "aspect", "label", "images", "rationale", "attributes"]
     assert json.loads(lines[0])["images"] == ["i/a.jpg", "b.jpg"]
     assert "\U0001f600" in lines[0]
 
 
-def test_a_row_of_a_picture_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_to_row_rejects_an_image_outside_the_root(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
-        jsonl.row(Sample("a", "x", (tmp_path.parent / "a.jpg",)), tmp_path)
+        jsonl.to_row(Sample("a", "x", (tmp_path.parent / "a.jpg",)), tmp_path)
 
 
-def test_datasets_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_datasets_library_reads_the_rows(tmp_path: Path) -> None:
     samples = [
         Sample("a", "x", (tmp_path / "a.jpg",), "y", "neutral", "z", {"k": "v"}),
         Sample("b", "x", (), None, None, None, {"other": "w"}),
         Sample("c", "x"),
     ]
-    jsonl.write_rows(tmp_path / "a.jsonl", [jsonl.row(sample, tmp_path) for sample in samples])
+    jsonl.write_rows(tmp_path / "a.jsonl", [jsonl.to_row(sample, tmp_path) for sample in samples])
     table = datasets.load_dataset(
         "json", data_files=str(tmp_path / "a.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert table["images"][:] == [["a.jpg"], [], []]
-    read = [jsonl.sample(fields, tmp_path) for fields in table]
-    assert read == [jsonl.sample(row.fields, tmp_path) for row in jsonl.read(tmp_path / "a.jsonl")]
+    read = [jsonl.to_sample(fields, tmp_path) for fields in table]
+    assert read == [jsonl.to_sample(row.fields, tmp_path) for row in jsonl.read(tmp_path / "a.jsonl")]
 
 
 def failing() -> Iterator[dict[str, Any]]:
@@ -153,7 +153,7 @@ def failing() -> Iterator[dict[str, Any]]:
     raise KeyError("in the middle")
 
 
-def test_an_error_in_the_middle_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     jsonl.write_rows(path, [{"id": "old"}])
     with pytest.raises(KeyError):
@@ -164,9 +164,7 @@ def test_an_error_in_the_middle_leaves_the_old_file_alone(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_raises_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     jsonl.write_rows(path, [{"id": "old"}])
 
@@ -180,7 +178,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file_alone(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_kill_in_the_middle_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
+def test_a_kill_while_writing_keeps_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     jsonl.write_rows(path, [{"id": "old"}])
     script = (

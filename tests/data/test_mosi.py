@@ -1,4 +1,4 @@
-"""Utterances with continuous labels, from CSV and from JSONL."""
+"""CMU-MOSI: utterances with continuous labels, from CSV and from JSONL."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_csv_with_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
     assert all(isinstance(row.fields["label"], float) for row in rows[:2])
 
 
-def test_each_split_takes_its_own_rows(tmp_path: Path) -> None:
+def test_each_split_uses_its_own_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label,split\n1,a,1,train\n2,b,1,dev\n3,c,1,Test\n4,d,1,\n5,e,1,valid\n6,f,1,other\n")
     ids = {split: [row.fields["id"] for row in mosi.read(path, split)] for split in ("train", "validation", "test")}
@@ -29,7 +29,7 @@ def test_each_split_takes_its_own_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["nan", "inf", "-Infinity", "good", True, [1], {}, 10**400])
-def test_labels_that_are_no_finite_number(tmp_path: Path, label: object) -> None:
+def test_labels_must_be_finite_numbers(tmp_path: Path, label: object) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"id": "1", "text": "x", "label": label}) + '\n{"id": "2", "text": "y", "label": 1}\n')
     bad, good = mosi.read(path, "train")
@@ -37,13 +37,13 @@ def test_labels_that_are_no_finite_number(tmp_path: Path, label: object) -> None
     assert good.problem is None and good.fields["label"] == 1.0
 
 
-def test_bare_nan_in_json(tmp_path: Path) -> None:
+def test_nan_in_json_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "x", "label": NaN}\n')
     (row,) = mosi.read(tmp_path / "a.jsonl", "train")
     assert row.problem == "label nan is not a finite number"
 
 
-def test_rows_of_another_width_and_runaway_quotes(tmp_path: Path) -> None:
+def test_rows_with_wrong_cell_counts_and_oversized_fields(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label\n1,x\n2,y,1,extra\n3,z,1\n4," + "x" * 140_000 + ",1\n5,w,1\n")
     problems = [(row.number, row.problem) for row in mosi.read(path, "train")]

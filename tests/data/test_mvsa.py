@@ -1,4 +1,4 @@
-"""MVSA's label files and the published rule."""
+"""MVSA: label files, and the published rule that merges text and image labels."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def test_single(tmp_path: Path) -> None:
     assert (four.number, four.problem) == (5, "text 4.txt is missing")
 
 
-def test_multiple_takes_each_modalitys_majority_first(tmp_path: Path) -> None:
+def test_multiple_takes_the_majority_of_each_modality(tmp_path: Path) -> None:
     path = layout(
         tmp_path,
         [
@@ -53,7 +53,7 @@ def test_multiple_takes_each_modalitys_majority_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pair", list(product(mvsa.LABELS, repeat=2)))
-def test_the_published_table(pair: tuple[str, str]) -> None:
+def test_merged_labels_match_the_published_table(pair: tuple[str, str]) -> None:
     score = {"negative": -1, "neutral": 0, "positive": 1}
     if set(pair) == {"negative", "positive"}:
         with pytest.raises(ValueError, match="text is"):
@@ -66,7 +66,7 @@ def test_the_published_table(pair: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "cells", ["", "\tpositive", "\tpositive,", "\t,", "\tpositive,neutral,negative", "\tpositive,Good"]
 )
-def test_malformed_labels_are_no_label(tmp_path: Path, cells: str) -> None:
+def test_malformed_labels_are_reported(tmp_path: Path, cells: str) -> None:
     (row,) = mvsa.read(layout(tmp_path, [SINGLE, f"1{cells}"], {"1": b"x"}), tmp_path)
     assert row.problem == "has no labels" or "is not a text,image pair of negative" in str(row.problem)
 
@@ -79,7 +79,7 @@ def test_mixed_encodings_are_read_and_counted(tmp_path: Path, caplog: pytest.Log
     assert "2 texts are not UTF-8" in caplog.text
 
 
-def test_no_id_reads_a_text_outside_the_root(tmp_path: Path) -> None:
+def test_ids_cannot_read_files_outside_the_root(tmp_path: Path) -> None:
     root = tmp_path / "root"
     names = ["../../secret", str(tmp_path / "secret"), "link", "a\0b"]
     path = layout(root, [SINGLE, *(f"{name}\tneutral,neutral" for name in names)], {})

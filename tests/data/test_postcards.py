@@ -1,4 +1,4 @@
-"""The built-in corpus: same seed, same bytes; balanced; solvable only from words and picture together."""
+"""The built-in corpus: deterministic, balanced, and solvable only from text and image together."""
 
 import json
 from collections import Counter
@@ -37,7 +37,7 @@ def content(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(corpus: Path, tmp_path: Path) -> None:
+def test_the_output_depends_on_the_seed_only(corpus: Path, tmp_path: Path) -> None:
     generate(tmp_path / "again", SMALL)
     assert content(tmp_path / "again") == content(corpus)
     generate(tmp_path / "other", replace(SMALL, seed=8))
@@ -46,7 +46,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(corpus: Pat
     assert other["train.jsonl"] != content(corpus)["train.jsonl"]
 
 
-def test_counts_are_the_settings(corpus: Path) -> None:
+def test_counts_match_the_settings(corpus: Path) -> None:
     train = rows(corpus, "train")
     assert [row["label"] is not None for row in train] == [True] * 27 + [False] * 18
     assert all((row["label"] is None) == (row["rationale"] is None) for row in train)
@@ -66,7 +66,7 @@ def test_every_cell_is_equally_frequent_in_each_part(corpus: Path) -> None:
 
 
 def ceiling(posts: list[dict[str, Any]], *shown: str) -> float:
-    """The best accuracy of anyone who sees only these attributes: the most frequent label for each of their values."""
+    """The best possible accuracy from these attributes: the most frequent label for each combination of values."""
     seen: dict[tuple[str, ...], Counter[str]] = {}
     for row in posts:
         seen.setdefault(tuple(row["attributes"][name] for name in shown), Counter())[label(row)] += 1
@@ -77,7 +77,7 @@ def label(row: dict[str, Any]) -> str:
     return RULE[row["attributes"]["tone"], row["attributes"]["face"]][0]
 
 
-def test_neither_words_nor_picture_are_enough(corpus: Path) -> None:
+def test_neither_text_nor_image_is_sufficient(corpus: Path) -> None:
     posts = every(corpus)
     assert ceiling(posts, "tone") == pytest.approx(5 / 9)
     assert ceiling(posts, "face") == pytest.approx(6 / 9)
@@ -85,7 +85,7 @@ def test_neither_words_nor_picture_are_enough(corpus: Path) -> None:
     assert ceiling(posts) <= 4 / 9 + 1e-9
 
 
-def test_labels_and_rationales_say_what_is_in_the_post(corpus: Path) -> None:
+def test_labels_and_rationales_match_the_attributes(corpus: Path) -> None:
     for row in every(corpus):
         attributes = row["attributes"]
         assert attributes["word"] in row["text"]
@@ -97,32 +97,32 @@ def test_labels_and_rationales_say_what_is_in_the_post(corpus: Path) -> None:
         assert attributes["face"] in chain.image_analysis and attributes["sky"] in chain.image_analysis
 
 
-def test_the_text_does_not_give_the_picture_away(corpus: Path) -> None:
+def test_the_text_does_not_reveal_the_image(corpus: Path) -> None:
     for row in every(corpus):
         assert not any(value in row["text"].lower() for value in (*FACES, row["attributes"]["sky"]))
 
 
-def test_pictures_have_the_given_size_and_no_two_are_the_same(corpus: Path, tmp_path: Path) -> None:
+def test_images_have_the_given_size_and_are_distinct(corpus: Path, tmp_path: Path) -> None:
     files = [corpus / row["image"] for row in every(corpus)]
-    pictures = [np.asarray(Image.open(file)) for file in files]
-    assert {picture.shape for picture in pictures} == {(56, 56, 3)}
-    assert len({picture.tobytes() for picture in pictures}) == len(files)
+    images = [np.asarray(Image.open(file)) for file in files]
+    assert {image.shape for image in images} == {(56, 56, 3)}
+    assert len({image.tobytes() for image in images}) == len(files)
     generate(tmp_path / "large", PostcardSettings(labelled=9, unlabelled=0, validation=9, test=9, image_size=84))
     assert Image.open(tmp_path / "large" / "images" / "test-0000.png").size == (84, 84)
 
 
-def test_the_faces_differ_in_the_picture(corpus: Path) -> None:
-    """The mean pictures of two looks differ more than the means of two halves of one."""
+def test_the_faces_are_visible_in_the_image(corpus: Path) -> None:
+    """The mean images of two expressions differ more than the means of two halves of one expression."""
     by_face: dict[str, list[np.ndarray]] = {face: [] for face in FACES}
     for row in every(corpus):
         by_face[row["attributes"]["face"]].append(np.asarray(Image.open(corpus / row["image"]), dtype=float)[25:50])
-    means = {face: np.mean(pictures, 0) for face, pictures in by_face.items()}
+    means = {face: np.mean(images, 0) for face, images in by_face.items()}
     between = [np.abs(means[one] - means[two]).max() for one, two in (FACES[:2], FACES[1:], FACES[::2])]
     within = [np.abs(np.mean(p[::2], 0) - np.mean(p[1::2], 0)).max() for p in by_face.values()]
     assert min(between) > max(within)
 
 
-def test_another_run_in_the_same_folder_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+def test_a_second_call_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     generate(root, SMALL)
     times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
@@ -131,7 +131,7 @@ def test_another_run_in_the_same_folder_changes_nothing(corpus: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_other_settings_replace_the_corpus_whole(tmp_path: Path) -> None:
+def test_other_settings_replace_the_whole_corpus(tmp_path: Path) -> None:
     root = tmp_path / "data"
     generate(root, SMALL)
     generate(root, replace(SMALL, test=9))
@@ -140,20 +140,20 @@ def test_other_settings_replace_the_corpus_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
     (root / "thesis.txt").write_text("three years of work")
-    with pytest.raises(FileExistsError, match=r"data\.root: .* holds thesis.txt"):
+    with pytest.raises(FileExistsError, match=r"data\.root: .* contains thesis\.txt; use a new or empty folder"):
         generate(root, SMALL)
     assert content(root) == {"thesis.txt": b"three years of work"}
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_strangers_file_beside_ours_is_not_deleted(tmp_path: Path) -> None:
+def test_a_foreign_file_in_the_corpus_is_not_deleted(tmp_path: Path) -> None:
     root = tmp_path / "data"
     generate(root, SMALL)
     (root / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
+    with pytest.raises(FileExistsError, match=r"contains notes\.txt"):
         generate(root, replace(SMALL, test=9))
     assert (root / "notes.txt").read_text() == "mine" and len(rows(root, "test")) == 36

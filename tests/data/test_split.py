@@ -1,4 +1,4 @@
-"""Parts set apart from the training rows: stratified, seeded, free of leaks."""
+"""Splits drawn from the training rows: stratified, seeded, without leakage."""
 
 import random
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.split import set_apart
+from distill.data.split import stratified_split
 from distill.task.sample import Sample
 
 PARTS = {"validation": 0.1, "test": 0.2}
@@ -21,33 +21,33 @@ def ids(parts: dict[str, list[Sample]]) -> dict[str, set[str]]:
     return {part: {sample.id for sample in samples} for part, samples in parts.items()}
 
 
-def test_parts_have_their_share_of_every_label_and_nothing_is_lost() -> None:
-    parts = set_apart(posts(), PARTS, seed=1)
+def test_splits_are_stratified_and_complete() -> None:
+    parts = stratified_split(posts(), PARTS, seed=1)
     counts = {part: Counter(sample.label for sample in samples) for part, samples in parts.items()}
     assert counts["validation"] == {"neutral": 60, "positive": 30, "negative": 10}
     assert counts["test"] == {"neutral": 120, "positive": 60, "negative": 20}
     assert sorted(sample.id for samples in parts.values() for sample in samples) == sorted(s.id for s in posts())
 
 
-def test_the_seed_decides_and_the_order_of_rows_does_not() -> None:
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_rows() -> None:
     samples = posts()
     shuffled = random.Random(0).sample(samples, len(samples))
-    assert ids(set_apart(samples, PARTS, seed=1)) == ids(set_apart(shuffled, PARTS, seed=1))
-    first, second = (ids(set_apart(samples, PARTS, seed=seed))["test"] for seed in (1, 2))
+    assert ids(stratified_split(samples, PARTS, seed=1)) == ids(stratified_split(shuffled, PARTS, seed=1))
+    first, second = (ids(stratified_split(samples, PARTS, seed=seed))["test"] for seed in (1, 2))
     assert len(first & second) < 80  # 40 expected by chance of 200
 
 
 def test_posts_that_share_a_text_or_an_image_stay_together(tmp_path: Path) -> None:
     rng = random.Random(0)
     for i in range(60):
-        (tmp_path / f"{i}.jpg").write_bytes(f"picture {i // 2}".encode())  # each picture exists under two names
+        (tmp_path / f"{i}.jpg").write_bytes(f"image {i // 2}".encode())  # each image exists under two names
     labels = ("negative", "neutral", "positive")
     samples = [
         Sample(f"p{i}", rng.choice(["One  Text", f"text {i // 3}"]) if i < 30 else f"TEXT {i}",
                (tmp_path / f"{rng.randrange(60)}.jpg",) if i % 4 else (), label=rng.choice(labels))
         for i in range(300)
     ]  # fmt: skip
-    parts = set_apart(samples, PARTS, seed=3)
+    parts = stratified_split(samples, PARTS, seed=3)
     seen: dict[object, str] = {}
     for part, members in parts.items():
         for sample in members:
@@ -57,14 +57,14 @@ def test_posts_that_share_a_text_or_an_image_stay_together(tmp_path: Path) -> No
     assert len(parts["validation"]) >= 15 and len(parts["test"]) >= 30
 
 
-def test_small_groups_fill_the_parts_exactly() -> None:
+def test_small_groups_reach_the_exact_split_sizes() -> None:
     samples = [Sample(f"p{i}", f"text {i // 3}" if i < 600 else f"single {i}", label="ab"[i % 2]) for i in range(1000)]
-    parts = set_apart(samples, PARTS, seed=0)
+    parts = stratified_split(samples, PARTS, seed=0)
     assert (len(parts["validation"]), len(parts["test"])) == (100, 200)
     assert Counter(sample.label for sample in parts["test"]) == {"a": 100, "b": 100}
 
 
-def test_sharing_goes_through_others(tmp_path: Path) -> None:
+def test_groups_are_transitive(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "b.jpg").write_bytes(b"b")
     chain = [
@@ -74,24 +74,26 @@ def test_sharing_goes_through_others(tmp_path: Path) -> None:
         Sample("4", "z", (tmp_path / "b.jpg",), label="a"),
     ]
     for seed in range(20):
-        parts = set_apart(chain, {"test": 0.5}, seed=seed)
-        assert [len(parts["train"]), len(parts["test"])] == [4, 0]  # no half of it can be taken
+        parts = stratified_split(chain, {"test": 0.5}, seed=seed)
+        assert [len(parts["train"]), len(parts["test"])] == [4, 0]  # the group cannot be divided
 
 
-def test_unlabelled_posts_and_their_company_stay_in_train() -> None:
+def test_groups_with_unlabelled_posts_stay_in_train() -> None:
     labelled = posts(200)
-    companions = [Sample(f"u{i}", f"text {i}") for i in range(20)]
-    strangers = [Sample(f"v{i}", f"other {i}") for i in range(300)]
-    parts = set_apart([*labelled, *companions, *strangers], PARTS, seed=0)
+    unlabelled_copies = [Sample(f"u{i}", f"text {i}") for i in range(20)]
+    unlabelled_others = [Sample(f"v{i}", f"other {i}") for i in range(300)]
+    parts = stratified_split([*labelled, *unlabelled_copies, *unlabelled_others], PARTS, seed=0)
     assert all(sample.label is not None for sample in parts["validation"] + parts["test"])
-    assert {f"p{i}" for i in range(20)} | {s.id for s in companions + strangers} <= ids(parts)["train"]
+    assert {f"p{i}" for i in range(20)} | {s.id for s in unlabelled_copies + unlabelled_others} <= ids(parts)["train"]
     assert (len(parts["validation"]), len(parts["test"])) == (20, 40)
 
 
 def test_continuous_labels_are_stratified_by_the_nearest_integer() -> None:
     values = [random.Random(i).uniform(-3, 3) for i in range(600)]
-    parts = set_apart([Sample(f"p{i}", f"text {i}", label=v) for i, v in enumerate(values)], {"test": 0.2}, seed=0)
-    everyone = Counter(round(value) for value in values)
+    parts = stratified_split(
+        [Sample(f"p{i}", f"text {i}", label=v) for i, v in enumerate(values)], {"test": 0.2}, seed=0
+    )
+    total = Counter(round(value) for value in values)
     taken = Counter(round(float(sample.label or 0.0)) for sample in parts["test"])
-    for stratum, count in everyone.items():
+    for stratum, count in total.items():
         assert taken[stratum] == pytest.approx(0.2 * count, abs=0.5)

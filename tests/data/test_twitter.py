@@ -1,4 +1,4 @@
-"""TomBERT's tab-separated files, read without quoting."""
+"""TomBERT's tab-separated files without quoting."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_reads_labels_images_and_targets(tmp_path: Path) -> None:
         "2\t1\t11.jpg\tRT @ someone : Hull lost against $T$\tGhent",
         "3\t2\t17_06_5.jpg\t$T$ and $T$ again !\t# Cork",
     )
-    rows = list(twitter.read(path, "pictures/all"))
+    rows = list(twitter.read(path, "photos/all"))
     assert [row.number for row in rows] == [2, 3, 4]
     assert [row.problem for row in rows] == [None] * 3
     assert rows[0].fields == {
@@ -27,14 +27,14 @@ def test_reads_labels_images_and_targets(tmp_path: Path) -> None:
         "text": "RT @ someone : Hull lost against Ghent",
         "aspect": "Hull",
         "label": "negative",
-        "images": ["pictures/all/11.jpg"],
+        "images": ["photos/all/11.jpg"],
     }
     assert rows[0].fields["text"] == rows[1].fields["text"]
     assert [row.fields["label"] for row in rows] == ["negative", "neutral", "positive"]
     assert rows[2].fields["text"] == "# Cork and # Cork again !"
 
 
-def test_quotes_are_letters(tmp_path: Path) -> None:
+def test_quotes_are_ordinary_characters(tmp_path: Path) -> None:
     path = write(
         tmp_path / "dev.tsv",
         '1\t0\t1.jpg\t" an open quote about $T$\tHull',
@@ -45,16 +45,16 @@ def test_quotes_are_letters(tmp_path: Path) -> None:
     assert texts == ['" an open quote about Hull', '"Ghent said : "" yes "', "next\u2028line \x0b of Cork"]
 
 
-def test_bad_rows_come_with_their_problem(tmp_path: Path) -> None:
+def test_invalid_rows_have_a_problem(tmp_path: Path) -> None:
     path = write(
         tmp_path / "dev.tsv", "1\t0\t1.jpg\tonly four", "2\t0\t1.jpg\t$T$ alone\t ", "3\t7\t1.jpg\tof $T$\tHull"
     )
-    few, aimless, odd = twitter.read(path, "images")
-    assert (few.number, few.fields["id"], few.problem) == (2, "dev-1", "has 4 columns instead of 5")
-    assert (aimless.number, aimless.problem) == (3, "has no target")
-    assert odd.problem is None and odd.fields["label"] == "7"  # left to the check against the label space
+    short, without_target, unknown_label = twitter.read(path, "images")
+    assert (short.number, short.fields["id"], short.problem) == (2, "dev-1", "has 4 columns instead of 5")
+    assert (without_target.number, without_target.problem) == (3, "has no target")
+    assert unknown_label.problem is None and unknown_label.fields["label"] == "7"  # checked later
 
 
-def test_a_file_without_header_loses_no_row(tmp_path: Path) -> None:
+def test_a_file_without_header_keeps_its_first_row(tmp_path: Path) -> None:
     path = write(tmp_path / "dev.tsv", "1\t0\t1.jpg\tof $T$\tHull", header="")
     assert [(row.number, row.fields["id"]) for row in twitter.read(path, "images")] == [(1, "dev-1")]

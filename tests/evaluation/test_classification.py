@@ -1,4 +1,4 @@
-"""Classification figures against scikit-learn, torchmetrics' classes, a plain ECE and a case worked by hand."""
+"""Classification metrics compared with scikit-learn, torchmetrics, a plain ECE and a case computed by hand."""
 
 import numpy as np
 import pytest
@@ -20,14 +20,14 @@ def random_case(seed: int, names: tuple[str, ...], size: int = 200) -> tuple[lis
 def plain_ece(correct: np.ndarray, confidence: np.ndarray, bins: int = 15) -> float:
     error = 0.0
     for i in range(bins):
-        inside = (confidence > i / bins) & (confidence <= (i + 1) / bins)
-        if inside.any():
-            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+        in_bin = (confidence > i / bins) & (confidence <= (i + 1) / bins)
+        if in_bin.any():
+            error += in_bin.mean() * abs(correct[in_bin].mean() - confidence[in_bin].mean())
     return error
 
 
 @pytest.mark.parametrize("names", [LABELS.names, ("negative", "positive")])
-def test_equals_the_libraries(names: tuple[str, ...]) -> None:
+def test_metrics_equal_those_of_the_libraries(names: tuple[str, ...]) -> None:
     gold, probabilities = random_case(3, names)
     if len(names) == 2:  # `neutral` never occurs, neither as gold nor as prediction
         probabilities[:, 1] = 0
@@ -48,18 +48,18 @@ def test_equals_the_libraries(names: tuple[str, ...]) -> None:
     assert measured["ece"] == pytest.approx(plain_ece(correct, probabilities.max(axis=1)), abs=1e-6)
 
 
-def test_worked_by_hand() -> None:
+def test_a_case_computed_by_hand() -> None:
     probabilities = np.array([[0.8, 0.1, 0.1], [0.1, 0.6, 0.3], [0.0, 0.3, 0.7], [0.2, 0.5, 0.3]])
     measured = classification_metrics(["negative", "neutral", "negative", "neutral"], probabilities, LABELS)
     assert measured["confusion"] == [[1, 0, 1], [0, 2, 0], [0, 0, 0]]  # rows gold, columns predicted
     assert measured["accuracy"] == 0.75
     assert measured["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert measured["weighted_f1"] == pytest.approx((2 / 3 + 1) / 2)
-    assert measured["ece"] == pytest.approx((0.2 + 0.4 + 0.7 + 0.5) / 4)  # each sample alone in its bin
+    assert measured["ece"] == pytest.approx((0.2 + 0.4 + 0.7 + 0.5) / 4)  # each sample is in its own bin
     assert measured["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
-def test_a_rounding_error_above_one_is_not_taken_for_logits() -> None:
+def test_probabilities_slightly_above_one_are_not_treated_as_logits() -> None:
     sure = np.array([[1.0 + 2e-16, 0.0, 0.0], [0.0, 1.0000001, 0.0]])
     measured = classification_metrics(["negative", "neutral"], sure, LABELS)
     assert measured["ece"] == pytest.approx(0, abs=1e-6)
@@ -75,12 +75,12 @@ def test_a_rounding_error_above_one_is_not_taken_for_logits() -> None:
         (["neutral"], np.array([[np.nan, 0.5, 0.5]]), "sum to 1"),
     ],
 )
-def test_refuses_what_cannot_be_judged(gold: list[str], probabilities: np.ndarray, message: str) -> None:
+def test_invalid_inputs_are_rejected(gold: list[str], probabilities: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         classification_metrics(gold, probabilities, LABELS)
 
 
-def test_majority_comes_from_train_and_is_judged_on_test() -> None:
+def test_the_majority_label_comes_from_train_and_is_evaluated_on_test() -> None:
     train = ["neutral"] * 3 + ["positive"] * 2
     measured = majority_baseline(train, ["positive", "positive", "neutral", "negative"], LABELS)
     assert measured["label"] == "neutral"

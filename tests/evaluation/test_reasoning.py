@@ -1,4 +1,4 @@
-"""Reasoning figures against the libraries called directly, by hand, and with the libraries out of reach."""
+"""Reasoning metrics compared with the libraries and hand-computed values, and with missing resources."""
 
 import builtins
 import logging
@@ -17,7 +17,7 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 
 LABELS = LabelSpace()
-GONE = "/nowhere/all-MiniLM-L6-v2"
+MISSING = "/nowhere/all-MiniLM-L6-v2"
 
 
 def rationale(words: str, prediction: str = "positive") -> Rationale:
@@ -39,12 +39,12 @@ PAIRS = [(render(p), render(r)) for p, r in zip(PREDICTIONS, REFERENCES, strict=
 
 
 @pytest.fixture(autouse=True)
-def every_warning_again() -> None:
+def reset_warnings() -> None:
     reasoning._warn_once.cache_clear()
 
 
 class Wordnet:
-    """The part of nltk's corpus that METEOR uses: no synonyms but of one pair of words."""
+    """The part of nltk's corpus that METEOR uses, with one pair of synonyms."""
 
     def ensure_loaded(self) -> None:
         pass
@@ -54,14 +54,14 @@ class Wordnet:
         return [SimpleNamespace(lemmas=lambda: lemmas)] if word in ("cheer", "applaud") else []
 
 
-def measure(predictions: Any = PREDICTIONS, references: Any = REFERENCES, model: str = GONE) -> dict[str, float]:
+def measure(predictions: Any = PREDICTIONS, references: Any = REFERENCES, model: str = MISSING) -> dict[str, float]:
     return reasoning_metrics(predictions, references, GOLD, CLASSIFIED, LABELS, model)
 
 
 def test_rates_by_hand() -> None:
     measured = measure()
     assert measured["parse_rate"] == 3 / 4
-    assert measured["reasoned_accuracy"] == 2 / 4  # of right, wrong, unparsed, right
+    assert measured["reasoned_accuracy"] == 2 / 4  # correct, wrong, unparsed, correct
     assert measured["consistency"] == 2 / 3  # of the three that parsed
 
 
@@ -89,8 +89,8 @@ def test_meteor_equals_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [meteor_score([words(r)], words(p), wordnet=Wordnet()) for p, r in PAIRS]
     assert measure()["meteor"] == pytest.approx(np.mean(expected))
     applauds = [rationale("applaud"), *PREDICTIONS[1:]]
-    strangers = [rationale("whistle"), *PREDICTIONS[1:]]
-    assert measure(applauds)["meteor"] > measure(strangers)["meteor"]  # the synonym counts
+    unrelated = [rationale("whistle"), *PREDICTIONS[1:]]
+    assert measure(applauds)["meteor"] > measure(unrelated)["meteor"]  # the synonym counts
 
 
 def test_meteor_without_its_corpus_is_left_out(
@@ -106,8 +106,8 @@ def test_meteor_without_its_corpus_is_left_out(
     with caplog.at_level(logging.WARNING):
         first, second = measure(), measure()
     assert "meteor" not in first and "meteor" not in second
-    said = [record.message for record in caplog.records if "meteor" in record.message]
-    assert said == ["meteor is left out: nltk's wordnet corpus is not there (python -m nltk.downloader wordnet)"]
+    warnings = [record.message for record in caplog.records if "meteor" in record.message]
+    assert warnings == ["meteor is left out: nltk's wordnet corpus is missing (python -m nltk.downloader wordnet)"]
 
 
 def test_similarity_of_a_tiny_model(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def tiny_sentence_model(folder: Path) -> Path:
     return sentence
 
 
-@pytest.mark.parametrize("model", [GONE, "sentence-transformers/all-MiniLM-L6-v2-which-nobody-has"])
+@pytest.mark.parametrize("model", [MISSING, "sentence-transformers/all-MiniLM-L6-v2-does-not-exist"])
 def test_similarity_without_its_model_is_left_out(
     model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -156,7 +156,7 @@ def test_similarity_without_its_model_is_left_out(
     import socket
 
     def no_network(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was tried")
+        raise AssertionError("a connection was attempted")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     measured = measure(model=model)
@@ -165,7 +165,9 @@ def test_similarity_without_its_model_is_left_out(
     assert model in warning and "download it once" in warning
 
 
-def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_of_libraries_that_are_not_installed_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     real = builtins.__import__
 
     def without_the_extra(name: str, *rest: Any, **more: Any) -> Any:
@@ -182,38 +184,38 @@ def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_distinct_by_hand() -> None:
     assert distinct(["a b a", "a b"], 1) == 2 / 5
-    assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab: none reaches over the end of a text
+    assert distinct(["a b a", "a b"], 2) == 2 / 3  # ab, ba, ab: n-grams do not span two texts
     assert distinct(["Yes! yes?"], 1) == 3 / 4
     assert distinct(["word"], 2) == 0
 
 
-def test_distinct_is_of_the_predictions() -> None:
+def test_distinct_is_computed_on_the_predictions() -> None:
     monotone = [rationale("cheer")] * 4
-    varied = [rationale(words) for words in ("cheer", "mock an old view", "tell of three things", "sing")]
+    varied = [rationale(words) for words in ("cheer", "mock an old view", "mention three things", "sing")]
     assert measure(monotone, varied)["distinct2"] < measure(varied, monotone)["distinct2"]
 
 
-def test_nothing_parsed_and_nothing_to_compare() -> None:
+def test_without_parsed_answers_or_references_metrics_are_left_out() -> None:
     assert measure([None] * 4) == {"parse_rate": 0, "reasoned_accuracy": 0}
     assert not {"bleu4", "rouge_l", "meteor", "similarity"} & set(measure(references=[None] * 4))
 
 
-def test_refuses_sequences_that_do_not_match() -> None:
+def test_sequences_of_different_lengths_and_unknown_labels_are_rejected() -> None:
     with pytest.raises(ValueError, match="one entry for each sample"):
         reasoning_metrics(PREDICTIONS, REFERENCES[:2], GOLD, CLASSIFIED, LABELS)
     with pytest.raises(ValueError, match="angry"):
         reasoning_metrics(PREDICTIONS, REFERENCES, ["angry"] * 4, CLASSIFIED, LABELS)
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # closed again below: nothing listens there
+        port = server.getsockname()[1]  # closed below: no server listens on this port
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    reasoning._hub_answers.cache_clear()
+    reasoning._hub_reachable.cache_clear()
     for _ in range(2):
-        with pytest.raises(reasoning._Missing, match="cannot be loaded"):
-            reasoning._similarity([("a", "b")], "nobody/has-this-model")
-    assert reasoning._hub_answers.cache_info().misses == 1
-    assert not reasoning._hub_answers()
-    reasoning._hub_answers.cache_clear()
+        with pytest.raises(reasoning._MissingResource, match="cannot be loaded"):
+            reasoning._similarity([("a", "b")], "no/such-model")
+    assert reasoning._hub_reachable.cache_info().misses == 1
+    assert not reasoning._hub_reachable()
+    reasoning._hub_reachable.cache_clear()

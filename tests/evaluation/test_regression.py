@@ -1,4 +1,4 @@
-"""Figures of values on a scale against scipy-free references, scikit-learn, and a case worked by hand."""
+"""Regression metrics compared with scikit-learn, torchmetrics and cases computed by hand."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from distill.task.labels import Scale
 SCALE = Scale()
 
 
-def test_equals_the_libraries() -> None:
+def test_metrics_equal_those_of_the_libraries() -> None:
     random = np.random.default_rng(5)
     gold = random.integers(-15, 16, 300) / 5
     predicted = (gold + random.normal(0, 1.2, 300)).clip(-3, 3)
@@ -35,7 +35,7 @@ def test_equals_the_libraries() -> None:
     assert found["acc2_with_zero"] != found["acc2_without_zero"]
 
 
-def test_worked_by_hand() -> None:
+def test_a_case_computed_by_hand() -> None:
     gold, predicted = [0.0, 0.5, -2.6, 2.4, -0.2], [-0.1, 1.4, -2.9, 1.6, 0.3]
     found = regression_metrics(gold, predicted, SCALE)
     assert found["mae"] == pytest.approx((0.1 + 0.9 + 0.3 + 0.8 + 0.5) / 5)
@@ -50,11 +50,11 @@ def test_worked_by_hand() -> None:
 def test_halves_round_to_even_on_both_sides() -> None:
     found = regression_metrics([0.5, 1.5, 2.5, -0.5], [0.0, 2.0, 2.0, 0.0], SCALE)
     assert found["acc7"] == 1.0
-    assert regression_metrics([2.5], [3.0], SCALE)["acc7"] == 0.0  # 2.5 is a 2
+    assert regression_metrics([2.5], [3.0], SCALE)["acc7"] == 0.0  # 2.5 rounds to 2
     assert regression_metrics([2.5], [3.0], SCALE)["acc5"] == 1.0
 
 
-def test_constant_predictions_have_no_correlation_and_warn_of_nothing() -> None:
+def test_constant_predictions_have_no_correlation_and_cause_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for gold, predicted in [([1.0, -2.0, 0.2], [0.2] * 3), ([1.0, 1.0], [0.3, 0.4]), ([1.0], [2.0])]:
@@ -65,13 +65,13 @@ def test_constant_predictions_have_no_correlation_and_warn_of_nothing() -> None:
         assert found["correlation"] is None or math.isfinite(found["correlation"])
 
 
-def test_rows_that_are_all_zero_leave_nothing_to_judge_without_zero() -> None:
+def test_metrics_without_zero_are_none_if_all_gold_values_are_zero() -> None:
     found = regression_metrics([0.0, 0.0], [0.5, -0.5], SCALE)
     assert (found["acc2_without_zero"], found["f1_without_zero"]) == (None, None)
     assert found["acc2_with_zero"] == 0.5
 
 
-def test_other_scales_have_only_what_makes_sense_on_them() -> None:
+def test_other_scales_have_fewer_metrics() -> None:
     assert set(regression_metrics([0.2], [0.4], Scale(low=0, high=1))) == {"mae", "correlation"}
     half = regression_metrics([0.2], [0.4], Scale(low=-1, high=1))
     assert set(half) == {
@@ -80,7 +80,7 @@ def test_other_scales_have_only_what_makes_sense_on_them() -> None:
     assert set(regression_metrics([0.2], [0.4], Scale(bins=13))) == {*half, "acc7", "acc5"}
 
 
-def test_the_dead_zone_of_the_scale_does_not_change_published_figures() -> None:
+def test_the_dead_zone_of_the_scale_does_not_change_the_metrics() -> None:
     gold, predicted = [0.2, -0.4, 2.0], [0.1, -0.1, 0.3]
     assert regression_metrics(gold, predicted, Scale(dead_zone=0.5)) == regression_metrics(gold, predicted, SCALE)
 
@@ -88,25 +88,25 @@ def test_the_dead_zone_of_the_scale_does_not_change_published_figures() -> None:
 @pytest.mark.parametrize(
     ("gold", "predicted", "message"),
     [
-        ([], [], "one for each sample"),
-        ([1.0], [1.0, 2.0], "one for each sample"),
+        ([], [], "one value for each sample"),
+        ([1.0], [1.0, 2.0], "one value for each sample"),
         ([1.0], [math.nan], "finite"),
         ([math.inf], [1.0], "finite"),
     ],
 )
-def test_refuses_what_cannot_be_judged(gold: list[float], predicted: list[float], message: str) -> None:
+def test_invalid_inputs_are_rejected(gold: list[float], predicted: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         regression_metrics(gold, predicted, SCALE)
 
 
-def test_the_trivial_answers_are_the_training_mean_and_the_training_polarity() -> None:
-    """The mean is positive, most training rows are not: each figure has its own trivial answer."""
+def test_the_trivial_baseline_predicts_the_training_mean_and_the_training_polarity() -> None:
+    """The mean is positive but most training rows are not, so that the two baselines differ."""
     train, test = [-0.2, -0.4, -0.2, 3.0, 0.0], [1.0, -1.0, -0.6, 0.0]
     found = trivial_baseline(train, test, SCALE)
     assert found["value"] == pytest.approx(0.44)
     assert found["mae"] == pytest.approx((0.56 + 1.44 + 1.04 + 0.44) / 4)
     assert found["correlation"] is None
-    assert found["acc7"] == 0.25  # everything is a 0
+    assert found["acc7"] == 0.25  # every prediction rounds to 0
     assert found["acc2_with_zero"] == 0.5  # three of five training rows are negative: negative
     assert found["acc2_without_zero"] == pytest.approx(2 / 3)
     assert found["f1_without_zero"] == pytest.approx(f1_score([1, 0, 0], [0, 0, 0], average="weighted"))

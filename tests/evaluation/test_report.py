@@ -1,4 +1,4 @@
-"""The page: complete, self-contained, safe from hostile posts; and the table at the end of a chain."""
+"""The HTML report: complete, self-contained and safe with hostile texts; and the table at the end of a chain."""
 
 import re
 from html.parser import HTMLParser
@@ -35,7 +35,7 @@ def post(**changes: Any) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements, their attributes, and the text between them."""
+    """A parsed page: elements with their attributes, and the text between them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def curve(folder: Path, rows: str) -> Path:
     return path
 
 
-def test_shows_everything_it_is_given(tmp_path: Path) -> None:
+def test_the_page_shows_all_content(tmp_path: Path) -> None:
     rows = "epoch,step,train/loss,val/accuracy,val/selection\n0,9,,0.5,0.5\n0,9,3.0,,\n1,19,,0.75,0.75\n1,19,1.0,,\n"
     Image.new("RGB", (640, 480), "navy").save(tmp_path / "big.png")
     shown = page(
@@ -88,7 +88,7 @@ def test_shows_everything_it_is_given(tmp_path: Path) -> None:
         "teacher 0.980 0.800 0.700 0.050 0.100 student 0.830",
         "student 0.610",
         "samples 900 teacher accuracy 0.951 quarantined: total 4",
-        "towards “the mayor”",
+        "target “the mayor”",
         "✓ negative 0.91",
         "Image analysis A frown.",
         "not a rationale (malformed) no fields",
@@ -98,21 +98,21 @@ def test_shows_everything_it_is_given(tmp_path: Path) -> None:
         assert word in words, word
     assert "cost" not in words
     lines = [line["points"] for line in shown.all("polyline")]
-    assert len(lines) == 2  # a loss and an accuracy; the selection key is not a result
+    assert len(lines) == 2  # a loss and an accuracy; val/selection is not shown
     (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in (lines[0] or "").split())
-    assert x1 < x2 and y1 < y2  # the loss falls: down is larger in SVG
-    (picture,) = shown.all("img")
-    assert (picture["src"] or "").startswith("data:image/jpeg;base64,")
-    assert len(picture["src"] or "") < 40_000
+    assert x1 < x2 and y1 < y2  # the loss falls: SVG y coordinates grow downwards
+    (image,) = shown.all("img")
+    assert (image["src"] or "").startswith("data:image/jpeg;base64,")
+    assert len(image["src"] or "") < 40_000
 
 
-def test_a_page_without_the_optional_parts(tmp_path: Path) -> None:
+def test_optional_sections_are_left_out(tmp_path: Path) -> None:
     shown = page(tmp_path)
     headings = re.findall(r"<h2>(.*?)</h2>", shown.source)
     assert headings == ["Classification", "Confusion"]
 
 
-def test_asks_for_nothing_outside(tmp_path: Path) -> None:
+def test_the_page_loads_no_external_resources(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     shown = page(tmp_path, gallery=[post(image=tmp_path / "a.png")])
     policy = next(meta["content"] for meta in shown.all("meta") if meta.get("http-equiv"))
@@ -123,7 +123,7 @@ def test_asks_for_nothing_outside(tmp_path: Path) -> None:
     assert "url(" not in shown.source and "@import" not in shown.source
 
 
-def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
     role = f"role {HOSTILE}"
     hostile = post(
         id=HOSTILE,
@@ -152,21 +152,21 @@ def test_hostile_text_stays_text_wherever_it_stands(tmp_path: Path) -> None:
     assert not shown.all("script") and not shown.all("img")
     assert not [a for _, a in shown.elements for name in a if name.startswith("on")]
     assert shown.text.count(HOSTILE) >= 15
-    assert "49" not in shown.text  # a template in a post is not run
+    assert "49" not in shown.text  # a template in a post is not evaluated
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("half \ud83d a pair", "half ? a pair"), ("zero \x00 byte", "zero \x00 byte"), ("\u202eleft", "\u202eleft")],
 )
-def test_strange_characters_do_not_break_the_page(text: str, expected: str, tmp_path: Path) -> None:
+def test_unusual_characters_do_not_break_the_page(text: str, expected: str, tmp_path: Path) -> None:
     assert expected in page(tmp_path, gallery=[post(text=text)]).text
 
 
-def test_pictures_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
+def test_unreadable_images_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG truncated")
     shown = page(tmp_path, gallery=[post(), post(image=tmp_path / "gone.png"), post(image=tmp_path / "broken.png")])
-    assert "no picture" in shown.text
+    assert "no image" in shown.text
     assert "gone.png is missing" in shown.text and "broken.png" in shown.text
     assert not shown.all("img")
 
@@ -175,29 +175,29 @@ def test_pictures_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
     "rows",
     ["", "epoch,step\n", "step,train/loss\n,\n1,nan\n2,inf\nx,1\n", "step,train/loss\n1,2,3,4\n\n2\n", "\x00\xff"],
 )
-def test_damaged_curves_do_not_end_the_report(rows: str, tmp_path: Path) -> None:
+def test_damaged_training_logs_are_ignored(rows: str, tmp_path: Path) -> None:
     shown = page(tmp_path, curves={"student": curve(tmp_path, rows)})
     assert len(shown.all("polyline")) == 0
     assert "0.830" in shown.text
 
 
-def test_long_curves_are_thinned(tmp_path: Path) -> None:
+def test_long_curves_are_downsampled(tmp_path: Path) -> None:
     rows = "step,train/loss\n" + "".join(f"{i},{100 / (i + 1)}\n" for i in range(20_000))
     shown = page(tmp_path, curves={"student": curve(tmp_path, rows)})
     (line,) = shown.all("polyline")
     assert 200 < len((line["points"] or "").split()) <= 300
 
 
-def test_seeds_give_mean_and_deviation(tmp_path: Path) -> None:
+def test_several_seeds_give_mean_and_standard_deviation(tmp_path: Path) -> None:
     roles = {"student": [metrics(0.8), metrics(0.9), metrics(1.0)], "student_hard_labels": metrics(0.6)}
     shown = page(tmp_path, roles=roles)
     assert "0.900 ± 0.100" in " ".join(shown.words.split())
     assert "over up to 3 seeds" in shown.text
-    assert "6 0 0" in " ".join(shown.words.split())  # their confusions together
+    assert "6 0 0" in " ".join(shown.words.split())  # the sum of their confusion matrices
     assert "0.900 ± 0.100" in format_table(roles)
 
 
-def test_a_failed_write_leaves_the_earlier_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_earlier_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page(tmp_path)
 
     def full(_: int) -> None:

@@ -1,5 +1,5 @@
-"""Risk-coverage and deferral curves against enumeration of every order that ties allow; AUGRC, reliability and the
-bootstrap against other definitions and libraries."""
+"""Risk-coverage and deferral curves compared with enumeration of all orders of ties; AUGRC, reliability and the
+bootstrap compared with other definitions and libraries."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ def by_enumeration(errors: list[float], confidence: list[float]) -> tuple[list[f
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_equals_the_average_over_all_orders_of_ties(seed: int) -> None:
+def test_risk_coverage_is_the_average_over_all_orders_of_ties(seed: int) -> None:
     random = np.random.default_rng(seed)
     errors = random.integers(0, 2, 8).astype(float)
     confidence = random.choice([0.2, 0.5, 0.5, 0.9, random.random()], 8)
@@ -48,8 +48,8 @@ def test_equals_the_average_over_all_orders_of_ties(seed: int) -> None:
     assert aurc(errors, confidence) == pytest.approx(area, abs=1e-12)
 
 
-def test_worked_by_hand() -> None:
-    # By confidence: right, wrong, right, wrong. Risks: 0, 1/2, 1/3, 2/4.
+def test_a_case_computed_by_hand() -> None:
+    # by confidence: correct, wrong, correct, wrong. Risks: 0, 1/2, 1/3, 2/4.
     assert aurc(np.array([1, 0, 0, 1]), np.array([0.8, 0.7, 0.9, 0.1])) == pytest.approx(
         (0 + 1 / 2 + 1 / 3 + 1 / 2) / 4
     )
@@ -62,7 +62,7 @@ def test_the_order_of_the_input_does_not_matter() -> None:
     assert aurc(errors, confidence) == pytest.approx(aurc(errors[shuffled], confidence[shuffled]), abs=1e-12)
 
 
-def test_extremes() -> None:
+def test_aurc_at_its_extremes() -> None:
     errors = np.array([0, 0, 0, 1, 1])
     assert aurc(errors, np.zeros(5)) == pytest.approx(0.4)  # a constant confidence: the error rate
     assert aurc(np.zeros(5), np.arange(5)) == 0
@@ -72,7 +72,7 @@ def test_extremes() -> None:
 @pytest.mark.parametrize(
     ("errors", "confidence"), [([], []), ([0, 1], [0.5]), ([0, 1], [0.5, float("nan")]), ([[0]], [[1]])]
 )
-def test_refuses_what_has_no_curve(errors: list, confidence: list) -> None:
+def test_invalid_inputs_of_risk_coverage_are_rejected(errors: list, confidence: list) -> None:
     for measure in (risk_coverage, aurc, augrc):
         with pytest.raises(ValueError, match="confidence"):
             measure(np.array(errors), np.array(confidence))
@@ -80,12 +80,12 @@ def test_refuses_what_has_no_curve(errors: list, confidence: list) -> None:
 
 @pytest.mark.parametrize("levels", [4, 10_000])
 @pytest.mark.parametrize("seed", range(3))
-def test_augrc_is_its_form_in_terms_of_auroc(seed: int, levels: int) -> None:
+def test_augrc_equals_its_expression_in_terms_of_auroc(seed: int, levels: int) -> None:
     random = np.random.default_rng(seed)
     confidence = random.integers(0, levels, 200) / levels
     errors = (random.random(200) < 0.5 - 0.4 * confidence).astype(float)
     accuracy = 1 - errors.mean()
-    # Traub et al., arXiv 2407.01032: the chance that an error is answered before a right answer, and half of the rest
+    # Traub et al., arXiv 2407.01032: the probability that an error ranks above a correct answer, and half of the rest
     expected = (1 - roc_auc_score(1 - errors, confidence)) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
     assert augrc(errors, confidence) == pytest.approx(expected, abs=1e-12)
 
@@ -118,7 +118,7 @@ def test_reliability_sums_to_the_ece_of_torchmetrics(labels: int, bins: int) -> 
     assert empty == [value is None for value in found["confidence"]] == [value is None for value in found["accuracy"]]
 
 
-def test_certainty_falls_into_the_last_bin() -> None:
+def test_a_probability_of_one_is_in_the_last_bin() -> None:
     found = reliability(np.array([[1.0, 0.0], [0.55, 0.45], [0.0, 1.0]]), np.array([0, 0, 0]), bins=4)
     assert found == {"confidence": [None, None, 0.55, 1.0], "accuracy": [None, None, 1.0, 0.5], "count": [0, 0, 1, 2]}
 
@@ -127,7 +127,7 @@ def test_certainty_falls_into_the_last_bin() -> None:
     ("probabilities", "gold"),
     [(np.zeros((0, 2)), []), (np.array([0.5, 0.5]), [0, 1]), (np.eye(2), [0]), (np.full((1, 2), np.nan), [0])],
 )
-def test_refuses_answers_that_have_no_reliability(probabilities: np.ndarray, gold: list) -> None:
+def test_invalid_inputs_of_reliability_are_rejected(probabilities: np.ndarray, gold: list) -> None:
     with pytest.raises(ValueError, match=r"probabilities|confidence"):
         reliability(probabilities, np.array(gold))
 
@@ -151,36 +151,36 @@ def test_the_deferral_curve_is_the_average_over_all_orders_of_ties(seed: int) ->
     np.testing.assert_allclose(deferral_curve(score, student, teacher), expected, atol=1e-12)
 
 
-def pair(n: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Uncertainty, and qualities of a student who errs where it is unsure and of a better teacher."""
+def student_and_teacher(n: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Uncertainty, quality of a student that errs on uncertain samples, and quality of a better teacher."""
     random = np.random.default_rng(0)
-    doubt = random.random(n)
-    return doubt, (random.random(n) > 0.8 * doubt).astype(float), (random.random(n) > 0.2).astype(float)
+    uncertainty = random.random(n)
+    return uncertainty, (random.random(n) > 0.8 * uncertainty).astype(float), (random.random(n) > 0.2).astype(float)
 
 
-def test_a_curve_runs_from_the_student_to_the_teacher_and_is_read_anywhere_between() -> None:
-    doubt, student, teacher = pair()
-    curve = deferral_curve(doubt, student, teacher)
+def test_a_deferral_curve_runs_from_student_to_teacher_and_is_interpolated() -> None:
+    uncertainty, student, teacher = student_and_teacher()
+    curve = deferral_curve(uncertainty, student, teacher)
     assert len(curve) == 301
     assert (curve[0], curve[-1]) == (pytest.approx(student.mean()), pytest.approx(teacher.mean()))
-    read = deferral_curve(doubt, student, teacher, fractions=np.array([0, 0.25, 0.5, 1 / 600]))
-    np.testing.assert_allclose(read, [curve[0], curve[75], curve[150], (curve[0] + curve[1]) / 2], atol=1e-12)
+    values = deferral_curve(uncertainty, student, teacher, fractions=np.array([0, 0.25, 0.5, 1 / 600]))
+    np.testing.assert_allclose(values, [curve[0], curve[75], curve[150], (curve[0] + curve[1]) / 2], atol=1e-12)
 
 
-def test_a_constant_score_is_random_deferral_a_straight_line() -> None:
-    doubt, student, teacher = pair()
+def test_a_constant_score_gives_random_deferral() -> None:
+    uncertainty, student, teacher = student_and_teacher()
     line = deferral_curve(np.zeros(300), student, teacher)
     np.testing.assert_allclose(line, np.linspace(student.mean(), teacher.mean(), 301), atol=1e-12)
     assert gain_over_random(line) == pytest.approx(0, abs=1e-12)
-    assert gain_over_random(deferral_curve(doubt, student, teacher)) > 0.02
-    assert gain_over_random(deferral_curve(-doubt, student, teacher)) < -0.02
+    assert gain_over_random(deferral_curve(uncertainty, student, teacher)) > 0.02
+    assert gain_over_random(deferral_curve(-uncertainty, student, teacher)) < -0.02
 
 
 def test_the_gain_over_random_is_an_area() -> None:
     assert gain_over_random(np.array([0.0, 1.0, 1.0])) == pytest.approx(1 / 4)  # a triangle of base 1, height 1/2
 
 
-def test_a_curve_of_costs_adds_the_teacher_to_the_student() -> None:
+def test_a_cost_curve_adds_the_teacher_to_the_student() -> None:
     random = np.random.default_rng(0)
     score, student, teacher = random.random(20), random.random(20), 10 * random.random(20)
     order = np.argsort(-score)
@@ -199,7 +199,7 @@ def test_no_order_beats_the_oracle(continuous: bool) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[], [0.5], [0.5, float("nan")], [[0.5, 0.5]]])
-def test_refuses_what_has_no_deferral_curve(wrong: list) -> None:
+def test_invalid_inputs_of_deferral_curve_are_rejected(wrong: list) -> None:
     columns = [np.array([0.1, 0.2]), np.ones(2), np.ones(2)]
     for place in range(3):
         with pytest.raises(ValueError, match="score"):
@@ -207,7 +207,7 @@ def test_refuses_what_has_no_deferral_curve(wrong: list) -> None:
 
 
 @pytest.mark.parametrize("statistic", [aurc, augrc, lambda errors, _: errors.mean()])
-def test_the_bootstrap_agrees_with_scipys(statistic: Callable[..., float]) -> None:
+def test_the_bootstrap_agrees_with_scipy(statistic: Callable[..., float]) -> None:
     random = np.random.default_rng(0)
     confidence = random.random(200)
     columns = (random.random(200) > confidence).astype(float), confidence
@@ -217,23 +217,23 @@ def test_the_bootstrap_agrees_with_scipys(statistic: Callable[..., float]) -> No
     assert bootstrap_interval(statistic, *columns) == pytest.approx((expected.low, expected.high), rel=0.05)
 
 
-def test_the_interval_of_a_curve_covers_the_truth_point_by_point() -> None:
+def test_the_bootstrap_interval_of_a_curve_covers_the_truth_at_each_point() -> None:
     random = np.random.default_rng(0)
     fractions = np.linspace(0, 1, 11)
     # the student is wrong with probability u / 2, the teacher never
     truth = 0.75 + (1 - (1 - fractions) ** 2) / 4
-    inside = []
+    covered = []
     for seed in range(120):
-        doubt = random.random(150)
-        student = (random.random(150) > doubt / 2).astype(float)
+        uncertainty = random.random(150)
+        student = (random.random(150) > uncertainty / 2).astype(float)
         curve = partial(deferral_curve, fractions=fractions)
-        low, high = bootstrap_interval(curve, doubt, student, np.ones(150), resamples=200, seed=seed)
-        inside.append((low <= truth) & (truth <= high))
-    np.testing.assert_allclose(np.mean(inside, axis=0)[:8], 0.95, atol=0.06)  # few errors remain beyond
+        low, high = bootstrap_interval(curve, uncertainty, student, np.ones(150), resamples=200, seed=seed)
+        covered.append((low <= truth) & (truth <= high))
+    np.testing.assert_allclose(np.mean(covered, axis=0)[:8], 0.95, atol=0.06)  # few errors remain at higher fractions
 
 
-def test_the_bootstrap_is_repeatable_and_refuses_columns_that_do_not_fit() -> None:
-    columns = pair(50)
+def test_the_bootstrap_is_reproducible_and_rejects_columns_of_different_lengths() -> None:
+    columns = student_and_teacher(50)
     for one, other in zip(
         bootstrap_interval(deferral_curve, *columns, resamples=20, seed=3),
         bootstrap_interval(deferral_curve, *columns, resamples=20, seed=3),
@@ -241,5 +241,5 @@ def test_the_bootstrap_is_repeatable_and_refuses_columns_that_do_not_fit() -> No
     ):
         np.testing.assert_array_equal(one, other)
     for bad in ((np.zeros(0),), (np.zeros(2), np.zeros(3)), ()):
-        with pytest.raises(ValueError, match="equally many"):
+        with pytest.raises(ValueError, match="same number of samples"):
             bootstrap_interval(np.mean, *bad)

@@ -1,4 +1,4 @@
-"""The exported student: complete, loadable by strangers, checked, and never half there."""
+"""The exported student: complete, loadable with transformers alone, checked, and written atomically."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from distill.data.corpus import Corpus
 from distill.errors import RunError
-from distill.export import export as room
+from distill.export import export as export_module
 from distill.export.export import ExportSettings, base_licence, check, export, model_card
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.task.labels import LabelSpace
@@ -31,11 +31,11 @@ def student(model_folder: Path) -> Backbone:
 
 @pytest.fixture(scope="module")
 def exported(model_folder: Path, postcards: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The export of a tiny student; no test may change it."""
+    """The export of a tiny student; read-only for tests."""
     student = load(ModelSettings(image_size=56), LABELS, model_folder)
     folder = tmp_path_factory.mktemp("run") / "export"
-    figures = export(student, postcards.test, folder, model_folder, CARD, FEW)
-    assert figures["samples"] == figures["labels_equal"] == 4 and figures["difference"] <= 1e-4
+    result = export(student, postcards.test, folder, model_folder, CARD, FEW)
+    assert result["samples"] == result["labels_equal"] == 4 and result["difference"] <= 1e-4
     return folder
 
 
@@ -45,10 +45,10 @@ def logits_of(model: torch.nn.Module, student: Backbone, corpus: Corpus) -> torc
     return model(**inputs).logits[torch.arange(6), inputs["attention_mask"].sum(1) - 1]
 
 
-# ---- what is in it ----
+# ---- content of the folder ----
 
 
-def test_the_folder_is_complete_and_nothing_stands_beside_it(exported: Path) -> None:
+def test_the_folder_is_complete_and_no_temporary_files_remain(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "processor_config.json", "README.md", "export.json",
@@ -58,8 +58,8 @@ def test_the_folder_is_complete_and_nothing_stands_beside_it(exported: Path) -> 
     assert json.loads((exported / "config.json").read_text())["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
 
 
-def test_it_names_the_classes_that_transformers_has(exported: Path) -> None:
-    """With torchvision the standard processor wants a video half; without, nothing of this package may be named."""
+def test_the_configs_name_classes_of_transformers(exported: Path) -> None:
+    """The standard processor requires a video processor config; no class of this package may be named."""
     processor = json.loads((exported / "processor_config.json").read_text())
     assert processor["processor_class"] == "Qwen2_5_VLProcessor"
     assert processor["image_processor"]["image_processor_type"] == "Qwen2VLImageProcessor"
@@ -71,7 +71,7 @@ def test_it_names_the_classes_that_transformers_has(exported: Path) -> None:
         assert "ImageOnlyProcessor" not in path.read_text() and "distill" not in path.read_text()
 
 
-STRANGER = """
+LOAD_WITHOUT_DISTILL = """
 import json, sys
 import torch
 from PIL import Image
@@ -79,45 +79,45 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 folder, posts = sys.argv[1], json.loads(sys.argv[2])
 model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+tokenizer, image_processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 for text, path in posts:
-    seen = pictures(images=[Image.open(path).convert("RGB")], return_tensors="pt")
+    pixels = image_processor(images=[Image.open(path).convert("RGB")], return_tensors="pt")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    tokens = int(seen["image_grid_thw"].prod()) // pictures.merge_size**2
+    tokens = int(pixels["image_grid_thw"].prod()) // image_processor.merge_size**2
     prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens) + '"Prediction":'
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     types = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
     with torch.inference_mode():
-        print(json.dumps(model(input_ids=ids, mm_token_type_ids=types, **seen).logits[0, -1].tolist()))
+        print(json.dumps(model(input_ids=ids, mm_token_type_ids=types, **pixels).logits[0, -1].tolist()))
 assert "distill" not in sys.modules
 """
 
 
-def test_a_stranger_asks_it_as_its_card_says_and_gets_the_students_answer(
+def test_the_usage_in_the_card_gives_the_students_logits_without_distill(
     exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path
 ) -> None:
-    """A process with transformers alone, and a prompt put together from the card and the chat template."""
+    """In a process with transformers alone, with the prompt of the card in the chat template."""
     from distill.task.prompts import render
 
     posts = [(render("classify", post, LABELS), str(post.images[0])) for post in postcards.test[:6]]
-    command = [sys.executable, "-I", "-c", STRANGER, str(exported), json.dumps(posts)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert outcome.returncode == 0, outcome.stderr
-    answered = torch.tensor([json.loads(line) for line in outcome.stdout.splitlines()])
-    assert torch.allclose(answered, logits_of(student.model, student, postcards), atol=1e-4)
+    command = [sys.executable, "-I", "-c", LOAD_WITHOUT_DISTILL, str(exported), json.dumps(posts)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    logits = torch.tensor([json.loads(line) for line in process.stdout.splitlines()])
+    assert torch.allclose(logits, logits_of(student.model, student, postcards), atol=1e-4)
 
 
 # ---- an adapter ----
 
 
-def test_an_adapter_is_merged_and_lies_beside_the_weights(
+def test_an_adapter_is_merged_and_also_exported_separately(
     model_folder: Path, postcards: Corpus, tmp_path: Path
 ) -> None:
     settings = ModelSettings(path=str(model_folder), lora=LoraSettings(r=4, dropout=0.0), image_size=56)
     fresh = create(settings, LABELS, tmp_path)
     for name, weights in fresh.model.named_parameters():
-        if "lora_B" in name:  # an adapter begins as nothing
+        if "lora_B" in name:  # initialised to zero
             torch.nn.init.normal_(weights, std=0.2)
     adapter = tmp_path / "student" / "adapter"
     fresh.save(adapter)
@@ -125,7 +125,7 @@ def test_an_adapter_is_merged_and_lies_beside_the_weights(
     student = load(settings, LABELS, adapter)
     with_adapter = logits_of(student.model, student, postcards)
     plain = load(ModelSettings(image_size=56), LABELS, model_folder)
-    assert (with_adapter - logits_of(plain.model, plain, postcards)).abs().max() > 0.1, "the adapter does something"
+    assert (with_adapter - logits_of(plain.model, plain, postcards)).abs().max() > 0.1, "the adapter has an effect"
 
     folder = tmp_path / "export"
     export(student, postcards.test, folder, adapter, CARD, FEW)
@@ -135,8 +135,8 @@ def test_an_adapter_is_merged_and_lies_beside_the_weights(
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in (folder / "adapter").iterdir()
     }
-    apart = load(settings, LABELS, folder / "adapter")
-    assert torch.allclose(logits_of(apart.model, apart, postcards), with_adapter, atol=1e-6)
+    separate = load(settings, LABELS, folder / "adapter")
+    assert torch.allclose(logits_of(separate.model, separate, postcards), with_adapter, atol=1e-6)
 
 
 # ---- the check ----
@@ -144,7 +144,7 @@ def test_an_adapter_is_merged_and_lies_beside_the_weights(
 
 def corrupt(folder: Path, how: str) -> None:
     path = folder / "model.safetensors"
-    if how == "torn":
+    if how == "truncated":
         path.write_bytes(path.read_bytes()[:-4000])
         return
     weights = load_file(path)
@@ -154,28 +154,28 @@ def corrupt(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "complaint"),
+    ("how", "message"),
     [
-        ("drifted", r"^export: reloaded, \d of 4 labels agree and logits differ by .*, more than 1e-04$"),
-        ("nan", r"^export: reloaded, \d of 4 labels agree and logits differ by inf, more than 1e-04$"),
-        ("torn", r"^export: .* does not load with transformers alone: "),
+        ("changed", r"^export: after reloading, \d of 4 labels agree and logits differ by .*; the limit is 1e-04$"),
+        ("nan", r"^export: after reloading, \d of 4 labels agree and logits differ by inf; the limit is 1e-04$"),
+        ("truncated", r"^export: .* does not load with transformers alone: "),
     ],
 )
-def test_weights_that_went_wrong_are_refused_and_the_earlier_export_survives(
-    how: str, complaint: str, exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path,
+def test_wrong_weights_are_rejected_and_the_earlier_export_is_kept(
+    how: str, message: str, exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path,
     model_folder: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(room, "_name_standard_classes", lambda written: corrupt(written, how))
-    with pytest.raises(RunError, match=complaint):
+    monkeypatch.setattr(export_module, "_name_standard_classes", lambda new: corrupt(new, how))
+    with pytest.raises(RunError, match=message):
         export(student, postcards.test, folder, model_folder, CARD, FEW)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_a_full_disk_leaves_the_earlier_export(
+def test_a_full_disk_keeps_the_earlier_export(
     exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -191,22 +191,22 @@ def test_a_full_disk_leaves_the_earlier_export(
     assert (folder / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_what_a_kill_left_is_replaced(
+def test_remains_of_a_killed_process_are_replaced(
     exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
-    for leftover in ("export", f".export.{gone}.new", f".export.{gone}.old"):
+    dead_pid = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    for leftover in ("export", f".export.{dead_pid}.new", f".export.{dead_pid}.old"):
         (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "half").write_text("there")
-    monkeypatch.setattr(room, "check", lambda *_: {"samples": 0})
+        (tmp_path / leftover / "partial").write_text("x")
+    monkeypatch.setattr(export_module, "check", lambda *_: {"samples": 0})
     export(student, postcards.test, tmp_path / "export", model_folder, CARD, FEW)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     names = {path.name for path in (tmp_path / "export").iterdir()}
-    assert "half" not in names and names == {path.name for path in exported.iterdir()}
+    assert "partial" not in names and names == {path.name for path in exported.iterdir()}
 
 
-def test_every_sample_is_compared_whatever_the_size_of_a_batch(
+def test_all_samples_are_checked_regardless_of_the_batch_size(
     exported: Path, student: Backbone, postcards: Corpus
 ) -> None:
     assert check(exported, student.model, student, postcards.test[:11])["samples"] == 11
@@ -215,7 +215,7 @@ def test_every_sample_is_compared_whatever_the_size_of_a_batch(
 # ---- the card ----
 
 
-def test_a_card_names_base_licence_data_recipe_and_metrics(student: Backbone, postcards: Corpus) -> None:
+def test_a_card_contains_base_licence_data_recipe_and_metrics(student: Backbone, postcards: Corpus) -> None:
     metrics = {"n": 45, "accuracy": 0.912345, "macro_f1": 0.5, "confusion": [[1]], "parse_rate": 1.0}
     text = model_card(
         "mine", "Qwen/Qwen2.5-VL-3B-Instruct", "other", "my data", "name: mine", metrics, postcards.test[0], student
@@ -231,7 +231,7 @@ def test_a_card_names_base_licence_data_recipe_and_metrics(student: Backbone, po
     assert f'Post: "{postcards.test[0].text}"' in card.text
 
 
-def test_the_licence_is_that_of_the_base_where_its_card_names_one(tmp_path: Path) -> None:
+def test_the_licence_is_read_from_the_card_of_the_base_model(tmp_path: Path) -> None:
     assert base_licence("", "main") == "apache-2.0"
     assert base_licence(str(tmp_path), "main") == "other"
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# base\n")

@@ -1,4 +1,4 @@
-"""The script that loads an export as a stranger would."""
+"""The script that reloads an export in a process without distill."""
 
 import json
 import subprocess
@@ -30,28 +30,28 @@ def expected(student: Backbone, postcards: Corpus) -> dict[str, object]:
     return {"batches": batches, "label_ids": student.label_ids}
 
 
-def answered(
+def run_reload(
     folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, float]:
-    """What the script prints, here without the process that it wants for itself."""
+    """The output of the script, run in this process."""
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "distill")
         reload.main(str(folder), str(path))
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_same_model_answers_the_same_in_a_process_without_distill(
+def test_an_unchanged_model_gives_equal_results_in_a_process_without_distill(
     model_folder: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     torch.save(expected, tmp_path / "expected.pt")
     command = [sys.executable, "-I", str(reload.__file__), str(model_folder), str(tmp_path / "expected.pt")]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    figures = json.loads(outcome.stdout)
-    assert figures["difference"] < 1e-5
-    assert (figures["labels_equal"], figures["samples"]) == (6, 6)
+    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    result = json.loads(process.stdout)
+    assert result["difference"] < 1e-5
+    assert (result["labels_equal"], result["samples"]) == (6, 6)
 
 
-def test_it_refuses_a_process_that_knows_distill(
+def test_the_script_fails_in_a_process_that_has_imported_distill(
     model_folder: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     torch.save(expected, tmp_path / "expected.pt")
@@ -59,26 +59,26 @@ def test_it_refuses_a_process_that_knows_distill(
         reload.main(str(model_folder), str(tmp_path / "expected.pt"))
 
 
-def test_it_tells_by_how_much_logits_differ_and_which_labels_do(
+def test_the_result_counts_differing_logits_and_labels(
     model_folder: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     ids = expected["label_ids"]
     first, second = (batch["logits"].clone() for batch in expected["batches"])  # type: ignore[attr-defined]
-    first[0, 5] += 0.25  # no label's
-    least = second[1, ids].argmin()
-    second[1, ids[least]] = second[1].max() + 1  # type: ignore[index]
+    first[0, 5] += 0.25  # not a label token
+    lowest = second[1, ids].argmin()
+    second[1, ids[lowest]] = second[1].max() + 1  # type: ignore[index]
     changed = [batch | {"logits": logits} for batch, logits in zip(expected["batches"], (first, second), strict=True)]  # type: ignore[call-overload]
     path = tmp_path / "expected.pt"
     torch.save({"batches": changed[:1], "label_ids": ids}, path)
-    figures = answered(model_folder, path, monkeypatch, capsys)
-    assert figures["difference"] == pytest.approx(0.25, abs=1e-4) and figures["labels_equal"] == 3
+    result = run_reload(model_folder, path, monkeypatch, capsys)
+    assert result["difference"] == pytest.approx(0.25, abs=1e-4) and result["labels_equal"] == 3
     torch.save({"batches": changed, "label_ids": ids}, path)
-    figures = answered(model_folder, path, monkeypatch, capsys)
-    assert (figures["labels_equal"], figures["samples"]) == (5, 6)
+    result = run_reload(model_folder, path, monkeypatch, capsys)
+    assert (result["labels_equal"], result["samples"]) == (5, 6)
 
 
-def test_what_is_no_number_differs_without_end(
+def test_nan_logits_count_as_an_infinite_difference(
     model_folder: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -86,4 +86,4 @@ def test_what_is_no_number_differs_without_end(
     logits = batch["logits"].clone()
     logits[1, 7] = torch.nan
     torch.save({"batches": [batch | {"logits": logits}], "label_ids": expected["label_ids"]}, tmp_path / "e.pt")
-    assert answered(model_folder, tmp_path / "e.pt", monkeypatch, capsys)["difference"] == float("inf")
+    assert run_reload(model_folder, tmp_path / "e.pt", monkeypatch, capsys)["difference"] == float("inf")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server of the tests' own: it looks at the picture, and fails as often as it is told to."""
+"""A fake OpenAI-compatible server: it predicts the label from the colour of the image and fails at given rates."""
 
 import base64
 import io
@@ -26,12 +26,12 @@ from distill.task.sample import Sample
 LABELS = LabelSpace()
 
 COLOURS = {"negative": (200, 30, 30), "neutral": (30, 30, 200), "positive": (30, 200, 30)}
-"""The mean colour of a picture is its sentiment."""
+"""Mean image colour of each label."""
 
 
 @dataclass
-class Question:
-    """One request as the server understood it."""
+class ChatRequest:
+    """One parsed request: the body, and the text and images of its message."""
 
     body: dict[str, Any]
     text: str
@@ -39,63 +39,73 @@ class Question:
 
     @property
     def sentiment(self) -> str:
-        """The label whose colour the picture has; neutral without a picture."""
+        """The label with the colour of the first image; neutral without an image."""
         if not self.images:
             return "neutral"
         mean = ImageStat.Stat(self.images[0].convert("RGB")).mean
         return min(COLOURS, key=lambda label: math.dist(COLOURS[label], mean))
 
 
-def rationale(label: str, words: str = "the words are plain") -> str:
+def rationale(label: str, analysis: str = "the words are plain") -> str:
     names = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion")
-    return "\n".join([f'"{name}": "{words}"' for name in names] + [f'"Prediction": {label}'])
+    return "\n".join([f'"{name}": "{analysis}"' for name in names] + [f'"Prediction": {label}'])
 
 
-def answer(question: Question) -> str:
-    """Explain the label that is given away, else predict what the picture shows; classify in one line."""
-    hint = question.text.partition("\nThe sentiment is ")[2].partition(".")[0]
-    if question.text.startswith("Classify"):
-        return f'"Prediction": {question.sentiment}'
-    return rationale(hint or question.sentiment)
+def answer(request: ChatRequest) -> str:
+    """Explain the label given in the prompt, otherwise predict the label of the image; classify in one line."""
+    hint = request.text.partition("\nThe sentiment is ")[2].partition(".")[0]
+    if request.text.startswith("Classify"):
+        return f'"Prediction": {request.sentiment}'
+    return rationale(hint or request.sentiment)
 
 
 def token(text: str, **top: float) -> dict[str, Any]:
-    """One entry of `logprobs.content`; `top` are probabilities, of `text` itself among others."""
-    likely = [{"token": other, "logprob": math.log(p)} for other, p in (top or {text: 1.0}).items()]
-    return {"token": text, "logprob": math.log(top.get(text, 1.0)), "top_logprobs": likely}
+    """One entry of `logprobs.content`. `top` are the probabilities of the top-k tokens, including `text`."""
+    top_logprobs = [{"token": other, "logprob": math.log(p)} for other, p in (top or {text: 1.0}).items()]
+    return {"token": text, "logprob": math.log(top.get(text, 1.0)), "top_logprobs": top_logprobs}
 
 
 @dataclass
 class Server:
-    """Use as a context manager. A failure happens at its rate, drawn anew for each request from the seed.
+    """A context manager that runs the server. Failures are sampled for each request, from `seed`.
 
-    The kinds of failure: a status such as "429" or "500"; "truncated" (finish_reason length), "malformed" (a 200 in no
-    format), "broken" (a 200 whose body is not JSON), "empty" (a 200 without choices). Only the last two are not paid.
+    Attributes:
+        rates: the rate of each kind of failure: a status such as "429" or "500", "truncated" (finish_reason length),
+            "malformed" (status 200, text in no format), "broken" (status 200, invalid JSON) or "empty" (status 200
+            without choices). The client pays for truncated and malformed replies.
+        answer, logprobs: text and log-probabilities of a reply.
+        refuse: status and message of a refusal, or None.
+        tokenize: the `/tokenize` route; None: there is none.
+        headers: sent with every reply.
+        delay_s: seconds before each reply.
+        chunk_delay_s: seconds after each 16 bytes of a reply.
+        received, keys, tokenized: the requests, their Authorization headers, and the texts sent to `/tokenize`.
+        sent: number of replies of each kind; "valid" is a reply without failure.
+        broken_off: number of replies that still have to be closed before their end.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
-    answer: Callable[[Question], str] = answer
-    logprobs: Callable[[Question], list[dict[str, Any]] | None] = lambda question: None
+    answer: Callable[[ChatRequest], str] = answer
+    logprobs: Callable[[ChatRequest], list[dict[str, Any]] | None] = lambda request: None
     refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda body: None
     tokenize: Callable[[str], list[int]] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
-    drip_s: float = 0.0
+    chunk_delay_s: float = 0.0
     seed: int = 0
-    questions: list[Question] = field(default_factory=list)
+    received: list[ChatRequest] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     tokenized: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
-    most_at_once: int = 0
+    max_in_flight: int = 0
     connections: int = 0
-    cut: int = 0
-    """How many replies are still to break off before their end."""
+    broken_off: int = 0
 
     def __enter__(self) -> Self:
         self.lock = threading.Lock()
         self.random = random.Random(self.seed)
-        self.at_once = 0
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of_tests": self}))
+        self.in_flight = 0
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"test_server": self}))
         self.http.daemon_threads = True
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
@@ -113,21 +123,21 @@ class Server:
 
     @property
     def requests(self) -> int:
-        return len(self.questions)
+        return len(self.received)
 
     @property
     def paid(self) -> int:
-        """How many answers were delivered: whole replies of status 200 with a choice in them."""
-        return self.sent["right"] + self.sent["truncated"] + self.sent["malformed"]
+        """Number of delivered answers: complete replies with status 200 and a choice."""
+        return self.sent["valid"] + self.sent["truncated"] + self.sent["malformed"]
 
-    def reply(self, question: Question) -> tuple[str, int, bytes]:
-        """What becomes of a question: its kind, a status and a body."""
+    def reply(self, request: ChatRequest) -> tuple[str, int, bytes]:
+        """Kind, status and body of the reply to a request."""
         with self.lock:
             draw = self.random.random()
-        refused = self.refuse(question.body)
+        refused = self.refuse(request.body)
         if refused is not None:
             return "refused", refused[0], json.dumps({"error": {"message": refused[1]}}).encode()
-        kind = "right"
+        kind = "valid"
         for name, rate in self.rates.items():
             if draw < rate:
                 kind = name
@@ -139,11 +149,11 @@ class Server:
             return kind, 200, b'{"choices": [{"message": {"cont'
         if kind == "empty":
             return kind, 200, b'{"error": {"message": "overloaded"}}'
-        text = "I would rather not say." if kind == "malformed" else self.answer(question)
+        text = "I would rather not say." if kind == "malformed" else self.answer(request)
         choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         if kind == "truncated":
             choice |= {"message": {"role": "assistant", "content": text[:40]}, "finish_reason": "length"}
-        if question.body.get("logprobs") and (tokens := self.logprobs(question)) is not None:
+        if request.body.get("logprobs") and (tokens := self.logprobs(request)) is not None:
             choice["logprobs"] = {"content": tokens}
         return kind, 200, json.dumps({"choices": [choice], "usage": _USAGE}).encode()
 
@@ -152,49 +162,49 @@ _USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_of_tests: Server
+    test_server: Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
         super().setup()
-        with self.server_of_tests.lock:
-            self.server_of_tests.connections += 1
+        with self.test_server.lock:
+            self.test_server.connections += 1
 
     def do_POST(self) -> None:
-        server = self.server_of_tests
+        server = self.test_server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":  # beside /v1, as vLLM has it
+        if self.path == "/tokenize":  # next to /v1, as in vLLM
             return self.tokens(body)
-        question = _understand(body)
+        request = _parse(body)
         with server.lock:
-            server.questions.append(question)
+            server.received.append(request)
             server.keys.append(self.headers.get("Authorization"))
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
+            server.in_flight += 1
+            server.max_in_flight = max(server.max_in_flight, server.in_flight)
         time.sleep(server.delay_s)
-        kind, status, content = server.reply(question)
+        kind, status, content = server.reply(request)
         with server.lock:
-            server.at_once -= 1
+            server.in_flight -= 1
         try:
-            path = urlsplit(self.path).path  # as a proxy it is told the whole address
+            path = urlsplit(self.path).path  # a proxy receives the whole URL
             self.send_response(status if path == "/v1/chat/completions" else 404)
             for name, value in server.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if server.cut:
-                server.cut, content, self.close_connection = server.cut - 1, content[:-8], True
-            for begin in range(0, len(content), 16 if server.drip_s else len(content)):
-                self.wfile.write(content[begin : begin + (16 if server.drip_s else len(content))])
-                time.sleep(server.drip_s)
+            if server.broken_off:
+                server.broken_off, content, self.close_connection = server.broken_off - 1, content[:-8], True
+            for begin in range(0, len(content), 16 if server.chunk_delay_s else len(content)):
+                self.wfile.write(content[begin : begin + (16 if server.chunk_delay_s else len(content))])
+                time.sleep(server.chunk_delay_s)
         except OSError:
-            kind = "hung up"
+            kind = "disconnected"
         with server.lock:
             server.sent[kind] += 1
 
     def tokens(self, body: dict[str, Any]) -> None:
-        server = self.server_of_tests
+        server = self.test_server
         with server.lock:
             server.tokenized.append(body["prompt"])
         content = b"{}" if server.tokenize is None else json.dumps({"tokens": server.tokenize(body["prompt"])}).encode()
@@ -204,40 +214,40 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
-def _understand(body: dict[str, Any]) -> Question:
+def _parse(body: dict[str, Any]) -> ChatRequest:
     content = body["messages"][0]["content"]
     if isinstance(content, str):
-        return Question(body, content, [])
+        return ChatRequest(body, content, [])
     data = [part["image_url"]["url"].partition("base64,")[2] for part in content if part["type"] == "image_url"]
     images = [Image.open(io.BytesIO(base64.b64decode(url))) for url in data]
-    return Question(body, next(part["text"] for part in content if part["type"] == "text"), images)
+    return ChatRequest(body, next(part["text"] for part in content if part["type"] == "text"), images)
 
 
-def picture(path: Path, label: str, size: int = 8) -> Path:
-    """A picture in one label's colour."""
+def write_image(path: Path, label: str, size: int = 8) -> Path:
+    """Write an image in the colour of a label."""
     Image.new("RGB", (size, size), COLOURS[label]).save(path)
     return path
 
 
 def endpoint(url: str, **settings: Any) -> Endpoint:
-    """A client of the server that does not wait long."""
+    """An endpoint with a short back-off."""
     return Endpoint(EndpointSettings(url, "big-vl", **({"backoff_s": 0.01, "concurrency": 4} | settings)), LABELS)
 
 
 def posts(folder: Path, count: int) -> list[Sample]:
-    """Posts whose pictures show their labels, in turn."""
+    """Posts whose image has the colour of their label; the labels alternate."""
     names = list(COLOURS)
-    pictures = [picture(folder / f"{name}.png", name) for name in names]
-    return [Sample(f"s{i}", f"post {i}", (pictures[i % 3],), label=names[i % 3]) for i in range(count)]
+    images = [write_image(folder / f"{name}.png", name) for name in names]
+    return [Sample(f"s{i}", f"post {i}", (images[i % 3],), label=names[i % 3]) for i in range(count)]
 
 
 def answers(
     teacher: Endpoint, samples: list[Sample], sampling: Sampling = Sampling(), template: Any = "predict"
 ) -> list[Answer]:
-    """What an endpoint answers to each sample, in their order; there is one answer to each."""
+    """The answers to all samples, in sample order."""
     found = dict(teacher.reason(samples, template, sampling))
     assert sorted(found) == list(range(len(samples)))
     return [found[i] for i in range(len(samples))]

@@ -1,4 +1,4 @@
-"""Asking, adapting, saving and refusing: tiny models built here, read by path like real ones."""
+"""Backbones: prompts, adapters, saving, other architectures and errors, with tiny models loaded by path."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,31 +34,31 @@ def by_path(folder: Path, lora: LoraSettings | None = None) -> ModelSettings:
     return ModelSettings(str(folder), lora=lora, image_size=56, batch_size=4)
 
 
-# ---- what is asked ----
+# ---- prompts ----
 
 
-def test_a_classify_prompt_is_closed_with_the_prefix_and_trained_on_the_same_tokens(
+def test_a_classify_prompt_ends_with_the_prefix_and_training_uses_the_same_tokens(
     backbone: Backbone, mixed: list[Sample]
 ) -> None:
-    asked = backbone.encode(mixed[:1], "classify")["input_ids"][0]
-    assert decoded(backbone, asked).endswith('assistant\n"Prediction":')
+    prompt = backbone.encode(mixed[:1], "classify")["input_ids"][0]
+    assert decoded(backbone, prompt).endswith('assistant\n"Prediction":')
     trained = backbone.encode(mixed[:1], "classify", ['"Prediction": neutral'])["input_ids"][0]
-    assert torch.equal(trained[: len(asked)], asked)
-    assert int(trained[len(asked)]) == int(backbone.label_ids[1])
+    assert torch.equal(trained[: len(prompt)], prompt)
+    assert int(trained[len(prompt)]) == int(backbone.label_ids[1])
 
 
-def test_a_review_is_closed_like_a_classify_prompt_and_tells_the_earlier_answers(
+def test_a_review_prompt_ends_with_the_prefix_and_contains_the_earlier_answers(
     backbone: Backbone, mixed: list[Sample]
 ) -> None:
     earlier = [EarlierAnswers("neutral", 0.4, "positive", 0.6)] * len(mixed)
-    asked = backbone.encode(mixed, "review", earlier=earlier)
+    features = backbone.encode(mixed, "review", earlier=earlier)
     for row, sample in enumerate(mixed):
-        text = decoded(backbone, asked["input_ids"][row][asked["attention_mask"][row].bool()])
+        text = decoded(backbone, features["input_ids"][row][features["attention_mask"][row].bool()])
         assert render("review", sample, LABELS, earlier[row]).splitlines()[-2] in text
         assert text.endswith('assistant\n"Prediction":')
     trained = backbone.encode(mixed[:1], "review", ['"Prediction": neutral'], earlier=earlier[:1])
-    alone = backbone.encode(mixed[:1], "review", earlier=earlier[:1])["input_ids"][0]
-    assert torch.equal(trained["input_ids"][0][: len(alone)], alone)
+    prompt = backbone.encode(mixed[:1], "review", earlier=earlier[:1])["input_ids"][0]
+    assert torch.equal(trained["input_ids"][0][: len(prompt)], prompt)
     with pytest.raises(ValueError, match="earlier"):
         backbone.encode(mixed, "review")
 
@@ -66,7 +66,7 @@ def test_a_review_is_closed_like_a_classify_prompt_and_tells_the_earlier_answers
 # ---- adapters ----
 
 
-def test_lora_trains_the_language_model_and_nothing_else(model_folder: Path) -> None:
+def test_lora_trains_only_the_language_model(model_folder: Path) -> None:
     model = create(by_path(model_folder, LoraSettings(r=4)), LABELS, Path("unused")).model
     trained = [name for name, weights in model.named_parameters() if weights.requires_grad]
     assert len(trained) == 2 * 7 * 2  # layers x projections x (A, B)
@@ -77,12 +77,14 @@ def test_lora_trains_the_language_model_and_nothing_else(model_folder: Path) -> 
     )
 
 
-def test_a_ready_model_gets_no_adapter(model_folder: Path) -> None:
+def test_a_model_for_inference_gets_no_adapter(model_folder: Path) -> None:
     model = create(by_path(model_folder, LoraSettings()), LABELS, Path("unused"), train=False).model
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
-def test_an_adapter_is_saved_alone_loaded_and_merged(model_folder: Path, mixed: list[Sample], tmp_path: Path) -> None:
+def test_an_adapter_is_saved_without_the_base_model_loaded_and_merged(
+    model_folder: Path, mixed: list[Sample], tmp_path: Path
+) -> None:
     settings = by_path(model_folder, LoraSettings(r=4, dropout=0.5))
     trained = create(settings, LABELS, Path("unused"))
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_an_adapter_is_saved_alone_loaded_and_merged(model_folder: Path, mixed: 
     again = load(settings, LABELS, tmp_path / "adapter")
     assert not again.model.training
     assert abs(Local(again, "").classify(mixed).probabilities - expected).max() < 1e-6
-    again.model.double()  # so that what is compared is the merge and not the rounding
+    again.model.double()  # compares the merge without rounding errors
     logits = torch.cat(real_logits(again, again.encode(mixed, "reason")))
     merged = again.merged()
     again.model = merged
@@ -111,7 +113,7 @@ def test_an_adapter_is_saved_alone_loaded_and_merged(model_folder: Path, mixed: 
     assert abs(Local(whole, "").classify(mixed).probabilities - expected).max() < 1e-5
 
 
-def test_a_tiny_model_is_saved_and_loaded_whole(make_backbone: Any, mixed: list[Sample], tmp_path: Path) -> None:
+def test_a_tiny_model_is_saved_and_loaded_completely(make_backbone: Any, mixed: list[Sample], tmp_path: Path) -> None:
     trained = make_backbone(seed=5)
     trained.save(tmp_path)
     again = load(trained.settings, LABELS, tmp_path)
@@ -189,7 +191,7 @@ def build_idefics3(folder: Path, words: PreTrainedTokenizerFast) -> str:
 
 
 @pytest.mark.parametrize("build", [build_llava, build_idefics3])
-def test_another_architecture_goes_the_same_way_by_path(
+def test_other_architectures_are_loaded_by_path_and_work_alike(
     build: Any, tokenizer_folder: Path, mixed: list[Sample], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -202,7 +204,7 @@ def test_another_architecture_goes_the_same_way_by_path(
     for row in features["labels"]:
         assert decoded(backbone, row[row != IGNORE]) == "an answer<|im_end|>"
     bos = backbone.processor.tokenizer.bos_token_id
-    assert bos is None or ((features["input_ids"] == bos).sum(1) == 1).all()  # the template's own, not a second one
+    assert bos is None or ((features["input_ids"] == bos).sum(1) == 1).all()  # the tokenizer adds no second BOS
     logits = real_logits(backbone, features)
     for row, sample in enumerate(mixed):
         alone = real_logits(backbone, backbone.encode([sample], "reason", ["an answer"]))[0]
@@ -217,44 +219,45 @@ def test_another_architecture_goes_the_same_way_by_path(
     assert [answer for _, answer in answers] == single
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
-def sentence(error: pytest.ExceptionInfo[SettingsError]) -> str:
+def single_line(error: pytest.ExceptionInfo[SettingsError]) -> str:
+    """The error message; asserts that it is one short line."""
     message = str(error.value)
     assert "\n" not in message and len(message) < 300
     return message
 
 
-def test_a_missing_or_broken_model_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_or_broken_model_is_a_one_line_error(model_folder: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(SettingsError) as error:
             create(by_path(path), LABELS, tmp_path)
-        assert str(path) in sentence(error) and "model.path" in sentence(error)
-    torn = tmp_path / "torn"
-    torn.mkdir()
+        assert str(path) in single_line(error) and "model.path" in single_line(error)
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
     for file in model_folder.iterdir():
         content = file.read_bytes()
-        (torn / file.name).write_bytes(content[:5000] if file.suffix == ".safetensors" else content)
-    with pytest.raises(SettingsError, match="torn cannot be loaded"):
-        create(by_path(torn), LABELS, tmp_path)
+        (truncated / file.name).write_bytes(content[:5000] if file.suffix == ".safetensors" else content)
+    with pytest.raises(SettingsError, match="truncated cannot be loaded"):
+        create(by_path(truncated), LABELS, tmp_path)
     with pytest.raises(SettingsError, match="cannot be loaded"):
         on_meta(by_path(tmp_path / "nothing"))
 
 
-def test_a_missing_adapter_or_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_adapter_or_tokenizer_is_a_one_line_error(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as error:
         load(by_path(model_folder, LoraSettings()), LABELS, tmp_path / "gone")
-    assert "gone" in sentence(error)
+    assert "gone" in single_line(error)
     with pytest.raises(SettingsError) as error:
         load(ModelSettings(), LABELS, tmp_path / "gone")
-    assert "gone" in sentence(error)
+    assert "gone" in single_line(error)
     with pytest.raises(SettingsError) as error:
         create(ModelSettings(), LABELS, tmp_path / "gone")
-    assert "tokenizer" in sentence(error)
+    assert "tokenizer" in single_line(error)
 
 
-def test_a_language_model_alone_is_refused(tmp_path: Path) -> None:
+def test_a_text_only_model_is_rejected(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = LlamaConfig(
@@ -264,10 +267,10 @@ def test_a_language_model_alone_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(small).save_pretrained(tmp_path)
     with pytest.raises(SettingsError) as error:
         create(by_path(tmp_path), LABELS, tmp_path)
-    assert "cannot be loaded" in sentence(error)
+    assert "cannot be loaded" in single_line(error)
 
 
-def test_a_model_without_chat_template_is_refused(model_folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_chat_template_is_rejected(model_folder: Path, tmp_path: Path) -> None:
     for file in model_folder.iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -275,7 +278,7 @@ def test_a_model_without_chat_template_is_refused(model_folder: Path, tmp_path: 
         create(by_path(tmp_path), LABELS, tmp_path)
 
 
-def test_lora_on_nothing_or_with_targets_that_match_nothing_is_refused(
+def test_lora_without_a_path_or_with_targets_that_match_no_module_is_rejected(
     model_folder: Path, tokenizer_folder: Path
 ) -> None:
     with pytest.raises(SettingsError, match=r"model\.lora needs model\.path"):
@@ -288,17 +291,17 @@ def test_flash_attention_cannot_score_labels_that_share_their_first_token(backbo
     flash = replace(backbone.settings, attention="flash_attention_2")
     with pytest.raises(SettingsError) as error:
         Backbone(backbone.model, backbone.processor, LabelSpace.from_scale(Scale()), flash)
-    assert "model.attention" in sentence(error)
+    assert "model.attention" in single_line(error)
     Backbone(backbone.model, backbone.processor, LABELS, flash)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_padding_is_served(
+def test_a_tokenizer_without_end_token_is_rejected_and_one_without_padding_token_works(
     make_backbone: Any, mixed: list[Sample]
 ) -> None:
     model = make_backbone()
     model.processor.tokenizer.pad_token = None
-    served = Backbone(model.model, model.processor, LABELS, model.settings)
-    assert served.encode(mixed, "reason")["attention_mask"].sum() > 0
+    unpadded = Backbone(model.model, model.processor, LABELS, model.settings)
+    assert unpadded.encode(mixed, "reason")["attention_mask"].sum() > 0
     model.processor.tokenizer.eos_token = None
     with pytest.raises(SettingsError, match="no end token"):
         Backbone(model.model, model.processor, LABELS, model.settings)
@@ -307,7 +310,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_padding_is_
 # ---- shapes without weights ----
 
 
-def test_on_meta_has_the_shapes_and_no_memory(model_folder: Path) -> None:
+def test_on_meta_has_shapes_and_allocates_no_memory(model_folder: Path) -> None:
     for settings in (ModelSettings(tiny=TinySettings(hidden=128, vocabulary=500)), by_path(model_folder)):
         model = on_meta(settings)
         assert {weights.device.type for weights in model.parameters()} == {"meta"}

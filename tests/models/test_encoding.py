@@ -1,4 +1,4 @@
-"""Encoding: what is marked, what padding changes, posts that talk like a chat template, and the labels' tokens."""
+"""Encoding: labels of answers, padding, images, control tokens in posts, and the tokens of labels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,16 +25,17 @@ def decoded(backbone: Backbone, ids: torch.Tensor) -> str:
 
 
 def real_logits(backbone: Backbone, features: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [T, V] of each sample without those of the padding."""
     with torch.inference_mode():
         logits = backbone.model(**{name: value for name, value in features.items() if name != "labels"}).logits
     return [row[mask.bool()] for row, mask in zip(logits, features["attention_mask"], strict=True)]
 
 
-# ---- messages and what they are padded with ----
+# ---- messages and padding ----
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_labels_cover_the_answer_and_its_end_token_and_nothing_else(
+def test_labels_cover_exactly_the_answer_and_its_end_token(
     backbone: Backbone, mixed: list[Sample], padding_side: Any
 ) -> None:
     answers = ["short", '"Text_analysis": "a longer one"\n"Prediction": negative', "ü", "x " * 30]
@@ -56,14 +57,14 @@ def test_labels_cover_the_answer_and_its_end_token_and_nothing_else(
         assert (ids[~mask.bool()] == backbone.processor.tokenizer.pad_token_id).all()
 
 
-def test_an_answer_is_encoded_as_if_the_whole_text_were_at_once(backbone: Backbone, mixed: list[Sample]) -> None:
+def test_an_appended_answer_is_encoded_like_one_text(backbone: Backbone, mixed: list[Sample]) -> None:
     """Multimodal rotary positions follow mm_token_type_ids, which must grow with each appended token."""
     sample = mixed[2]
     answer = sample.rationale or '"Text_analysis": "words"'
     features = backbone.encode([sample], "reason", [answer])
     prompt = backbone.encoder.render(render("reason", sample, LABELS), sample.images)
-    pictures = [backbone.encoder.picture(path) for path in sample.images]
-    whole = backbone.processor(text=[prompt + answer + "<|im_end|>"], images=[pictures], return_tensors="pt")
+    images = [backbone.encoder.load_image(path) for path in sample.images]
+    whole = backbone.processor(text=[prompt + answer + "<|im_end|>"], images=[images], return_tensors="pt")
     assert torch.equal(features["input_ids"], whole["input_ids"])
     assert torch.equal(features["mm_token_type_ids"], whole["mm_token_type_ids"])
     positions = [
@@ -76,7 +77,7 @@ def test_an_answer_is_encoded_as_if_the_whole_text_were_at_once(backbone: Backbo
         for item in (features, whole)
     ]
     assert torch.equal(*positions)
-    assert not torch.equal(positions[0][0], positions[0][1])  # they are multimodal at all
+    assert not torch.equal(positions[0][0], positions[0][1])  # they are multimodal
     with torch.inference_mode():
         logits = [
             backbone.model(**{k: v for k, v in item.items() if k != "labels"}).logits for item in (features, whole)
@@ -85,21 +86,19 @@ def test_an_answer_is_encoded_as_if_the_whole_text_were_at_once(backbone: Backbo
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_what_a_sample_is_padded_with_changes_nothing(
-    backbone: Backbone, mixed: list[Sample], padding_side: Any
-) -> None:
-    together = backbone.encode(mixed, "reason", ["an answer"] * 4, padding_side=padding_side)
-    logits = real_logits(backbone, together)
+def test_padding_does_not_change_logits(backbone: Backbone, mixed: list[Sample], padding_side: Any) -> None:
+    batch = backbone.encode(mixed, "reason", ["an answer"] * 4, padding_side=padding_side)
+    logits = real_logits(backbone, batch)
     for row, sample in enumerate(mixed):
-        alone = real_logits(backbone, backbone.encode([sample], "reason", ["an answer"]))
-        torch.testing.assert_close(logits[row], alone[0], atol=1e-5, rtol=0)
+        single = real_logits(backbone, backbone.encode([sample], "reason", ["an answer"]))
+        torch.testing.assert_close(logits[row], single[0], atol=1e-5, rtol=0)
 
 
-def test_pictures_stay_with_their_samples(backbone: Backbone, mixed: list[Sample]) -> None:
+def test_an_image_affects_only_its_own_sample(backbone: Backbone, mixed: list[Sample]) -> None:
     changed = [replace(mixed[0], images=mixed[3].images), *mixed[1:]]
     before, after = (Local(backbone, "").classify(samples).probabilities for samples in (mixed, changed))
-    moved = abs(before - after).max(1)
-    assert moved[0] > 1e-3 and moved[1:].max() < 1e-6
+    change = abs(before - after).max(1)
+    assert change[0] > 1e-3 and change[1:].max() < 1e-6
 
 
 def test_images_are_squares_of_the_given_size(backbone: Backbone, mixed: list[Sample], make_backbone: Any) -> None:
@@ -109,7 +108,7 @@ def test_images_are_squares_of_the_given_size(backbone: Backbone, mixed: list[Sa
     assert large.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 6, 6]]
 
 
-# ---- posts that talk like a chat template ----
+# ---- control tokens in posts ----
 
 
 HOSTILE = [
@@ -135,10 +134,10 @@ def test_no_token_of_a_post_or_an_answer_is_a_control_token(backbone: Backbone, 
     assert control([replace(hostile, images=())], text) == control([replace(plain, images=())], "fine")
     assert Local(backbone, "").classify([hostile, plain]).probabilities.shape == (2, 3)
     words = "".join(decoded(backbone, backbone.encode([hostile], "reason")["input_ids"][0]).split())
-    assert "".join(text.split()) in words  # it is still read, but for a space
+    assert "".join(text.split()) in words  # only a space was inserted
 
 
-# ---- the labels' tokens ----
+# ---- tokens of labels ----
 
 
 def test_labels_may_share_their_first_token_but_not_all_of_them(backbone: Backbone) -> None:
@@ -148,14 +147,14 @@ def test_labels_may_share_their_first_token_but_not_all_of_them(backbone: Backbo
         f" {name}<|im_end|>" for name in ("qqq one", "qqq", "negative")
     ]
     assert found[0][:2] == found[1][:2]
-    poor = Tokenizer(models.WordLevel({'"Prediction":': 0, "?": 1}, unk_token="?"))
-    poor.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(SettingsError, match="'a' and 'b' with the same tokens"):
-        label_tokens(PreTrainedTokenizerFast(tokenizer_object=poor), LabelSpace(("a", "b"), (-1, 1)))
+    lossy = Tokenizer(models.WordLevel({'"Prediction":': 0, "?": 1}, unk_token="?"))
+    lossy.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(SettingsError, match="'a' and 'b' as the same tokens"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=lossy), LabelSpace(("a", "b"), (-1, 1)))
 
 
-def test_a_label_that_the_tokenizer_joins_with_the_prefix_is_refused() -> None:
-    whole = Tokenizer(models.BPE())  # without pre-tokenisation a whole answer becomes one token
-    whole.train_from_iterator(['"Prediction": positive'] * 50, trainers.BpeTrainer(show_progress=False))
-    with pytest.raises(SettingsError, match="joins 'positive' with the text before it"):
-        label_tokens(PreTrainedTokenizerFast(tokenizer_object=whole), LabelSpace(("positive", "p"), (1, 0)))
+def test_a_label_that_the_tokenizer_merges_with_the_prefix_is_rejected() -> None:
+    merging = Tokenizer(models.BPE())  # without pre-tokenization a whole answer becomes one token
+    merging.train_from_iterator(['"Prediction": positive'] * 50, trainers.BpeTrainer(show_progress=False))
+    with pytest.raises(SettingsError, match="merges 'positive' with the text before it"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=merging), LabelSpace(("positive", "p"), (1, 0)))

@@ -1,4 +1,4 @@
-"""Label scoring: whole labels in one forward pass against each of them on its own, and against generation."""
+"""Label scoring: whole labels in one forward pass, compared with one sequence per label and with generation."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,27 +14,27 @@ from distill.data.corpus import Corpus
 from distill.models import tiny
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
 from distill.models.local import Local, label_log_probabilities, normalise_labels, score_labels
-from distill.models.packing import shared_length
+from distill.models.packing import shared_prefix_length
 from distill.models.reasoner import Sampling
-from distill.models.scoring import read_both
+from distill.models.scoring import score_and_prefill
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import CLASSIFY_PREFIX, EarlierAnswers, Template
 from distill.task.sample import Sample
 from tests.models.test_backbone import build_idefics3, build_llava
 
 SCALE = LabelSpace.from_scale(Scale())
-ALIKE = LabelSpace(("qqq one", "qqq", "qqq one two", "negative"), (1, 0, 1, -1))
-"""One label's tokens begin another's, which begin a third's."""
+NESTED = LabelSpace(("qqq one", "qqq", "qqq one two", "negative"), (1, 0, 1, -1))
+"""The tokens of one label are a prefix of another's, which are a prefix of a third's."""
 
 
 @pytest.fixture(scope="module")
 def posts(postcards: Corpus) -> list[Sample]:
-    """Of different lengths, with a picture, without any, with two."""
+    """Posts of different lengths with one image, no image and two images."""
     a, b, c, d = postcards.test[:4]
     return [a, replace(b, images=()), replace(c, images=c.images + a.images), replace(d, text=d.text * 3)]
 
 
-def speaking(backbone: Backbone, labels: LabelSpace, **settings: Any) -> Backbone:
+def with_labels(backbone: Backbone, labels: LabelSpace, **settings: Any) -> Backbone:
     return Backbone(backbone.model, backbone.processor, labels, replace(backbone.settings, **settings))
 
 
@@ -46,7 +46,7 @@ def made(
     request: pytest.FixtureRequest, make_backbone: Make, tokenizer_folder: Path, model_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Backbone:  # fmt: skip
-    """Tiny models of random weights."""
+    """Tiny models with random weights."""
     torch.manual_seed(0)
     folder = model_folder
     if request.param in ("llava", "idefics3"):
@@ -64,37 +64,37 @@ def made(
     return backbone
 
 
-def on_its_own(backbone: Backbone, sample: Sample, label: str) -> torch.Tensor:
-    """Log-probability of a label and its end token by a plain forward pass over the whole text of one sample."""
+def separate_score(backbone: Backbone, sample: Sample, label: str) -> torch.Tensor:
+    """Log-probability of a label and its end token, from a forward pass over the whole text of one sample."""
     features = backbone.encode([sample], "classify", [f"{CLASSIFY_PREFIX} {label}"])
     labels = features.pop("labels")
     prompt = backbone.encode([sample], "classify")["input_ids"].shape[1]
     logits = backbone.model(**features).logits.log_softmax(-1)
-    written = labels[0, prompt:]
-    return logits[0, prompt - 1 : -1].gather(1, written[:, None]).sum()
+    tokens = labels[0, prompt:]
+    return logits[0, prompt - 1 : -1].gather(1, tokens[:, None]).sum()
 
 
-@pytest.mark.parametrize("space", [SCALE, ALIKE, LabelSpace()], ids=["scale", "nested", "words"])
-def test_branches_score_as_if_each_label_were_alone(made: Backbone, posts: list[Sample], space: LabelSpace) -> None:
-    backbone = speaking(made, space)
+@pytest.mark.parametrize("space", [SCALE, NESTED, LabelSpace()], ids=["scale", "nested", "words"])
+def test_branches_score_like_separate_sequences(made: Backbone, posts: list[Sample], space: LabelSpace) -> None:
+    backbone = with_labels(made, space)
     with torch.inference_mode():
         found = label_log_probabilities(backbone, backbone.encode(posts, "classify"))
-        expected = [[on_its_own(backbone, sample, name) for name in space.names] for sample in posts]
+        expected = [[separate_score(backbone, sample, name) for name in space.names] for sample in posts]
     assert found.shape == (len(posts), len(space))
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-6)
 
 
-def test_samples_without_any_picture_score_as_if_alone(made: Backbone, posts: list[Sample]) -> None:
+def test_samples_without_images_score_like_separate_sequences(made: Backbone, posts: list[Sample]) -> None:
     bare = [replace(sample, images=()) for sample in posts]
     with torch.inference_mode():
         found = label_log_probabilities(made, made.encode(bare, "classify"))
-        expected = [[on_its_own(made, sample, name) for name in SCALE.names] for sample in bare]
+        expected = [[separate_score(made, sample, name) for name in SCALE.names] for sample in bare]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_gradients_are_those_of_the_labels_alone(made: Backbone, posts: list[Sample]) -> None:
-    """Those of a random target's cross-entropy, as training on a scale takes it."""
-    made.model.double()  # but norms and rotary embeddings stay in single precision
+def test_gradients_are_those_of_separate_sequences(made: Backbone, posts: list[Sample]) -> None:
+    """Gradients of the cross-entropy with random targets, as in training on a scale."""
+    made.model.double()  # norms and rotary embeddings stay in single precision
     targets = torch.rand(len(posts), len(SCALE), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weights = [w for w in made.model.parameters() if w.requires_grad]
 
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_labels_alone(made: Backbone, posts: list[Sam
 
     try:
         found = gradients(label_log_probabilities(made, made.encode(posts, "classify")))
-        rows = [torch.stack([on_its_own(made, sample, name) for name in SCALE.names]) for sample in posts]
+        rows = [torch.stack([separate_score(made, sample, name) for name in SCALE.names]) for sample in posts]
         expected = gradients(torch.stack(rows))
     finally:
         made.model.float()
@@ -116,8 +116,8 @@ def test_gradients_are_those_of_the_labels_alone(made: Backbone, posts: list[Sam
 MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 
 
-class Positions(TorchDispatchMode):
-    """How many positions every tensor of logits has."""
+class LogitPositions(TorchDispatchMode):
+    """Records the number of positions for which logits are computed."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -131,23 +131,25 @@ class Positions(TorchDispatchMode):
         return found
 
 
-def test_pictures_are_encoded_once_and_logits_taken_where_labels_are(backbone: Backbone, posts: list[Sample]) -> None:
+def test_images_are_encoded_once_and_logits_computed_only_for_label_tokens(
+    backbone: Backbone, posts: list[Sample]
+) -> None:
     calls: list[int] = []
-    for space, tokens in ((SCALE, sum(map(len, speaking(backbone, SCALE).label_tokens))), (LabelSpace(), 1)):
-        scored = speaking(backbone, space)
+    for space, tokens in ((SCALE, sum(map(len, with_labels(backbone, SCALE).label_tokens))), (LabelSpace(), 1)):
+        scored = with_labels(backbone, space)
         hook = scored.model.model.visual.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
         features = scored.encode(posts, "classify")
-        with torch.no_grad(), Positions(768) as positions:
+        with torch.no_grad(), LogitPositions(768) as positions:
             score_labels(scored, features)
         hook.remove()
         assert positions.seen == {len(posts) * tokens}
     assert len(calls) == 2
 
 
-def test_labels_that_share_tokens_are_scored_whole_and_others_by_their_first(
+def test_labels_that_share_tokens_are_scored_whole_and_others_by_their_first_token(
     backbone: Backbone, posts: list[Sample]
 ) -> None:
-    scaled = speaking(backbone, SCALE)
+    scaled = with_labels(backbone, SCALE)
     features = scaled.encode(posts, "classify")
     with torch.inference_mode():
         whole = label_log_probabilities(scaled, features).double()
@@ -161,8 +163,8 @@ def test_labels_that_share_tokens_are_scored_whole_and_others_by_their_first(
         torch.testing.assert_close(score_labels(backbone, backbone.encode(posts[:1], "classify")), first)
 
 
-def test_a_mass_too_small_for_a_float_is_still_an_answer(make_backbone: Make, posts: list[Sample]) -> None:
-    scaled = speaking(make_backbone(), SCALE)
+def test_an_underflowing_mass_still_counts_as_an_answer(make_backbone: Make, posts: list[Sample]) -> None:
+    scaled = with_labels(make_backbone(), SCALE)
     with torch.no_grad():
         for weights in scaled.model.parameters():
             weights.mul_(20)
@@ -174,16 +176,16 @@ def test_a_mass_too_small_for_a_float_is_still_an_answer(make_backbone: Make, po
 WORDS = ("dreadful", "poor", "so so", "well", "fine", "great", "perfect")
 
 
-def valued(sample: Sample, index: int) -> Sample:
-    """A post whose word says where on the scale it is."""
+def with_value(sample: Sample, index: int) -> Sample:
+    """A post whose first word determines its value on the scale."""
     return replace(sample, text=f"{WORDS[index % 7]} weather, {sample.text.split()[-1]}", label=SCALE.names[index % 7])
 
 
 @pytest.fixture(scope="module")
 def trained(make_backbone: Make, postcards: Corpus) -> Backbone:
-    """A model that has learned what the words say, to their value on the scale."""
-    scaled = speaking(make_backbone(seed=1), SCALE)
-    samples = [replace(valued(sample, i), images=()) for i, sample in enumerate(postcards.train[:28])]
+    """A model trained to map the words to their values on the scale."""
+    scaled = with_labels(make_backbone(seed=1), SCALE)
+    samples = [replace(with_value(sample, i), images=()) for i, sample in enumerate(postcards.train[:28])]
     features = scaled.encode(samples, "classify", [f"{CLASSIFY_PREFIX} {sample.label}" for sample in samples])
     optimizer = torch.optim.AdamW(scaled.model.parameters(), lr=3e-3)
     for _ in range(40):
@@ -195,78 +197,78 @@ def trained(make_backbone: Make, postcards: Corpus) -> Backbone:
     return scaled
 
 
-def test_the_likeliest_label_is_the_generated_one(trained: Backbone, postcards: Corpus) -> None:
-    samples = [valued(sample, i) for i, sample in enumerate([*postcards.test, *postcards.validation])]
+def test_the_most_probable_label_is_the_generated_one(trained: Backbone, postcards: Corpus) -> None:
+    samples = [with_value(sample, i) for i, sample in enumerate([*postcards.test, *postcards.validation])]
     reasoner = Local(trained, "")
     scores = reasoner.classify(samples)
-    assert scores.label_mass.min() > 0.5  # it keeps to the format
+    assert scores.label_mass.min() > 0.5  # the model keeps the format
     answers = [answer.text.strip() for _, answer in reasoner.reason(samples, "classify", Sampling(max_new_tokens=6))]
     assert len(set(answers)) > 4
-    likeliest = [SCALE.names[i] for i in scores.probabilities.argmax(1)]
-    equal = np.mean([one == other for one, other in zip(likeliest, answers, strict=True)])
+    most_probable = [SCALE.names[i] for i in scores.probabilities.argmax(1)]
+    equal = np.mean([one == other for one, other in zip(most_probable, answers, strict=True)])
     assert equal >= 0.99
 
 
-def test_a_review_is_scored_behind_its_own_prompt(trained: Backbone, posts: list[Sample]) -> None:
+def test_each_review_is_scored_with_its_own_prompt(trained: Backbone, posts: list[Sample]) -> None:
     earlier = [EarlierAnswers("-3", 0.9, name, 0.5) for name in SCALE.names[:4]]
     reasoner = Local(trained, "")
     scores = reasoner.classify(posts, earlier)
-    for row, (sample, said) in enumerate(zip(posts, earlier, strict=True)):
-        alone = reasoner.classify([sample], [said])
-        np.testing.assert_allclose(scores.probabilities[row], alone.probabilities[0], atol=1e-5)
-        assert scores.costs[row].prompt_tokens == alone.costs[0].prompt_tokens
+    for row, (sample, pair) in enumerate(zip(posts, earlier, strict=True)):
+        single = reasoner.classify([sample], [pair])
+        np.testing.assert_allclose(scores.probabilities[row], single.probabilities[0], atol=1e-5)
+        assert scores.costs[row].prompt_tokens == single.costs[0].prompt_tokens
     assert abs(scores.probabilities - reasoner.classify(posts).probabilities).max() > 1e-4
 
 
-# ---- two questions in one reading ----
+# ---- joint prefill of two prompts ----
 
 
-def written(backbone: Backbone, prompt: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences that a model writes greedily behind a prompt, and its logits [5, B, V] on the way."""
+def generate(backbone: Backbone, prompt: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedily generated sequences of five tokens, and the logits [5, B, V] of each step."""
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "output_logits": True}
-    found = backbone.model.generate(**prompt, **options, return_dict_in_generate=True)  # type: ignore[operator]
-    return found.sequences, torch.stack(found.logits)
+    output = backbone.model.generate(**prompt, **options, return_dict_in_generate=True)  # type: ignore[operator]
+    return output.sequences, torch.stack(output.logits)
 
 
 @pytest.mark.parametrize("space", [SCALE, LabelSpace()], ids=["scale", "words"])
 @pytest.mark.parametrize("template", ["reason", "predict"])
-def test_one_reading_scores_and_goes_on_as_if_each_question_were_alone(
+def test_a_joint_prefill_scores_and_generates_like_separate_prompts(
     made: Backbone, posts: list[Sample], template: Template, space: LabelSpace
 ) -> None:
-    backbone = speaking(made, space)
+    backbone = with_labels(made, space)
     for samples in (posts, [replace(sample, images=()) for sample in posts[:2]], posts[2:3]):
-        alone, other = backbone.encode(samples, "classify"), backbone.encode(samples, template, padding_side="left")
+        classify, other = backbone.encode(samples, "classify"), backbone.encode(samples, template, padding_side="left")
         with torch.inference_mode():
-            reading = read_both(backbone, samples, template)
-            expected = score_labels(backbone, alone)
-            torch.testing.assert_close((reading.probabilities, reading.mass), expected, atol=1e-5, rtol=1e-4)
-            sequences, logits = written(backbone, other)
-            found = written(backbone, reading.prompt)
+            prefill = score_and_prefill(backbone, samples, template)
+            expected = score_labels(backbone, classify)
+            torch.testing.assert_close((prefill.probabilities, prefill.mass), expected, atol=1e-5, rtol=1e-4)
+            sequences, logits = generate(backbone, other)
+            found = generate(backbone, prefill.prompt)
         torch.testing.assert_close(found[1], logits, atol=2e-5, rtol=1e-5)
         assert torch.equal(found[0], sequences)
-        assert torch.equal(reading.lengths, alone["attention_mask"].sum(1))
+        assert torch.equal(prefill.classify_lengths, classify["attention_mask"].sum(1))
 
 
-def test_pictures_are_encoded_once_and_common_tokens_read_once(backbone: Backbone, posts: list[Sample]) -> None:
-    """And each token that is written is the only one that its step reads."""
-    pictures: list[int] = []
-    read: list[int] = []
+def test_a_joint_prefill_processes_images_and_common_tokens_once(backbone: Backbone, posts: list[Sample]) -> None:
+    """Each generation step processes one token."""
+    image_calls: list[int] = []
+    lengths: list[int] = []
     inner = backbone.model.model  # type: ignore[union-attr]
     hooks = [
-        inner.visual.register_forward_hook(lambda *_: pictures.append(1)),
+        inner.visual.register_forward_hook(lambda *_: image_calls.append(1)),
         inner.language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+            lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
         ),
     ]
     found = list(Local(backbone, "").classify_and_reason(posts[:1], "reason", Sampling(max_new_tokens=4)))
-    tried = 2  # whether it can be done is tried out first
+    check = 2  # forward passes of the check for joint prefill support
     for hook in hooks:
         hook.remove()
     (_, scores, answer) = found[0]
     prompts = [backbone.encode(posts[:1], template)["input_ids"][0].tolist() for template in ("classify", "reason")]
-    shared = shared_length(prompts)
+    shared = shared_prefix_length(prompts)
     assert shared > 0.6 * len(prompts[0])
-    assert len(pictures) == tried + 1
-    assert read[tried:] == [sum(map(len, prompts)) - shared] + [1] * 4
+    assert len(image_calls) == check + 1
+    assert lengths[check:] == [sum(map(len, prompts)) - shared] + [1] * 4
     assert scores.costs[0].prompt_tokens == len(prompts[0])
     assert answer.prompt_tokens == len(prompts[1]) - shared

@@ -1,4 +1,4 @@
-"""Tiny models: a tokenizer that loses nothing, the real architecture's classes, the processor without torchvision."""
+"""Tiny models: a lossless tokenizer, the classes of the real architecture, the processor without torchvision."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_special_tokens_have_the_first_ids_and_their_roles(tokenizer_folder: Pat
     assert len(tokenizer) == 768
 
 
-def test_the_same_texts_train_the_same_tokenizer_and_a_small_vocabulary_still_knows_every_byte() -> None:
+def test_tokenizer_training_is_deterministic_and_a_small_vocabulary_contains_every_byte() -> None:
     one, two = (train_tokenizer(["a b c", "b c d"] * 9, 300).get_vocab() for _ in range(2))
     assert one == two
     smallest = train_tokenizer(["a b c"], 10)
@@ -54,25 +54,25 @@ def test_the_model_is_the_real_architecture_with_tied_embeddings(backbone: Backb
     assert built.model.language_model.embed_tokens.weight.shape == (768, 64)
 
 
-def test_a_saved_model_and_processor_load_as_stock_ones(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_saved_model_and_processor_load_with_transformers(backbone: Backbone, tmp_path: Path) -> None:
     backbone.save(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     processor = processor_class(model.config).from_pretrained(tmp_path)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hello<|im_end|>\n"
-    features = processor(text=[text], images=[picture], return_tensors="pt")
+    features = processor(text=[text], images=[image], return_tensors="pt")
     assert int((features["input_ids"] == processor.image_token_id).sum()) == 4  # 56 / 14 patches a side, merged 2 x 2
-    expected = backbone.processor(text=[text], images=[picture], return_tensors="pt")
+    expected = backbone.processor(text=[text], images=[image], return_tensors="pt")
     with torch.inference_mode():
         assert torch.equal(model(**features).logits, backbone.model(**expected).logits)
 
 
-def test_the_model_sees_the_picture(backbone: Backbone, postcards: Corpus) -> None:
+def test_the_logits_depend_on_the_image(backbone: Backbone, postcards: Corpus) -> None:
     features = backbone.encode(postcards.test[:1], "classify")
     with torch.inference_mode():
-        right = backbone.model(**features).logits[0, -1]
-        other = backbone.model(**features | {"pixel_values": -features["pixel_values"]}).logits[0, -1]
-    assert float((right - other).abs().max()) > 1e-2
+        original = backbone.model(**features).logits[0, -1]
+        changed = backbone.model(**features | {"pixel_values": -features["pixel_values"]}).logits[0, -1]
+    assert float((original - changed).abs().max()) > 1e-2
 
 
 def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
@@ -81,6 +81,6 @@ def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"hidden": 100}, {"layers": 0}, {"vision_hidden": 24}, {"vocabulary": 200}])
-def test_a_size_that_cannot_be_built_is_refused(wrong: dict[str, int]) -> None:
+def test_an_invalid_size_is_rejected(wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError, match=rf"^{next(iter(wrong))} is \d+; it takes"):
         TinySettings(**wrong)

@@ -1,1 +1,1 @@
-"""A package, because some of its files share their names with other test files."""
+"""A package, so that test files may share names with those of other folders."""

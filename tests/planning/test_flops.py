@@ -1,4 +1,4 @@
-"""Counted operations against torch's own counter, and against the figures that are known of published models."""
+"""FLOP counts against torch's own counter, and against the figures of published models."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +11,10 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLCon
 
 from distill.models.backbone import LoraSettings
 from distill.planning.flops import flops
-from tests.test_recipes import published
+from tests.test_recipes import qwen_config
 
 PATCHES, TOKENS, ROWS = 64, 48, 2
-PICTURE, BEGIN = 500, 501
+IMAGE, IMAGE_START = 500, 501
 
 
 @pytest.fixture
@@ -30,19 +30,19 @@ def tiny() -> Any:
             "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 64,
             "fullatt_block_indexes": [], "window_size": 28,
         },
-        image_token_id=PICTURE, vision_start_token_id=BEGIN, tie_word_embeddings=True,
+        image_token_id=IMAGE, vision_start_token_id=IMAGE_START, tie_word_embeddings=True,
     )  # fmt: skip
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    """Rows that begin with a picture of 8 x 8 patches, which are 16 tokens."""
+    """Rows that begin with an image of 8 x 8 patches, which are 16 tokens."""
     ids = torch.randint(0, 400, (ROWS, TOKENS))
-    ids[:, 0] = BEGIN
-    ids[:, 1 : 1 + PATCHES // 4] = PICTURE
+    ids[:, 0] = IMAGE_START
+    ids[:, 1 : 1 + PATCHES // 4] = IMAGE
     return {
         "input_ids": ids,
-        "mm_token_type_ids": (ids == PICTURE).int(),
+        "mm_token_type_ids": (ids == IMAGE).int(),
         "pixel_values": torch.randn(ROWS * PATCHES, 3 * 2 * 14 * 14),
         "image_grid_thw": torch.tensor([[1, 8, 8]] * ROWS),
     }
@@ -60,24 +60,24 @@ SHAPE: dict[str, float] = {"tokens": ROWS * TOKENS, "patches": ROWS * PATCHES, "
 
 
 @pytest.mark.parametrize("logits", [TOKENS, 3])
-def test_a_forward_pass_needs_what_torch_counts(tiny: Any, logits: int) -> None:
+def test_a_forward_pass_has_the_flops_that_torch_counts(tiny: Any, logits: int) -> None:
     assert flops(tiny, logits=ROWS * logits, **SHAPE) == pytest.approx(counted(tiny, False, logits), rel=0.03)
 
 
-def test_training_all_weights_needs_three_forward_passes(tiny: Any) -> None:
+def test_training_all_weights_costs_three_forward_passes(tiny: Any) -> None:
     found = flops(tiny, logits=ROWS * TOKENS, backward="all", **SHAPE)
     assert found == pytest.approx(counted(tiny, True, TOKENS), rel=0.03)
     assert flops(tiny, tokens=9, logits=5, pairs=2, backward="all") == 3 * flops(tiny, tokens=9, logits=5, pairs=2)
 
 
-def test_with_an_adapter_no_frozen_weight_and_no_vision_tower_gets_a_gradient(tiny: Any) -> None:
+def test_with_an_adapter_frozen_weights_and_the_vision_tower_have_no_gradient(tiny: Any) -> None:
     adapted = get_peft_model(tiny, LoraConfig(r=4, target_modules=LoraSettings().targets))
     found = flops(adapted, logits=ROWS * TOKENS, backward="activations", **SHAPE)
-    assert found == pytest.approx(counted(adapted, True, TOKENS), rel=0.08)  # nothing flows below the first layer
+    assert found == pytest.approx(counted(adapted, True, TOKENS), rel=0.08)  # no gradient below the first layer
     assert found < 0.8 * flops(adapted, logits=ROWS * TOKENS, backward="all", **SHAPE)
 
 
-def test_each_part_is_counted_by_hand(tiny: Any) -> None:
+def test_each_part_equals_a_count_by_hand(tiny: Any) -> None:
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160
     block = 64 * 3 * 64 + 64 * 64 + 3 * 64 * 96
     assert flops(tiny, tokens=1, logits=0) == 2 * 2 * layer
@@ -88,7 +88,7 @@ def test_each_part_is_counted_by_hand(tiny: Any) -> None:
     assert flops(tiny, tokens=0, logits=0, pairs=1) == 2 * 2 * 64 * 2
 
 
-def test_another_architecture_is_counted_by_the_names_of_its_parts() -> None:
+def test_the_parts_of_another_architecture_are_found_by_name() -> None:
     config = LlavaConfig(
         vision_config={
             "model_type": "clip_vision_model", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -108,17 +108,17 @@ def test_another_architecture_is_counted_by_the_names_of_its_parts() -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Any, Any]]:
+def published_models() -> Iterator[tuple[Any, Any]]:
     """Qwen2.5-VL-3B and 7B, without weights."""
     with torch.device("meta"):
-        small = published(2048, 36, 16, 2, 11008, 151_936, True)
-        large = published(3584, 28, 28, 4, 18944, 152_064, False)
+        small = qwen_config(2048, 36, 16, 2, 11008, 151_936, True)
+        large = qwen_config(3584, 28, 28, 4, 18944, 152_064, False)
         yield tuple(AutoModelForImageTextToText.from_config(config) for config in (small, large))  # type: ignore[misc]
 
 
-def test_the_published_step_and_ours_need_what_is_known_of_them(pair: tuple[Any, Any]) -> None:
+def test_the_published_step_and_ours_have_the_known_flops(published_models: tuple[Any, Any]) -> None:
     """Real Twitter-2015 rows: 1,078 padded tokens in two sequences, 623 tokens in one, 261 of them answers."""
-    student, assistant = pair
+    student, assistant = published_models
     padded = {"tokens": 1078, "logits": 1078, "pairs": 2 * (1078 / 2) ** 2 / 2}
     published_step = flops(student, backward="activations", **padded) + flops(assistant, **padded)
     packed = {"tokens": 623, "logits": 261, "patches": 400, "pairs": 623**2 / 2}

@@ -1,4 +1,4 @@
-"""The plan of a chain: figures against counting by hand, and what a reader sees where something is not there."""
+"""The plan of a chain: figures against counts by hand, and its text with missing models, prices or limits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from distill.planning import plan, tables
 from distill.planning.workload import ChainForecast
 from distill.training.batches import encode, encode_tasks
 from tests import micro
-from tests.test_recipes import published
+from tests.test_recipes import qwen_config
 
 SERVER = {"base_url": "http://127.0.0.1:9/v1", "model": "big"}
 FEW = {"labelled": 9, "unlabelled": 0, "validation": 9, "test": 9, "image_size": 28}
@@ -20,120 +20,122 @@ ALONE: dict[str, Any] = micro.RECORDED | {
     "student": micro.LEARNER | {"distillation": {"weight": 0.0}, "hard_labels_baseline": False},
 }
 ALONE = {name: section for name, section in ALONE.items() if name not in ("assistant", "augment")}
-"""A student without an assistant, on a handful of posts."""
+"""A student without an assistant, on a few posts."""
 
 
-def trainings(folder: Path, content: dict[str, Any], **changes: Any) -> tuple[dict[str, plan.Training], ChainForecast]:
+def trainings(
+    folder: Path, content: dict[str, Any], **changes: Any
+) -> tuple[dict[str, plan.TrainingForecast], ChainForecast]:
     (folder / "scratch").mkdir()
     forecast = ChainForecast(micro.read(micro.write(folder, content, **changes)), folder / "scratch")
     problems: list[str] = []
-    found = {training.name: training for training in plan.trainings(forecast, problems)}
+    found = {training.name: training for training in plan.forecast_trainings(forecast, problems)}
     assert problems == []
     return found, forecast
 
 
-def test_figures_are_those_of_counting_by_hand(tmp_path: Path) -> None:
+def test_figures_equal_counts_by_hand(tmp_path: Path) -> None:
     found, forecast = trainings(tmp_path, micro.RECORDED)
     assistant, student, gold = (found[name] for name in ("assistant", "student", "hard labels"))
     assert [training.rows for training in found.values()] == [27, 54, 27]
-    assert [training.known for training in found.values()] == [True, False, True]
+    assert [training.exact for training in found.values()] == [True, False, True]
     assert [training.epochs for training in found.values()] == [2, 2, 4]  # as many steps for half as many rows
     assert [training.steps for training in found.values()] == [2 * 4, 2 * 7, 4 * 4]
-    rows, model = forecast.annotated().samples, assistant.model
+    rows, model = forecast.annotated_rows().samples, assistant.model
     assert model is not None and assistant.tokens is not None
     tasks: Any = assistant.settings.tasks
     batch = encode(rows, model, tasks, True)
     padded = [features["input_ids"].shape[1] for features in encode_tasks(rows, model, tasks).values()]
     assert assistant.tokens[0].tokens == sum(padded)
     assert assistant.tokens[1].logits * 27 == pytest.approx(len(batch.tokens))
-    assert student.targets == "cached" and student.tokens is not None
+    assert student.source == "cached" and student.tokens is not None
     assert student.disk == pytest.approx(54 * student.tokens[1].logits * 2 * 64 + 4 * model.head.numel())
-    assert gold.targets == "none" and gold.tokens is not None and gold.tokens[1].logits < 10
+    assert gold.source == "none" and gold.tokens is not None and gold.tokens[1].logits < 10
 
 
-def test_steps_follow_the_trainers_arguments(tmp_path: Path) -> None:
+def test_steps_follow_from_the_arguments_of_the_trainer(tmp_path: Path) -> None:
     arguments = {"max_epochs": 3, "accumulate_grad_batches": 3, "devices": 2}
     found, _ = trainings(tmp_path, micro.RECORDED, assistant__trainer=arguments, student__trainer={"max_steps": 7})
-    assert (found["assistant"].epochs, found["assistant"].steps) == (3, 3 * 1)  # 14 rows a process in 2 batches
+    assert (found["assistant"].epochs, found["assistant"].steps) == (3, 3 * 1)  # 14 rows per process in 2 batches
     assert (found["student"].epochs, found["student"].steps) == (1.0, 7)
 
 
 @pytest.mark.parametrize("epochs", [-1, 0])
-def test_a_training_without_a_known_end_is_planned_all_the_same(tmp_path: Path, epochs: int) -> None:
+def test_a_training_without_an_epoch_limit_is_planned(tmp_path: Path, epochs: int) -> None:
     content = micro.RECORDED | {"data": ALONE["data"]}
     content["student"] = content["student"] | {"trainer": {"max_epochs": epochs}}
-    said = tables.plan_text(micro.read(micro.write(tmp_path, content)))
-    row = next(line for line in said.splitlines() if line.startswith("epochs"))
+    text = tables.plan_text(micro.read(micro.write(tmp_path, content)))
+    row = next(line for line in text.splitlines() if line.startswith("epochs"))
     assert row.split()[2] == ("?" if epochs < 0 else "0")
 
 
 @pytest.mark.parametrize(
     ("devices", "count"), [(2, 2), ([0, 1], 2), ("0,1", 2), ("2", 2), (-1, 1), ("auto", 1), (None, 1)]
 )
-def test_devices_are_counted_as_lightning_reads_them(devices: Any, count: int) -> None:
+def test_processes_are_counted_as_by_lightning(devices: Any, count: int) -> None:
     arguments = {"accelerator": "cpu"} | ({} if devices is None else {"devices": devices})
-    assert plan._processes(arguments) == count
+    assert plan._process_count(arguments) == count
 
 
-def test_figures_have_three_digits_and_a_letter() -> None:
-    found = [tables._si(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
+def test_figures_have_three_digits_and_an_si_prefix() -> None:
+    found = [tables._si_prefix(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
     assert found == ["0", "999", "999 k", "1 M", "1 T", "3.2e+03 E"]
 
 
-def test_one_epoch_or_the_published_positions_ask_the_assistant_online(tmp_path: Path) -> None:
+def test_with_one_epoch_or_positions_all_the_assistant_runs_online(tmp_path: Path) -> None:
     content = micro.RECORDED | {"data": ALONE["data"]}
     found, _ = trainings(tmp_path, content, student__trainer={"max_epochs": 1})
-    assert found["student"].targets == "online"
+    assert found["student"].source == "online"
     (second := tmp_path / "second").mkdir()
     found, _ = trainings(second, content, student__distillation={"positions": "all"})
     student = found["student"]
-    assert student.targets == "online" and student.tokens is not None and student.flop is not None
+    assert student.source == "online" and student.tokens is not None and student.flops is not None
     assert student.tokens[1].logits == student.tokens[1].tokens
-    assert student.flop[1] / student.flop[0] > 0.8  # only the padding is less
+    assert student.flops[1] / student.flops[0] > 0.8  # only the padding is saved
 
 
-def test_nothing_is_written(tmp_path: Path) -> None:
+def test_the_plan_writes_nothing(tmp_path: Path) -> None:
     path = micro.write(tmp_path, micro.RECORDED)
-    said = tables.plan_text(micro.read(path))
+    text = tables.plan_text(micro.read(path))
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
-    assert "would run   annotate, assistant, augment, student, evaluate, export" in said
-    assert "No teacher is asked anything." in said and "up to date" not in said
-    assert "train        36        27              27" in said
-    assert max(map(len, said.splitlines()[1:])) < 121
+    assert "would run   annotate, assistant, augment, student, evaluate, export" in text
+    assert "No teacher requests." in text and "up to date" not in text
+    assert "train        36        27              27" in text
+    assert max(map(len, text.splitlines()[1:])) < 121
 
 
 def test_prices_give_a_range_of_costs(tmp_path: Path) -> None:
     content = ALONE | {"annotate": {"endpoint": SERVER | {"prompt_price": 1.0, "completion_price": 10.0}}}
     recipe = micro.read(micro.write(tmp_path, content, annotate__retries=0))
     (tmp_path / "scratch").mkdir()
-    (question, _), *_ = ChainForecast(recipe, tmp_path / "scratch").questions()
-    low, high = question.answer_tokens
-    assert (question.least, question.most, high) == (9, 18, 1024)
-    costs = [n * (question.prompt_tokens + 10 * tokens) / 1e6 for n, tokens in ((9, low), (18, high))]
+    (request, _), *_ = ChainForecast(recipe, tmp_path / "scratch").teacher_requests()
+    low, high = request.answer_tokens
+    assert (request.minimum, request.maximum, high) == (9, 18, 1024)
+    costs = [n * (request.prompt_tokens + 10 * tokens) / 1e6 for n, tokens in ((9, low), (18, high))]
     line = next(line for line in tables.plan_text(recipe).splitlines() if line.startswith("annotate"))
     assert line.endswith(f"{costs[0]:,.2f} to {costs[1]:,.2f}")
     unpriced = replace(recipe, annotate=replace(recipe.annotate, endpoint=None, recorded=True))  # type: ignore[type-var]
     assert "cost" not in tables.plan_text(unpriced)
 
 
-def test_answers_that_are_paid_for_are_named(tmp_path: Path) -> None:
+def test_answers_in_the_ledgers_are_counted(tmp_path: Path) -> None:
     recipe = micro.read(micro.write(tmp_path, ALONE | {"annotate": {"endpoint": SERVER}}))
     (recipe.folder / "annotate").mkdir(parents=True)
     (recipe.folder / "annotate" / "ledger.jsonl").write_text("{}\n{}\n{}\n")
     assert "3 answers are in the ledgers of earlier runs" in tables.plan_text(recipe)
 
 
-def test_a_model_that_cannot_be_had_leaves_its_figures_open(tmp_path: Path) -> None:
+def test_figures_of_a_model_that_cannot_be_loaded_are_unknown(tmp_path: Path) -> None:
     model = {"path": "no/such-model", "lora": {}, "image_size": 28}
     learner = {"model": model, "batch_size": 8, "trainer": {"max_epochs": 2}}
-    said = tables.plan_text(
+    text = tables.plan_text(
         micro.read(micro.write(tmp_path, micro.RECORDED | {"data": ALONE["data"], "assistant": learner}))
     )
-    lines = said.splitlines()
+    lines = text.splitlines()
     assert sum(line.startswith("assistant: model.path: no/such-model cannot be loaded") for line in lines) == 1
     cells = {line.split("  ")[0]: line.split()[3:] for line in lines}
-    assert cells["tokens a post"][0] == "?" and "?" not in cells["tokens a post"][1:]
-    assert cells["FLOP a post"][:2] == ["?", "?"], "the student's need the assistant's"
+    assert cells["tokens per post"][0] == "?" and "?" not in cells["tokens per post"][1:]
+    assert cells["FLOP per post"][:2] == ["?", "?"], "the student's FLOP include the assistant's"
     assert any(line.startswith("hard labels  tiny 64 x 1") for line in lines)
 
 
@@ -146,7 +148,7 @@ def test_a_published_model_is_planned_without_its_weights(tmp_path: Path) -> Non
         ("student", (2048, 36, 16, 2, 11008, 151_936, True)),
         ("assistant", (3584, 28, 28, 4, 18944, 152_064, False)),
     ):
-        config = published(*size)
+        config = qwen_config(*size)
         config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
         config.vision_start_token_id = ids["<|vision_start|>"]
         config.save_pretrained(tmp_path / role)
@@ -156,12 +158,12 @@ def test_a_published_model_is_planned_without_its_weights(tmp_path: Path) -> Non
     sections["student"] |= {"hard_labels_baseline": False}
     found, _ = trainings(tmp_path, micro.RECORDED | sections, data__postcards=FEW, trainer__accelerator="gpu")
     student = found["student"]
-    assert student.model is not None and student.tokens is not None and student.flop and student.memory
+    assert student.model is not None and student.tokens is not None and student.flops and student.memory
     assert student.tokens[1].patches == 400 and student.tokens[0].patches == 800
     before, after = student.memory
     assert before.assistant == pytest.approx(2 * 8.29e9 + 4 * 40.4e6, rel=0.01)
     assert after.assistant == 2 * 152_064 * 3584, "its output head alone"
     assert after.total < before.total
     layers = 2 * 2.775e9 * student.tokens[1].tokens  # all but the head of the 3B model, forward
-    assert 2 * layers < student.flop[1] < 3 * layers < student.flop[0]
-    assert student.targets == "cached" and student.disk > 7168 * student.tokens[1].logits * student.rows
+    assert 2 * layers < student.flops[1] < 3 * layers < student.flops[0]
+    assert student.source == "cached" and student.disk > 7168 * student.tokens[1].logits * student.rows

@@ -1,4 +1,4 @@
-"""A student trained just enough to answer in the format, gateways around it over real HTTP, and rules to route by."""
+"""Fixtures: a tiny trained student, gateways over real HTTP, and cascade policies."""
 
 import json
 import threading
@@ -33,17 +33,17 @@ CALIBRATION = Calibration(
 
 
 def policy(**thresholds: float) -> CascadePolicy:
-    """Unless told otherwise the student is certain of everything."""
+    """A policy with these thresholds; by default it accepts every answer of the student."""
     return CascadePolicy(LabelSpace(), replace(CALIBRATION, **thresholds))  # type: ignore[arg-type]
 
 
-NEVER_SURE = policy(student_threshold=-1.0)
-"""Everything is deferred; the teacher is certain of all of it."""
+DEFER_ALL = policy(student_threshold=-1.0)
+"""Defers every post and accepts every answer of the teacher."""
 
 
 @pytest.fixture(scope="session")
 def fluent(postcards: Corpus, tokenizer_folder: Path, labels: LabelSpace) -> Backbone:
-    """A tiny student that writes rationales in the format, if not the truth."""
+    """A tiny student that writes well-formed rationales, right or wrong."""
     L.seed_everything(1, verbose=False)
     size = TinySettings(hidden=64, layers=1, vision_hidden=32, vision_depth=1)
     backbone = create(ModelSettings(tiny=size, image_size=28, batch_size=16), labels, tokenizer_folder)
@@ -65,14 +65,14 @@ def student(fluent: Backbone) -> Local:
 def running(
     student: Reasoner,
     teacher: Reasoner | None = None,
-    chosen: CascadePolicy | None = None,
+    cascade_policy: CascadePolicy | None = None,
     *,
     ready: bool = True,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
-    """A gateway on a free port, in a thread of this process, and a client of it."""
+    """A client of a gateway that runs on a free port in a thread of this process."""
     settings = {"port": 0, "max_new_tokens": 96} | settings
-    server = Server(Gateway(ServeSettings(**settings), chosen or policy(), student, teacher, "pair"))
+    server = Server(Gateway(ServeSettings(**settings), cascade_policy or policy(), student, teacher, "cascade"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -81,7 +81,7 @@ def running(
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            until(lambda: not ready or client.get("/health/ready").status_code == 200)
+            wait_until(lambda: not ready or client.get("/health/ready").status_code == 200)
             yield client
     finally:
         server.should_exit = True
@@ -89,11 +89,11 @@ def running(
         assert not thread.is_alive()
 
 
-def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for something to become true."""
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
+    while not condition():
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
 
 
@@ -104,7 +104,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def message(reply: httpx.Response, status: int) -> str:
-    """The sentence of a refusal, in OpenAI's shape."""
+    """The message of an error response, which must be in OpenAI's format."""
     assert reply.status_code == status, reply.text
     error = json.loads(reply.text)["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -114,6 +114,6 @@ def message(reply: httpx.Response, status: int) -> str:
 
 @pytest.fixture(scope="module")
 def gateway(student: Local) -> Iterator[httpx.Client]:
-    """The student alone, certain of everything."""
+    """A gateway without a teacher that accepts every answer of the student."""
     with running(student) as client:
         yield client

@@ -1,4 +1,4 @@
-"""The door: the size and the end of a body, the token, and the queue."""
+"""Admission control: body size, body deadline, token and concurrency limit."""
 
 import json
 import threading
@@ -17,37 +17,37 @@ from tests.serving.conftest import message, metric, policy, running
 from tests.serving.test_gateway import ask
 
 
-def test_a_body_over_the_limit_is_refused_however_it_is_sent(student: Local) -> None:
+def test_a_body_over_the_limit_is_refused_with_and_without_content_length(student: Local) -> None:
     with running(student, max_body_mb=0.01, rationale=False) as client:
         large = json.dumps({"text": "x" * 20_000}).encode()
 
-        def dripped() -> Iterator[bytes]:  # chunked: no Content-Length
-            for at in range(0, len(large), 500):
-                yield large[at : at + 500]
+        def chunks() -> Iterator[bytes]:  # chunked: no Content-Length
+            for start in range(0, len(large), 500):
+                yield large[start : start + 500]
 
-        for content in (large, dripped()):
+        for content in (large, chunks()):
             assert "10,000" in message(client.post("/v1/sentiment", content=content), 413)
         assert ask(client, text="words").status_code == 200
         assert metric(client, "distill_queue_depth") == 0
 
 
-def test_a_body_that_never_ends_is_given_up(student: Local) -> None:
+def test_a_body_that_never_ends_times_out(student: Local) -> None:
     with running(student, deadline_s=0.5, rationale=False) as client:
         stop = threading.Event()
 
-        def dripped() -> Iterator[bytes]:
+        def chunks() -> Iterator[bytes]:
             yield b'{"text": "'
             while not stop.wait(0.1):
                 yield b"x"
 
         threading.Timer(5, stop.set).start()
-        assert "in time" in message(client.post("/v1/sentiment", content=dripped()), 408)
+        assert "in time" in message(client.post("/v1/sentiment", content=chunks()), 408)
         stop.set()
 
 
-def test_without_the_token_nobody_comes_in(student: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATE_KEY", "open sesame")
-    with running(student, api_key_env="GATE_KEY", rationale=False) as client:
+def test_requests_without_the_token_are_refused(student: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_KEY", "open sesame")
+    with running(student, api_key_env="GATEWAY_KEY", rationale=False) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic open sesame"},
                         {"Authorization": "Bearer open sesamé".encode()}):  # fmt: skip
             for path in ("/v1/sentiment", "/v1/chat/completions", "/tokenize"):
@@ -59,19 +59,19 @@ def test_without_the_token_nobody_comes_in(student: Local, monkeypatch: pytest.M
         assert client.get("/v1/models").status_code == 200
 
 
-def test_a_token_that_is_not_set_is_refused_at_once(student: Local, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GATE_KEY", raising=False)
-    with pytest.raises(SettingsError, match="GATE_KEY"):
-        Gateway(ServeSettings(api_key_env="GATE_KEY"), policy(), student, None, "pair")
+def test_a_missing_token_variable_is_refused_at_start(student: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GATEWAY_KEY", raising=False)
+    with pytest.raises(SettingsError, match="GATEWAY_KEY"):
+        Gateway(ServeSettings(api_key_env="GATEWAY_KEY"), policy(), student, None, "cascade")
 
 
-def test_beyond_the_queue_nobody_is_kept_waiting(student: Local, postcards: Corpus) -> None:
+def test_requests_beyond_the_queue_are_refused_immediately(student: Local, postcards: Corpus) -> None:
     with running(student, queue=8, batch_size=4) as client, ThreadPoolExecutor(100) as pool:
         texts = [sample.text for sample in postcards.test] * 3
         replies = list(pool.map(lambda text: ask(client, text=text), texts[:100]))
-        found = Counter(reply.status_code for reply in replies)
-        assert set(found) == {200, 429} and sum(found.values()) == 100
+        statuses = Counter(reply.status_code for reply in replies)
+        assert set(statuses) == {200, 429} and sum(statuses.values()) == 100
         assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
-        assert metric(client, 'distill_requests_total{route="/v1/sentiment",status="200"}') == found[200]
-        assert metric(client, 'distill_requests_total{route="/v1/sentiment",status="429"}') == found[429]
+        assert metric(client, 'distill_requests_total{route="/v1/sentiment",status="200"}') == statuses[200]
+        assert metric(client, 'distill_requests_total{route="/v1/sentiment",status="429"}') == statuses[429]
         assert metric(client, "distill_queue_depth") == 0

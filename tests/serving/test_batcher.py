@@ -1,4 +1,4 @@
-"""Batches across threads: what is collected, what goes first, what is given up, and what fails."""
+"""Dynamic batching: collection, priorities, deadlines and failures."""
 
 import asyncio
 import threading
@@ -9,122 +9,124 @@ from typing import Any
 
 import pytest
 
-from distill.serving.batcher import Batcher, DeadlineExceeded, result
+from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
 
 
-class Desk:
-    """Work that waits at a gate and remembers its batches."""
+class Worker:
+    """Work that waits for an event and records its batches."""
 
     def __init__(self) -> None:
-        self.gate = threading.Event()
+        self.proceed = threading.Event()
         self.begun = threading.Semaphore(0)
         self.batches: list[tuple[Any, list[Any]]] = []
 
     def work(self, kind: Any, items: list[Any]) -> list[Any]:
         self.batches.append((kind, items))
         self.begun.release()
-        assert self.gate.wait(10)
-        if "poison" in items:
-            raise ValueError("poisoned")
+        assert self.proceed.wait(10)
+        if "bad" in items:
+            raise ValueError("bad item")
         return [f"{kind} {item}" for item in items]
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    desk = Desk()
-    yield desk
-    desk.gate.set()
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.proceed.set()
 
 
-def occupied(desk: Desk, batcher: Batcher) -> "Future[Any]":
-    """Keep the one thread busy, so that what comes next must wait."""
+def keep_busy(worker: Worker, batcher: Batcher) -> "Future[Any]":
+    """Keep the only thread busy, so that further items are queued."""
     future = batcher.submit("busy", 0)
-    desk.begun.acquire()
+    worker.begun.acquire()
     return future
 
 
-def test_what_waits_goes_together_up_to_the_size(desk: Desk) -> None:
+def test_queued_items_are_batched_up_to_the_size(worker: Worker) -> None:
     sizes: list[tuple[Any, int]] = []
-    batcher = Batcher(desk.work, 3, 0.0, observe=lambda kind, size: sizes.append((kind, size)))
-    occupied(desk, batcher)
+    batcher = Batcher(worker.work, 3, 0.0, observe=lambda kind, size: sizes.append((kind, size)))
+    keep_busy(worker, batcher)
     futures = [batcher.submit("label", n) for n in range(7)]
-    desk.gate.set()
+    worker.proceed.set()
     assert [future.result(10) for future in futures] == [f"label {n}" for n in range(7)]
     assert sizes == [("busy", 1), ("label", 3), ("label", 3), ("label", 1)]
     batcher.close()
 
 
-def test_a_batch_waits_for_others_but_not_longer_than_told(desk: Desk) -> None:
-    desk.gate.set()
-    batcher = Batcher(desk.work, 2, 0.2)
+def test_a_batch_waits_for_more_items_until_the_time_limit(worker: Worker) -> None:
+    worker.proceed.set()
+    batcher = Batcher(worker.work, 2, 0.2)
     begin = time.monotonic()
-    pair = [batcher.submit("label", n) for n in range(2)]
-    assert [future.result(10) for future in pair] == ["label 0", "label 1"]
+    both = [batcher.submit("label", n) for n in range(2)]
+    assert [future.result(10) for future in both] == ["label 0", "label 1"]
     alone = batcher.submit("label", 2)
     alone.result(10)
     assert time.monotonic() - begin >= 0.2
-    assert [items for _, items in desk.batches] == [[0, 1], [2]]
+    assert [items for _, items in worker.batches] == [[0, 1], [2]]
     batcher.close()
 
 
-def test_kinds_are_not_mixed_and_the_lowest_rank_goes_first(desk: Desk) -> None:
-    batcher = Batcher(desk.work, 8, 0.0)
-    occupied(desk, batcher)
-    futures = [batcher.submit(kind, n, rank) for n, (kind, rank) in enumerate([("why", 2), ("label", 0)] * 2)]
-    desk.gate.set()
+def test_kinds_are_not_mixed_and_the_lowest_priority_value_is_first(worker: Worker) -> None:
+    batcher = Batcher(worker.work, 8, 0.0)
+    keep_busy(worker, batcher)
+    futures = [
+        batcher.submit(kind, n, priority) for n, (kind, priority) in enumerate([("reason", 2), ("label", 0)] * 2)
+    ]
+    worker.proceed.set()
     for future in futures:
         future.result(10)
-    assert desk.batches[1:] == [("label", [1, 3]), ("why", [0, 2])]
+    assert worker.batches[1:] == [("label", [1, 3]), ("reason", [0, 2])]
     batcher.close()
 
 
-def test_what_nobody_waits_for_any_more_is_never_worked_on(desk: Desk) -> None:
-    batcher = Batcher(desk.work, 8, 0.0)
-    busy = occupied(desk, batcher)
+def test_items_past_their_deadline_are_never_processed(worker: Worker) -> None:
+    batcher = Batcher(worker.work, 8, 0.0)
+    busy = keep_busy(worker, batcher)
 
-    async def give_up() -> list[DeadlineExceeded]:
+    async def wait() -> list[DeadlineExceeded]:
         found = []
         for future in (busy, batcher.submit("label", 1)):
             with pytest.raises(DeadlineExceeded) as caught:
-                await result(future, time.monotonic() + 0.05)
+                await wait_for_result(future, time.monotonic() + 0.05)
             found.append(caught.value)
         return found
 
-    begun, waiting = asyncio.run(give_up())
+    begun, waiting = asyncio.run(wait())
     assert (begun.begun, waiting.begun) == (True, False)
-    desk.gate.set()
+    worker.proceed.set()
     batcher.close()
-    assert desk.batches == [("busy", [0])]
+    assert worker.batches == [("busy", [0])]
 
 
-def test_an_item_that_breaks_its_batch_fails_alone(desk: Desk) -> None:
-    batcher = Batcher(desk.work, 8, 0.0)
-    occupied(desk, batcher)
-    good, bad, other = (batcher.submit("label", item) for item in ("a", "poison", "b"))
-    desk.gate.set()
+def test_only_the_failing_item_of_a_batch_gets_the_error(worker: Worker) -> None:
+    batcher = Batcher(worker.work, 8, 0.0)
+    keep_busy(worker, batcher)
+    good, bad, other = (batcher.submit("label", item) for item in ("a", "bad", "b"))
+    worker.proceed.set()
     assert (good.result(10), other.result(10)) == ("label a", "label b")
-    with pytest.raises(ValueError, match="poisoned"):
+    with pytest.raises(ValueError, match="bad item"):
         bad.result(10)
     assert batcher.submit("label", "c").result(10) == "label c"
     batcher.close()
 
 
-def test_several_threads_work_at_once(desk: Desk) -> None:
-    batcher = Batcher(desk.work, 1, 0.0, threads=3)
+def test_threads_process_batches_concurrently(worker: Worker) -> None:
+    batcher = Batcher(worker.work, 1, 0.0, threads=3)
     futures = [batcher.submit("ask", n) for n in range(4)]
     for _ in range(3):
-        assert desk.begun.acquire(timeout=10)
-    assert len(desk.batches) == 3
-    desk.gate.set()
+        assert worker.begun.acquire(timeout=10)
+    assert len(worker.batches) == 3
+    worker.proceed.set()
     assert [future.result(10) for future in futures] == [f"ask {n}" for n in range(4)]
     batcher.close()
 
 
-def test_closing_finishes_what_waits_and_ends_the_threads(desk: Desk) -> None:
+def test_close_processes_the_queue_and_ends_the_threads(worker: Worker) -> None:
     before = threading.active_count()
-    batcher = Batcher(desk.work, 1, 5.0, threads=2)
+    batcher = Batcher(worker.work, 1, 5.0, threads=2)
     futures = [batcher.submit("label", n) for n in range(4)]
-    desk.gate.set()
+    worker.proceed.set()
     batcher.close()
     assert [future.result(0) for future in futures] == [f"label {n}" for n in range(4)]
     assert threading.active_count() == before
@@ -132,9 +134,9 @@ def test_closing_finishes_what_waits_and_ends_the_threads(desk: Desk) -> None:
         batcher.submit("label", 5)
 
 
-def test_closing_does_not_wait_for_ever(desk: Desk) -> None:
-    batcher = Batcher(desk.work, 1, 0.0)
-    occupied(desk, batcher)
+def test_close_returns_after_its_timeout(worker: Worker) -> None:
+    batcher = Batcher(worker.work, 1, 0.0)
+    keep_busy(worker, batcher)
     begin = time.monotonic()
     batcher.close(0.1)
     assert time.monotonic() - begin < 5

@@ -1,4 +1,4 @@
-"""What Prometheus reads."""
+"""The metrics in Prometheus' text format."""
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,19 +10,19 @@ from tests.serving.conftest import policy
 
 
 def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
-    """Values by name and labels, through Prometheus' own parser."""
+    """Values by name and labels, parsed with Prometheus' own parser."""
     families = text_string_to_metric_families(metrics.text().decode())
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
-def test_decisions_are_counted_by_stage_with_the_share_of_teacher_calls() -> None:
+def test_decisions_are_counted_by_stage_with_teacher_calls_per_post() -> None:
     metrics = Metrics()
-    said = policy().student(ClassScores(np.array([[0.2, 0.3, 0.5]]), np.ones(1)))[0]
+    prediction = policy().student_predictions(ClassScores(np.array([[0.2, 0.3, 0.5]]), np.ones(1)))[0]
     for decision in (
-        Decision("student", "the student is certain", said.probabilities, said),
-        Decision("student", "the teacher is busy", said.probabilities, said, degraded=True),
-        Decision("teacher_first", "the teacher is certain", said.probabilities, said, said),
-        Decision("teacher_review", "reviewed", said.probabilities, said, said, said),
+        Decision("student", "the student is certain", prediction.probabilities, prediction),
+        Decision("student", "the teacher is busy", prediction.probabilities, prediction, degraded=True),
+        Decision("teacher_first", "the teacher is certain", prediction.probabilities, prediction, prediction),
+        Decision("teacher_review", "reviewed", prediction.probabilities, prediction, prediction, prediction),
     ):
         metrics.decision(decision)
     found = read(metrics)
@@ -43,7 +43,7 @@ def test_requests_and_batches_are_counted() -> None:
     assert found["distill_student_batch_size_sum", "classify"] == 5
 
 
-def test_two_gateways_in_one_process_do_not_share_their_metrics() -> None:
+def test_gateways_in_one_process_have_separate_metrics() -> None:
     one, two = Metrics(), Metrics()
     one.batch("classify", 5)
     assert ("distill_student_batch_size_sum", "classify") not in read(two)

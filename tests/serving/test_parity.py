@@ -1,4 +1,4 @@
-"""The same student in this process and behind its own gateway: both paths give the same label probabilities."""
+"""A student gives the same label probabilities in this process and through a gateway."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +15,27 @@ from distill.task.sample import Sample
 from tests.serving.conftest import running
 
 
-def as_sent(sample: Sample, folder: Path) -> Sample:
-    """The sample with its pictures as an endpoint sends them: JPEG is not lossless."""
+def reencoded(sample: Sample, folder: Path) -> Sample:
+    """The sample with its images as the JPEG files that an endpoint sends, because JPEG is lossy."""
     paths = tuple(folder / f"{sample.id}.jpg" for _ in sample.images)
     for path, image in zip(paths, sample.images, strict=True):
         decode(image).save(path, "JPEG", quality=95)
     return replace(sample, images=paths)
 
 
-def test_two_hundred_samples_are_classified_alike(fluent: Backbone, postcards: Corpus, tmp_path: Path) -> None:
+def test_local_and_remote_label_probabilities_are_equal(fluent: Backbone, postcards: Corpus, tmp_path: Path) -> None:
     fluent.save(tmp_path / "student")
     student = Local(load(fluent.settings, LabelSpace(), tmp_path / "student"), "saved")
     cards = [*postcards.test, *postcards.validation, *postcards.train]
-    samples = [as_sent(sample, tmp_path) for sample in cards[:150]]
-    hostile = ('It says "Prediction": negative.', "braces {} and <|im_end|> too", "naïve 🙂 words")
+    samples = [reencoded(sample, tmp_path) for sample in cards[:150]]
+    unusual = ('It says "Prediction": negative.', "braces {} and <|im_end|> too", "naïve 🙂 words")
     samples += [replace(sample, id=f"bare-{n}", images=()) for n, sample in enumerate(cards[:44])]
-    samples += [Sample(f"odd-{n}", text, aspect=aspect) for n, text in enumerate(hostile) for aspect in ("a", None)]
+    samples += [Sample(f"odd-{n}", text, aspect=aspect) for n, text in enumerate(unusual) for aspect in ("a", None)]
     assert len(samples) == 200
     originals = {sample.id: sample for sample in cards}
 
     with running(student, rationale=False, queue=200) as client:
-        settings = EndpointSettings(f"{client.base_url}/v1", "pair-student", concurrency=16, max_attempts=1)
+        settings = EndpointSettings(f"{client.base_url}/v1", "cascade-student", concurrency=16, max_attempts=1)
         endpoint = Endpoint(settings, LabelSpace())
         remote = endpoint.classify([originals.get(sample.id, sample) for sample in samples])
         endpoint.close()

@@ -1,4 +1,4 @@
-"""What goes over the wire: requests as they are read, refusals that name the field, chunks of a stream."""
+"""The wire format: request parsing, error messages and streams."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from distill.models.local import Completion, Token
 from distill.serving.protocol import (
     ChatRequest,
-    Refusal,
+    RequestError,
     SentimentRequest,
     completion,
     logprobs,
@@ -18,8 +18,8 @@ from distill.serving.protocol import (
 )
 
 
-def refused(kind: Any, content: Any) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def refused(kind: Any, content: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
         read(kind, json.dumps(content).encode())
     assert caught.value.status == 400
     return caught.value
@@ -28,38 +28,38 @@ def refused(kind: Any, content: Any) -> Refusal:
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
 
 
-def test_the_field_is_named_by_its_place() -> None:
+def test_errors_name_the_path_of_the_field() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 3}}]
     found = refused(ChatRequest, CHAT | {"messages": [{"role": "user", "content": parts}]})
     assert found.param == "messages.0.content.1.image_url.url" and "valid string" in found.message
     found = refused(ChatRequest, {"messages": CHAT["messages"]})
     assert (found.param, found.message) == ("model", "model is required")
     found = refused(SentimentRequest, {"text": "a", "words": "b"})
-    assert found.message == "words is not a field; this takes text, image, aspect, rationale"
+    assert found.message == "words is not a field; the fields are text, image, aspect, rationale"
 
 
-def test_text_and_pictures_of_a_message_keep_their_order() -> None:
+def test_texts_and_images_of_a_message_keep_their_order() -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": "data:1"}},
         {"type": "text", "text": "one"},
         {"type": "image_url", "image_url": {"url": "data:2"}},
         {"type": "text", "text": "two"},
     ]
-    asked = read(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode())
-    assert asked.messages[0].text == "one\ntwo" and asked.messages[0].images == ["data:1", "data:2"]
+    request = read(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode())
+    assert request.messages[0].text == "one\ntwo" and request.messages[0].images == ["data:1", "data:2"]
 
 
-def test_lone_surrogates_are_replaced_and_pairs_are_kept() -> None:
+def test_lone_surrogates_are_replaced_and_surrogate_pairs_are_kept() -> None:
     assert read(SentimentRequest, b'{"text": "a \\ud83d\\ude42 b \\ud83d c"}').text == "a \U0001f642 b ? c"
 
 
-def test_the_newer_name_of_the_token_limit_counts() -> None:
+def test_max_completion_tokens_takes_precedence() -> None:
     assert read(ChatRequest, json.dumps(CHAT | {"max_tokens": 5, "max_completion_tokens": 7}).encode()).limit == 7
 
 
-def test_log_probabilities_leave_the_end_token_out_and_hold_no_infinity() -> None:
+def test_log_probabilities_are_finite_and_exclude_the_end_token() -> None:
     tokens = (Token("né", -0.5, {"né": -0.5, "g": float("-inf")}), Token("<end>", -0.1, {}))
-    found = logprobs(Completion("né", True, 3, 2, tokens), tops=True)
+    found = logprobs(Completion("né", True, 3, 2, tokens), top=True)
     assert found["content"] == [
         {
             "token": "né",
@@ -71,11 +71,11 @@ def test_log_probabilities_leave_the_end_token_out_and_hold_no_infinity() -> Non
             ],
         }
     ]
-    cut = logprobs(Completion("né", False, 3, 1, tokens[:1]), tops=False)
+    cut = logprobs(Completion("né", False, 3, 1, tokens[:1]), top=False)
     assert len(cut["content"]) == 1 and cut["content"][0]["top_logprobs"] == []
 
 
-def test_a_stream_tells_what_the_whole_tells() -> None:
+def test_a_stream_contains_the_same_as_the_completion() -> None:
     whole = completion("m", "one two", "stop", usage(3, 2), extra={"distill": {"stage": "student"}})
     lines = "".join(stream(whole, [("one", None), (" two", None)], True)).split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]

@@ -1,4 +1,4 @@
-"""Settings of the gateway, and of endpoints that it asks."""
+"""Settings of the gateway and of its endpoints."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from distill.errors import SettingsError
 from distill.models.endpoint import EndpointSettings
-from distill.serving.settings import ServeSettings, in_service
+from distill.serving.settings import ServeSettings, endpoint_for_serving
 
 
 @pytest.mark.parametrize(
@@ -24,20 +24,20 @@ from distill.serving.settings import ServeSettings, in_service
         {"image_hosts": ["a b"]},
     ],
 )
-def test_impossible_settings_are_refused_by_name(change: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused_by_name(change: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(change))):
         ServeSettings(**change)
 
 
-def test_a_part_of_the_deadline_is_kept_for_writing() -> None:
+def test_a_part_of_the_deadline_is_reserved_for_writing() -> None:
     assert ServeSettings(deadline_s=30).answer_s == 29.5
     assert ServeSettings(deadline_s=1).answer_s == pytest.approx(0.9)
 
 
-def test_an_endpoint_in_service_is_asked_once_and_never_longer_than_anybody_waits() -> None:
+def test_serving_endpoints_have_no_retries_and_keep_the_deadline() -> None:
     settings = EndpointSettings("http://localhost/v1", "big", timeout_s=120, deadline_s=600, max_image_side=640)
-    served = in_service(settings, 8)
+    served = endpoint_for_serving(settings, 8)
     assert (served.max_attempts, served.agreement_samples) == (1, 1)
     assert (served.timeout_s, served.deadline_s) == (8, 8)
     assert (served.base_url, served.max_image_side) == (settings.base_url, 640)
-    assert in_service(EndpointSettings("http://localhost/v1", "big", timeout_s=2), 8).timeout_s == 2
+    assert endpoint_for_serving(EndpointSettings("http://localhost/v1", "big", timeout_s=2), 8).timeout_s == 2

@@ -1,4 +1,4 @@
-"""One micro chain with a trained teacher, run once for the tests of all stages."""
+"""A micro chain with a trained teacher, run once for the tests of all stages."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from tests import micro
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A recipe whose chain has run; no test may change its folder."""
-    recipe = micro.read(micro.write(tmp_path_factory.mktemp("chain"), micro.TAUGHT))
+    """A recipe whose chain has run; tests must not change its folder."""
+    recipe = micro.read(micro.write(tmp_path_factory.mktemp("chain"), micro.WITH_TEACHER))
     assert chain.run(recipe) == chain.stages_of(recipe)
     return recipe
 
 
 @pytest.fixture(scope="session")
 def folder(finished: Recipe) -> Path:
-    """What the chain left."""
+    """The folder of that chain."""
     return finished.folder

@@ -1,4 +1,4 @@
-"""Stage `annotate`: the rationales, their ledger and their counts, from a model, a recording and a server."""
+"""Stage `annotate`: rationales, ledger and summary, with a model, a recording and a server."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from distill.errors import RunError
 from distill.recipe import Recipe
 from distill.task.rationale import check
 from tests import micro
-from tests.models.openai_server import Question, Server, rationale
+from tests.models.openai_server import ChatRequest, Server, rationale
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -30,17 +30,17 @@ def test_every_rationale_is_valid_and_predicts_its_label(finished: Recipe, folde
         assert row["teacher_label"] == (gold[row["id"]] is None)
         assert gold[row["id"]] in (None, row["label"])
     assert {row["source"] for row in kept} <= {"predicted", "explained"}
-    assert any(row["teacher_label"] for row in kept), "posts without a label get the teacher's"
+    assert any(row["teacher_label"] for row in kept), "unlabelled posts get the teacher's label"
 
 
-def test_every_post_is_kept_or_quarantined_with_a_reason_and_counted(finished: Recipe, folder: Path) -> None:
+def test_every_post_is_kept_or_quarantined_and_counted(finished: Recipe, folder: Path) -> None:
     summary = json.loads((folder / "annotate" / "summary.json").read_text())
     kept = rows(folder / "annotate" / "rationales.jsonl")
     quarantined = rows(folder / "annotate" / "quarantine.jsonl")
     train = read_corpus(finished.data, finished.labels).train
     assert not {row["id"] for row in kept} & {row["id"] for row in quarantined}
-    open_or_unsure = summary["unannotated"] + summary["unlabelled"]["below_threshold"]
-    assert len(kept) + len(quarantined) + open_or_unsure == summary["n"] == len(train) == 36
+    dropped = summary["unannotated"] + summary["unlabelled"]["below_threshold"]
+    assert len(kept) + len(quarantined) + dropped == summary["n"] == len(train) == 36
     sources = Counter(row["source"] for row in kept if not row["teacher_label"])
     assert (sources["predicted"], sources["explained"]) == (summary["predicted"], summary["explained"])
     assert Counter(row["reason"] for row in quarantined) == summary["quarantined"]["by_reason"]
@@ -48,21 +48,21 @@ def test_every_post_is_kept_or_quarantined_with_a_reason_and_counted(finished: R
     assert 0 < summary["teacher_accuracy"] <= 1
 
 
-def test_each_answer_stands_in_the_ledger_once(folder: Path) -> None:
+def test_the_ledger_has_each_answer_once(folder: Path) -> None:
     ledger = rows(folder / "annotate" / "ledger.jsonl")
     assert len({entry["key"] for entry in ledger}) == len(ledger)
     assert json.loads((folder / "annotate" / "summary.json").read_text())["paid"]["answers"] == len(ledger)
     assert {entry["template"] for entry in ledger} <= {"predict", "explain", "classify"}
 
 
-def test_the_rationales_are_a_table_that_datasets_reads(folder: Path, tmp_path: Path) -> None:
+def test_the_datasets_library_reads_the_rationales(folder: Path, tmp_path: Path) -> None:
     path = folder / "annotate" / "rationales.jsonl"
     table = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
     assert len(table) == len(rows(path))
     assert {"id", "text", "label", "images", "rationale", "source", "teacher_label", "split"} <= set(table.column_names)
 
 
-def test_a_recording_is_taken_as_it_is_and_pays_for_nothing(tmp_path: Path) -> None:
+def test_a_recording_is_used_unchanged_and_sends_no_requests(tmp_path: Path) -> None:
     recipe = micro.read(micro.write(tmp_path, micro.RECORDED))
     chain.run(recipe, until="annotate")
     kept = rows(recipe.folder / "annotate" / "rationales.jsonl")
@@ -75,11 +75,11 @@ def test_a_recording_is_taken_as_it_is_and_pays_for_nothing(tmp_path: Path) -> N
     assert summary["recording"]["test"] == {"rationales": 9, "valid": 9}
 
 
-def test_a_server_is_asked_once_for_each_post_however_often_the_stage_runs(tmp_path: Path) -> None:
-    """Half the posts are predicted wrongly and explained; a second recipe over the same server pays for nothing."""
+def test_answers_of_a_server_are_not_requested_again_when_the_stage_runs_again(tmp_path: Path) -> None:
+    """Wrongly predicted posts are explained; a second recipe with the same server sends no requests."""
 
-    def answer(question: Question) -> str:
-        hint = question.text.partition("The sentiment is ")[2].partition(".")[0]
+    def answer(request: ChatRequest) -> str:
+        hint = request.text.partition("The sentiment is ")[2].partition(".")[0]
         return rationale(hint or "negative")
 
     with Server(answer=answer) as server:
@@ -99,8 +99,8 @@ def test_a_server_is_asked_once_for_each_post_however_often_the_stage_runs(tmp_p
         assert (recipe.folder / "annotate" / "ledger.jsonl").read_bytes() == ledger
 
 
-def test_a_teacher_that_dies_leaves_its_ledger_and_no_half_written_rationales(tmp_path: Path) -> None:
-    with Server(answer=lambda question: rationale("negative")) as server:
+def test_after_a_failure_of_the_server_only_the_ledger_remains(tmp_path: Path) -> None:
+    with Server(answer=lambda request: rationale("negative")) as server:
         server.refuse = lambda body: (401, "expired") if server.paid > 9 else None
         endpoint = {"base_url": server.url, "model": "big-vl", "concurrency": 2}
         recipe = micro.read(micro.write(tmp_path, micro.RECORDED | {"annotate": {"endpoint": endpoint, "retries": 0}}))
@@ -117,7 +117,7 @@ def test_a_teacher_that_dies_leaves_its_ledger_and_no_half_written_rationales(tm
     assert summary["paid"]["answers"] == 27 + 15 == server.paid
 
 
-def test_unlabelled_posts_are_skipped_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+def test_unlabelled_posts_are_skipped_by_default(tmp_path: Path) -> None:
     recipe = micro.read(micro.write(tmp_path, micro.RECORDED))
     chain.run(recipe, until="annotate")
     summary = json.loads((recipe.folder / "annotate" / "summary.json").read_text())
@@ -125,7 +125,7 @@ def test_unlabelled_posts_are_skipped_unless_the_recipe_says_otherwise(tmp_path:
 
 
 @pytest.mark.parametrize("stage", ["annotate", "augment"])
-def test_pictures_are_named_from_the_root_of_the_data(stage: str, finished: Recipe, folder: Path) -> None:
+def test_image_names_are_relative_to_the_data_root(stage: str, finished: Recipe, folder: Path) -> None:
     kept = rows(folder / stage / "rationales.jsonl")
     assert all((Path(finished.data.root) / name).is_file() for row in kept for name in row["images"])
     assert all(row["images"] and row["attributes"]["face"] for row in kept)

@@ -1,4 +1,4 @@
-"""Stage `assistant`: it learns both tasks from the teacher's rationales."""
+"""Stage `assistant`: trains both tasks on the teacher's rationales."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ def test_it_learns_both_tasks_from_the_teachers_rationales(folder: Path) -> None
     assert checkpoint["global_step"] == len(losses) == 25 * -(-len(lines) // 4)
 
 
-def test_without_rationales_the_labels_train_the_classification_alone(tmp_path: Path) -> None:
-    """A recipe without an annotate section: the student and its cascade, no reasoning anywhere."""
+def test_without_rationales_only_classification_is_trained(tmp_path: Path) -> None:
+    """A recipe without an annotate section: no stage uses reasoning."""
     content = {name: part for name, part in micro.RECORDED.items() if name not in ("annotate", "augment")}
     tasks = {"tasks": {"classify": 1.0}}
     content |= {"assistant": micro.LEARNER | tasks, "student": micro.LEARNER | tasks | {"hard_labels_baseline": False}}

@@ -1,4 +1,4 @@
-"""Stage `augment`: the assistant's own rationales, kept when right."""
+"""Stage `augment`: rationales by the assistant, kept if their label is correct."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,24 @@ from distill.recipe import Recipe
 from distill.task.rationale import check
 
 
-def test_what_is_kept_is_right_and_what_is_not_is_counted(finished: Recipe, folder: Path) -> None:
+def test_kept_rationales_are_correct_and_dropped_ones_are_counted(finished: Recipe, folder: Path) -> None:
     kept = [json.loads(line) for line in (folder / "augment" / "rationales.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "augment" / "summary.json").read_text())
     assert summary["kept"] == len(kept) > 0
     assert summary["kept"] + sum(summary["dropped"].values()) == summary["n"]
     gold = {sample.id: sample.label for sample in read_corpus(finished.data, finished.labels).train}
-    taught = {
+    annotated = {
         row["id"]: row["label"]
         for row in map(json.loads, (folder / "annotate" / "rationales.jsonl").read_text().splitlines())
     }
-    assert summary["n"] == len({name for name, label in gold.items() if label} | set(taught))
+    assert summary["n"] == len({name for name, label in gold.items() if label} | set(annotated))
     for row in kept:
         assert check(row["rationale"], finished.labels, row["label"])
-        assert row["label"] == (gold[row["id"]] or taught[row["id"]]), "gold labels come before the teacher's"
+        assert row["label"] == (gold[row["id"]] or annotated[row["id"]]), "gold labels take precedence"
         assert row["source"] == "augmented" and row["teacher_label"] == (gold[row["id"]] is None)
 
 
-def test_it_asks_about_each_post_once_and_without_the_label(folder: Path) -> None:
+def test_each_post_gets_one_reason_prompt_without_its_label(folder: Path) -> None:
     ledger = [json.loads(line) for line in (folder / "augment" / "ledger.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "augment" / "summary.json").read_text())
     assert {(entry["template"], entry["temperature"]) for entry in ledger} == {("reason", 0.7)}

@@ -1,4 +1,4 @@
-"""Stage `calibrate`: thresholds from the validation split alone, for the student at hand."""
+"""Stage `calibrate`: thresholds from the validation split, for the student of the run."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from distill.errors import SettingsError
 from distill.recipe import Recipe
 
 
-def test_the_calibration_belongs_to_the_student_and_the_validation_split(finished: Recipe, folder: Path) -> None:
+def test_the_calibration_is_of_the_student_and_the_validation_split(finished: Recipe, folder: Path) -> None:
     path = folder / "calibrate" / "calibration.json"
     content = json.loads(path.read_text())
     assert content["n"] == content["promise"]["n"] == 9
@@ -23,7 +23,7 @@ def test_the_calibration_belongs_to_the_student_and_the_validation_split(finishe
         Calibration.read(path, "student-0123456789abcdef")
 
 
-def test_the_teacher_is_asked_about_validation_and_test_posts_once_each(folder: Path) -> None:
+def test_the_teacher_receives_each_validation_and_test_post_once(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "evaluate" / "ledger.jsonl").read_text().splitlines()]
-    asked = [line["id"] for line in lines if line["template"] == "classify"]
-    assert len(asked) == len(set(asked)) == 18, "evaluate, calibrate and cascade share what was answered"
+    ids = [line["id"] for line in lines if line["template"] == "classify"]
+    assert len(ids) == len(set(ids)) == 18, "evaluate, calibrate and cascade share their answers"

@@ -1,4 +1,4 @@
-"""Stage `cascade`: the contract of its files, and that each figure follows from the decisions."""
+"""Stage `cascade`: the keys of its files, and metrics that follow from the decisions."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CONTRACT = {
+KEYS = {
     "accuracy", "weighted_f1", "macro_f1", "stage_fractions", "teacher_calls_per_sample", "cost_ratio",
     "student_accuracy", "teacher_accuracy", "review_flips",
 }  # fmt: skip
@@ -22,8 +22,8 @@ def decisions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "cascade" / "decisions.jsonl").read_text().splitlines()]
 
 
-def test_the_metrics_are_those_of_the_design(metrics: dict, decisions: list[dict]) -> None:
-    assert set(metrics) >= CONTRACT and metrics["n"] == len(decisions) == 9
+def test_the_metrics_are_complete_and_follow_from_the_decisions(metrics: dict, decisions: list[dict]) -> None:
+    assert set(metrics) >= KEYS and metrics["n"] == len(decisions) == 9
     right = sum(row["label"] == row["gold"] for row in decisions)
     assert metrics["accuracy"] == pytest.approx(right / 9)
     for stage, share in metrics["stage_fractions"].items():
@@ -31,19 +31,19 @@ def test_the_metrics_are_those_of_the_design(metrics: dict, decisions: list[dict
     assert metrics["teacher_calls_per_sample"] == pytest.approx(sum(row["teacher_calls"] for row in decisions) / 9)
 
 
-def test_both_models_alone_are_as_evaluated(folder: Path, metrics: dict) -> None:
+def test_the_metrics_of_single_models_equal_those_of_evaluate(folder: Path, metrics: dict) -> None:
     roles = json.loads((folder / "evaluate" / "metrics.json").read_text())
     assert metrics["student_accuracy"] == pytest.approx(roles["student"]["accuracy"])
     assert metrics["teacher_accuracy"] == pytest.approx(roles["teacher"]["accuracy"])
     assert metrics["selective"]["student"]["before"]["ece"] == pytest.approx(roles["student"]["ece"], abs=1e-6)
 
 
-def test_a_decision_says_who_answered_and_why(decisions: list[dict], folder: Path) -> None:
+def test_a_decision_has_its_stage_reason_and_predictions(decisions: list[dict], folder: Path) -> None:
     calibration = json.loads((folder / "calibrate" / "calibration.json").read_text())
     for row in decisions:
-        sure = row["student"]["uncertainty"] <= min(calibration["student_threshold"], 1 - 1e-12)
-        assert (row["stage"] == "student") == sure and row["reason"]
-        assert (row["teacher"] is None) == sure
+        certain = row["student"]["uncertainty"] <= min(calibration["student_threshold"], 1 - 1e-12)
+        assert (row["stage"] == "student") == certain and row["reason"]
+        assert (row["teacher"] is None) == certain
         assert sum(row["probabilities"]) == pytest.approx(1)
         assert row["cost"]["calls"] == 1 + row["teacher_calls"]
 

@@ -1,4 +1,4 @@
-"""What stages share: the data read once, tokenizers, models by their weights, and training rows."""
+"""The context of the stages: data, tokenizers, models, teachers and training samples."""
 
 import logging
 from dataclasses import replace
@@ -21,38 +21,40 @@ def context(finished: Recipe) -> Context:
     return Context(finished, fingerprints(finished))
 
 
-def fresh(folder: Path, *flags: str, **changes: object) -> Context:
+def new_context(folder: Path, *flags: str, **changes: object) -> Context:
     recipe = micro.read(micro.write(folder, micro.RECORDED, **changes), *flags)
     return Context(recipe, fingerprints(recipe))
 
 
-def test_the_corpus_is_read_once_and_its_bad_rows_are_reported(
+def test_the_corpus_is_read_once_and_dropped_rows_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    context = fresh(tmp_path)
+    context = new_context(tmp_path)
     assert context.corpus is context.corpus
     assert (context.folder / "quarantine.jsonl").read_text() == "" and caplog.text == ""
-    picture = context.corpus.train[3].images[0]
-    picture.write_bytes(b"no picture")
-    again = fresh(tmp_path)
+    image = context.corpus.train[3].images[0]
+    image.write_bytes(b"not an image")
+    again = new_context(tmp_path)
     with caplog.at_level(logging.WARNING, logger="distill"):
         assert len(again.corpus.train) == 35
-    assert picture.name in (again.folder / "quarantine.jsonl").read_text()
-    assert "1 rows are left out and listed in" in caplog.text and "train.jsonl row 4" in caplog.text
+    assert image.name in (again.folder / "quarantine.jsonl").read_text()
+    assert "1 rows are dropped and listed in" in caplog.text and "train.jsonl row 4" in caplog.text
 
 
-def test_processes_of_one_training_do_not_write_the_report_of_bad_rows_at_once(
+def test_workers_of_a_distributed_training_do_not_write_the_report_of_dropped_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = fresh(tmp_path)
+    context = new_context(tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("DISTILL_ACTIVE_FIT", str(context.folder / "student"))
     assert len(context.corpus.train) == 36
     assert not (context.folder / "quarantine.jsonl").exists()
 
 
-def test_a_tokenizer_is_shared_by_size_and_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = fresh(tmp_path)
+def test_a_tokenizer_is_shared_by_vocabulary_size_and_written_atomically(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = new_context(tmp_path)
     assert context.recipe.student is not None
     settings = context.recipe.student.model
     folder = context.tokenizer(settings)
@@ -70,39 +72,39 @@ def test_a_tokenizer_is_shared_by_size_and_appears_whole(tmp_path: Path, monkeyp
     assert len(load_tokenizer(context.tokenizer(other))) == 500
 
 
-def test_a_trained_model_answers_under_a_name_that_changes_with_its_weights(context: Context, tmp_path: Path) -> None:
+def test_the_name_of_a_trained_model_depends_on_stage_part_and_fingerprint(context: Context, tmp_path: Path) -> None:
     names = {context.reasoner("student").name, context.reasoner("student", "hard_labels").name}
     other = Context(context.recipe, context.fingerprints | {"student": "another"})
     assert len(names | {other.reasoner("student").name}) == 3
 
 
-def test_the_teacher_is_whom_the_recipe_names(context: Context, tmp_path: Path) -> None:
+def test_the_teacher_is_the_one_that_the_recipe_sets(context: Context, tmp_path: Path) -> None:
     teacher = context.teacher()
     assert teacher is not None and teacher.name.startswith("teacher-")
-    assert fresh(tmp_path).teacher() is None  # a recording
+    assert new_context(tmp_path).teacher() is None  # a recording
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "big-vl"}
-    remote = fresh(tmp_path, annotate={"endpoint": endpoint}).teacher()
+    remote = new_context(tmp_path, annotate={"endpoint": endpoint}).teacher()
     assert isinstance(remote, Endpoint) and remote.name == "big-vl"
-    ready = fresh(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
+    ready = new_context(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
     assert ready is not None and ready.name.startswith(str(context.folder / "export"))
-    other = fresh(tmp_path, calibrate={"endpoint": endpoint | {"model": "another"}})
-    partner = other.teacher(of_cascade=True)
+    other = new_context(tmp_path, calibrate={"endpoint": endpoint | {"model": "another"}})
+    partner = other.teacher(for_cascade=True)
     assert other.teacher() is None and isinstance(partner, Endpoint) and partner.name == "another"
-    assert (same := context.teacher(of_cascade=True)) is not None and same.name == teacher.name
+    assert (same := context.teacher(for_cascade=True)) is not None and same.name == teacher.name
     assert ready.classify(context.corpus.test[:2]).probabilities.shape == (2, 3)
 
 
-def test_rationales_read_back_as_samples_of_the_corpus(context: Context) -> None:
+def test_training_samples_match_the_corpus(context: Context) -> None:
     train = {sample.id: sample for sample in context.corpus.train}
-    rows = context.training_rows("annotate", "augment")
-    assert len(rows) == len(context.rationales("annotate")) + len(context.rationales("augment"))
-    for row in rows:
-        assert replace(row, label=None, rationale=None) == replace(train[row.id], label=None, rationale=None)
-        assert row.rationale
+    samples = context.training_samples("annotate", "augment")
+    assert len(samples) == len(context.rationales("annotate")) + len(context.rationales("augment"))
+    for sample in samples:
+        assert replace(sample, label=None, rationale=None) == replace(train[sample.id], label=None, rationale=None)
+        assert sample.rationale
 
 
-def test_without_rows_there_is_no_training(tmp_path: Path) -> None:
-    context = fresh(tmp_path)
+def test_training_without_samples_raises(tmp_path: Path) -> None:
+    context = new_context(tmp_path)
     with (
         Tracker(context.recipe.tracking, tmp_path, "x").stage("student", {}) as tracked,
         pytest.raises(SettingsError, match="student: no training rows are left"),
@@ -110,7 +112,7 @@ def test_without_rows_there_is_no_training(tmp_path: Path) -> None:
         context.train("student", lambda model: None, [], tracked)  # type: ignore[arg-type, return-value]
 
 
-def test_a_progress_bar_leaves_an_empty_line_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_cleared_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), progress("annotate") as show:
         show(1, 3)
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the metrics of every role, and every test post with every role's answers."""
+"""Stage `evaluate`: metrics of all roles, and predictions of all roles on all test posts."""
 
 import json
 from pathlib import Path
@@ -33,19 +33,19 @@ def predictions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "evaluate" / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_each_role_has_the_metrics_of_the_design(metrics: dict[str, dict]) -> None:
-    """DESIGN section 3; METEOR and similarity are there only where their resources are."""
+def test_each_role_has_its_metrics(metrics: dict[str, dict]) -> None:
+    """METEOR and similarity are only present if their resources are installed."""
     assert set(metrics) == {*ROLES, "majority_class"}
     for role in ROLES:
         assert set(metrics[role]) >= CLASSIFICATION and metrics[role]["n"] == 9
         assert (set(metrics[role]) >= REASONING) == (role != "student_hard_labels")
     assert set(metrics["assistant"]) >= OF_PARSED
     assert set(metrics["teacher"]) >= OF_PARSED - {"bleu4", "rouge_l"}
-    assert not set(metrics["teacher"]) & {"bleu4", "rouge_l"}, "the reference is not held against itself"
+    assert not set(metrics["teacher"]) & {"bleu4", "rouge_l"}, "the reference is not compared with itself"
     assert set(metrics["majority_class"]) >= {"label", "accuracy", "macro_f1"}
 
 
-def test_the_metrics_are_those_of_the_predictions(metrics: dict[str, dict], predictions: list[dict]) -> None:
+def test_classification_metrics_agree_with_the_predictions(metrics: dict[str, dict], predictions: list[dict]) -> None:
     gold = [row["gold"] for row in predictions]
     for role in ROLES:
         labels = [row["roles"][role]["label"] for row in predictions]
@@ -59,11 +59,11 @@ def test_the_metrics_are_those_of_the_predictions(metrics: dict[str, dict], pred
     assert metrics["majority_class"]["accuracy"] == pytest.approx(gold.count(train_majority) / 9)
 
 
-def test_the_metrics_of_reasoning_are_those_of_the_texts(
+def test_reasoning_metrics_agree_with_the_texts(
     finished: Recipe, metrics: dict[str, dict], predictions: list[dict]
 ) -> None:
     for role in ("teacher", "assistant", "student"):
-        parsed, right, consistent = 0, 0, 0
+        parsed, correct, consistent = 0, 0, 0
         for row in predictions:
             answer = row["roles"][role]
             try:
@@ -71,16 +71,16 @@ def test_the_metrics_of_reasoning_are_those_of_the_texts(
             except InvalidRationale:
                 continue
             parsed += 1
-            right += prediction == row["gold"]
+            correct += prediction == row["gold"]
             consistent += prediction == answer["label"]
         assert metrics[role]["parse_rate"] == pytest.approx(parsed / 9, abs=0.23)  # unfinished texts may parse too
-        assert metrics[role]["reasoned_accuracy"] <= right / 9 + 1e-9
+        assert metrics[role]["reasoned_accuracy"] <= correct / 9 + 1e-9
         if parsed:
             assert 0 <= metrics[role]["consistency"] <= 1
     assert metrics["teacher"]["parse_rate"] > 0.5
 
 
-def test_a_prediction_has_what_a_reader_needs(finished: Recipe, predictions: list[dict]) -> None:
+def test_each_prediction_has_all_fields(finished: Recipe, predictions: list[dict]) -> None:
     assert len({row["id"] for row in predictions}) == len(predictions) == 9
     for row in predictions:
         assert set(row) == {"id", "text", "aspect", "images", "gold", "reference", "roles"}
@@ -93,7 +93,7 @@ def test_a_prediction_has_what_a_reader_needs(finished: Recipe, predictions: lis
             assert (answer["rationale"] is None) == (role == "student_hard_labels")
 
 
-def test_grounded_is_what_the_rationales_name_of_the_pictures(
+def test_grounded_is_the_share_of_attributes_that_the_rationales_name(
     finished: Recipe, metrics: dict[str, dict], predictions: list[dict]
 ) -> None:
     rows = (Path(finished.data.root) / "test.jsonl").read_text().splitlines()
@@ -102,15 +102,15 @@ def test_grounded_is_what_the_rationales_name_of_the_pictures(
     for row in predictions:
         try:
             rationale = parse(row["roles"]["teacher"]["rationale"], finished.labels)
-            said = f"{rationale.text_analysis} {rationale.image_analysis}".replace(".", " ").split()
+            words = f"{rationale.text_analysis} {rationale.image_analysis}".replace(".", " ").split()
         except InvalidRationale:
-            said = []
-        named += [value in said for value in attributes[row["id"]]]
+            words = []
+        named += [value in words for value in attributes[row["id"]]]
     assert metrics["teacher"]["grounded"] == pytest.approx(sum(named) / len(named), abs=1 / 9)
     assert 0 < metrics["teacher"]["grounded"] < 1
 
 
-# ---- labels on a scale, posts with and without pictures ----
+# ---- labels on a scale, posts with and without images ----
 
 TEXTS = ("dreadful", "it drags on", "as films go", "rather nice", "superb")
 CLASSIFY: dict[str, Any] = micro.LEARNER | {"tasks": {"classify": 1.0}}
@@ -125,7 +125,7 @@ GRADED: dict[str, Any] = {name: micro.RECORDED[name] for name in ("seed", "train
 
 
 def write_graded(root: Path) -> None:
-    """Thirty training utterances and nine to judge by; every third has a picture, one label is off the scale."""
+    """Write 30 training and 9 evaluation posts; every third has an image, and one extra label is outside the scale."""
     root.mkdir(parents=True)
     Image.new("RGB", (28, 28), "blue").save(root / "blue.png")
     for split, size in (("train", 30), ("dev", 9), ("test", 9)):
@@ -134,7 +134,7 @@ def write_graded(root: Path) -> None:
             | ({"image": "blue.png"} if n % 3 == 0 else {})
             for n in range(size)
         ]
-        rows += [{"id": f"{split}-far", "text": "beyond words", "label": 7.0}]
+        rows += [{"id": f"{split}-far", "text": "off the scale", "label": 7.0}]
         jsonl.write_rows(root / f"{split}.jsonl", rows)
 
 
@@ -147,11 +147,11 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
-def test_on_a_scale_each_role_has_the_figures_of_its_values(graded: Recipe) -> None:
+def test_on_a_scale_each_role_has_regression_metrics(graded: Recipe) -> None:
     metrics = json.loads((graded.folder / "evaluate" / "metrics.json").read_text())
     assert set(metrics) == {"teacher", "student", "majority_class", "trivial"}
     rows = [json.loads(line) for line in (graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 9, "the label off the scale is left out, with its reason"
+    assert len(rows) == 9, "the label outside the scale is left out, with a reason"
     assert "label 7 is outside the scale from -3 to 3" in (graded.folder / "quarantine.jsonl").read_text()
     scale = graded.task.scale
     assert scale is not None
@@ -168,7 +168,7 @@ def test_on_a_scale_each_role_has_the_figures_of_its_values(graded: Recipe) -> N
     assert metrics["trivial"]["correlation"] is None
 
 
-def test_a_prediction_on_a_scale_has_bins_and_values(graded: Recipe) -> None:
+def test_predictions_on_a_scale_have_bins_and_values(graded: Recipe) -> None:
     for line in (graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["gold"] == graded.labels.name(row["value"])
@@ -178,9 +178,9 @@ def test_a_prediction_on_a_scale_has_bins_and_values(graded: Recipe) -> None:
             assert answer["label"] in graded.labels.names
 
 
-def test_posts_without_pictures_are_exported_and_reported_as_others_are(graded: Recipe) -> None:
-    figures = json.loads((graded.folder / "export" / "export.json").read_text())
-    assert figures["samples"] == figures["labels_equal"] == 4  # the first has a picture, the next two have none
+def test_posts_without_images_are_included_in_export_and_report(graded: Recipe) -> None:
+    result = json.loads((graded.folder / "export" / "export.json").read_text())
+    assert result["samples"] == result["labels_equal"] == 4  # the first has an image, the next two have none
     report.run(graded)
     page = (graded.folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/") == 3 and all(f"test{n}" in page for n in range(9))

@@ -1,4 +1,4 @@
-"""Stage `export`: the student's folder and its card."""
+"""Stage `export`: the exported folder and its model card."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from distill.recipe import Recipe, to_yaml
 
 
-def test_the_card_says_what_the_student_is_made_of_and_how_good_it_is(finished: Recipe, folder: Path) -> None:
+def test_the_card_contains_licence_metrics_recipe_data_and_labels(finished: Recipe, folder: Path) -> None:
     card = ModelCard.load(folder / "export" / "README.md")
     assert card.data.to_dict() == {
         "library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "apache-2.0",
@@ -21,8 +21,8 @@ def test_the_card_says_what_the_student_is_made_of_and_how_good_it_is(finished: 
     assert '"Prediction":' in card.text and "negative, neutral, positive" in card.text
 
 
-def test_the_check_is_written_beside_the_weights(folder: Path) -> None:
-    figures = json.loads((folder / "export" / "export.json").read_text())
-    assert figures["samples"] == figures["labels_equal"] == 4
-    assert figures["difference"] <= 1e-4
+def test_the_result_of_the_check_is_in_the_folder(folder: Path) -> None:
+    result = json.loads((folder / "export" / "export.json").read_text())
+    assert result["samples"] == result["labels_equal"] == 4
+    assert result["difference"] <= 1e-4
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".export")]

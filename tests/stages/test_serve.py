@@ -1,4 +1,4 @@
-"""`distill serve` over a finished chain: a real process, asked over HTTP, stopped by a signal; and what it refuses."""
+"""`distill serve` on a finished chain: a process with real HTTP requests and a stop signal, and refused settings."""
 
 import base64
 import json
@@ -20,8 +20,8 @@ from distill.recipe import Recipe, to_yaml
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_quieten", lambda: None)
+def _unchanged_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,18 @@ def path(finished: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The command as a process, with its address."""
+    """The process of the command, and its address."""
     command = [str(Path(sys.executable).with_name("distill")), "serve", "--config", str(path)]
     command += ["--serve.port", "0", "--serve.max_new_tokens", "40"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert process.stderr is not None
-    seen = []
+    lines = []
     for line in process.stderr:
-        seen.append(line)
+        lines.append(line)
         if found := re.search(r"http://[\d.:]+", line):
             break
     else:
-        pytest.fail("".join(seen))
+        pytest.fail("".join(lines))
     yield process, found[0]
     if process.poll() is None:
         process.kill()
@@ -55,11 +55,11 @@ def gateway(path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
 def wait_until_ready(url: str) -> None:
     end = time.monotonic() + 120
     while httpx.get(f"{url}/health/ready", timeout=30).status_code != 200:
-        assert time.monotonic() < end, "it does not get ready"
+        assert time.monotonic() < end, "the gateway did not become ready"
         time.sleep(0.1)
 
 
-def test_the_pair_answers_by_the_chains_own_calibration(
+def test_the_gateway_gives_the_decisions_of_the_cascade_stage(
     gateway: tuple[subprocess.Popen, str], finished: Recipe, folder: Path
 ) -> None:
     process, url = gateway
@@ -67,17 +67,17 @@ def test_the_pair_answers_by_the_chains_own_calibration(
     assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["micro", "micro-student"]
     decisions = [json.loads(line) for line in (folder / "cascade" / "decisions.jsonl").read_text().splitlines()]
     posts = [json.loads(line) for line in (Path(finished.data.root) / "test.jsonl").read_text().splitlines()]
-    for post, decided in zip(posts[:4], decisions[:4], strict=True):
+    for post, decision in zip(posts[:4], decisions[:4], strict=True):
         image = Path(finished.data.root) / (post.get("image") or post["images"][0])
         body = {"text": post["text"], "image": _uri(image), "rationale": False}
         answer = httpx.post(f"{url}/v1/sentiment", json=body, timeout=60).json()
-        assert (answer["label"], answer["stage"]) == (decided["label"], decided["stage"])
-        assert list(answer["probabilities"].values()) == pytest.approx(decided["probabilities"], abs=1e-3)
+        assert (answer["label"], answer["stage"]) == (decision["label"], decision["stage"])
+        assert list(answer["probabilities"].values()) == pytest.approx(decision["probabilities"], abs=1e-3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 
 
-def test_a_student_without_its_own_calibration_is_not_served(
+def test_a_student_without_a_calibration_of_its_own_is_refused(
     path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["serve", "--config", str(path), "--calibrate.budget", "0.1"]) == 2
@@ -94,7 +94,7 @@ def test_a_student_without_its_own_calibration_is_not_served(
         calibration.write_text(before)
 
 
-def test_an_address_that_is_taken_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_in_use_is_refused_with_a_message(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

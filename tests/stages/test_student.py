@@ -1,4 +1,4 @@
-"""Stage `student`: distilled from both sources of rationales and from the assistant, with its baseline beside it."""
+"""Stage `student`: distillation from both sources of rationales and from the assistant, and the baseline."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_it_learns_from_the_teachers_and_the_assistants_rationales(folder: Path)
     assert all(float(row[f"train/{task}_kl"]) > 0 for row in curve for task in ("reason", "classify"))
 
 
-def test_its_baseline_has_seen_labels_alone_for_as_many_steps(folder: Path) -> None:
+def test_the_baseline_learns_from_labels_only_for_about_as_many_steps(folder: Path) -> None:
     with (folder / "student" / "hard_labels" / "metrics.csv").open(newline="") as file:
         names = next(csv.reader(file))
     assert "train/classify_loss" in names and "train/reason_loss" not in names
@@ -33,8 +33,8 @@ def test_its_baseline_has_seen_labels_alone_for_as_many_steps(folder: Path) -> N
     assert abs(steps[0] - steps[1]) <= 0.5 * steps[0]
 
 
-def test_nothing_of_the_assistant_is_saved_with_it(finished: Recipe, folder: Path) -> None:
-    """Student and assistant have one size here, so that anything more would show."""
+def test_the_assistant_is_not_saved_with_the_student(finished: Recipe, folder: Path) -> None:
+    """Student and assistant have the same size here, so that additional weights would be detected."""
     weights = load_file(folder / "student" / "adapter" / "model.safetensors")
     other = load_file(folder / "assistant" / "adapter" / "model.safetensors")
     assert set(weights) == set(other)

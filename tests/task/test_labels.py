@@ -1,4 +1,4 @@
-"""Label spaces: order, polarity, and what counts as a label in an answer."""
+"""Label spaces: order, polarity, labels in answers, and scales."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def test_names_keep_their_order_and_find_their_index() -> None:
         (["a", "b", "c", "d", "e"], (-1, -1, 0, 1, 1)),
     ],
 )
-def test_polarity_spreads_evenly_unless_given(names: list[str], polarity: tuple[int, ...]) -> None:
+def test_default_polarities_are_symmetric(names: list[str], polarity: tuple[int, ...]) -> None:
     assert LabelSpace.from_names(names).polarity == polarity
     assert LabelSpace.from_names(names, [0] * len(names)).polarity == (0,) * len(names)
 
@@ -38,12 +38,12 @@ def test_polarity_spreads_evenly_unless_given(names: list[str], polarity: tuple[
 @pytest.mark.parametrize(
     "text", ["positive", "Positive", ' "positive".', "**POSITIVE**", "`positive`,", "{positive}", "'positive'\n"]
 )
-def test_a_label_is_found_whatever_its_wrapping(text: str) -> None:
+def test_a_label_is_found_despite_case_quotes_and_punctuation(text: str) -> None:
     assert LabelSpace().find(text) == "positive"
 
 
 @pytest.mark.parametrize("text", ["", "positively", "positive or negative", "not positive", "pos itive", "positive!?"])
-def test_anything_else_is_no_label(text: str) -> None:
+def test_other_text_is_not_a_label(text: str) -> None:
     assert LabelSpace().find(text) is None
 
 
@@ -61,15 +61,15 @@ def test_labels_of_several_words_and_with_punctuation_are_found() -> None:
     ("names", "polarity", "message"),
     [
         (("one",), (0,), "at least two"),
-        (("Good", "good"), (0, 1), "one label twice"),
-        (("good", "good."), (0, 1), "one label twice"),
+        (("Good", "good"), (0, 1), "a label twice"),
+        (("good", "good."), (0, 1), "a label twice"),
         (("good", " "), (0, 1), "letter or digit"),
-        (("good", "b\nad"), (0, 1), "one line"),
+        (("good", "b\nad"), (0, 1), "no line break"),
         (("good", "bad"), (1,), "for each label"),
-        (("good", "bad"), (1, 2), "one of -1, 0, 1"),
+        (("good", "bad"), (1, 2), "one of -1, 0 and 1"),
     ],
 )
-def test_an_impossible_space_is_refused(names: tuple[str, ...], polarity: tuple[int, ...], message: str) -> None:
+def test_an_invalid_label_space_raises(names: tuple[str, ...], polarity: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LabelSpace(names, polarity)
 
@@ -77,7 +77,7 @@ def test_an_impossible_space_is_refused(names: tuple[str, ...], polarity: tuple[
 # ---- scales ----
 
 
-def test_a_value_belongs_to_the_nearest_centre_and_the_lower_of_two() -> None:
+def test_a_value_belongs_to_the_bin_with_the_nearest_centre_or_the_lower_one_on_a_tie() -> None:
     labels = LabelSpace.from_scale(Scale())
     assert labels.names == ("-3", "-2", "-1", "0", "1", "2", "3")
     assert labels.polarity == (-1, -1, -1, 0, 1, 1, 1)
@@ -88,10 +88,10 @@ def test_a_value_belongs_to_the_nearest_centre_and_the_lower_of_two() -> None:
         with pytest.raises(ValueError, match=r"is outside the scale from -3 to 3"):
             labels.index(value)
     with pytest.raises(ValueError, match="unknown label 2;"):
-        labels.index(2)  # a reader of numbers gives floats
+        labels.index(2)  # values on the scale are floats
 
 
-def test_half_steps_have_names_of_their_own() -> None:
+def test_bins_are_named_after_their_centres() -> None:
     assert LabelSpace.from_scale(Scale(low=-1, high=1, bins=5)).names == ("-1", "-0.5", "0", "0.5", "1")
     assert LabelSpace.from_scale(Scale(low=0, high=1, bins=4)).names == ("0", "0.333333", "0.666667", "1")
 
@@ -104,15 +104,15 @@ def test_targets_are_a_gaussian_over_the_bins() -> None:
         np.testing.assert_allclose(row, [weight / sum(weights) for weight in weights])
     np.testing.assert_array_equal(Scale(spread=0).targets([-2.4, 2.6]), np.eye(7)[[1, 6]])
     narrow = Scale(spread=0.01).targets([0.4])
-    np.testing.assert_allclose(narrow, np.eye(7)[[3]], atol=1e-12)  # no division by a sum that vanished
+    np.testing.assert_allclose(narrow, np.eye(7)[[3]], atol=1e-12)  # no division by zero
 
 
-def test_the_value_comes_back_as_the_mean_over_the_bins() -> None:
+def test_the_expectation_is_the_mean_over_the_bins() -> None:
     scale = Scale()
     np.testing.assert_allclose(
         scale.expectation(np.array([[0, 0, 0, 0.5, 0.5, 0, 0], [1, 0, 0, 0, 0, 0, 0]])), [0.5, -3]
     )
-    inside = np.linspace(-1.5, 1.5, 7)  # far from the ends the targets of a value have it as their mean
+    inside = np.linspace(-1.5, 1.5, 7)  # away from the ends, the mean of the targets is the value
     np.testing.assert_allclose(scale.expectation(scale.targets(inside.tolist())), inside, atol=0.05)
 
 
@@ -135,12 +135,12 @@ def test_polarity_is_the_sign_outside_the_dead_zone() -> None:
         ({"spread": math.nan}, "spread is nan; it takes 0 or more"),
     ],
 )
-def test_an_impossible_scale_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_an_invalid_scale_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scale(**settings)
 
 
-def test_bins_may_have_names_but_each_its_own() -> None:
+def test_bins_can_be_named_with_one_name_each() -> None:
     assert LabelSpace.from_scale(Scale(bins=3), ["bad", "fair", "good"]).name(-2.0) == "bad"
     with pytest.raises(ValueError, match=r"one name for each of the 7 bins of task\.scale"):
         LabelSpace.from_scale(Scale(), ["bad", "fair", "good"])

@@ -1,4 +1,4 @@
-"""The parser on real teacher text, on every look, and on answers that quote a post which tries to be an answer."""
+"""The parser on real teacher texts, on every format, and on answers that quote a post which imitates an answer."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ TWITTER = Path(__file__).parents[2].parent / "shared" / "data" / "twitter15"
 CHAIN = Rationale("The words are glad.", "A sad face.", "The face prevails.", "It is sarcasm.", "negative")
 
 BODY = dict(zip(FIELDS, astuple(CHAIN), strict=True))
-LOOKS = {
+FORMATS = {
     "canonical": render(CHAIN),
     "quoted": "\n\n".join(f'"{name}": "{text}"' for name, text in BODY.items()),
     "plain": "\n".join(f"{name}: {text}" for name, text in BODY.items()),
@@ -43,12 +43,12 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_look_gives_the_same_chain(look: str) -> None:
-    assert parse(LOOKS[look], LABELS) == CHAIN
+@pytest.mark.parametrize("layout", FORMATS)
+def test_every_format_gives_the_same_rationale(layout: str) -> None:
+    assert parse(FORMATS[layout], LABELS) == CHAIN
 
 
-def test_render_is_the_canonical_look() -> None:
+def test_render_writes_the_canonical_format() -> None:
     assert render(CHAIN).splitlines() == [
         '"Text_analysis": "The words are glad."',
         '"Image_analysis": "A sad face."',
@@ -58,8 +58,8 @@ def test_render_is_the_canonical_look() -> None:
     ]
 
 
-def test_what_is_rendered_is_parsed_back() -> None:
-    """Random texts of what could confuse a parser; white space is all that render may change."""
+def test_parse_inverts_render() -> None:
+    """Random texts of tokens that could confuse the parser; render may only change white space."""
     pieces = [
         *FIELDS, '"', "'", "`", "```", "```json", "**", "#", "{", "}", ",", ":", "\n", "\n\n", "\t",
         '"Prediction": positive', "Prediction:", "- ", "> ", "é", "😀", "x", "not", "neutral", " ", "null", "0",
@@ -73,10 +73,10 @@ def test_what_is_rendered_is_parsed_back() -> None:
             continue
         chain = Rationale(*texts, rng.choice(LABELS.names))
         expected = Rationale(*(" ".join(text.split()) for text in texts), chain.prediction)
-        if any(not text.strip(' "') for text in texts):  # nothing but quotes: as good as empty
+        if any(not text.strip(' "') for text in texts):  # only quotes: counts as empty
             continue
         if any(render(chain).count(name) > 1 for name in FIELDS[:4]):
-            with contextlib.suppress(InvalidRationale):  # a quoted chain may be refused, but not misread
+            with contextlib.suppress(InvalidRationale):  # a quoted rationale may be rejected, but not misread
                 assert parse(render(chain), LABELS) == expected, render(chain)
         else:
             assert parse(render(chain), LABELS) == expected, render(chain)
@@ -89,13 +89,13 @@ def test_what_is_rendered_is_parsed_back() -> None:
 @pytest.fixture(scope="module")
 def real() -> list[dict[str, str]]:
     if not TWITTER.exists():
-        pytest.skip(f"the real rationales are not in {TWITTER}")
+        pytest.skip(f"the real rationales are missing: {TWITTER}")
     files = [TWITTER / f"{split}.jsonl" for split in ("dev", "test")]
     rows = [json.loads(line) | {"split": file.stem} for file in files for line in file.read_text("utf-8").splitlines()]
     return [row for row in rows if row["rationale"]]
 
 
-def test_real_rationales_are_read(real: list[dict[str, str]]) -> None:
+def test_real_rationales_are_parsed(real: list[dict[str, str]]) -> None:
     assert len(real) == 2159
     read = 0
     for row in real:
@@ -109,7 +109,7 @@ def test_real_rationales_are_read(real: list[dict[str, str]]) -> None:
     assert read >= 0.995 * len(real)
 
 
-def test_check_names_each_real_rationale_that_argues_for_another_label(real: list[dict[str, str]]) -> None:
+def test_check_finds_every_real_rationale_that_predicts_another_label(real: list[dict[str, str]]) -> None:
     reasons: Counter[tuple[str, str]] = Counter()
     for row in real:
         try:
@@ -118,20 +118,20 @@ def test_check_names_each_real_rationale_that_argues_for_another_label(real: lis
             reasons[row["split"], invalid.reason] += 1
     assert reasons["dev", "contradicts"] == 28
     assert reasons["test", "contradicts"] == 21
-    assert sum(reasons.values()) == 28 + 21 + 2  # one without its fields, one that leaks the label
+    assert sum(reasons.values()) == 28 + 21 + 2  # one has no fields, one leaks the label
 
 
-# ---- a post that tries to be an answer ----
+# ---- a post that imitates an answer ----
 
 TRAPS = ['"Prediction": positive', "**Prediction**: positive", "### Prediction\npositive", "Prediction: positive"]
 TRAPS += [render(Rationale("a", "b", "c", "d", "positive")), json.dumps({"Prediction": "positive"})]
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("trap", TRAPS)
-def test_a_quoted_post_never_changes_the_label(look: str, trap: str) -> None:
-    """Within the line, on lines of its own, in each field and after the end: the label is right, or there is none."""
-    answer = LOOKS[look]
+def test_a_quoted_post_never_changes_the_label(layout: str, trap: str) -> None:
+    """Quoted inline, on separate lines, in each field, after the end: the label is right or the answer is rejected."""
+    answer = FORMATS[layout]
     for text in [*astuple(CHAIN)[:4], None]:
         for quote in (
             f"The post says {trap}.",
@@ -148,22 +148,22 @@ def test_a_quoted_post_never_changes_the_label(look: str, trap: str) -> None:
 
 
 @pytest.mark.parametrize("trap", TRAPS[:4])
-def test_a_post_quoted_within_a_line_is_no_reason_to_refuse(trap: str) -> None:
+def test_an_answer_that_quotes_a_post_within_a_line_is_accepted(trap: str) -> None:
     quote = " ".join(f"The post says {trap}, mockingly.".split())
-    for look in ("canonical", "headings", "bold", "plain"):
+    for layout in ("canonical", "headings", "bold", "plain"):
         for text in astuple(CHAIN)[:4]:
-            assert parse(LOOKS[look].replace(text, quote), LABELS).prediction == "negative"
+            assert parse(FORMATS[layout].replace(text, quote), LABELS).prediction == "negative"
     escaped = json.dumps(BODY | {"Text_analysis": quote})
     assert parse(escaped, LABELS).text_analysis == quote
 
 
-@pytest.mark.parametrize("look", ["canonical", "quoted", "json", "json on one line", "fenced json"])
+@pytest.mark.parametrize("layout", ["canonical", "quoted", "json", "json on one line", "fenced json"])
 @pytest.mark.parametrize("trap", TRAPS)
-def test_a_truncated_answer_never_takes_its_label_from_the_post(look: str, trap: str) -> None:
-    """Cut anywhere, even where nobody noticed that it was: no label but its own."""
+def test_a_truncated_answer_never_takes_its_label_from_the_quoted_post(layout: str, trap: str) -> None:
+    """Truncated at any position, without a flag that says so: no label but the answer's own."""
     for text in astuple(CHAIN)[:4]:
         for quote in (f"It says {trap}.", f"It says:\n{trap}\n"):
-            whole = LOOKS[look].replace(text, f"{text} {quote}")
+            whole = FORMATS[layout].replace(text, f"{text} {quote}")
             for end in range(0, len(whole), 3):
                 try:
                     assert parse(whole[:end], LABELS).prediction == "negative", whole[:end]
@@ -171,7 +171,7 @@ def test_a_truncated_answer_never_takes_its_label_from_the_post(look: str, trap:
                     assert invalid.reason == "malformed"
 
 
-def test_nested_and_repeated_json_is_not_guessed_at() -> None:
+def test_nested_and_repeated_json_is_rejected() -> None:
     nested = dict(BODY)
     nested.pop("Prediction")
     for post in ({"Prediction": "positive"}, BODY | {"Prediction": "positive"}):
@@ -186,12 +186,12 @@ def test_nested_and_repeated_json_is_not_guessed_at() -> None:
         parse("[" * 5000, LABELS)
 
 
-# ---- what is not a rationale ----
+# ---- invalid rationales ----
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@pytest.mark.parametrize("look", ["canonical", "headings", "json"])
-def test_a_missing_or_empty_field_is_named(name: str, look: str) -> None:
+@pytest.mark.parametrize("layout", ["canonical", "headings", "json"])
+def test_a_missing_or_empty_field_is_named(name: str, layout: str) -> None:
     fewer = {field: text for field, text in BODY.items() if field != name}
     empty = BODY | {name: ""}
     for fields in (fewer, empty):
@@ -199,13 +199,13 @@ def test_a_missing_or_empty_field_is_named(name: str, look: str) -> None:
             "canonical": "\n".join(f'"{field}": "{text}"' for field, text in fields.items()),
             "headings": "\n".join(f"## {field}\n{text}" for field, text in fields.items()),
             "json": json.dumps(fields),
-        }[look]
+        }[layout]
         with pytest.raises(InvalidRationale, match=f"malformed: {name} is missing"):
             parse(answer, LABELS)
 
 
 @pytest.mark.parametrize("answer", ["", "I cannot help with that.", "positive", '"Prediction": positive', "{}", "null"])
-def test_text_without_a_chain_is_malformed(answer: str) -> None:
+def test_text_without_the_fields_is_malformed(answer: str) -> None:
     with pytest.raises(InvalidRationale, match="malformed"):
         parse(answer, LABELS)
 
@@ -224,7 +224,7 @@ def test_two_predictions_must_agree() -> None:
         parse(render(CHAIN) + '\n"Prediction": neutral', LABELS)
 
 
-def test_check_holds_the_answer_against_the_rules() -> None:
+def test_check_applies_every_rule() -> None:
     assert check(render(CHAIN), LABELS, "negative") == check(render(CHAIN), LABELS) == CHAIN
     reasons = []
     for answer, expected, finished in (

@@ -1,4 +1,4 @@
-"""Multitask fine-tuning: the loss of a step, accumulation, warm-up, the plateau, and that it learns pictures."""
+"""Multitask fine-tuning: loss of a step, accumulation, learning-rate schedule, and learning from images."""
 
 import random
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def learn(
 
 
 def plain_loss(backbone: Backbone, samples: Sequence[Sample], task: Template) -> torch.Tensor:
-    """Cross-entropy of a task, each answer in a padded sequence of its own: the mean of a sample, then over samples."""
+    """Cross-entropy of a task with each answer in a separate padded sequence: mean per sample, then over samples."""
     features = encode_tasks(samples, backbone, {task: 1.0})[task]
     logits = backbone.model(**{name: value for name, value in features.items() if name != "labels"}).logits
     rows = zip(logits, features["labels"], strict=True)
@@ -57,13 +57,13 @@ def plain_loss(backbone: Backbone, samples: Sequence[Sample], task: Template) ->
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_step_is_the_weighted_sum_of_the_tasks_each_as_if_alone(
+def test_the_loss_of_a_step_is_the_weighted_sum_of_the_separate_tasks(
     make_backbone: Any, postcards: Corpus, packing: bool
 ) -> None:
-    """In value and gradient, for the head that is tied to the embeddings too."""
+    """In value and gradient, including the head that is tied to the embeddings."""
     backbone = make_backbone(1)
     tasks = {"reason": 2.0, "classify": 0.5}
-    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks, packing=packing)))
+    module = without_logging(AssistantModule(backbone, TrainSettings(tasks=tasks, packing=packing)))
     samples = postcards.train[:3]
     loss = module.training_step(module.encode(samples), 0)
     loss.backward()
@@ -92,27 +92,27 @@ def test_each_task_is_logged_by_its_name(backbone: Backbone, postcards: Corpus) 
     assert "train/reason_loss" not in logged and logged["train/loss"] > 0
 
 
-def logging_nothing(module: AssistantModule) -> AssistantModule:
+def without_logging(module: AssistantModule) -> AssistantModule:
     module.log = lambda *args, **options: None  # type: ignore[method-assign]
     return module
 
 
-def test_a_sample_weighs_the_same_whoever_shares_its_batch(backbone: Backbone, postcards: Corpus) -> None:
-    """Of four samples one has a rationale: two batches of two must add up to one of four."""
+def test_the_weight_of_a_sample_does_not_depend_on_its_batch(backbone: Backbone, postcards: Corpus) -> None:
+    """One of four samples has a rationale: the mean of two batches of two must equal one batch of four."""
     tasks = {"reason": 1.0, "classify": 1.0}
     samples = [postcards.train[0], *(replace(sample, rationale=None) for sample in postcards.train[1:4])]
-    module = logging_nothing(AssistantModule(backbone, TrainSettings(tasks=tasks)))
+    module = without_logging(AssistantModule(backbone, TrainSettings(tasks=tasks)))
     whole, one, two = (
         module.training_step(module.encode(part), 0).detach() for part in (samples, samples[:2], samples[2:])
     )
     torch.testing.assert_close((one + two) / 2, whole, atol=1e-5, rtol=0)
 
 
-# ---- whole runs ----
+# ---- training runs ----
 
 
-def test_accumulated_steps_equal_those_of_the_large_batch(make_backbone: Any, postcards: Corpus) -> None:
-    """Through the real Trainer, samples with answers of very different lengths and some without a rationale."""
+def test_accumulated_steps_equal_steps_of_the_larger_batch(make_backbone: Any, postcards: Corpus) -> None:
+    """With the real Trainer, answers of very different lengths and one sample without a rationale."""
     samples = list(postcards.train[:16])
     samples[3] = replace(samples[3], rationale='"Prediction": positive')
     samples[5] = replace(samples[5], rationale=None)
@@ -125,12 +125,12 @@ def test_accumulated_steps_equal_those_of_the_large_batch(make_backbone: Any, po
         weights.append(torch.cat([w.detach().flatten() for w in backbone.model.parameters()]))
     start = torch.cat([w.detach().flatten() for w in make_backbone(1).model.parameters()])
     assert float((weights[0] - start).abs().max()) > 1e-3
-    # AdamW divides by the gradient's size, so rounding shows where a gradient is all but zero
+    # AdamW divides by the gradient's magnitude, which amplifies rounding errors of gradients near zero
     assert float((weights[0] - weights[1]).abs().mean()) < 1e-6
     assert float((weights[0] - weights[1]).norm() / (weights[0] - start).norm()) < 1e-2
 
 
-def test_the_rate_rises_over_the_warm_up(make_backbone: Any, postcards: Corpus) -> None:
+def test_the_learning_rate_rises_during_warm_up(make_backbone: Any, postcards: Corpus) -> None:
     rates = []
 
     class Watch(L.Callback):
@@ -142,12 +142,12 @@ def test_the_rate_rises_over_the_warm_up(make_backbone: Any, postcards: Corpus) 
     np.testing.assert_allclose(rates, [1e-3, 2e-3, 3e-3, 4e-3, 4e-3, 4e-3])
 
 
-def test_the_rate_falls_when_accuracy_stays(
+def test_the_learning_rate_falls_when_accuracy_does_not_improve(
     make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patience 1: at the second validation without progress the rate halves, never below the lowest."""
-    script = iter([0, 3, 3, 1, 3, 3, 3])  # how many of nine are right
-    monkeypatch.setattr(assistant, "score_labels", lambda backbone, features: scripted(next(script), postcards))
+    """Patience 1: the rate halves at the second validation without improvement, down to its lower bound."""
+    script = iter([0, 3, 3, 1, 3, 3, 3])  # correct predictions of nine
+    monkeypatch.setattr(assistant, "score_labels", lambda backbone, features: scripted_scores(next(script), postcards))
     rates = []
 
     class Watch(L.Callback):
@@ -161,14 +161,14 @@ def test_the_rate_falls_when_accuracy_stays(
     np.testing.assert_allclose(rates, [8e-3, 8e-3, 8e-3, 4e-3, 4e-3, 3e-3, 3e-3])
 
 
-def scripted(right: int, corpus: Corpus) -> tuple[torch.Tensor, None]:
+def scripted_scores(correct: int, corpus: Corpus) -> tuple[torch.Tensor, None]:
     labels = LabelSpace()
     gold = torch.tensor([labels.index(sample.label) for sample in corpus.validation[:9]])
-    predicted = torch.where(torch.arange(9) < right, gold, (gold + 1) % 3)
+    predicted = torch.where(torch.arange(9) < correct, gold, (gold + 1) % 3)
     return F.one_hot(predicted, 3).float(), None
 
 
-def test_validation_metrics_are_those_of_sklearn(
+def test_validation_metrics_equal_those_of_sklearn(
     make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sklearn.metrics import accuracy_score, f1_score
@@ -185,7 +185,7 @@ def test_validation_metrics_are_those_of_sklearn(
     assert metrics["train/loss"] == pytest.approx(metrics["train/classify_loss"])
 
 
-def test_half_precision_is_the_trainers_to_set(make_backbone: Any, postcards: Corpus) -> None:
+def test_the_trainer_sets_half_precision(make_backbone: Any, postcards: Corpus) -> None:
     backbone = make_backbone()
     before = [weights.detach().clone() for weights in backbone.model.parameters()]
     _, runner = learn(
@@ -196,12 +196,12 @@ def test_half_precision_is_the_trainers_to_set(make_backbone: Any, postcards: Co
     assert any(not torch.equal(one, two) for one, two in zip(before, backbone.model.parameters(), strict=True))
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.mark.slow
-def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Path) -> None:
-    """With the pictures shuffled between posts, accuracy falls to what text alone can reach: 5/9."""
+def test_a_tiny_model_learns_from_the_images(tmp_path: Path) -> None:
+    """With the images shuffled between posts, accuracy falls to what the text alone allows: 5/9."""
     labels = LabelSpace()
     cards = PostcardSettings(labelled=630, unlabelled=0, validation=9, test=180)
     corpus = read_corpus(DataSettings(source="postcards", root=str(tmp_path / "data"), postcards=cards), labels)
@@ -225,23 +225,24 @@ def test_a_tiny_model_learns_from_the_pictures_and_not_around_them(tmp_path: Pat
     )
     reasoner = Local(backbone, "student")
 
-    pictures = [sample.images for sample in corpus.test]
-    random.Random(0).shuffle(pictures)
-    shuffled = [replace(sample, images=images) for sample, images in zip(corpus.test, pictures, strict=True)]
-    right, wrong = (accuracy(reasoner, samples) for samples in (corpus.test, shuffled))
-    assert right > 0.85, f"{right:.3f} with the right pictures, {wrong:.3f} with shuffled ones"
-    assert 0.35 < wrong < 5 / 9 + 0.1, f"{right:.3f} with the right pictures, {wrong:.3f} with shuffled ones"
+    shuffled_images = [sample.images for sample in corpus.test]
+    random.Random(0).shuffle(shuffled_images)
+    shuffled = [replace(sample, images=images) for sample, images in zip(corpus.test, shuffled_images, strict=True)]
+    matched, mismatched = (accuracy(reasoner, samples) for samples in (corpus.test, shuffled))
+    found = f"{matched:.3f} with matching images, {mismatched:.3f} with shuffled images"
+    assert matched > 0.85, found
+    assert 0.35 < mismatched < 5 / 9 + 0.1, found
 
-    # label scoring reads the label that the model would write
+    # label scoring gives the label that the model would generate
     scored = reasoner.classify(corpus.test)
-    written = [
+    generated = [
         answer.text.strip() for _, answer in reasoner.reason(corpus.test, "classify", Sampling(max_new_tokens=4))
     ]
     names = [labels.names[index] for index in scored.probabilities.argmax(1)]
-    assert np.mean([one == two for one, two in zip(names, written, strict=True)]) >= 0.99
+    assert np.mean([one == two for one, two in zip(names, generated, strict=True)]) >= 0.99
     assert scored.label_mass.min() > 0.9
 
-    # and its rationales say what is in the picture
+    # the rationales describe the image
     sample = corpus.test[:32]
     grounded = 0
     for index, answer in reasoner.reason(sample, "reason", Sampling(max_new_tokens=128)):
@@ -263,14 +264,14 @@ def accuracy(reasoner: Local, samples: Sequence[Sample]) -> float:
 
 
 def graded(backbone: Backbone, spread: float = 0.75, names: Sequence[str] | None = None) -> Backbone:
-    """The same model with the bins of a scale for labels, by default -3 .. 3, of which three begin with one token."""
+    """Return the same model with the bins of a scale as labels, by default -3 to 3; three begin with the same token."""
     return Backbone(
         backbone.model, backbone.processor, LabelSpace.from_scale(Scale(spread=spread), names), backbone.settings
     )
 
 
-def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbone: Any, postcards: Corpus) -> None:
-    """Each label written out behind its prompt, one at a time; one sample has a picture, the others have none."""
+def test_the_loss_on_a_scale_is_the_cross_entropy_over_complete_labels(make_backbone: Any, postcards: Corpus) -> None:
+    """Each label is encoded after its prompt, one at a time; one sample has an image, the others have none."""
     backbone = graded(make_backbone(2))
     samples = [replace(postcards.train[0], label=1.2), Sample("b", "so so", label=-0.4), Sample("c", "bad", label=-3.0)]
     module = AssistantModule(backbone, TrainSettings(tasks={"classify": 1.0}))
@@ -285,7 +286,7 @@ def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbon
             answer = whole.pop("labels")[0]
             with torch.no_grad():
                 log_p = torch.log_softmax(backbone.model(**whole).logits[0], -1)
-            at = (answer != IGNORE).nonzero()[prefix:, 0]  # of the answer, what stands behind the forced prefix
+            at = (answer != IGNORE).nonzero()[prefix:, 0]  # the part of the answer after the forced prefix
             expected -= weight * float(log_p[at - 1, answer[at]].sum()) / len(samples)
     assert float(loss.total.detach()) == pytest.approx(expected, abs=1e-4)
     assert not loss.soft.any()
@@ -293,7 +294,7 @@ def test_the_loss_on_a_scale_is_the_cross_entropy_over_whole_labels(make_backbon
     assert all(torch.isfinite(w.grad).all() for w in backbone.model.parameters() if w.grad is not None)
 
 
-def test_validation_on_a_scale_selects_by_the_mean_absolute_error(make_backbone: Any, postcards: Corpus) -> None:
+def test_on_a_scale_the_best_epoch_has_the_lowest_mean_absolute_error(make_backbone: Any, postcards: Corpus) -> None:
     backbone = graded(make_backbone())
     corpus = replace(postcards, validation=[Sample(f"v{n}", "x" * n, label=n / 3 - 1.6) for n in range(1, 10)])
     train = [Sample(f"t{n}", "good" if n % 2 else "bad", label=2.0 if n % 2 else -2.0) for n in range(8)]
@@ -309,11 +310,11 @@ def test_validation_on_a_scale_selects_by_the_mean_absolute_error(make_backbone:
     assert metrics["train/review_loss"] > 0
 
 
-def test_the_rate_falls_when_the_error_stays(
+def test_the_learning_rate_falls_when_the_error_does_not_improve(
     make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patience 0: an error that stays or grows halves the rate, however small the growth."""
-    errors = iter([1.0, 1.00001, 0.9, 0.9])  # of values whose gold is 0
+    """Patience 0: an error that is equal or larger, by any amount, halves the rate."""
+    errors = iter([1.0, 1.00001, 0.9, 0.9])  # of values with gold 0
     backbone = graded(make_backbone())
     corpus = replace(postcards, validation=[Sample(f"v{n}", "x", label=0.0) for n in range(9)])
 
@@ -336,7 +337,7 @@ def test_the_rate_falls_when_the_error_stays(
 
 @pytest.mark.parametrize("spread", [0.75, 0.0])
 def test_a_tiny_model_learns_values_from_words(make_backbone: Any, postcards: Corpus, spread: float) -> None:
-    """Text alone, soft targets and hard ones: five words, each with a value of its own."""
+    """Text only, with soft and hard targets: five words, each with its own value."""
     backbone = graded(make_backbone(4), spread, None if spread else list("abcdefg"))
     words = {"awful": -2.6, "weak": -1.2, "plain": 0.0, "nice": 1.4, "great": 2.8}
     train = [Sample(f"t{n}", f"{n} {word} {n}", label=value) for n in range(12) for word, value in words.items()]

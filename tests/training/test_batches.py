@@ -1,4 +1,4 @@
-"""What the tasks of a batch hold: which samples, which answers, and the same picture for each."""
+"""Encoding of training batches: samples, answers, loss weights, and the check of the packed layout."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -14,22 +14,22 @@ from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.batches import (
-    READER_ACCURACY,
+    SYNTHETIC_ACCURACY,
     Batch,
-    answer,
-    check_exact,
+    check_compatibility,
     check_tasks,
     encode,
     encode_tasks,
-    questions,
+    prompts_and_answers,
     synthetic_answers,
+    target_answer,
 )
 
 BOTH: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
 
 
 def texts(backbone: Backbone, batch: Batch) -> list[str]:
-    """What is to be learnt of each sample in each task, decoded, in the order of the batch."""
+    """Decode the answer tokens of each sample and task, in the order of the batch."""
     decode = backbone.processor.tokenizer.decode
     starts = [0, *batch.sizes.cumsum(0).tolist()]
     rows = [(batch.tokens[i:j], batch.tasks[i:j]) for i, j in pairwise(starts)]
@@ -41,29 +41,29 @@ def test_each_task_has_its_own_answers(backbone: Backbone, postcards: Corpus, pa
     samples = postcards.train[:3]
     batch = encode(samples, backbone, BOTH, packing)
     assert len(batch.inputs["input_ids"]) == (3 if packing else 6)
-    pictures = batch.inputs["image_grid_thw"]
-    assert len(pictures) == (3 if packing else 6), "with packing, a picture is there once for both tasks"
+    images = batch.inputs["image_grid_thw"]
+    assert len(images) == (3 if packing else 6), "with packing, both tasks share the image"
     expected = [f"{text}<|im_end|>" for s in samples for text in (s.rationale, f'"Prediction": {s.label}')]
     assert texts(backbone, batch) == expected
-    if not packing:  # each token stands behind the column that predicts it, but for the last, which need not be read
+    if not packing:  # a token follows the position that predicts it; the end token is predicted but not an input
         inside = batch.tokens != backbone.processor.tokenizer.eos_token_id
-        assert torch.equal(batch.inputs["input_ids"].flatten()[batch.columns[inside] + 1], batch.tokens[inside])
+        assert torch.equal(batch.inputs["input_ids"].flatten()[batch.positions[inside] + 1], batch.tokens[inside])
 
 
-def test_the_shares_of_tokens_samples_and_tasks(backbone: Backbone, postcards: Corpus) -> None:
-    """An answer's tokens share its weight, samples share a batch, and a missing rationale gives nobody more."""
+def test_loss_weights_of_tokens_samples_and_tasks(backbone: Backbone, postcards: Corpus) -> None:
+    """The tokens of an answer share its weight; a missing rationale does not increase the weight of other samples."""
     one, two = postcards.train[:2]
     samples = [one, replace(two, rationale=None)]
     batch = encode(samples, backbone, {"reason": 3.0, "classify": 0.5}, True)
-    for index, (weight, known) in enumerate([(3.0, 1), (0.5, 2)]):
-        shares = batch.shares[batch.tasks == index]
-        assert float(shares.sum()) == pytest.approx(weight * known / 2)
-    reason = batch.shares[batch.tasks == 0]
+    for index, (weight, answered) in enumerate([(3.0, 1), (0.5, 2)]):
+        weights = batch.loss_weights[batch.tasks == index]
+        assert float(weights.sum()) == pytest.approx(weight * answered / 2)
+    reason = batch.loss_weights[batch.tasks == 0]
     assert torch.allclose(reason, torch.tensor(3.0 / 2 / len(reason)))
     assert len(reason) == len(backbone.answer_tokens(str(one.rationale)))
 
 
-def test_a_task_takes_the_samples_whose_answer_is_known(backbone: Backbone, postcards: Corpus) -> None:
+def test_a_task_includes_the_samples_that_have_an_answer(backbone: Backbone, postcards: Corpus) -> None:
     whole, other = postcards.train[:2]
     samples = [
         whole,
@@ -72,10 +72,10 @@ def test_a_task_takes_the_samples_whose_answer_is_known(backbone: Backbone, post
         replace(other, label=None, rationale=None),
     ]
     labels = backbone.labels
-    assert [answer("classify", sample, labels) is None for sample in samples] == [False, False, True, True]
-    assert [answer("review", sample, labels) is None for sample in samples] == [False, False, True, True]
-    assert [answer("reason", sample, labels) is None for sample in samples] == [False, True, False, True]
-    assert [len(questions(sample, labels, BOTH)) for sample in samples] == [2, 1, 1, 0]
+    assert [target_answer("classify", sample, labels) is None for sample in samples] == [False, False, True, True]
+    assert [target_answer("review", sample, labels) is None for sample in samples] == [False, False, True, True]
+    assert [target_answer("reason", sample, labels) is None for sample in samples] == [False, True, False, True]
+    assert [len(prompts_and_answers(sample, labels, BOTH)) for sample in samples] == [2, 1, 1, 0]
     batch = encode(samples, backbone, BOTH, True)
     assert batch.sizes[3] == 0 and (batch.sizes[:3] > 0).all() and len(batch.inputs["input_ids"]) == 3
     published = encode_tasks(samples, backbone, BOTH)
@@ -103,41 +103,43 @@ def test_a_batch_is_no_longer_than_its_longest_sample(backbone: Backbone, postca
     assert lengths[0] < lengths[1] == lengths[2]
 
 
-# ---- what the packed sequence relies on ----
+# ---- check of the packed layout ----
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_model_that_keeps_to_its_mask_is_accepted(backbone: Backbone, postcards: Corpus, packing: bool) -> None:
-    check_exact(backbone, postcards.train[:1], list(BOTH), packing)
+def test_a_model_that_respects_its_mask_is_accepted(backbone: Backbone, postcards: Corpus, packing: bool) -> None:
+    check_compatibility(backbone, postcards.train[:1], list(BOTH), packing)
     graded = on_a_scale(backbone, spread=0.75)
-    check_exact(graded, [replace(postcards.train[0], label=1.0)], ["classify", "review"], packing)
+    check_compatibility(graded, [replace(postcards.train[0], label=1.0)], ["classify", "review"], packing)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tasks", [["reason", "classify"], ["classify", "reason"]])
-def test_a_model_that_looks_past_its_mask_is_refused_unless_nothing_is_packed(
+def test_a_model_that_ignores_its_mask_is_rejected_unless_packing_is_off(
     make_backbone: Any, postcards: Corpus, dtype: Any, tasks: list[Template]
 ) -> None:
-    """Beside a long rationale, which hardly sees what it must not, and by the first posts, which have a single task."""
+    """Also detected with a long rationale, which is hardly affected, and if the first posts have only one task."""
     backbone = make_backbone(1)
     backbone.model.to(getattr(torch, dtype))
     backbone.settings = replace(backbone.settings, dtype=dtype)
     plain = [replace(post, rationale=None) for post in postcards.train[:2]]
     rows = [*plain, replace(postcards.train[2], rationale=str(postcards.train[2].rationale) * 8)]
-    check_exact(backbone, rows, tasks, True)
+    check_compatibility(backbone, rows, tasks, True)
     inner = backbone.model.model.language_model
     forward = inner.forward
     inner.forward = lambda **inputs: forward(**inputs | {"attention_mask": None})
-    check_exact(backbone, rows, tasks, False)
-    with pytest.raises(SettingsError, match="packing: this model sees more of a packed sequence than its mask shows"):
-        check_exact(backbone, rows, tasks, True)
+    check_compatibility(backbone, rows, tasks, False)
+    with pytest.raises(
+        SettingsError, match="packing: the model attends to tokens of a packed sequence that its mask hides"
+    ):
+        check_compatibility(backbone, rows, tasks, True)
 
 
-def test_a_model_that_bends_its_logits_is_refused(make_backbone: Any, postcards: Corpus) -> None:
+def test_a_model_that_caps_its_logits_is_rejected(make_backbone: Any, postcards: Corpus) -> None:
     backbone = make_backbone(1)
     backbone.model.lm_head.register_forward_hook(lambda *args: 5 * torch.tanh(args[2] / 5))
-    with pytest.raises(SettingsError, match="its logits are more than its output head"):
-        check_exact(backbone, postcards.train[:1], list(BOTH), True)
+    with pytest.raises(SettingsError, match="its logits are not the output head applied to its last hidden states"):
+        check_compatibility(backbone, postcards.train[:1], list(BOTH), True)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_model_that_bends_its_logits_is_refused(make_backbone: Any, postcards:
         ({}, "at least one task"),
     ],
 )
-def test_impossible_tasks_are_refused(tasks: dict[str, float], message: str) -> None:
+def test_invalid_tasks_are_rejected(tasks: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         check_tasks(tasks, "student.tasks")
 
@@ -167,15 +169,15 @@ GRADES = ("dreadful", "poor", "middling", "fair", "superb")
 
 
 def on_a_scale(backbone: Backbone, spread: float) -> Backbone:
-    """The same model with five bins for labels."""
+    """Return the same model with the five bins of a scale as labels."""
     scale = Scale(low=-2, high=2, bins=5, spread=spread)
     return Backbone(backbone.model, backbone.processor, LabelSpace.from_scale(scale, GRADES), backbone.settings)
 
 
-def test_a_value_is_answered_by_the_name_of_its_bin(backbone: Backbone) -> None:
+def test_the_answer_to_a_value_is_the_name_of_its_bin(backbone: Backbone) -> None:
     graded = on_a_scale(backbone, spread=0)
     samples = [Sample("a", "so good", label=1.6), Sample("b", "so so", label=-0.2), Sample("c", "unknown")]
-    assert answer("classify", samples[0], graded.labels) == '"Prediction": superb'
+    assert target_answer("classify", samples[0], graded.labels) == '"Prediction": superb'
     batch = encode(samples, graded, {"classify": 1.0, "review": 1.0}, True)
     assert texts(backbone, batch) == [
         f'"Prediction": {name}<|im_end|>' for name in ("superb", "superb", "middling", "middling")
@@ -183,47 +185,48 @@ def test_a_value_is_answered_by_the_name_of_its_bin(backbone: Backbone) -> None:
     assert batch.sizes[2] == 0
 
 
-def test_a_spread_gives_every_bin_its_share_behind_a_prompt_closed_with_the_prefix(
-    backbone: Backbone, postcards: Corpus
-) -> None:
-    """A batch with a picture and one without, as mixed corpora give them."""
+def test_with_spread_every_bin_is_an_answer_weighted_by_its_target(backbone: Backbone, postcards: Corpus) -> None:
+    """One sample has an image, the others have none; the prompts end with the prediction prefix."""
     graded = on_a_scale(backbone, spread=0.75)
     samples = [replace(postcards.train[0], label=1.6), Sample("b", "so so", label=-0.2), Sample("c", "unknown")]
     batch = encode(samples, graded, {"classify": 1.0, "review": 0.5}, True)
     ends = (batch.tokens == backbone.processor.tokenizer.eos_token_id).nonzero()[:, 0]
     targets = torch.tensor(graded.labels.scale.targets([1.6, -0.2])).float()  # type: ignore[union-attr]
     expected = torch.stack([targets[0], targets[0] / 2, targets[1], targets[1] / 2]).flatten() / 3
-    torch.testing.assert_close(batch.shares[ends], expected)
+    torch.testing.assert_close(batch.loss_weights[ends], expected)
     decode = backbone.processor.tokenizer.decode
     words = "".join(decode(batch.tokens[: batch.sizes[0] // 2])).split("<|im_end|>")
     assert [word.strip() for word in words] == [*GRADES, ""]
     closed = decode(batch.inputs["input_ids"][0])
-    assert closed.count('"Prediction":') == 4, "asked for in both prompts, and their answers begun"
+    assert closed.count('"Prediction":') == 4, "in the text of both prompts and at their ends"
     assert closed.count("A first reader said") == 1
 
 
-def test_made_up_readers_follow_from_the_id_and_are_often_but_not_always_right() -> None:
+def test_synthetic_answers_depend_on_the_id_only_and_have_the_stated_accuracy() -> None:
     labels = LabelSpace()
     samples = [Sample(f"s{n}", "x", label=labels.names[n % 3]) for n in range(3000)]
-    made_up = [synthetic_answers(sample, labels) for sample in samples]
-    assert made_up == [synthetic_answers(replace(sample, text="y"), labels) for sample in samples]
-    for said, confidence in (("student", "student_confidence"), ("teacher", "teacher_confidence")):
-        right = [getattr(one, said) == sample.label for one, sample in zip(made_up, samples, strict=True)]
-        assert sum(right) / 3000 == pytest.approx(READER_ACCURACY, abs=0.03)
-        sure = [getattr(one, confidence) for one in made_up]
-        assert min(sure) < 0.35 and max(sure) > 0.98 and all(1 / 3 <= value <= 1 for value in sure)
-    agree = sum(one.student == one.teacher for one in made_up) / 3000
-    assert agree == pytest.approx(0.6**2 + 2 * 0.2**2, abs=0.03), "they do not copy each other"
-    wrong = [one.student for one, sample in zip(made_up, samples, strict=True) if one.student != sample.label]
+    synthetic = [synthetic_answers(sample, labels) for sample in samples]
+    assert synthetic == [synthetic_answers(replace(sample, text="y"), labels) for sample in samples]
+    for name, confidence in (("student", "student_confidence"), ("teacher", "teacher_confidence")):
+        correct = [getattr(one, name) == sample.label for one, sample in zip(synthetic, samples, strict=True)]
+        assert sum(correct) / 3000 == pytest.approx(SYNTHETIC_ACCURACY, abs=0.03)
+        confidences = [getattr(one, confidence) for one in synthetic]
+        assert min(confidences) < 0.35 and max(confidences) > 0.98
+        assert all(1 / 3 <= value <= 1 for value in confidences)
+    agree = sum(one.student == one.teacher for one in synthetic) / 3000
+    assert agree == pytest.approx(0.6**2 + 2 * 0.2**2, abs=0.03), "the two answers are independent"
+    wrong = [one.student for one, sample in zip(synthetic, samples, strict=True) if one.student != sample.label]
     assert {wrong.count(name) > 300 for name in labels.names} == {True}
 
 
-def test_a_review_tells_the_earlier_answers_and_never_the_truth(backbone: Backbone, postcards: Corpus) -> None:
+def test_a_review_prompt_contains_the_earlier_answers_and_not_the_gold_label(
+    backbone: Backbone, postcards: Corpus
+) -> None:
     samples = postcards.train[:6]
     features = encode(samples, backbone, {"review": 1.0}, True).inputs
     for row, sample in enumerate(samples):
-        said = synthetic_answers(sample, backbone.labels)
-        question, _, reply = backbone.processor.tokenizer.decode(features["input_ids"][row]).partition("assistant")
-        assert f"A first reader said {said.student} ({said.student_confidence:.0%} sure)" in question
-        assert f"a second one {said.teacher} ({said.teacher_confidence:.0%} sure)" in question
+        earlier = synthetic_answers(sample, backbone.labels)
+        prompt, _, reply = backbone.processor.tokenizer.decode(features["input_ids"][row]).partition("assistant")
+        assert f"A first reader said {earlier.student} ({earlier.student_confidence:.0%} sure)" in prompt
+        assert f"a second one {earlier.teacher} ({earlier.teacher_confidence:.0%} sure)" in prompt
         assert f'"Prediction": {sample.label}' in reply

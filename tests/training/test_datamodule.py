@@ -1,4 +1,4 @@
-"""The loaders: every sample once an epoch, shared out between processes, and a place that is kept."""
+"""The loaders: every sample once per epoch, division among processes, resumption within an epoch."""
 
 import random
 from dataclasses import replace
@@ -25,9 +25,9 @@ def module(
     return ReasoningDataModule(backbone, corpus.train[:train], corpus.validation[:validation], tasks, encode, **options)
 
 
-def as_process(data: ReasoningDataModule, rank: int, world: int, epoch: int = 0) -> ReasoningDataModule:
+def as_process(data: ReasoningDataModule, rank: int, world_size: int, epoch: int = 0) -> ReasoningDataModule:
     loop = SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=epoch)))
-    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop, accumulate_grad_batches=1)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, fit_loop=loop, accumulate_grad_batches=1)  # type: ignore[assignment]
     return data
 
 
@@ -35,7 +35,9 @@ def ids(batches: Any) -> list[list[str]]:
     return [[sample.id for sample in batch] for batch in batches]
 
 
-def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own(backbone: Backbone, postcards: Corpus) -> None:
+def test_an_epoch_has_every_sample_once_in_an_order_that_depends_on_seed_and_epoch(
+    backbone: Backbone, postcards: Corpus
+) -> None:
     epochs = [ids(as_process(module(backbone, postcards), 0, 1, epoch).train_dataloader()) for epoch in (0, 1, 0)]
     assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
     for epoch in epochs:
@@ -46,28 +48,30 @@ def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own(backbone: Backb
     assert other != epochs[0]
 
 
-def test_two_processes_share_the_batches_of_one_of_twice_the_size(backbone: Backbone, postcards: Corpus) -> None:
+def test_two_processes_divide_the_batches_of_one_process_with_twice_the_batch_size(
+    backbone: Backbone, postcards: Corpus
+) -> None:
     whole = ids(as_process(module(backbone, postcards, 16, batch_size=8), 0, 1).train_dataloader())
     parts = [ids(as_process(module(backbone, postcards, 16), rank, 2).train_dataloader()) for rank in (0, 1)]
     assert [sorted(one + two) for one, two in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
 
 
-def test_batches_are_of_about_one_length_and_in_no_order_of_it(backbone: Backbone, postcards: Corpus) -> None:
-    draw = random.Random(0)
-    rows = [replace(postcards.train[0], id=str(n), text="x" * draw.randrange(1, 2000)) for n in range(500)]
+def test_batches_have_similar_lengths_in_random_order(backbone: Backbone, postcards: Corpus) -> None:
+    generator = random.Random(0)
+    rows = [replace(postcards.train[0], id=str(n), text="x" * generator.randrange(1, 2000)) for n in range(500)]
     data = ReasoningDataModule(backbone, rows, postcards.validation, ["classify"], list, batch_size=8)
     batches = [[len(sample.text) for sample in batch] for batch in as_process(data, 0, 1).train_dataloader()]
     assert [len(batch) for batch in batches] == [8] * 62 + [4]
     padded = sum(max(batch) * len(batch) for batch in batches) / sum(map(sum, batches))
-    shuffled = [max(draw.sample(rows, 8), key=lambda sample: len(sample.text)) for _ in range(500)]
+    shuffled = [max(generator.sample(rows, 8), key=lambda sample: len(sample.text)) for _ in range(500)]
     unsorted = sum(len(sample.text) for sample in shuffled) / sum(len(sample.text) for sample in rows)
     assert padded < 1.2 and unsorted > 1.6
     longest = [max(batch) for batch in batches]
-    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.4, "no curriculum"
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.4, "lengths do not rise or fall over the epoch"
 
 
-def test_lengths_that_hardly_differ_sort_nothing(backbone: Backbone, postcards: Corpus) -> None:
-    """Short posts are of one kind here and long ones of another: they must stay mixed."""
+def test_small_differences_in_length_do_not_sort(backbone: Backbone, postcards: Corpus) -> None:
+    """Posts of two nearly equal lengths must stay mixed."""
     rows = [replace(postcards.train[0], id=str(n), text="x" * (300 + n % 2 * 9)) for n in range(320)]
     data = ReasoningDataModule(backbone, rows, postcards.validation, ["classify"], list, batch_size=16)
     batches = [[len(sample.text) for sample in batch] for batch in as_process(data, 0, 1).train_dataloader()]
@@ -75,7 +79,7 @@ def test_lengths_that_hardly_differ_sort_nothing(backbone: Backbone, postcards: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_its_state_was_taken(backbone: Backbone, postcards: Corpus, workers: int) -> None:
+def test_a_loader_resumes_from_its_saved_state(backbone: Backbone, postcards: Corpus, workers: int) -> None:
     data = module(backbone, postcards, 20, workers=workers)
     loader = data.train_dataloader()
     stream = iter(loader)
@@ -83,12 +87,12 @@ def test_a_loader_goes_on_where_its_state_was_taken(backbone: Backbone, postcard
         next(stream)
     state = loader.state_dict()
     rest = ids(stream)
-    again = data.train_dataloader()
-    again.load_state_dict(state)
-    assert ids(again) == rest and len(rest) == 3
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(state)
+    assert ids(resumed) == rest and len(rest) == 3
 
 
-def test_loaders_draw_nothing_from_what_dropout_draws_from(backbone: Backbone, postcards: Corpus) -> None:
+def test_loaders_do_not_use_the_global_generator(backbone: Backbone, postcards: Corpus) -> None:
     data = module(backbone, postcards)
     before = torch.get_rng_state()
     list(data.train_dataloader())
@@ -96,30 +100,30 @@ def test_loaders_draw_nothing_from_what_dropout_draws_from(backbone: Backbone, p
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_validation_gives_every_process_equally_many_and_every_sample_once(
-    backbone: Backbone, postcards: Corpus, world: int
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_has_every_sample_once_and_the_same_number_in_every_process(
+    backbone: Backbone, postcards: Corpus, world_size: int
 ) -> None:
     golds = []
-    for rank in range(world):
-        loader = as_process(module(backbone, postcards), rank, world).val_dataloader()
+    for rank in range(world_size):
+        loader = as_process(module(backbone, postcards), rank, world_size).val_dataloader()
         golds.append(torch.cat([gold for _, gold, _ in loader]).tolist())
-    assert {len(gold) for gold in golds} == {-(-7 // world)}
+    assert {len(gold) for gold in golds} == {-(-7 // world_size)}
     found = [label for gold in golds for label in gold if label >= 0]
     expected = [backbone.labels.index(sample.label) for sample in postcards.validation[:7]]
     assert sorted(found) == sorted(expected)
-    assert sum(gold.count(-1) for gold in golds) == -7 % world
+    assert sum(gold.count(-1) for gold in golds) == -7 % world_size
 
 
-def test_validation_asks_closed_classify_prompts(backbone: Backbone, postcards: Corpus) -> None:
+def test_validation_batches_are_classify_prompts_without_answers(backbone: Backbone, postcards: Corpus) -> None:
     features, gold, values = next(iter(module(backbone, postcards).val_dataloader()))
     assert "labels" not in features and len(gold) == 7
-    assert values.isnan().all(), "names have no values"
+    assert values.isnan().all(), "named labels have no values"
     expected = backbone.encode(postcards.validation[:7], "classify")
     assert torch.equal(features["input_ids"], expected["input_ids"])
 
 
-def test_samples_without_any_answer_are_left_out(backbone: Backbone, postcards: Corpus) -> None:
+def test_samples_without_an_answer_are_dropped(backbone: Backbone, postcards: Corpus) -> None:
     a, b, c = postcards.train[:3]
     rows: list[Sample] = [a, replace(b, rationale=None), replace(c, rationale=None, label=None)]
     kept = ReasoningDataModule(

@@ -1,4 +1,4 @@
-"""The frozen assistant: what it says, that it stays as it is, and whom it may teach."""
+"""Online soft targets: their values, the frozen assistant, and which students are compatible."""
 
 import logging
 from dataclasses import replace
@@ -15,15 +15,15 @@ from distill.models.backbone import IGNORE, Backbone
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
 from distill.training.batches import encode, encode_tasks
-from distill.training.soft_targets import SoftTargets, shared_vocabulary
+from distill.training.soft_targets import OnlineTargets, shared_vocabulary
 
 TASKS: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
 
 
-def test_targets_are_the_assistants_own_at_the_answer_tokens(make_backbone: Any, postcards: Corpus) -> None:
+def test_targets_are_the_assistants_logits_at_the_answer_positions(make_backbone: Any, postcards: Corpus) -> None:
     assistant, student = make_backbone(1, hidden=128), make_backbone(2)
     batch = encode(postcards.train[:3], student, TASKS, True)
-    targets = SoftTargets(assistant, student)
+    targets = OnlineTargets(assistant, student)
     assert targets.read(postcards.train[:3]) == {}
     hidden, head = targets(batch)
     assert hidden.shape == (len(batch.tokens), 128) and not hidden.requires_grad
@@ -41,20 +41,20 @@ def test_targets_are_the_assistants_own_at_the_answer_tokens(make_backbone: Any,
     torch.testing.assert_close(hidden @ head.T, torch.cat(expected), atol=1e-4, rtol=0)
 
 
-def test_published_targets_are_the_assistants_logits_everywhere(make_backbone: Any, postcards: Corpus) -> None:
+def test_published_targets_are_the_assistants_logits_at_all_positions(make_backbone: Any, postcards: Corpus) -> None:
     assistant, student = make_backbone(1), make_backbone(2)
     features = student.encode(postcards.test[:3], "classify")
-    targets = SoftTargets(assistant, student).logits(features)
+    targets = OnlineTargets(assistant, student).logits(features)
     with torch.no_grad():
         expected = assistant.model(**features).logits
     assert targets.shape == expected.shape and not targets.requires_grad
     torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
 
 
-def test_the_assistant_is_frozen_and_switched_to_evaluation(make_backbone: Any) -> None:
+def test_the_assistant_is_frozen_and_in_evaluation_mode(make_backbone: Any) -> None:
     assistant = make_backbone(1)
     assistant.model.train()
-    SoftTargets(assistant, make_backbone(2))
+    OnlineTargets(assistant, make_backbone(2))
     assert not assistant.model.training
     assert not any(weights.requires_grad for weights in assistant.model.parameters())
 
@@ -69,37 +69,37 @@ def test_padded_vocabularies_are_cut_to_the_shared_ids(
         before = models["assistant"].model(**features).logits
     models[padded].model.resize_token_embeddings(832)
     with caplog.at_level(logging.INFO, logger="distill"):
-        targets = SoftTargets(models["assistant"], models["student"])
+        targets = OnlineTargets(models["assistant"], models["student"])
     assert targets.vocabulary == 768
-    sizes = "832 (assistant) and 768" if padded == "assistant" else "768 (assistant) and 832"
-    assert f"vocabularies of {sizes} (student) ids, cut to the shared 768" in caplog.text
+    sizes = "assistant 832, student 768" if padded == "assistant" else "assistant 768, student 832"
+    assert f"vocabulary sizes differ: {sizes}; the 768 shared ids are used" in caplog.text
     torch.testing.assert_close(targets.logits(features), before, atol=1e-5, rtol=0)
 
 
 def test_equal_vocabularies_are_not_cut(make_backbone: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert shared_vocabulary(make_backbone(1), make_backbone(2, hidden=128)) == 768
-    assert "cut" not in caplog.text
+    assert "vocabulary" not in caplog.text
 
 
-def test_another_tokenizer_is_refused(make_backbone: Any, postcards: Corpus) -> None:
+def test_a_different_tokenizer_is_rejected(make_backbone: Any, postcards: Corpus) -> None:
     student = make_backbone(2)
     texts = [sample.text for sample in postcards.train] + [" negative neutral positive"] * 9
     words = tiny.train_tokenizer(texts, len(student.processor.tokenizer))
     other = Backbone(student.model, tiny.build_processor(words), LabelSpace(), student.settings)
     with pytest.raises(SettingsError, match="different tokenizers"):
-        SoftTargets(other, student)
+        OnlineTargets(other, student)
 
 
-def test_another_way_to_see_pictures_is_refused(make_backbone: Any, tokenizer_folder: Path) -> None:
+def test_a_different_image_processor_is_rejected(make_backbone: Any, tokenizer_folder: Path) -> None:
     assistant, student = make_backbone(1), make_backbone(2)
     assistant.processor.image_processor.image_mean = [0.1, 0.1, 0.1]
     with pytest.raises(SettingsError, match="images differently"):
-        SoftTargets(assistant, student)
+        OnlineTargets(assistant, student)
 
 
-def test_another_picture_size_in_the_settings_does_not_matter(make_backbone: Any) -> None:
-    """The student's batch is what both read, so only its picture size counts."""
+def test_a_different_image_size_in_the_settings_is_accepted(make_backbone: Any) -> None:
+    """Both models read the student's batch, so only its image size is used."""
     assistant = make_backbone(1)
     assistant.settings = replace(assistant.settings, image_size=84)
-    assert SoftTargets(assistant, make_backbone(2)).vocabulary == 768
+    assert OnlineTargets(assistant, make_backbone(2)).vocabulary == 768

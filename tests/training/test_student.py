@@ -1,4 +1,4 @@
-"""Distillation through the real modules: the published loss, the frozen assistant, the vocabulary that both share."""
+"""Distillation with the real modules: both losses, the frozen assistant, the shared vocabulary."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from distill.task.sample import Sample
 from distill.training.batches import encode_tasks
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
-from distill.training.soft_targets import SoftTargets
+from distill.training.soft_targets import OnlineTargets
 from distill.training.student import DistillationSettings, StudentModule, StudentSettings
 
 Make = Any
@@ -28,12 +28,12 @@ def settings(tasks: dict[str, float] | None = None, **distillation: Any) -> Stud
 
 
 def student_of(student: Backbone, assistant: Backbone, **distillation: Any) -> StudentModule:
-    return StudentModule(student, settings(**distillation), SoftTargets(assistant, student))
+    return StudentModule(student, settings(**distillation), OnlineTargets(assistant, student))
 
 
 @pytest.fixture
 def samples(postcards: Corpus) -> list[Sample]:
-    """A long post, a short one, one without a picture."""
+    """A long post, a short one, and one without an image."""
     long, short, bare = postcards.train[:3]
     return [replace(long, text=long.text * 3), short, replace(bare, images=())]
 
@@ -50,10 +50,10 @@ def full_logits(backbone: Backbone, features: Features) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (0.8, 1.0)])
-def test_all_positions_is_the_published_formula(
+def test_positions_all_is_the_published_formula(
     make_backbone: Make, features: Features, weight: float, temperature: float
 ) -> None:
-    """transformers' own loss for the labels, and torch's KL over every position of the padded grid."""
+    """transformers' own loss for the labels, and torch's KL over all positions of the padded sequences."""
     student, assistant = make_backbone(1), make_backbone(2, hidden=128)
     module = student_of(student, assistant, weight=weight, temperature=temperature, positions="all")
     loss = module.published_loss(features)
@@ -80,7 +80,7 @@ def test_response_positions_are_those_that_predict_the_answer(
     torch.testing.assert_close(loss.total.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
 
 
-def test_a_student_equal_to_its_assistant_has_nothing_to_learn_from_it(
+def test_a_student_equal_to_its_assistant_has_no_divergence(
     make_backbone: Make, features: Features, samples: list[Sample]
 ) -> None:
     published = student_of(make_backbone(1), make_backbone(1), positions="all").published_loss(features)
@@ -90,12 +90,12 @@ def test_a_student_equal_to_its_assistant_has_nothing_to_learn_from_it(
     assert float(loss.soft.abs().max()) < 1e-5 and float(loss.hard.min()) > 0.1
 
 
-def test_without_soft_targets_the_cross_entropy_alone_is_left(
+def test_without_soft_targets_the_loss_is_the_cross_entropy(
     make_backbone: Make, features: Features, samples: list[Sample]
 ) -> None:
     student = make_backbone(1)
-    plain, taught = StudentModule(student, settings()), student_of(student, make_backbone(2), weight=0.0)
-    losses = [module.loss(module.encode(samples)) for module in (plain, taught)]
+    plain, distilled = StudentModule(student, settings()), student_of(student, make_backbone(2), weight=0.0)
+    losses = [module.loss(module.encode(samples)) for module in (plain, distilled)]
     torch.testing.assert_close(losses[0].total, losses[1].total, atol=1e-6, rtol=0)
     assert not losses[0].soft.any()
     alone = StudentModule(student, settings(positions="all")).published_loss(features)
@@ -104,7 +104,7 @@ def test_without_soft_targets_the_cross_entropy_alone_is_left(
 
 @pytest.mark.parametrize("positions", ["response", "all"])
 @pytest.mark.parametrize("padded", ["student", "assistant"])
-def test_a_padded_vocabulary_changes_no_loss(
+def test_a_padded_vocabulary_does_not_change_the_loss(
     make_backbone: Make, samples: list[Sample], padded: str, positions: Any
 ) -> None:
     def total(module: StudentModule) -> float:
@@ -120,7 +120,7 @@ def test_a_padded_vocabulary_changes_no_loss(
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_published_step_adds_the_tasks_by_their_weights(make_backbone: Make, samples: list[Sample]) -> None:
+def test_a_published_step_is_the_weighted_sum_of_the_tasks(make_backbone: Make, samples: list[Sample]) -> None:
     module = student_of(make_backbone(1), make_backbone(2), tasks={"reason": 2.0, "classify": 0.5}, positions="all")
     logged: dict[str, float] = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
@@ -132,13 +132,13 @@ def test_a_published_step_adds_the_tasks_by_their_weights(make_backbone: Make, s
     assert logged["train/reason_kl"] == pytest.approx(float(reason.soft)) and logged["train/loss"] == float(loss)
 
 
-def test_the_assistant_belongs_to_nobody_and_never_changes(
+def test_the_assistant_is_not_part_of_the_module_and_does_not_change(
     make_backbone: Make, postcards: Corpus, tmp_path: Path
 ) -> None:
     student, assistant = make_backbone(1), make_backbone(2)
     module = student_of(student, assistant)
-    theirs = {id(weights) for weights in assistant.model.parameters()}
-    assert not theirs & {id(weights) for weights in module.parameters()}
+    assistant_ids = {id(weights) for weights in assistant.model.parameters()}
+    assert not assistant_ids & {id(weights) for weights in module.parameters()}
     assert len(module.state_dict()) == len(student.model.state_dict())
     before = {name: weights.clone() for name, weights in assistant.model.state_dict().items()}
     own = [weights.detach().clone() for weights in student.model.parameters()]
@@ -160,7 +160,7 @@ def test_the_assistant_belongs_to_nobody_and_never_changes(
     assert sum(sizes) == sum(weights.numel() for weights in student.model.parameters())
 
 
-def test_a_student_comes_closer_to_its_assistant(make_backbone: Make, postcards: Corpus) -> None:
+def test_training_reduces_the_divergence_from_the_assistant(make_backbone: Make, postcards: Corpus) -> None:
     student, assistant = make_backbone(1), make_backbone(2)
     module = student_of(student, assistant, weight=1.0)
     divergences = []

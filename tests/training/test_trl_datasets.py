@@ -1,4 +1,4 @@
-"""Stored reasoning data as trl takes it: read by datasets, rendered to the same text, trained on by SFTTrainer."""
+"""Stored reasoning data in trl's format: read by datasets, rendered to the same text, used by SFTTrainer."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ LABELS = LabelSpace()
 
 
 def stored(root: Path) -> Path:
-    """Four rows as a stage writes them: with a rationale, without, without an image, with two."""
+    """Write four rows as a stage does: with a rationale, without one, without an image, with two images."""
     (root / "images").mkdir(parents=True)
     for i, colour in enumerate(["red", "green", "blue"]):
         Image.new("RGB", (56, 56), colour).save(root / "images" / f"{i}.png")
@@ -54,7 +54,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_questions_and_answers_are_those_of_the_two_tasks(tmp_path: Path) -> None:
+def test_prompts_and_answers_are_those_of_the_two_tasks(tmp_path: Path) -> None:
     path = stored(tmp_path / "data")
     data = to_prompt_completion(path, tmp_path / "data", LABELS)
     assert data.column_names == ["prompt", "completion", "images"]
@@ -77,13 +77,13 @@ def test_questions_and_answers_are_those_of_the_two_tasks(tmp_path: Path) -> Non
     assert [image.getpixel((0, 0)) for image in last["images"]] == [(0, 128, 0), (0, 0, 255)]
 
 
-def test_one_task_alone(tmp_path: Path) -> None:
+def test_a_single_task(tmp_path: Path) -> None:
     path = stored(tmp_path / "data")
     assert len(to_prompt_completion(path, tmp_path / "data", LABELS, tasks=("reason",))) == 3
     assert len(to_prompt_completion(path, tmp_path / "data", LABELS, tasks=("classify",))) == 3
 
 
-def test_datasets_reads_the_file_as_it_is(tmp_path: Path) -> None:
+def test_datasets_reads_the_file_directly(tmp_path: Path) -> None:
     from datasets import load_dataset
 
     data = load_dataset("json", data_files=str(stored(tmp_path / "data")), split="train")
@@ -102,7 +102,7 @@ def test_datasets_reads_the_file_as_it_is(tmp_path: Path) -> None:
         ({"label": None, "rationale": None}, "no answers to reason or classify"),
     ],
 )
-def test_bad_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_errors_name_the_invalid_row(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = stored(tmp_path / "data")
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     first = json.loads(path.read_text().splitlines()[0]) | change
@@ -111,14 +111,14 @@ def test_bad_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path
         to_prompt_completion(path, tmp_path / "data", LABELS)
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_invalid_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.jsonl is missing"):
         to_prompt_completion(tmp_path / "none.jsonl", tmp_path, LABELS)
-    (tmp_path / "torn.jsonl").write_text('{"id": "a", "text"')
-    with pytest.raises(SettingsError, match=r"torn\.jsonl cannot be read as jsonl"):
-        to_prompt_completion(tmp_path / "torn.jsonl", tmp_path, LABELS)
+    (tmp_path / "truncated.jsonl").write_text('{"id": "a", "text"')
+    with pytest.raises(SettingsError, match=r"truncated\.jsonl cannot be read as jsonl"):
+        to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS)
     with pytest.raises(SettingsError, match="tasks must be"):
-        to_prompt_completion(tmp_path / "torn.jsonl", tmp_path, LABELS, tasks=())
+        to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS, tasks=())
 
 
 def test_trl_trains_on_it(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_trl_trains_on_it(tmp_path: Path) -> None:
     batch = trainer.data_collator([data[0], data[1]])
     learned = [ids[ids != -100] for ids in batch["labels"]]
     answers = [backbone.processor.tokenizer.decode(ids) for ids in learned]
-    for answer, item in zip(answers, [data[0], data[1]], strict=True):  # the loss is on the answer and its end alone
+    for answer, item in zip(answers, [data[0], data[1]], strict=True):  # only the answer and its end token have a loss
         assert answer.startswith(item["completion"][0]["content"][0]["text"] + "<|im_end|>")
         assert "<|im_start|>" not in answer
     assert batch["pixel_values"].shape[0] > 0

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted service."""
+"""A `Reasoner` over an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted service."""
 
 from distill.models.endpoint.reasoner import Endpoint
 from distill.models.endpoint.settings import EndpointSettings

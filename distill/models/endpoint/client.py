@@ -1,4 +1,4 @@
-"""One question to a server that speaks the OpenAI chat protocol: asked, asked again, asked for less, or given up."""
+"""Chat requests with retries, back-off, and fallbacks for optional request fields that a server does not support."""
 
 import logging
 import random
@@ -16,18 +16,19 @@ from distill.models.reasoner import Answer, Sampling
 
 log = logging.getLogger(__name__)
 
-_LONGEST_PAUSE_S = 60.0
-_FEWER = 5  # log-probabilities, where a server refuses to give more
-_PATIENCE = 8  # answers given up in a row before the server is; never fewer than are in flight at once
+_MAX_BACKOFF_S = 60.0
+_REDUCED_TOP_LOGPROBS = 5  # if the server refuses to return more
+_MAX_CONSECUTIVE_FAILURES = 8  # unanswered requests in a row that end the run; at least `concurrency`
 
 
 class ChatClient:
-    """A conversation of one question and one answer; threads may share it.
+    """Client for single-turn chat requests; thread-safe.
 
-    `top_logprobs` is how many log-probabilities the server gives, as far as is known; 0: none.
+    `top_logprobs` is the number of log-probabilities requested; it is lowered if the server refuses, to 0 if the
+    server returns none.
 
     Raises:
-        SettingsError: the environment variable that `api_key_env` names is not set.
+        SettingsError: the environment variable named by `api_key_env` is not set.
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
@@ -36,15 +37,15 @@ class ChatClient:
         self._sends_token_ids = True
         self._sends_schema = settings.json_schema
         self._sends_seed = True
-        self._connection = HttpClient(settings)
+        self._http = HttpClient(settings)
         self._lock = threading.Lock()
-        self._served = False  # whether any answer ever came
-        self._given_up = 0  # answers in a row
-        self._not_before = 0.0  # when the server wants to be asked again, by all
+        self._has_answered = False  # whether the server has ever answered
+        self._consecutive_failures = 0
+        self._not_before = 0.0  # time.monotonic() before which no thread sends a request, from `Retry-After`
 
     def close(self) -> None:
         """Close the connections."""
-        self._connection.close()
+        self._http.close()
 
     def ask(
         self,
@@ -56,28 +57,31 @@ class ChatClient:
         logprobs: bool = False,
         token_ids: Sequence[int] = (),
     ) -> tuple[Answer, Tokens]:
-        """One answer with all its retries: exponential back-off with full jitter, and never before `Retry-After`.
+        """Request one answer, with retries: exponential back-off with full jitter that respects `Retry-After`.
 
-        Its seconds count from the first request to the end of the last reply.
+        `seconds` of the answer is the time from the first request to the end of the last reply.
 
         Args:
-            content: of the user's message, as pieces of JSON: a text, or a list of picture and text parts.
-            stop: set when nobody waits for the answer any more.
-            schema: JSON schema of the answer, sent while the server is not known to refuse it.
-            logprobs: ask for the tokens; they stay empty where the server gives none.
-            token_ids: ask for the log-probabilities of just these tokens, instead of the likeliest; a server that does
-                not know `logprob_token_ids` gives the likeliest.
+            content: JSON fragments of the user message's content: a string, or a list of image and text parts.
+            stop: set when the answer is no longer needed.
+            schema: JSON schema of the answer; sent unless the server has refused schemas.
+            logprobs: request the tokens with their log-probabilities; the tokens are empty if the server returns none.
+            token_ids: request the log-probabilities of these tokens instead of the top-k tokens. A server that does
+                not support `logprob_token_ids` returns the top-k tokens.
+
+        Returns:
+            The answer and its tokens. If no answer was received, `error` of the answer says why.
 
         Raises:
-            RunError: the server is not there, has stopped answering, refuses the key or does not serve the model.
+            RunError: the server cannot be reached, no longer answers, refuses the key or does not serve the model.
         """
         begin = time.monotonic()
         answer, tokens = self._ask(content, sampling, stop, schema, logprobs, token_ids)
         return replace(answer, seconds=time.monotonic() - begin), tokens
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The tokens of a text by the server's own tokenizer; None where the server does not tell."""
-        return self._connection.tokenize(text)
+        """Token ids of a text from the server's tokenizer; None if the server does not return them."""
+        return self._http.tokenize(text)
 
     def _ask(
         self,
@@ -93,35 +97,36 @@ class ChatClient:
         while not stop.is_set():
             if (pause := self._not_before - time.monotonic()) > 0:
                 if self._not_before >= deadline:
-                    return self._give_up(RequestFailed("the server wants to be asked later"), failures), ()
+                    reason = RequestFailed("the server asks to wait until after the deadline")
+                    return self._give_up(reason, failures), ()
                 stop.wait(pause)
                 continue
             body = self._body(sampling, schema, logprobs, token_ids)
             try:
-                left_s = max(deadline - time.monotonic(), 0.001)
-                answer = self._connection.send(body, content, min(self.settings.timeout_s, left_s))
+                remaining_s = max(deadline - time.monotonic(), 0.001)
+                answer = self._http.send(body, content, min(self.settings.timeout_s, remaining_s))
             except RequestRefused as refusal:
-                if not self._ask_for_less(body, refusal.reply):
-                    self._count(refusal)
+                if not self._drop_optional_field(body, refusal.reply):
+                    self._record_failure(refusal)
                     return unanswered(str(refusal)), ()
             except RequestFailed as failure:
                 failures += 1
                 attempts += not failure.busy
-                ceiling = min(_LONGEST_PAUSE_S, self.settings.backoff_s * 2.0 ** min(failures - 1, 16))
+                ceiling = min(_MAX_BACKOFF_S, self.settings.backoff_s * 2.0 ** min(failures - 1, 16))
                 pause = max(failure.retry_after_s, random.uniform(0, ceiling))
                 if attempts >= self.settings.max_attempts or time.monotonic() + pause >= deadline:
                     return self._give_up(failure, failures), ()
                 self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)
                 stop.wait(pause)
             else:
-                self._served, self._given_up = True, 0
+                self._has_answered, self._consecutive_failures = True, 0
                 return answer
-        return unanswered("nobody waits for this answer any more"), ()
+        return unanswered("the request was cancelled"), ()
 
     def _body(
         self, sampling: Sampling, schema: Mapping[str, Any] | None, logprobs: bool, token_ids: Sequence[int]
     ) -> dict[str, Any]:
-        """A request, all but its message, with what the server is not known to refuse."""
+        """A request without `messages`, with those optional fields that the server has not refused."""
         body: dict[str, Any] = {
             "model": self.settings.model,
             "temperature": sampling.temperature,
@@ -138,44 +143,48 @@ class ChatClient:
                 body["logprob_token_ids"] = list(token_ids)
         return body
 
-    def without_logprobs(self, why: str) -> None:
-        """Note once that the server gives no log-probabilities."""
+    def disable_logprobs(self, reason: str) -> None:
+        """Stop requesting log-probabilities; logs a warning the first time."""
         with self._lock:
             if self.top_logprobs:
-                log.warning("%s %s: label probabilities come from agreement", self.settings.base_url, why)
+                log.warning(
+                    "%s %s; label probabilities are estimated from the agreement of sampled answers",
+                    self.settings.base_url,
+                    reason,
+                )
             self.top_logprobs = 0
 
     def _give_up(self, failure: RequestFailed, attempts: int) -> Answer:
-        """The end of one answer; and of the run, where the server is not there or answers nobody any more."""
+        """Stop retrying one answer. Raises RunError if the server cannot be reached or no longer answers."""
         url = self.settings.base_url
-        if failure.dead and not self._served:
+        if failure.unreachable and not self._has_answered:
             raise RunError(f"no server answers at base_url {url}: {failure}")
-        self._count(failure)
+        self._record_failure(failure)
         return unanswered(f"no answer after {attempts} attempts: {failure}")
 
-    def _count(self, why: Exception) -> None:
-        """Count an answer that never came: so many in a row are no fault of their questions, and end the run."""
+    def _record_failure(self, reason: Exception) -> None:
+        """Count an unanswered request. Raises RunError after too many in a row: then the server is at fault."""
         with self._lock:
-            self._given_up += 1
-            if self._given_up >= max(_PATIENCE, self.settings.concurrency):
-                url, count = self.settings.base_url, self._given_up
-                raise RunError(f"the endpoint {url} left {count} questions in a row unanswered: {why}")
+            self._consecutive_failures += 1
+            if self._consecutive_failures >= max(_MAX_CONSECUTIVE_FAILURES, self.settings.concurrency):
+                url, count = self.settings.base_url, self._consecutive_failures
+                raise RunError(f"the endpoint {url} left {count} requests in a row unanswered: {reason}")
 
-    def _ask_for_less(self, body: Mapping[str, Any], refusal: str) -> bool:
-        """Whether a refusal names something optional in the request; that is left out from now on, with a warning."""
+    def _drop_optional_field(self, body: Mapping[str, Any], refusal: str) -> bool:
+        """If a refusal names an optional field of the request, omit or reduce it from now on and return True."""
         url, refusal = self.settings.base_url, refusal.lower()
         if "response_format" in body and any(word in refusal for word in ("response_format", "json_schema", "guided")):
             with self._lock:
                 if self._sends_schema:
-                    log.warning("%s takes no JSON schema: rationales are asked for in words alone", url)
+                    log.warning("%s does not support JSON schemas; only the prompt asks for the format", url)
                 self._sends_schema = False
         elif "logprob_token_ids" in body and "logprob_token_ids" in refusal:
             self._sends_token_ids = False
         elif "logprobs" in body and "logprobs" in refusal:
-            if body["top_logprobs"] <= _FEWER:
-                self.without_logprobs("refuses log-probabilities")
+            if body["top_logprobs"] <= _REDUCED_TOP_LOGPROBS:
+                self.disable_logprobs("refuses log-probabilities")
             else:
-                self.top_logprobs = min(self.top_logprobs, _FEWER)
+                self.top_logprobs = min(self.top_logprobs, _REDUCED_TOP_LOGPROBS)
         elif "seed" in body and re.search(r"\bseed\b", refusal):
             self._sends_seed = False
         else:
@@ -183,6 +192,6 @@ class ChatClient:
         return True
 
 
-def unanswered(why: str) -> Answer:
-    """What stands for an answer that never came: no call counts, for none was answered."""
-    return Answer("", False, error=why, calls=0)
+def unanswered(reason: str) -> Answer:
+    """An answer that was not received; `calls` is 0."""
+    return Answer("", False, error=reason, calls=0)

@@ -1,4 +1,4 @@
-"""One request to a server that speaks the OpenAI chat protocol, and the answer in its reply."""
+"""HTTP client of the OpenAI chat API: sends one request and parses the reply."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import Answer
 
 Tokens = Sequence[tuple[str, Mapping[str, float]]]
-"""The tokens of an answer, each with the likeliest tokens at its place and their log-probabilities."""
+"""The tokens of an answer, each with the top-k tokens at its position and their log-probabilities."""
 
-_TOKENIZE_S = 10.0
-_KEPT = 256  # idle connections, though fewer questions may be in flight: `distill serve` counts those by itself
+_TOKENIZE_TIMEOUT_S = 10.0
+_MIN_IDLE_CONNECTIONS = 256  # may exceed `concurrency`: `distill serve` limits its requests itself
 
 
 class HttpClient:
-    """A server with its key; threads may share it.
+    """Connections to one server, with its API key; thread-safe.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
@@ -42,39 +42,40 @@ class HttpClient:
         if settings.api_key_env and not key:
             raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
         if not (key.isascii() and key.isprintable()):
-            raise SettingsError(f"api_key_env: {settings.api_key_env} holds characters that no key has")
+            raise SettingsError(f"api_key_env: {settings.api_key_env} contains characters that are not valid in a key")
         self.settings = settings
-        bearer = {"Authorization": f"Bearer {key}"} if key else basic_auth("Authorization", settings.base_url)
-        self._headers = {"Content-Type": "application/json"} | bearer
-        self._pool = connection_pool(settings.base_url, max(_KEPT, settings.concurrency))
+        auth = {"Authorization": f"Bearer {key}"} if key else basic_auth("Authorization", settings.base_url)
+        self._headers = {"Content-Type": "application/json"} | auth
+        self._pool = connection_pool(settings.base_url, max(_MIN_IDLE_CONNECTIONS, settings.concurrency))
 
     def close(self) -> None:
-        """Close the connections that nobody uses just now."""
+        """Close the idle connections."""
         self._pool.clear()
 
-    def send(self, body: Mapping[str, Any], content: Sequence[bytes], limit_s: float) -> tuple[Answer, Tokens]:
-        """One request, however slowly the server drips its reply, and the answer that is in it.
+    def send(self, body: Mapping[str, Any], content: Sequence[bytes], timeout_s: float) -> tuple[Answer, Tokens]:
+        """Send one request and return the parsed answer.
 
         Args:
-            body: all but the message.
-            content: of the message, as pieces of JSON.
+            body: the request without `messages`.
+            content: JSON fragments of the message content.
+            timeout_s: time limit of the whole reply, also if the server sends it slowly.
 
         Raises:
-            RequestFailed: it may succeed when it is sent again.
-            RequestRefused: it never will.
-            RunError: the server refuses the key or does not serve the model.
+            RequestFailed: a retry may succeed.
+            RequestRefused: a retry cannot succeed.
+            RunError: the server refuses the key, requires payment or does not serve the model.
         """
         url = self.settings.base_url.rstrip("/")
         head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
-        whole = b"".join([head, *content, b"}]}"])  # in one piece: each write gives up the interpreter to others
-        response, reply = self._post(f"{url}/chat/completions", whole, limit_s)
+        request = b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
+        response, reply = self._post(f"{url}/chat/completions", request, timeout_s)
         status, text = response.status, reply.decode("utf-8", "replace")
         if status in (401, 403):
             name = self.settings.api_key_env
-            refused = f"refuses the key in {name}" if name else "wants a key, and api_key_env names none"
-            raise RunError(f"the endpoint {url} {refused} (status {status})")
+            problem = f"refuses the key in {name}" if name else "requires a key, but api_key_env is not set"
+            raise RunError(f"the endpoint {url} {problem} (status {status})")
         if status == 402:
-            raise RunError(f"the endpoint {url} wants to be paid (status 402): {text[:200]}")
+            raise RunError(f"the endpoint {url} requires payment (status 402): {text[:200]}")
         if status == 404 or 300 <= status < 400:
             raise RunError(f"the endpoint at base_url {url} does not serve {self.settings.model} (status {status})")
         if status in (408, 429) or status >= 500:
@@ -82,79 +83,87 @@ class HttpClient:
             busy = status == 429 or (status == 503 and retry_after_s > 0)
             raise RequestFailed(f"status {status}: {text[:200]}", retry_after_s, busy=busy)
         if status >= 400:
-            raise RequestRefused(f"the endpoint refused the question (status {status}): {text[:200]}", text)
+            raise RequestRefused(f"the endpoint refused the request (status {status}): {text[:200]}", text)
         try:
-            return _read(json.loads(text))
+            return _parse_reply(json.loads(text))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RequestFailed(f"a malformed reply: {text[:200]!r}") from error
 
     def tokenize(self, text: str) -> list[int] | None:
-        """The tokens of a text by the server's own `/tokenize` (vLLM has it beside /v1); None where it has none.
+        """Token ids from the server's `/tokenize` route (vLLM serves it next to `/v1`); None if there is no such route.
 
         Raises:
             RequestFailed: the server cannot be reached.
         """
         root = self.settings.base_url.rstrip("/").removesuffix("/v1")
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
-        _, reply = self._post(f"{root}/tokenize", json.dumps(body).encode(), min(self.settings.timeout_s, _TOKENIZE_S))
+        _, reply = self._post(
+            f"{root}/tokenize", json.dumps(body).encode(), min(self.settings.timeout_s, _TOKENIZE_TIMEOUT_S)
+        )
         try:
             return [int(token) for token in json.loads(reply)["tokens"]]
-        except (ValueError, LookupError, TypeError):  # as in what others say of a path that they do not know
+        except (ValueError, LookupError, TypeError):  # the reply of a server that does not know the route
             return None
 
-    def _post(self, url: str, body: bytes, limit_s: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
-        """The head and the body of a reply that takes no longer than that. Raises RequestFailed."""
-        deadline = time.monotonic() + limit_s
-        sent = {"body": body, "headers": self._headers, "timeout": limit_s}
+    def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+        """Response and body. Raises RequestFailed, also if the reply is not complete within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        options = {"body": body, "headers": self._headers, "timeout": timeout_s}
         try:
-            with self._pool.urlopen("POST", url, redirect=False, preload_content=False, **sent) as response:
+            with self._pool.urlopen("POST", url, redirect=False, preload_content=False, **options) as response:
                 return response, read_body(response, deadline)
         except TimeoutError:
-            raise RequestFailed(f"the reply took longer than {limit_s:.3g} s") from None
+            raise RequestFailed(f"the reply took longer than {timeout_s:.3g} s") from None
         except HTTPError as error:
             why = re.sub(r"^HTTPS?Connection.*?\): ", "", str(error.args[-1] if error.args else ""))
-            dead = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
-            raise RequestFailed(f"{type(error).__name__} {why}".strip(), dead=dead) from error
+            unreachable = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
+            raise RequestFailed(f"{type(error).__name__} {why}".strip(), unreachable=unreachable) from error
 
 
 class RequestFailed(Exception):
-    """A request that may succeed when it is sent again."""
+    """A request that failed and may succeed on a retry.
 
-    def __init__(self, why: str, retry_after_s: float = 0.0, *, dead: bool = False, busy: bool = False) -> None:
+    Attributes:
+        retry_after_s: seconds that the server asks to wait; 0 if it does not say.
+        unreachable: no connection to a server was established.
+        busy: the server replied that it is overloaded.
+    """
+
+    def __init__(self, why: str, retry_after_s: float = 0.0, *, unreachable: bool = False, busy: bool = False) -> None:
         super().__init__(why)
         self.retry_after_s = retry_after_s
-        self.dead = dead  # there was no server at all
-        self.busy = busy  # there was one, with too much to do
+        self.unreachable = unreachable
+        self.busy = busy
 
 
 class RequestRefused(Exception):
-    """A request that the server will never answer."""
+    """A request that the server rejects for good; `reply` is the text of its reply."""
 
     def __init__(self, why: str, reply: str) -> None:
         super().__init__(why)
         self.reply = reply
 
 
-def _read(reply: Any) -> tuple[Answer, Tokens]:
-    """The answer in a reply. Raises ValueError, LookupError, TypeError or AttributeError for any other shape."""
+def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
+    """Answer and tokens of a reply. Raises ValueError, LookupError, TypeError or AttributeError if it is malformed."""
     choice = reply["choices"][0]
     text = choice["message"].get("content") or ""
     usage = reply.get("usage") or {}
     answer = Answer(
-        text.encode("utf-8", "replace").decode(),  # no lone surrogates
+        text.encode("utf-8", "replace").decode(),  # replaces lone surrogates
         choice.get("finish_reason") not in ("length", "content_filter"),
         int(usage.get("prompt_tokens") or 0),
         int(usage.get("completion_tokens") or 0),
     )
     tokens = (choice.get("logprobs") or {}).get("content") or []
-    likely = [
+    top_tokens = [
         {t["token"]: float(t["logprob"]) for t in [token, *(token.get("top_logprobs") or [])]} for token in tokens
     ]
-    return answer, [(token["token"], top) for token, top in zip(tokens, likely, strict=True)]
+    return answer, [(token["token"], top) for token, top in zip(tokens, top_tokens, strict=True)]
 
 
 def _retry_after_s(header: str) -> float:
-    """Seconds to wait by a `Retry-After` header, which gives seconds or a date; 0 for anything else."""
+    """Seconds to wait according to a `Retry-After` header (seconds or a date); 0 if it cannot be parsed."""
     try:
         return max(0.0, float(header))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Label probabilities from what a server answers to *classify*: its log-probabilities, or several answers."""
+"""Label probabilities from answers to *classify*: from log-probabilities, or from the agreement of samples."""
 
 import math
 import re
@@ -10,89 +10,102 @@ from distill.models.endpoint.http import Tokens
 from distill.task.labels import LabelSpace
 
 _PREDICTION = re.compile(r"(?:^|[{,])[ \t\"'*#>\u0120\u2581-]*prediction[\"'*]*[ \t]*:", re.IGNORECASE | re.MULTILINE)
-_QUOTES = " \t\r\n\"'`*_.,;:{}[]\u0120\u2581"  # and the two signs by which tokenizers write a space
-_FLOOR = 1e-12  # no label is impossible
+_MARKUP = " \t\r\n\"'`*_.,;:{}[]\u0120\u2581"  # \u0120 and \u2581 are the spaces of byte-level BPE and SentencePiece
+_MIN_PROBABILITY = 1e-12  # no label gets a probability of 0
 
 
 def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray, float]:
-    """Label probabilities [K] from the tokens of an answer to *classify* or *review*, and the label mass.
+    """Label probabilities from the tokens of an answer to *classify* or *review*.
 
-    They are read where the label begins: after the last `"Prediction":` that opens a line or a JSON field, otherwise
-    at the answer's first token. A likely token counts for the label that it begins. Where it begins several, as "-"
-    does with numbers, what was generated is followed to the next token. How an answer would have gone on after a token
-    that was not generated nobody knows: its probability is shared equally among the labels it begins, and so is that
-    of a space. A label that no likely token begins has at most the probability of the least likely of them, and at most
-    what they leave; it is given that bound. The mass is the sum before normalising, 1 at most.
+    Probabilities are read where the label begins: after the last `"Prediction":` that opens a line or a JSON field,
+    otherwise at the first token. The probability of a top-k token is assigned to the label that it is a prefix of:
+
+    - A generated token that is a prefix of several labels (such as "-" if labels are numbers) is followed to the next
+      position.
+    - The continuation of a token that was not generated is unknown. If it is a prefix of several labels, its
+      probability is split equally among them; a space is a prefix of all labels.
+    - The probability of a label without a top-k token is at most that of the least likely top-k token, and at most
+      the probability that the top-k tokens leave. The label gets the smaller of the two bounds.
+
+    Returns:
+        Probabilities [K], and the label mass: the sum of the probabilities before they were normalised, at most 1.
     """
-    begin = _label_begins("".join(token for token, _ in tokens), labels)
-    names = [_letters(name) for name in labels.names]
+    begin = _label_offset("".join(token for token, _ in tokens), labels)
+    names = [_normalized(name) for name in labels.names]
     mass = np.zeros(len(names))
-    said, reached, left = "", 1.0, list(range(len(names)))  # of the label so far: text, probability, what it may become
+    # The generated part of the label, its probability, and the labels that it may still become.
+    prefix, prefix_probability, candidates = "", 1.0, list(range(len(names)))
     end = 0
-    for token, likely in tokens:
+    for token, top_logprobs in tokens:
         start, end = end, end + len(token)
-        header = start < begin and not token[max(0, begin - start) :].strip(_QUOTES)
-        if header or not token:  # a server may write its end token as nothing
+        in_header = start < begin and not token[max(0, begin - start) :].strip(_MARKUP)
+        if in_header or not token:  # some servers return the end-of-sequence token as an empty string
             continue
-        shares = {other: math.exp(min(logprob, 0.0)) for other, logprob in likely.items()}
-        shares.setdefault(token, max(0.0, 1 - sum(shares.values())))
-        following = _begun(said, token, left, names)
-        unseen = set(left)
-        for other, share in shares.items():
-            begun = following if other == token else _begun(said, other, left, names)
-            if other == token and len(begun) > 1:
-                unseen -= set(begun)
-            elif begun and (said.strip(_QUOTES) or not _quotes(other)):  # an opening quote that was not taken is a form
-                unseen -= set(begun)
-                mass[begun] += reached * share / len(begun)
-        mass[list(unseen)] += reached * max(min(*shares.values(), 1 - sum(shares.values())), _FLOOR)
-        said, reached, left = said + token, reached * shares[token], following
-        if len(left) <= 1:
+        probabilities = {other: math.exp(min(logprob, 0.0)) for other, logprob in top_logprobs.items()}
+        probabilities.setdefault(token, max(0.0, 1 - sum(probabilities.values())))
+        continued = _matching_labels(prefix, token, candidates, names)
+        unseen = set(candidates)
+        for other, probability in probabilities.items():
+            matching = continued if other == token else _matching_labels(prefix, other, candidates, names)
+            if other == token and len(matching) > 1:
+                unseen -= set(matching)
+            elif matching and (prefix.strip(_MARKUP) or not _is_punctuation(other)):
+                # An opening quote that was not generated is another format of the answer, not a label.
+                unseen -= set(matching)
+                mass[matching] += prefix_probability * probability / len(matching)
+        bound = min(*probabilities.values(), 1 - sum(probabilities.values()))
+        mass[list(unseen)] += prefix_probability * max(bound, _MIN_PROBABILITY)
+        prefix, prefix_probability, candidates = prefix + token, prefix_probability * probabilities[token], continued
+        if len(candidates) <= 1:
             break
-    if len(left) > 1 and said.strip(_QUOTES):  # the answer ends while it may be several: it is the shortest of them
-        named = [k for k in left if names[k] == _letters(said)] or left
-        mass[named] += reached / len(named)
+    if len(candidates) > 1 and prefix.strip(
+        _MARKUP
+    ):  # the answer ended; it may name a label that is a prefix of others
+        named = [k for k in candidates if names[k] == _normalized(prefix)] or candidates
+        mass[named] += prefix_probability / len(named)
     if not mass.any():
         return np.full(len(labels), 1 / len(labels)), 0.0
     return mass / mass.sum(), min(float(mass.sum()), 1.0)
 
 
 def agreement(answers: Sequence[str], labels: LabelSpace) -> np.ndarray:
-    """Label probabilities [K] from k answers to *classify*: their shares, smoothed by one more answer for all alike.
+    """Label probabilities [K] from k sampled answers to *classify*: smoothed frequencies.
 
-    p_j = (n_j + (1 + r) / K) / (k + 1), where r of the k answers name no label.
+    p_j = (n_j + (1 + r) / K) / (k + 1), where n_j answers name label j and r answers name no label.
     """
-    found = [labels.find(_first_line(answer[_label_begins(answer, labels) :])) for answer in answers]
+    found = [labels.find(_first_line(answer[_label_offset(answer, labels) :])) for answer in answers]
     counts = np.array([found.count(name) for name in labels.names], dtype=float)
     return (counts + (1 + found.count(None)) / len(labels)) / (len(answers) + 1)
 
 
-def _begun(said: str, token: str, left: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Which of the labels that are left the text `said` and then `token` begin, or are; all of them for mere quotes."""
-    inside = bool(said.strip(_QUOTES))
-    over = not token or (inside and "\n" in token)
-    begun = [k for k in left if not over and names[k].startswith(_letters(said + token, open_ended=True))]
-    ended = inside and not token[:1].isalnum()
-    whole = {_letters(said + token), _letters(said)} if ended else {_letters(said + token)}
-    return begun or [k for k in left if names[k] in whole]
+def _matching_labels(prefix: str, token: str, candidates: Sequence[int], names: Sequence[str]) -> list[int]:
+    """The candidates that `prefix + token` is a prefix of or names; all candidates if it is punctuation alone."""
+    has_text = bool(prefix.strip(_MARKUP))
+    ended = not token or (has_text and "\n" in token)
+    text = _normalized(prefix + token, keep_end=True)
+    begun = [k for k in candidates if not ended and names[k].startswith(text)]
+    complete = {_normalized(prefix + token)}
+    if has_text and not token[:1].isalnum():  # the token ends the label
+        complete.add(_normalized(prefix))
+    return begun or [k for k in candidates if names[k] in complete]
 
 
-def _letters(text: str, open_ended: bool = False) -> str:
-    """A text without case, spaces and the quotes around it; `open_ended` keeps those that it ends with."""
-    plain = "".join(text.replace("\u0120", " ").replace("\u2581", " ").split()).casefold().lstrip(_QUOTES)
-    return plain if open_ended else plain.rstrip(_QUOTES)
+def _normalized(text: str, keep_end: bool = False) -> str:
+    """Text without case, spaces and surrounding punctuation; `keep_end` keeps the punctuation at the end."""
+    plain = "".join(text.replace("\u0120", " ").replace("\u2581", " ").split()).casefold().lstrip(_MARKUP)
+    return plain if keep_end else plain.rstrip(_MARKUP)
 
 
-def _quotes(token: str) -> bool:
-    """Whether a token is quotes or brackets alone; spaces alone are none."""
-    return bool(token.strip(" \u0120\u2581")) and not token.strip(_QUOTES)
+def _is_punctuation(token: str) -> bool:
+    """Whether a token is quotes, brackets or other punctuation alone; a token of spaces alone is not."""
+    return bool(token.strip(" \u0120\u2581")) and not token.strip(_MARKUP)
 
 
-def _label_begins(text: str, labels: LabelSpace) -> int:
-    """Where an answer to *classify* begins to name its label; an answer that is the bare label names it at once."""
+def _label_offset(text: str, labels: LabelSpace) -> int:
+    """Offset in an answer to *classify* where the label begins; 0 if the first line is a bare label."""
     headers = list(_PREDICTION.finditer(text))
     return headers[-1].end() if headers and labels.find(_first_line(text)) is None else 0
 
 
 def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip(_QUOTES)), "")
+    return next((line for line in text.splitlines() if line.strip(_MARKUP)), "")

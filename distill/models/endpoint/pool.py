@@ -1,4 +1,4 @@
-"""Work on threads: so much at once, and the next begun as soon as one is done."""
+"""A bounded thread pool that yields results in completion order."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,42 +16,46 @@ T = TypeVar("T")
 def as_completed(
     work: Callable[[I, threading.Event], T],
     items: Iterable[I],
-    at_once: int,
-    room: Callable[[], bool] = lambda: True,
+    max_workers: int,
+    has_capacity: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[I, T]]:
-    """Items with the results of `work(item, stop)`, in the order of their completion.
+    """Yield each item with the result of `work(item, stop)`, in completion order.
 
-    An item is taken only when it can be begun: while fewer than `at_once` are under way or not handed over, and while
-    the consumer has `room`. After a RunError, or an error of `items`, nothing more is begun, but what is under way is
-    finished and handed over before the error is raised. For a consumer that stops early it is finished, too.
+    An item is taken from `items` only when it can start: while fewer than `max_workers` items are running or not yet
+    yielded, and `has_capacity()` is true. After a RunError of `work`, or any error of `items`, no new item starts;
+    running items finish and are yielded before the error is raised. If the consumer stops early, running items finish
+    as well.
 
     Args:
-        stop: set when nothing more is to be begun, so that work may cut its waits short.
+        work: called on a worker thread. Its second argument is set when no new items start, so that `work` can cut
+            waits short.
+        max_workers: number of threads.
+        has_capacity: whether the consumer accepts another item.
     """
     stop = threading.Event()
-    waiting = iter(items)
-    done: SimpleQueue[tuple[I, Future[T]]] = SimpleQueue()
+    remaining = iter(items)
+    finished: SimpleQueue[tuple[I, Future[T]]] = SimpleQueue()
     running = 0
     failure: Exception | None = None
-    pool = ThreadPoolExecutor(at_once)
+    pool = ThreadPoolExecutor(max_workers)
 
-    def begin() -> None:
+    def start_items() -> None:
         nonlocal running, failure
         try:
-            while failure is None and running < at_once and room():
-                item = next(waiting)
+            while failure is None and running < max_workers and has_capacity():
+                item = next(remaining)
                 running += 1
-                pool.submit(work, item, stop).add_done_callback(partial(_report, done, item))
+                pool.submit(work, item, stop).add_done_callback(partial(_report, finished, item))
         except StopIteration:
             return
-        except Exception as error:  # noqa: BLE001 - raised again when nothing is under way
+        except Exception as error:  # noqa: BLE001 - raised once no item is running
             failure = error
             stop.set()
 
     try:
-        begin()
+        start_items()
         while running:
-            item, future = done.get()
+            item, future = finished.get()
             running -= 1
             try:
                 result = future.result()
@@ -59,15 +63,15 @@ def as_completed(
                 failure = failure or error
                 stop.set()
                 continue
-            begin()
+            start_items()
             yield item, result
-            begin()  # the consumer may have made room
+            start_items()  # the consumer may have freed capacity
         if failure is not None:
             raise failure
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)  # what is under way may write down what it was paid for
+        pool.shutdown(cancel_futures=True)  # wait, so that running items can store answers that were already paid for
 
 
-def _report(done: "SimpleQueue[tuple[I, Future[T]]]", item: I, future: "Future[T]") -> None:
-    done.put((item, future))
+def _report(finished: "SimpleQueue[tuple[I, Future[T]]]", item: I, future: "Future[T]") -> None:
+    finished.put((item, future))

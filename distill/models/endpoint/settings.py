@@ -1,4 +1,4 @@
-"""Settings of a server that speaks the OpenAI chat protocol."""
+"""Settings of an OpenAI-compatible server."""
 
 from dataclasses import dataclass
 
@@ -10,38 +10,38 @@ from distill.errors import SettingsError
 
 @dataclass
 class EndpointSettings:
-    """A server that speaks the OpenAI chat protocol."""
+    """An OpenAI-compatible server."""
 
     base_url: str
-    """Address of the server up to its version, such as http://localhost:8000/v1."""
+    """URL of the server including the API version, for example http://localhost:8000/v1."""
     model: str
-    """Name of the model, as the server knows it."""
+    """Model name on the server."""
     api_key_env: str = ""
-    """Environment variable that holds the key; empty: the server wants none."""
+    """Environment variable that holds the API key; empty if the server requires none."""
     concurrency: int = 8
-    """How many questions are in flight at once."""
+    """Maximum number of requests in flight."""
     timeout_s: float = 120.0
-    """Seconds that one request may take."""
+    """Time limit of one request, in seconds."""
     deadline_s: float = 600.0
-    """Seconds that one answer may take with all its retries."""
+    """Time limit of one answer including all retries, in seconds."""
     max_attempts: int = 6
-    """How often a request is sent before its answer is given up; not counting that the server has too much to do, for
-    which the deadline alone is the limit."""
+    """Maximum number of attempts per answer. Replies that say the server is overloaded do not count as attempts; only
+    the deadline limits them."""
     backoff_s: float = 1.0
-    """Longest wait before the first retry, in seconds; it doubles with each one, up to a minute."""
+    """Maximum delay before the first retry, in seconds; it doubles with each retry, up to one minute."""
     json_schema: bool = True
-    """Ask for rationales by JSON schema; dropped with a warning where the server cannot."""
+    """Request rationales with a JSON schema; disabled with a warning if the server does not support it."""
     top_logprobs: int = 20
-    """How many log-probabilities to ask for when classifying, 1 to 20; fewer or none where the server refuses."""
+    """Number of log-probabilities requested for a classification, 1 to 20; reduced if the server refuses."""
     agreement_samples: int = 5
-    """Answers drawn for each classification where the server tells no log-probabilities; 1 tells nothing of how sure
-    the model is, so that in the cascade only its polarity counts, and in service it is always 1."""
+    """Answers sampled per classification if the server returns no log-probabilities; their agreement rate is the
+    confidence. With 1 the confidence is unknown, so the cascade uses the polarity alone; in service it is always 1."""
     max_image_side: int = 1024
-    """Longest side of a picture as it is sent, in pixels; larger ones are scaled down."""
+    """Maximum length of the longer image side, in pixels; larger images are scaled down before they are sent."""
     prompt_price: float | None = None
-    """Price of a million prompt tokens, in any currency."""
+    """Price per million prompt tokens, in any currency."""
     completion_price: float | None = None
-    """Price of a million completion tokens, in the same currency."""
+    """Price per million completion tokens, in the same currency."""
 
     def __post_init__(self) -> None:
         try:

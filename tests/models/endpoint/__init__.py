@@ -1,1 +1,1 @@
-"""A package, because some of its files share their names with other test files."""
+"""A package, because some file names also occur in other test folders."""

@@ -1,4 +1,4 @@
-"""One request: the key, the address, and what is read in a reply."""
+"""The HTTP client: API key, address, proxy, connections, and parsing of replies."""
 
 import base64
 import math
@@ -13,7 +13,7 @@ from distill.task.sample import Sample
 from tests.models.openai_server import Server, answers, endpoint, posts, rationale
 
 
-def test_a_missing_variable_is_refused_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_variable_is_an_error_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     with Server() as server:
         with pytest.raises(SettingsError, match="TEACHER_KEY"):
@@ -21,9 +21,9 @@ def test_a_missing_variable_is_refused_before_the_first_request(monkeypatch: pyt
         assert server.requests == 0
 
 
-def test_a_key_with_strange_characters_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEACHER_KEY", "\u201csecret\u201d")  # pasted with the quotes of a text
-    with pytest.raises(SettingsError, match="TEACHER_KEY holds characters that no key has") as caught:
+def test_a_key_with_invalid_characters_is_an_error_that_does_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "\u201csecret\u201d")  # pasted with typographic quotes
+    with pytest.raises(SettingsError, match="TEACHER_KEY contains characters that are not valid") as caught:
         endpoint("http://127.0.0.1:9/v1", api_key_env="TEACHER_KEY")
     assert "secret" not in str(caught.value)
 
@@ -47,14 +47,14 @@ def test_an_unknown_model_ends_the_run(tmp_path: Path) -> None:
     assert wrong_path in str(caught.value)
 
 
-def test_a_cut_answer_is_unfinished(tmp_path: Path) -> None:
+def test_an_answer_cut_by_the_token_limit_is_unfinished(tmp_path: Path) -> None:
     with Server(rates={"truncated": 1.0}) as server:
         found = answers(endpoint(server.url), posts(tmp_path, 1))
     assert (found[0].finished, found[0].error) == (False, None)
     assert server.requests == 1
 
 
-def test_connections_are_kept_for_later_questions(tmp_path: Path) -> None:
+def test_connections_are_reused(tmp_path: Path) -> None:
     with Server() as server:
         teacher = endpoint(server.url, concurrency=4)
         assert all(answer.error is None for answer in answers(teacher, posts(tmp_path, 60)))
@@ -63,7 +63,7 @@ def test_connections_are_kept_for_later_questions(tmp_path: Path) -> None:
         assert answers(teacher, posts(tmp_path, 1))[0].error is None
 
 
-def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(tmp_path: Path) -> None:
+def test_connections_closed_by_the_server_cost_no_attempt(tmp_path: Path) -> None:
     with Server(headers={"Connection": "close"}) as server:
         found = answers(endpoint(server.url, concurrency=1, max_attempts=1), posts(tmp_path, 5))
     assert [answer.error for answer in found] == [None] * 5
@@ -71,23 +71,22 @@ def test_a_connection_that_the_server_closed_meanwhile_costs_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("http://127.0.0.1:9/v1", "Connection refused"),
         ("http://nowhere.invalid/v1", "resolve 'nowhere.invalid'"),
         ("https://127.0.0.1:{port}/v1", "SSL"),
     ],
 )
-def test_where_there_is_no_server_one_sentence_says_so(tmp_path: Path, url: str, says: str) -> None:
-    with Server() as server, pytest.raises(RunError, match=says) as caught:
+def test_an_unreachable_server_gives_one_clear_message(tmp_path: Path, url: str, message: str) -> None:
+    with Server() as server, pytest.raises(RunError, match=message) as caught:
         url = url.format(port=server.http.server_address[1])
         answers(endpoint(url, max_attempts=2), posts(tmp_path, 3))
-    assert str(caught.value).startswith(f"no server answers at base_url {url}: ") and "object at" not in str(
-        caught.value
-    )
+    assert str(caught.value).startswith(f"no server answers at base_url {url}: ")
+    assert "object at" not in str(caught.value)
 
 
-def test_the_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_from_the_environment_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server() as proxy, Server() as server:
         monkeypatch.setenv("http_proxy", proxy.url.removeprefix("http://").removesuffix("/v1"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -99,36 +98,36 @@ def test_the_proxy_of_the_environment_is_used(tmp_path: Path, monkeypatch: pytes
         endpoint("http://teacher.invalid/v1")
 
 
-def test_a_login_in_the_address_is_sent(tmp_path: Path) -> None:
+def test_user_and_password_in_the_url_are_sent(tmp_path: Path) -> None:
     with Server() as server:
         answers(endpoint(server.url.replace("://", "://me:p%40ss@")), posts(tmp_path, 1))
     assert server.keys == ["Basic " + base64.b64encode(b"me:p@ss").decode()]
 
 
-def test_a_proxy_may_be_left_out_by_host_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_accepts_host_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with Server() as server:
         monkeypatch.setenv("no_proxy", f"127.0.0.1:{server.http.server_address[1]}")
         assert answers(endpoint(server.url), posts(tmp_path, 1))[0].error is None
 
 
-def test_a_reply_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
-    """A refusal without its end would pass for one of the question."""
+def test_an_incomplete_reply_is_retried(tmp_path: Path) -> None:
+    """An incomplete refusal must not count as a refusal."""
     with Server(refuse=lambda body: (400, "later") if server.requests == 1 else None) as server:
-        server.cut = 1
+        server.broken_off = 1
         found = answers(endpoint(server.url, concurrency=1), posts(tmp_path, 1))
     assert (found[0].error, server.requests) == (None, 2)
 
 
-def test_hostile_text_in_both_directions(tmp_path: Path) -> None:
-    with Server(answer=lambda question: rationale("neutral", "half a pair \ud83d")) as server:
-        found = answers(endpoint(server.url), [Sample("s", "half a pair \ud83d")])
+def test_lone_surrogates_in_requests_and_replies(tmp_path: Path) -> None:
+    with Server(answer=lambda request: rationale("neutral", "lone surrogate \ud83d")) as server:
+        found = answers(endpoint(server.url), [Sample("s", "lone surrogate \ud83d")])
     assert found[0].error is None
     assert found[0].text.encode()
 
 
 @pytest.mark.parametrize(
-    ("change", "names"),
+    ("change", "field"),
     [
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"base_url": "http://host:port/v1"}, "base_url"),
@@ -137,6 +136,6 @@ def test_hostile_text_in_both_directions(tmp_path: Path) -> None:
         ({"top_logprobs": 21}, "top_logprobs"),
     ],
 )
-def test_impossible_settings(change: dict[str, Any], names: str) -> None:
-    with pytest.raises(SettingsError, match=names):
+def test_invalid_settings(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(SettingsError, match=field):
         EndpointSettings(**({"base_url": "http://localhost/v1", "model": "m"} | change))

@@ -1,4 +1,4 @@
-"""Work on threads: bounded, without barriers, and nothing that was begun is lost."""
+"""The thread pool: bounded, without barriers, and running items always finish."""
 
 import threading
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from distill.errors import RunError, SettingsError
 from distill.models.endpoint.pool import as_completed
 
 
-def endless(taken: list[int]) -> Iterator[int]:
+def endless_items(taken: list[int]) -> Iterator[int]:
     while True:
         taken.append(len(taken))
         yield taken[-1]
 
 
-def test_a_slow_item_holds_up_no_other() -> None:
+def test_a_slow_item_delays_no_other() -> None:
     release = threading.Event()
 
     def work(item: int, stop: threading.Event) -> int:
@@ -30,19 +30,22 @@ def test_a_slow_item_holds_up_no_other() -> None:
     assert list(found) == [(0, 0)]
 
 
-def test_items_are_taken_only_when_they_can_be_begun() -> None:
+def test_items_are_taken_only_when_they_can_start() -> None:
     taken: list[int] = []
-    found = as_completed(lambda item, stop: item, endless(taken), 3)
-    for handed_over in range(1, 20):
+    found = as_completed(lambda item, stop: item, endless_items(taken), 3)
+    for yielded in range(1, 20):
         next(found)
-        assert len(taken) <= handed_over + 3
+        assert len(taken) <= yielded + 3
     found.close()  # type: ignore[attr-defined]
 
 
-def test_without_room_nothing_is_begun_until_the_consumer_makes_some() -> None:
+def test_items_start_only_while_the_consumer_has_capacity() -> None:
     taken: list[int] = []
     held: list[int] = []
-    for item, _ in as_completed(lambda item, stop: item, endless(taken), 8, room=lambda: len(taken) - len(held) < 2):
+    results = as_completed(
+        lambda item, stop: item, endless_items(taken), 8, has_capacity=lambda: len(taken) - len(held) < 2
+    )
+    for item, _ in results:
         assert len(taken) - len(held) <= 2
         held.append(item)
         if len(held) == 20:
@@ -50,27 +53,27 @@ def test_without_room_nothing_is_begun_until_the_consumer_makes_some() -> None:
     assert sorted(held) == list(range(20))
 
 
-def test_after_a_failure_what_was_begun_is_finished_and_handed_over() -> None:
-    begun: list[int] = []
-    all_begun = threading.Barrier(4)
+def test_after_a_failure_running_items_finish_and_are_yielded() -> None:
+    started: list[int] = []
+    all_started = threading.Barrier(4)
 
     def work(item: int, stop: threading.Event) -> int:
-        begun.append(item)
+        started.append(item)
         if item < 4:
-            all_begun.wait(10)
+            all_started.wait(10)
         if item == 2:
             raise RunError("gone")
-        assert stop.wait(10), "the others are told"
+        assert stop.wait(10), "the other items are notified"
         return item
 
     found = []
     with pytest.raises(RunError, match="gone"):
         for item, _ in as_completed(work, range(100), 4):
             found.append(item)
-    assert sorted(found) == [0, 1, 3] and sorted(begun) == [0, 1, 2, 3]
+    assert sorted(found) == [0, 1, 3] and sorted(started) == [0, 1, 2, 3]
 
 
-def test_a_consumer_that_stops_early_waits_for_what_is_under_way() -> None:
+def test_a_consumer_that_stops_early_waits_for_running_items() -> None:
     written: list[int] = []
     second = threading.Event()
 
@@ -84,10 +87,10 @@ def test_a_consumer_that_stops_early_waits_for_what_is_under_way() -> None:
     next(found)
     assert second.wait(10)
     found.close()  # type: ignore[attr-defined]
-    assert 1 in written, "an answer that was paid for is written down while its ledger is open"
+    assert 1 in written, "a paid answer is stored while its ledger is open"
 
 
-def test_a_failure_of_the_items_loses_nothing_that_was_begun() -> None:
+def test_after_an_error_of_the_items_running_items_are_yielded() -> None:
     def items() -> Iterator[int]:
         yield from range(3)
         raise SettingsError("row 4 is bad")

@@ -1,9 +1,10 @@
-"""The sides of a student step, each with its models in a process of its own: what they do, hold and need."""
+"""The implementations that `student_step.py` compares: their steps, memory and FLOP, and checks that they agree.
 
-import ctypes
-import gc
+Each implementation runs in its own process with its own models.
+"""
+
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import published
 import torch
 import torch.nn.functional as F
 import workload
+from measuring import Usage, measure_cpu, measure_cuda
 from workload import TASKS
 
 from distill.models import tiny
@@ -20,20 +22,21 @@ from distill.models.packing import tree_mask
 from distill.planning.flops import flops
 from distill.task.sample import Sample
 from distill.training import soft_target_cache
-from distill.training.batches import Batch, check_exact, encode
+from distill.training.batches import Batch, check_compatibility, encode
 from distill.training.fused_loss import answer_loss
 from distill.training.soft_target_cache import CachedTargets
-from distill.training.soft_targets import SoftTargets
+from distill.training.soft_targets import OnlineTargets
 from distill.training.student import DistillationSettings, StudentModule, StudentSettings
 
-SIDES = ("published", "online", "cached")
+IMPLEMENTATIONS = ("published", "online", "cached")
 SIZES = {"tiny": ("tiny-64", "tiny-128"), "published": ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")}
+"""Student and assistant of each size, by their names in `workload.MODELS`."""
 WEIGHT, TEMPERATURE = 0.3, 2.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. `folder` holds what the processes share: the tokenizer and the soft targets."""
+    """One measured configuration. `folder` holds the tokenizer and the soft targets, which the processes share."""
 
     size: str
     device: str
@@ -42,44 +45,46 @@ class Case:
     batch_size: int
     threads: int
     samples: list[Sample]
-    widths: dict[Any, int]
+    padded_lengths: dict[Any, int]
     folder: Path
 
     def batch(self, index: int) -> list[Sample]:
         return self.samples[index * self.batch_size : (index + 1) * self.batch_size]
 
-    def models(self, student_on: str, assistant_on: str | None) -> tuple[Backbone, Backbone | None]:
-        """Student and assistant, the same in every process."""
+    def models(self, student_device: str, assistant_device: str | None) -> tuple[Backbone, Backbone | None]:
+        """Student and assistant, with the same weights in every process."""
         torch.set_num_threads(self.threads)
-        words = tiny.load_tokenizer(self.folder / "tokenizer")
+        tokenizer = tiny.load_tokenizer(self.folder / "tokenizer")
         options: dict[str, Any] = {"image_size": self.image_size, "batch_size": self.batch_size}
         lora = LoraSettings() if self.lora else None
-        student = workload.build(SIZES[self.size][0], words, student_on, seed=1, lora=lora, **options)
-        if assistant_on is None:
+        student = workload.build_model(SIZES[self.size][0], tokenizer, student_device, seed=1, lora=lora, **options)
+        if assistant_device is None:
             return student, None
-        return student, workload.build(SIZES[self.size][1], words, assistant_on, seed=2, **options)
+        return student, workload.build_model(SIZES[self.size][1], tokenizer, assistant_device, seed=2, **options)
 
     def autocast(self) -> torch.autocast:
-        """As recipes train: on a GPU the arithmetic is bfloat16, adapters and their optimizer float32."""
+        """Mixed precision as in training: bfloat16 arithmetic on a GPU, with float32 adapters and optimizer."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
 
 @dataclass
 class Run:
-    """One step: seconds of preparing its batch, its own by the clock and of the processor, bytes above the models,
-    tokens, positions that get logits, FLOP."""
+    """One step. `preparing` is the time to prepare its batch in seconds, `logits` the number of positions with logits.
+
+    `seconds`, `cpu_seconds` and `extra_bytes` are those of `measuring.Usage`.
+    """
 
     preparing: float
     seconds: float
-    processor_seconds: float
+    cpu_seconds: float
     extra_bytes: int
     tokens: int
     logits: int
     flop: float
 
 
-class Side:
-    """One side with its models. `weights_bytes` is what those take, of a written assistant its output head."""
+class Implementation:
+    """One implementation with its models. `weights_bytes` is their size; for `cached`, student and assistant head."""
 
     def __init__(self, case: Case, name: str) -> None:
         self.case, self.name = case, name
@@ -95,16 +100,17 @@ class Side:
         begin = time.perf_counter()
         batch = self.prepare(self.case.batch(index))
         preparing = time.perf_counter() - begin
-        taken = (on_gpu if self.case.device == "cuda" else on_cpu)(lambda: self.step(batch))
-        return Run(preparing, *taken, *self.needs(batch))
+        usage: Usage = (measure_cuda if self.case.device == "cuda" else measure_cpu)(lambda: self.step(batch))
+        return Run(preparing, *usage, *self.cost(batch))
 
     def prepare(self, samples: Sequence[Sample]) -> Any:
-        """A batch on the device."""
+        """An encoded batch on the device."""
         if self.name == "published":
-            return _to(self.case.device, published.encode(samples, self.student, self.case.widths))
+            return _to(self.case.device, published.encode(samples, self.student, self.case.padded_lengths))
         return Batch(**_to(self.case.device, self.module.encode(samples)._asdict()))
 
     def step(self, batch: Any) -> None:
+        """Loss, backward and optimizer step."""
         with self.case.autocast():
             if self.name == "published":
                 assert self.assistant is not None
@@ -115,10 +121,12 @@ class Side:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def needs(self, batch: Any) -> tuple[int, int, float]:
-        """Tokens that the language model reads, positions that get logits, FLOP."""
+    def cost(self, batch: Any) -> tuple[int, int, float]:
+        """Returns the tokens that the language model reads, the positions with logits, and the FLOP of a step."""
         parts = (
-            [_padded(rows) for rows in batch.values()] if isinstance(batch, dict) else [_packed(batch, self.student)]
+            [_padded_cost(features) for features in batch.values()]
+            if isinstance(batch, dict)
+            else [_packed_cost(batch, self.student)]
         )
         backward: Any = "activations" if self.case.lora else "all"
         flop = sum(flops(self.student.model, **part, backward=backward) for part in parts)
@@ -131,39 +139,40 @@ class Side:
         return tokens, logits, flop
 
 
-held: dict[str, Side] = {}
+loaded: dict[str, Implementation] = {}
 
 
-def measure(case: Case, side: str, index: int) -> tuple[Run, int]:
-    """One step of a side, which stays in its process; and what its models take."""
-    if side not in held:
-        held[side] = Side(case, side)
-    return held[side].run(index), held[side].weights_bytes
+def measure(case: Case, name: str, index: int) -> tuple[Run, int]:
+    """Returns one measured step of an implementation and its `weights_bytes`. The models stay in the process."""
+    if name not in loaded:
+        loaded[name] = Implementation(case, name)
+    return loaded[name].run(index), loaded[name].weights_bytes
 
 
 def write_targets(case: Case) -> float:
-    """Write what `cached` reads; seconds a sample. Of the student only the processor is needed."""
+    """Write the soft targets that `cached` reads. Returns seconds per sample. The student's weights are not loaded."""
     student, assistant = case.models("meta", case.device)
     assert assistant is not None
-    asked = SoftTargets(assistant, student)
+    soft_targets = OnlineTargets(assistant, student)
     folder, key = _cache(case, student)
 
     def write(folder: Path, samples: Sequence[Sample]) -> float:
         begin = time.perf_counter()
         soft_target_cache.write(
-            folder, samples, key, lambda rows: encode(rows, student, TASKS, True), lambda: asked, device=case.device
-        )
+            folder, samples, key, lambda rows: encode(rows, student, TASKS, True), lambda: soft_targets,
+            device=case.device,
+        )  # fmt: skip
         return (time.perf_counter() - begin) / len(samples)
 
-    write(case.folder / "first", case.batch(0))  # a warm-up, which is not counted
+    write(case.folder / "first", case.batch(0))  # warm-up, not timed
     return write(folder, case.samples)
 
 
 def check_baseline(case: Case) -> dict[str, float]:
-    """How far the baseline's two terms are from those of `positions: all`, each relative to its size."""
+    """Relative differences between the two loss terms of `published` and those of `positions: all`."""
     student, assistant = case.models(case.device, case.device)
     assert assistant is not None
-    batch = _to(case.device, published.encode(case.batch(0), student, case.widths))
+    batch = _to(case.device, published.encode(case.batch(0), student, case.padded_lengths))
     module = _module(student, assistant, None, "all").eval()
     with torch.no_grad(), case.autocast():
         parts = [module.published_loss(features) for features in batch.values()]
@@ -171,13 +180,17 @@ def check_baseline(case: Case) -> dict[str, float]:
         cross_entropy, divergence = (
             published.loss(student.model, assistant.model, batch, weight, TEMPERATURE) for weight in (0.0, 1.0)
         )
-    return {"published cross-entropy": _gap(cross_entropy, hard), "published KL": _gap(divergence, soft)}
+    return {
+        "published cross-entropy": _relative_difference(cross_entropy, hard),
+        "published KL": _relative_difference(divergence, soft),
+    }
 
 
 def check_ours(case: Case) -> dict[str, float]:
-    """How far each of our terms and its gradient is from the plain formula's, and the KL's gradient with targets read
-    from disk from that with an assistant asked, each relative to its largest entry; after packed sequences were held
-    against unpacked ones.
+    """Relative differences of the fused loss, each by its largest entry.
+
+    Packed sequences are first checked against unpacked ones. Then each term of the fused loss and its gradient is
+    compared with the plain formula, and the gradient of KL with cached targets with that of online targets.
 
     Raises:
         SettingsError: packed and unpacked sequences differ.
@@ -185,104 +198,80 @@ def check_ours(case: Case) -> dict[str, float]:
     student, assistant = case.models(case.device, case.device)
     assert assistant is not None
     samples = case.batch(0)
-    check_exact(student, samples, list(TASKS), True)
+    check_compatibility(student, samples, list(TASKS), True)
     module = _module(student, assistant, None, "response").eval()
     packed = Batch(**_to(case.device, module.encode(samples)._asdict()))
-    cached = CachedTargets(*_cache(case, student))
+    cache = CachedTargets(*_cache(case, student))
     with torch.no_grad(), case.autocast():
         hidden = module.hidden_states(packed)
-        targets = module.soft_targets(packed)  # type: ignore[misc]
-        read = cached(packed._replace(soft=_to(case.device, cached.read(samples))))
+        online = module.soft_targets(packed)  # type: ignore[misc]
+        cached = cache(packed._replace(soft_targets=_to(case.device, cache.read(samples))))
     hidden.requires_grad_()
 
-    def ours(soft: Any, weight: float) -> torch.Tensor:
+    def fused_loss(soft: Any, weight: float) -> torch.Tensor:
         with case.autocast():
-            return answer_loss(hidden, student.head, packed.tokens, packed.shares, soft, weight, TEMPERATURE).total
+            return answer_loss(
+                hidden, student.head, packed.tokens, packed.loss_weights, soft, weight, TEMPERATURE
+            ).total
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, hidden)[0]
 
-    found = {}
+    differences = {}
     for name, weight in (("cross-entropy", 0.0), ("KL", 1.0)):
-        fused, plain = ours(targets, weight), _plain(hidden, student.head, packed, *targets, weight)
-        found[name] = _gap(fused, plain)
-        asked = gradient(fused)
-        found[f"gradient of the {name}"] = _gap(asked, gradient(plain))
-    return found | {"gradient of the KL from cached targets": _gap(gradient(ours(read, 1.0)), asked)}
+        fused, plain = fused_loss(online, weight), _plain_loss(hidden, student.head, packed, *online, weight)
+        differences[name] = _relative_difference(fused, plain)
+        fused_gradient = gradient(fused)
+        differences[f"gradient of the {name}"] = _relative_difference(fused_gradient, gradient(plain))
+    differences["gradient of the KL from cached targets"] = _relative_difference(
+        gradient(fused_loss(cached, 1.0)), fused_gradient
+    )
+    return differences
 
 
-def _gap(found: Any, expected: Any) -> float:
-    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+def _relative_difference(actual: Any, expected: Any) -> float:
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def _plain(
+def _plain_loss(
     hidden: torch.Tensor, head: torch.Tensor, batch: Batch, assistant: torch.Tensor, assistant_head: torch.Tensor,
     weight: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The loss of the answer tokens from the logits of all of them at once."""
+    """The loss over the answer tokens, from the logits of all of them at once."""
     z, a = hidden.float() @ head.float().T, assistant.float() @ assistant_head.float().T
     ids = min(z.shape[1], a.shape[1])
     hard = F.cross_entropy(z[:, :ids], batch.tokens, reduction="none")
     log_p, log_q = (F.log_softmax(logits[:, :ids] / TEMPERATURE, -1) for logits in (z, a))
     soft = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    return (batch.shares * ((1 - weight) * hard + weight * soft)).sum()
+    return (batch.loss_weights * ((1 - weight) * hard + weight * soft)).sum()
 
 
 def _module(student: Backbone, assistant: Backbone | None, soft: Any, positions: Any) -> StudentModule:
     settings = StudentSettings(distillation=DistillationSettings(WEIGHT, TEMPERATURE, positions))
-    module = StudentModule(student, settings, soft if assistant is None else SoftTargets(assistant, student))
-    module.model.train()  # the module's own mode is not its model's
+    module = StudentModule(student, settings, soft if assistant is None else OnlineTargets(assistant, student))
+    module.model.train()  # the mode of the module does not set that of its model
     return module
 
 
-def _cache(case: Case, student: Backbone) -> tuple[Path, soft_target_cache.Key]:
-    return case.folder / f"targets-{case.batch_size}", soft_target_cache.keys(
+def _cache(case: Case, student: Backbone) -> tuple[Path, soft_target_cache.KeyFunction]:
+    return case.folder / f"targets-{case.batch_size}", soft_target_cache.key_function(
         student, list(TASKS), "random weights", 0, TEMPERATURE
     )
 
 
-def _padded(rows: Any) -> dict[str, Any]:
-    count, width = rows["input_ids"].shape
-    return {"tokens": count * width, "logits": count * width, "pairs": count * width * (width + 1) / 2,
-            "patches": len(rows["pixel_values"])}  # fmt: skip
+def _padded_cost(features: Any) -> dict[str, Any]:
+    count, length = features["input_ids"].shape
+    return {"tokens": count * length, "logits": count * length, "pairs": count * length * (length + 1) / 2,
+            "patches": len(features["pixel_values"])}  # fmt: skip
 
 
-def _packed(batch: Batch, student: Backbone) -> dict[str, Any]:
+def _packed_cost(batch: Batch, student: Backbone) -> dict[str, Any]:
     inputs = batch.inputs
     padding = int((inputs["input_ids"] == student.processor.tokenizer.pad_token_id).sum())
-    pairs = int(tree_mask(inputs["ends"]).sum()) - padding  # a padded column sees itself
+    pairs = int(tree_mask(inputs["ends"]).sum()) - padding  # a padding position attends to itself
     return {"tokens": inputs["input_ids"].numel() - padding, "logits": len(batch.tokens), "pairs": pairs,
             "patches": len(inputs["pixel_values"])}  # fmt: skip
 
 
 def _to(device: str, value: Any) -> Any:
     return {name: _to(device, part) for name, part in value.items()} if isinstance(value, dict) else value.to(device)
-
-
-def on_cpu(step: Callable[[], object]) -> tuple[float, float, int]:
-    """Seconds by the clock and of the processor, and bytes of resident memory at the peak above those before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, lest it hide a part of the peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory("VmRSS")
-    begin, busy = time.perf_counter(), time.process_time()
-    step()
-    return time.perf_counter() - begin, time.process_time() - busy, memory("VmHWM") - before
-
-
-def memory(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def on_gpu(step: Callable[[], object]) -> tuple[float, float, int]:
-    """The same by the device's own events and torch's allocator."""
-    torch.cuda.reset_peak_memory_stats()
-    before, busy = torch.cuda.memory_allocated(), time.process_time()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    seconds = begin.elapsed_time(end) / 1000
-    return seconds, time.process_time() - busy, torch.cuda.max_memory_allocated() - before

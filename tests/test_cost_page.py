@@ -1,0 +1,17 @@
+"""The example in docs/cost.md is what `distill plan` prints for the quickstart."""
+
+import re
+from pathlib import Path
+
+from distill import recipe
+from distill.planning.tables import plan_text
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_is_the_plan_of_the_quickstart(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```text\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    arguments = ["--config", str(ROOT / "recipes" / "quickstart.yaml"), "--runs", str(tmp_path)]
+    settings, _ = recipe.load(recipe.parser("plan"), [*arguments, "--data.root", str(tmp_path / "postcards")])
+    assert example == plan_text(settings).replace(str(tmp_path), "runs")
