@@ -187,7 +187,7 @@ def _promise_text(promise: Mapping[str, Any], n: int) -> str:
     """The promise in words, for the report."""
     if promise["by"] == "budget":
         return (
-            f"From {n} validation posts: {promise['calls']:.3f} teacher calls a post expected, "
+            f"From {n} validation posts: {promise['calls']:.3f} teacher calls per post expected, "
             f"95% interval {promise['calls_low']:.3f} to {promise['calls_high']:.3f}."
         )
     if promise["by"] == "risk":
