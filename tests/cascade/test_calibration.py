@@ -131,7 +131,7 @@ def test_fixed_thresholds_are_used_as_given_without_a_guarantee() -> None:
     settings = CalibrateSettings(by="fixed", student_threshold=0.25, teacher_threshold=0.5)
     content = calibrate(*validation(60), NAMES, LABELS, settings)
     assert (content["student_threshold"], content["teacher_threshold"]) == (0.25, 0.5)
-    assert content["promise"] == {"by": "fixed", "says": "The thresholds were given; they promise nothing."}
+    assert content["promise"] == {"by": "fixed", "says": "The thresholds are set in the recipe; nothing is guaranteed."}
 
 
 def test_on_a_scale_an_error_is_a_wrong_polarity() -> None:
