@@ -72,7 +72,7 @@ class Quarantined:
     """A sample without a valid rationale.
 
     Attributes:
-        reason: the rule that the last answer breaks, or `unanswered`.
+        reason: the rule that the last answer breaks, `unanswered`, or `filtered` by a content filter.
         detail: a description of the problem.
         answer: the last answer.
     """
@@ -251,7 +251,7 @@ def _use_recorded(state: _SampleState, labels: LabelSpace, has_teacher: bool) ->
 def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
     """Label an unlabelled sample with the teacher's prediction if its probability reaches `confidence`."""
     if answer.error is not None:
-        state.quarantine("unanswered", answer.error, "")
+        state.quarantine(answer.kind, answer.error, "")
         return
     probabilities, _ = read_scores(answer)
     best = max(probabilities)
@@ -264,7 +264,7 @@ def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace,
 def _advance(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
     """One step of the protocol: keep a valid answer, explain a wrong prediction, retry, or quarantine."""
     if answer.error is not None:
-        state.quarantine("unanswered", answer.error, "")
+        state.quarantine(answer.kind, answer.error, "")
         return
     is_first = state.template == "predict" and state.attempt == 0 and not state.teacher_label
     try:

@@ -149,4 +149,3 @@ class LabelSpace:
         """A label space of the bins of a scale, named after their centres unless `names` are given."""
         names = names if names is not None else [f"{round(centre, 6):g}" for centre in scale.centres]
         return cls(tuple(names), tuple(int(sign) for sign in scale.polarity(scale.centres)), scale)
-

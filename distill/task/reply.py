@@ -36,9 +36,11 @@ def final_text(reply: str | None) -> str:
     A thought may be closed, closed without having been opened (the chat template opened it), or not closed. In the last
     case there is no answer after it.
     """
-    text = _THOUGHT.sub("", reply or "")
-    if ends := list(_THOUGHT_END.finditer(text)):
-        text = text[ends[-1].end() :]
+    text = reply or ""
+    if _THOUGHT_END.search(text):
+        text = _THOUGHT.sub("", text)
+        if ends := list(_THOUGHT_END.finditer(text)):
+            text = text[ends[-1].end() :]
     text = _UNCLOSED.sub("", text)
     if answers := list(_ANSWER.finditer(text)):
         text = answers[-1]["inside"]
