@@ -102,9 +102,10 @@ class HttpClient:
         error = _server_error(content_of_reply, text)
         if self._key:
             error = replace(error, words=error.words.replace(self._key, "***"))
-        if status >= 300 or error.in_reply:
-            # an error in a reply with status 200 has its status inside, if any
-            self._raise_failure(error.status if status < 300 else status, error, response.headers)
+        if status >= 300:
+            self._raise_failure(status, replace(error, in_reply=False), response.headers)
+        if error.in_reply:
+            self._raise_failure(error.status, error, response.headers)
         try:
             return _parse_reply(content_of_reply)
         except (ValueError, LookupError, TypeError, AttributeError) as problem:
@@ -122,7 +123,9 @@ class HttpClient:
         if status in (408, 429) or status >= 500:
             retry_after_s = _retry_after_s(headers.get("retry-after", ""))
             busy = status == 429 or (status == 503 and retry_after_s > 0)
-            raise RequestFailed(f"status {status}: {words}", retry_after_s, busy=busy)
+            raise RequestFailed(
+                f"status {status}: {words}", retry_after_s, busy=busy, generated=error.in_reply and not busy
+            )
         if _FILTERED.search(f"{error.code} {words}"):
             raise RequestFiltered(f"a content filter refuses the post (status {status}): {words}")
         raise RequestRefused(f"the endpoint refused the request (status {status}): {words}", status, error)
@@ -174,7 +177,7 @@ class ServerError:
         words: the message, on one line; the reply itself if it has no message.
         status: the status inside the reply; 500 if there is none.
         param: the request fields that the server names in a field of its own.
-        in_reply: whether the reply is an error by its form.
+        in_reply: whether a reply with status 200 is an error by its form.
     """
 
     words: str
@@ -261,7 +264,7 @@ def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
         ValueError, LookupError, TypeError, AttributeError: the reply is malformed.
     """
     if not reply["choices"]:
-        raise RequestFailed("the reply has no choices")
+        raise RequestFailed("the reply has no choices", generated=True)
     choice = reply["choices"][0]
     message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
     content = message.get("content") or ""

@@ -144,8 +144,10 @@ class OptionalFields:
                     yield {**steps, option: step}
             without = dict(steps)
             for option in suspects:
-                without[option] = _TOKENS_ONLY if option == "thinking" else len(ladders[option])
-                yield dict(without)
+                last = _TOKENS_ONLY if option == "thinking" else len(ladders[option])
+                for step in (1, last) if option == "limit" and steps[option] == 0 else (last,):
+                    without[option] = step
+                    yield dict(without)
             self._tried.add(frozenset(suspects))
 
     def settle(self, steps: Steps, accepted: Steps, refusal: RequestRefused) -> None:
