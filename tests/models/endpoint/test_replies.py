@@ -232,7 +232,7 @@ def test_all_fields_can_be_refused_without_a_name(tmp_path: Path) -> None:
 
 def test_a_request_that_is_refused_whatever_it_has_is_not_repeated_without_end(tmp_path: Path) -> None:
     with Server(script=lambda request: error("Bad request")) as server:
-        with pytest.raises(RunError, match="in a row unanswered: .*Bad request"):
+        with pytest.raises(RunError, match=r"in a row unanswered: .*Bad request"):
             answers(endpoint(server.url), posts(tmp_path, 100))
         assert server.requests < 50
     for status, words in ((403, "requires a key, but api_key_env is not set"), (404, "does not serve big-vl")):
