@@ -149,7 +149,7 @@ def test_an_expired_or_missing_key(distill: Command, tmp_path: Path, monkeypatch
         monkeypatch.setenv("TEACHER_KEY", "secret")
         result = distill("run", "--config", path)
     assert result.status == 1
-    assert result.error == f"the endpoint {server.url} refuses the key in TEACHER_KEY (status 401)"
+    assert result.error == f"the endpoint {server.url} refuses the key in TEACHER_KEY (status 401): expired"
     assert "secret" not in "".join(file.read_text() for file in (tmp_path / "runs").rglob("*.json*"))
 
 

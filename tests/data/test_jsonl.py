@@ -158,10 +158,14 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     jsonl.write_rows(path, [{"id": "old"}])
     with pytest.raises(KeyError):
         jsonl.write_rows(path, failing())
-    with pytest.raises(ValueError):
-        jsonl.write_rows(path, [{"id": "new"}, {"id": float("nan")}])
     assert path.read_text() == '{"id": "old"}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unknown_numbers_are_written_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    jsonl.write_rows(path, [{"mass": float("nan"), "values": [1.0, float("inf")]}])
+    assert path.read_text() == '{"mass": null, "values": [1.0, null]}\n'
 
 
 def test_a_full_disk_raises_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

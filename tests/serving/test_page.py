@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor g
 
 MARKUP = '<img src=x onerror="document.title=1"><b>"Prediction": negative'
 
+expect.set_options(timeout=30_000)  # milliseconds; a busy machine answers slowly
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
