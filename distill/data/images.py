@@ -5,7 +5,6 @@ import io
 import os
 import re
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def resolve(root: Path, name: str) -> Path:
     return path
 
 
-def open_image(path: Path, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image without decoding it and without the pixel limit of Pillow: callers apply their own."""
     with _OPENING:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

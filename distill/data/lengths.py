@@ -53,4 +53,4 @@ def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Calla
         ids = ", ".join(long[:_SHOWN]) + (", ..." if len(long) > _SHOWN else "")
         action = "are cut to" if settings.too_long == "truncate" else "are dropped for having more than"
         log.warning("data: %d posts %s %d tokens (data.max_tokens, data.too_long): %s", len(long), action, limit, ids)
-    return replace(corpus, dropped=dropped, **parts)
+    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, corpus.root, corpus.places)

@@ -20,8 +20,8 @@ def decode(raw: bytes) -> tuple[str, str]:
     for mark, encoding in _BOMS.items():
         if raw.startswith(mark) and (text := _strict(raw[len(mark) :], encoding)) is not None:
             return text, encoding
-    if (encoding := _unmarked_utf16(raw)) and (text := _strict(raw, encoding)) is not None:
-        return text, encoding
+    if (wide := _unmarked_utf16(raw)) and (text := _strict(raw, wide)) is not None:
+        return text, wide
     for encoding in ("utf-8", "gb18030", "cp1252"):
         text = _strict(raw, encoding)
         if text is not None and (encoding != "gb18030" or _is_plausible_gb18030(text)):

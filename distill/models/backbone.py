@@ -19,8 +19,9 @@ from distill.errors import SettingsError
 from distill.models import tiny
 from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens
 from distill.models.hub import load_from_hub
-from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_mask, tree_positions
+from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
+from distill.models.tree_attention import attention_mask
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -181,10 +182,7 @@ class Backbone:
             cache: stores the keys and values of all columns, for generation.
         """
         if "ends" in inputs:
-            mask = tree_mask(inputs["ends"])
-            if self.settings.attention == "eager":  # which adds the mask to the scores
-                zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-                mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
+            mask = attention_mask(inputs["ends"], self.settings.attention)
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
         output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state

@@ -116,7 +116,7 @@ def test_validation_has_every_sample_once_and_the_same_number_in_every_process(
 
 
 def test_validation_batches_are_classify_prompts_without_answers(backbone: Backbone, postcards: Corpus) -> None:
-    features, gold, values = next(iter(module(backbone, postcards).val_dataloader()))
+    features, gold, values, _ = next(iter(module(backbone, postcards).val_dataloader()))
     assert "labels" not in features and len(gold) == 7
     assert values.isnan().all(), "named labels have no values"
     expected = backbone.encode(postcards.validation[:7], "classify")
