@@ -53,8 +53,8 @@ def to_prompt_completion(
         Dataset with the columns `prompt` and `completion`, lists of messages with structured content, and `images`.
 
     Raises:
-        SettingsError: the file cannot be read or has no answer to any of the tasks, or a row has no id or text, an
-            unknown label, or an image that is missing or outside the root.
+        SettingsError: the file is missing or has no answer to any of the tasks, or a row is not valid JSON, has no id,
+            neither text nor image, an unknown label, or an image that is missing or outside the root.
     """
     if not tasks or not set(tasks) <= {"reason", "classify"}:
         raise SettingsError(f"tasks must be reason, classify or both, not {', '.join(tasks) or 'empty'}")

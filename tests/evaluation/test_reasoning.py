@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from distill import connections
 from distill.evaluation import reasoning
 from distill.evaluation.reasoning import distinct, reasoning_metrics
 from distill.task.labels import LabelSpace

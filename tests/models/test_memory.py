@@ -25,7 +25,10 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_posts_and_remedy_are_named(error: BaseException) -> None:
-    with pytest.raises(RunError, match="^out of memory with the posts a, b; reduce x$"), memory_errors("ab", "reduce x"):
+    with (
+        pytest.raises(RunError, match="^out of memory with the posts a, b; reduce x$"),
+        memory_errors("ab", "reduce x"),
+    ):
         raise error
     with pytest.raises(RunError, match="h, ...; reduce"), memory_errors(lambda: "abcdefghi", "reduce x"):
         raise error
@@ -66,6 +69,6 @@ def test_training_names_the_posts(
     monkeypatch.setattr(module, name, full)
     split = postcards.train if step == "training_step" else postcards.validation
     arguments = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
-    with pytest.raises(RunError, match="out of memory with the posts .*; reduce the stage's batch_size") as caught:
+    with pytest.raises(RunError, match=r"out of memory with the posts .*; reduce the stage's batch_size") as caught:
         fit(module, data, tmp_path, arguments)
     assert all(post.id in str(caught.value) for post in split[:2])

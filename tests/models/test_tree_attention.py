@@ -44,9 +44,7 @@ def test_blocks_give_the_states_and_gradients_of_one_mask(
         torch.testing.assert_close(found, gradient, atol=1e-3, rtol=1e-3)
 
 
-def test_no_mask_is_larger_than_a_block(
-    make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_mask_is_larger_than_a_block(make_backbone: Any, postcards: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = make_backbone()
     batch = packed(backbone, postcards)
     sizes = []

@@ -115,8 +115,8 @@ def test_datasets_reads_the_file_directly(tmp_path: Path) -> None:
         ({"label": "angry"}, "row 1: unknown label 'angry'"),
         ({"images": ["../secret.png"]}, "row 1: '../secret.png' lies outside"),
         ({"images": ["images/9.png"]}, "row 1: image 9.png is missing"),
-        ({"text": ""}, "row 1 has no text"),
-        ({"id": None}, "row 1 has no id"),
+        ({"text": "", "images": []}, "row 1: there is neither text nor image"),
+        ({"id": None}, "row 1: id is missing"),
         ({"label": None, "rationale": None}, "no answers to reason or classify"),
     ],
 )
@@ -133,7 +133,7 @@ def test_errors_name_the_invalid_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.jsonl is missing"):
         to_prompt_completion(tmp_path / "none.jsonl", tmp_path, LABELS)
     (tmp_path / "truncated.jsonl").write_text('{"id": "a", "text"')
-    with pytest.raises(SettingsError, match=r"truncated\.jsonl cannot be read as jsonl"):
+    with pytest.raises(SettingsError, match=r"truncated\.jsonl row 1 is not valid JSON"):
         to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS)
     with pytest.raises(SettingsError, match="tasks must be"):
         to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS, tasks=())
