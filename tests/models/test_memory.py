@@ -26,11 +26,11 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS)
 def test_posts_and_remedy_are_named(error: BaseException) -> None:
     with (
-        pytest.raises(RunError, match="^out of memory with the posts a, b; reduce x$"),
+        pytest.raises(RunError, match=r"^out of memory with the posts a, b; reduce x$"),
         memory_errors("ab", "reduce x"),
     ):
         raise error
-    with pytest.raises(RunError, match="h, ...; reduce"), memory_errors(lambda: "abcdefghi", "reduce x"):
+    with pytest.raises(RunError, match=r"h, \.\.\.; reduce"), memory_errors(lambda: "abcdefghi", "reduce x"):
         raise error
 
 
