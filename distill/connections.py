@@ -4,11 +4,13 @@ import base64
 import os
 import ssl
 import time
+from functools import cache
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
 import certifi
 import urllib3
+from huggingface_hub import constants
 from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
@@ -81,6 +83,16 @@ def read_body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: in
         if time.monotonic() > deadline:
             raise TimeoutError
     return bytes(body)
+
+
+@cache
+def hub_reachable() -> bool:
+    """Whether the model hub is reachable; checked once, because the hub's client retries each file for minutes."""
+    try:
+        connection_pool(constants.ENDPOINT, 1).request("HEAD", constants.ENDPOINT, timeout=5, redirect=False)
+    except HTTPError:
+        return False
+    return True
 
 
 def _ssl_context() -> ssl.SSLContext:

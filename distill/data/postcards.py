@@ -95,7 +95,7 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
         FileExistsError: `root` contains files that were not generated here.
         OSError: `root` cannot be written.
     """
-    root = Path(root)
+    root = Path(root).resolve()  # of a link, the folder that it names is replaced
     if is_generated(root, settings):
         return
     if root.exists():

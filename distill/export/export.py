@@ -7,15 +7,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 
 from distill.errors import RunError
 from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars
+from distill.models.hub import load_from_hub
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
 
@@ -182,8 +184,11 @@ def base_licence(path: str, revision: str) -> str:
     if not path:
         return "apache-2.0"
     try:
-        source = Path(path) / "README.md" if Path(path).is_dir() else None
-        card = ModelCard.load(source if source else path)
+        if Path(path).is_dir():
+            source: str | Path = Path(path) / "README.md"
+        else:
+            source = load_from_hub(partial(hf_hub_download, filename="README.md"), path, revision=revision)
+        card = ModelCard.load(source)
         return str(card.data.get("license") or "other")
     except Exception:  # noqa: BLE001 - offline, no card, or an invalid card: the licence is unknown
         return "other"

@@ -18,8 +18,10 @@ from transformers.utils import logging as transformers_logging
 from distill.errors import SettingsError
 from distill.models import tiny
 from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens
-from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_mask, tree_positions
+from distill.models.hub import load_from_hub
+from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
+from distill.models.tree_attention import attention_mask
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -180,10 +182,7 @@ class Backbone:
             cache: stores the keys and values of all columns, for generation.
         """
         if "ends" in inputs:
-            mask = tree_mask(inputs["ends"])
-            if self.settings.attention == "eager":  # which adds the mask to the scores
-                zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-                mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
+            mask = attention_mask(inputs["ends"], self.settings.attention)
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
         output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
@@ -278,7 +277,7 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
             return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
         try:
-            config = AutoConfig.from_pretrained(settings.path, revision=settings.revision)
+            config = load_from_hub(AutoConfig.from_pretrained, settings.path, revision=settings.revision)
             return AutoModelForImageTextToText.from_config(config)
         except (OSError, ValueError) as error:
             raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
@@ -297,18 +296,16 @@ def hide_progress_bars():  # type: ignore[no-untyped-def]
 
 
 def _pretrained(settings: ModelSettings, path: str) -> Any:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "revision": settings.revision if path == settings.path else "main",
+        "dtype": getattr(torch, settings.dtype),
+        "attn_implementation": settings.attention,
+    }
     if settings.lora is not None and settings.lora.quantize:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            return AutoModelForImageTextToText.from_pretrained(
-                path,
-                revision=settings.revision if path == settings.path else "main",
-                dtype=getattr(torch, settings.dtype),
-                attn_implementation=settings.attention,
-                **options,
-            )
+            return load_from_hub(AutoModelForImageTextToText.from_pretrained, path, **options)
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
 
@@ -337,7 +334,7 @@ def _quantization_config(settings: ModelSettings) -> Any:
 
 def _processor(model: Any, path: str, revision: str) -> Any:
     try:
-        processor = tiny.processor_class(model.config).from_pretrained(path, revision=revision)
+        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

@@ -26,6 +26,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )  # fmt: skip
 
+CONTEXT = 4096
+"""Number of positions of a tiny model."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -115,7 +118,7 @@ def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> 
             "num_hidden_layers": settings.layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": CONTEXT,
             "initializer_range": initializer_std,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": None,

@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
-
 from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
 from distill.annotation.ledger import Ledger
-from distill.data.corpus import read_corpus
+from distill.data.images import open_image
 from distill.data.postcards import is_generated
 from distill.errors import SettingsError
 from distill.models import backbone
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
+from distill.models.text_limit import CHARACTERS_PER_TOKEN
 from distill.planning.teacher_requests import RequestForecast, rationale_request_bounds
 from distill.recipe import Recipe
 from distill.stages.context import Context
@@ -35,9 +34,6 @@ SAMPLE_SIZE = 64
 
 TOKEN_SIDE, MIN_IMAGE_TOKENS = 28, 4
 """Qwen2.5-VL: side in pixels of the square that becomes one token, and the tokens of the smallest images."""
-
-CHARACTERS_PER_TOKEN = 4
-"""Estimate used without a tokenizer."""
 
 _FILLER = " ".join(["What the post says, what its picture shows and which of them prevails is weighed here."] * 3)
 
@@ -62,8 +58,8 @@ class ChainForecast:
         data = recipe.data
         if data.source == "postcards" and not is_generated(Path(data.root), data.postcards):
             data = replace(data, root=str(scratch / "data"))
-        self.corpus = read_corpus(data, self.labels)
-        self.context = Context(replace(recipe, runs=str(scratch)), {})
+        self.context = Context(replace(recipe, runs=str(scratch), data=data), {})
+        self.corpus = self.context.posts
         self._run_context = Context(recipe, {})
         self.context.corpus = self._run_context.corpus = self.corpus
         self._models: dict[str, Backbone | SettingsError] = {}
@@ -240,7 +236,7 @@ def sample_by_length(rows: Iterable[Sample]) -> list[Sample]:
 
 def _image_tokens(path: Path, teacher: Teacher) -> float:
     """Estimate the tokens of an image from its size in pixels."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
     if isinstance(teacher, ModelSettings):
         width, height = (teacher.image_size, teacher.image_size) if teacher.image_size else (width, height)

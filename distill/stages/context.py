@@ -19,9 +19,10 @@ from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger, digest
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
+from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
 from distill.errors import SettingsError
 from distill.files import atomic_folder
-from distill.models import backbone, tiny
+from distill.models import backbone, text_limit, tiny
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint
 from distill.models.local import Local
@@ -38,6 +39,9 @@ from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit, should_train, with_defaults, worker_folder
 
 log = logging.getLogger(__name__)
+
+_FITS = 256
+"""A text of so many bytes fits the context of every model."""
 
 _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
@@ -66,7 +70,7 @@ class Context:
     @cached_property
     def corpus(self) -> Corpus:
         """The data, read and validated once. Dropped rows are written to `quarantine.jsonl` in the run's folder."""
-        corpus = read_corpus(self.recipe.data, self.labels)
+        corpus = self.posts
         if worker_folder() is None:  # workers of a distributed training do not write it
             report = self.folder / "quarantine.jsonl"
             write_quarantine(report, corpus.dropped)
@@ -75,6 +79,25 @@ class Context:
                 summary = f"{len(corpus.dropped)} rows are dropped and listed in {report}; the first:"
                 log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
         return corpus
+
+    @cached_property
+    def posts(self) -> Corpus:
+        """The data with texts of at most `data.max_tokens`, counted by the model that the recipe trains."""
+        corpus, data, recipe = self._as_read, self.recipe.data, self.recipe
+        if (longest := longest_text(corpus)) <= (data.max_tokens or _FITS):  # the usual case: no model is loaded
+            return corpus
+        trained = [section.model for section in (recipe.student, recipe.assistant, recipe.teacher) if section]
+        model = trained[0] if trained else None
+        limit = data.max_tokens or text_limit.default_limit(model, MAX_TOKENS)
+        if longest <= limit:
+            return corpus
+        tokenizer = text_limit.tokenizer(model, self.tokenizer(model)) if model else None
+        return limit_lengths(corpus, data, limit, lambda text, limit: text_limit.cut(text, limit, tokenizer))
+
+    @cached_property
+    def _as_read(self) -> Corpus:
+        """The data with texts of any length, on which the tokenizer of tiny models is trained."""
+        return read_corpus(self.recipe.data, self.labels)
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
@@ -93,7 +116,7 @@ class Context:
 
     def _texts(self) -> list[str]:
         """Training texts of the tokenizer: posts, rationales, prompts and answers."""
-        posts = self.corpus.train
+        posts = self._as_read.train
         texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]

@@ -109,6 +109,18 @@ class LabelSpace:
             raise ValueError(f"unknown label {label!r}; the labels are {', '.join(self.names)}")
         return self.names.index(label)
 
+    def from_data(self, label: object) -> object:
+        """A label as found in data: a whole number becomes text (2 and 2.0 are the label '2') unless there is a scale.
+
+        Raises:
+            ValueError: the label is true or false.
+        """
+        if isinstance(label, bool):
+            raise ValueError(f"label must be text, not {str(label).lower()}")
+        if self.scale is None and isinstance(label, int | float) and label % 1 == 0:
+            return str(int(label))
+        return label
+
     def name(self, label: object) -> str:
         """Name of a label, or of the bin of a value. Raises ValueError as `index` does."""
         return self.names[self.index(label)]

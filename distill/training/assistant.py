@@ -62,6 +62,7 @@ class AssistantModule(L.LightningModule):
         self.strict_loading = False  # checkpoints contain the trainable weights only
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
+        self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
@@ -70,6 +71,9 @@ class AssistantModule(L.LightningModule):
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         check_compatibility(self.backbone, data.train, list(self.settings.tasks), self.settings.packing)  # type: ignore[arg-type]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.current_ids = batch.ids if isinstance(batch, Batch) else ()
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self.loss(batch)
@@ -93,8 +97,8 @@ class AssistantModule(L.LightningModule):
         """Return the last hidden states [N, D] at the positions that predict an answer token."""
         return self.backbone.hidden_states(batch.inputs).flatten(0, 1)[batch.positions]
 
-    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor], _: int) -> None:
-        features, gold, values = batch
+    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor, Sequence[str]], _: int) -> None:
+        features, gold, values, self.current_ids = batch
         probabilities = score_labels(self.backbone, features)[0]
         errors = (self._expected_values(probabilities) - values).abs()
         self._validated.append((probabilities.argmax(-1), gold, errors))

@@ -28,6 +28,7 @@ class Batch(NamedTuple):
         tasks: [N], index of each token's task in the order of the settings.
         sizes: [B], number of answer tokens of each sample; the tokens are in the order of the samples.
         soft_targets: cached soft targets of the N tokens by name; empty if the assistant runs during training.
+        ids: ids of the B samples.
     """
 
     inputs: Features
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     tasks: torch.Tensor
     sizes: torch.Tensor
     soft_targets: Features
+    ids: tuple[str, ...] = ()
 
 
 SYNTHETIC_ACCURACY = 0.6
@@ -88,6 +90,7 @@ def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Templat
         torch.tensor(indices)[packed.answers],
         torch.tensor(sizes),
         {},
+        tuple(sample.id for sample in samples),
     )
 
 

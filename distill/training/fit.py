@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import SettingsError
 from distill.files import atomic_write
+from distill.models.memory import memory_errors
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 
@@ -31,6 +32,11 @@ DEFAULTS: dict[str, Any] = {
 
 _RESERVED = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
 """Trainer arguments that `fit` sets itself."""
+
+_MEMORY_REMEDY = (
+    "reduce the stage's batch_size and raise trainer.accumulate_grad_batches by the same factor, "
+    "or reduce data.max_tokens or model.image_size"
+)
 
 _ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
 """Environment variable that passes the folder of the running training to worker processes."""
@@ -98,6 +104,7 @@ def fit(
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
+        RunError: there is not enough memory for a step.
     """
     checkpoints = folder / "checkpoints"
     worker = _is_worker()
@@ -117,7 +124,8 @@ def fit(
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     try:
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+        with memory_errors(lambda: module.current_ids, _MEMORY_REMEDY):
+            trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     except SystemExit:  # raised by Lightning after Ctrl-C
         raise KeyboardInterrupt from None
     if worker:

@@ -1,5 +1,6 @@
 """The context of the stages: data, tokenizers, models, teachers and training samples."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,29 @@ def test_the_corpus_is_read_once_and_dropped_rows_are_reported(
         assert len(again.corpus.train) == 35
     assert image.name in (again.folder / "quarantine.jsonl").read_text()
     assert "1 rows are dropped and listed in" in caplog.text and "train.jsonl row 4" in caplog.text
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "quarantine"])
+def test_long_posts_are_cut_or_dropped_by_the_trained_models_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, too_long: str
+) -> None:
+    posts = [{"id": f"p{i}", "text": "Glad we came", "label": "positive"} for i in range(3)]
+    posts.append({"id": "huge", "text": "so " * 20_000, "label": "neutral"})
+    lines = [json.dumps(post) + "\n" for post in posts]
+    for name in ("train", "validation", "test"):
+        other = json.dumps(posts[0] | {"text": f"Here at the {name}"})
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines) if name == "train" else other)
+    data = {"source": "jsonl", "root": str(tmp_path), "validation": ["validation.jsonl"], "too_long": too_long}
+    context = new_context(tmp_path, data=data)
+    with caplog.at_level(logging.WARNING, logger="distill"):
+        train = context.corpus.train
+    quarantine = (context.folder / "quarantine.jsonl").read_text()
+    if too_long == "quarantine":
+        assert len(train) == 3 and '"id": "huge"' in quarantine and "more than 2048 tokens" in quarantine
+        return
+    tokens = load_tokenizer(context.tokenizer(context.recipe.student.model))(train[3].text)["input_ids"]  # type: ignore[union-attr]
+    assert 2000 < len(tokens) <= 2048 and quarantine == ""
+    assert "1 posts are cut to 2048 tokens (data.max_tokens, data.too_long): huge" in caplog.text
 
 
 def test_workers_of_a_distributed_training_do_not_write_the_report_of_dropped_rows(
