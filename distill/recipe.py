@@ -156,8 +156,9 @@ class RecipeParser(jsonargparse.ArgumentParser):
 
     def dump(self, namespace: jsonargparse.Namespace, **options: Any) -> str:
         """The fields of the recipe as YAML, which `load` can read."""
-        recipe = jsonargparse.Namespace({name: namespace[name] for name in fields(Recipe)})
-        return str(mask(super().dump(recipe, **options)))
+        if "runs" in namespace:  # not one of its sections, for which jsonargparse calls this function as well
+            namespace = jsonargparse.Namespace({name: namespace[name] for name in fields(Recipe)})
+        return str(mask(super().dump(namespace, **options)))
 
 
 def parser(command: str) -> RecipeParser:

@@ -101,6 +101,8 @@ def check_limits(section: Any) -> None:
     """Raise SettingsError for a value of a section that its field does not take."""
     for name, annotation in fields(type(section)).items():
         limit, value = limit_of(annotation), getattr(section, name)
+        if isinstance(value, str) and "\0" in value:
+            raise SettingsError(f"{name} contains a NUL character")
         if limit is not None and value is not None and (problem := limit.problem(value)):
             raise SettingsError(f"{name} {problem}")
 
@@ -228,8 +230,10 @@ def parse_error_message(root: type, error: BaseException) -> str:
         return unknown_field_message(root, f"{dot}{found[1] or found[2]}")
     if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
         return unknown_field_message(root, f"{dot}{found[1]}.{found[2]}")
-    if found := re.search(r"arguments are required: (\S+)|[Kk]ey \"([^\"]+)\" is required", text):
+    if found := re.search(r"arguments are required: ([^\s,]+)|[Kk]ey \"([^\"]+)\" is required", text):
         return f"{dot}{found[1] or found[2]} is required"
+    if "integer string conversion" in text:
+        return f"{path} is a number with too many digits"
     given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
     value = next(filter(None, given.groups()), "") if given else ""
     if re.search("dot import path|Not a valid subclass|Unable to load config", text):

@@ -169,7 +169,7 @@ def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool) and value != _UNLIMITED.get(name):
             problem = _RANGES.get(name, Range()).problem(value)
             if problem and name in _UNLIMITED:
-                problem += f", or {_UNLIMITED[name]} for no limit"
+                problem += f", or {_UNLIMITED[name]}"
             if problem:
                 raise SettingsError(f"{field}.{name} {problem}")
 
@@ -185,8 +185,8 @@ def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *
     given = {name: value for name, value in {**shared, **own}.items() if not on_cpu or name not in _HARDWARE}
     if (problem := _refusal(given, on_cpu)) is None:
         return
-    culprits = [name for name in given if f"`{name}" in problem or re.search(rf"\b{name}\b", problem)]
-    culprits += [name for name in given if _refusal({n: v for n, v in given.items() if n != name}, on_cpu) is None]
+    culprits = [name for name in given if _refusal({n: v for n, v in given.items() if n != name}, on_cpu) is None]
+    culprits += [name for name in given if re.search(rf"\b{name}\b", problem)]
     field = f"{stage}.trainer" if not culprits or culprits[0] in own else "trainer"
     raise SettingsError(f"{'.'.join([field, *culprits[:1]])}: {problem}")
 
