@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -26,12 +25,12 @@ import torch
 from distill.data.corpus import data_fingerprint
 from distill.errors import RunError, SettingsError
 from distill.files import read_json, write_json, write_text
-from distill.recipe import Recipe, to_yaml
+from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
 from distill.stages.context import Context
 from distill.task import prompts
 from distill.tracking import Tracker
-from distill.training.fit import worker_folder
+from distill.training.fit import try_trainer, worker_folder
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
     Of the data, only the content is hashed, not its folder.
     """
-    settings = asdict(recipe)
+    settings = masked(recipe)
     data = [data_fingerprint(recipe.data), {name: value for name, value in settings["data"].items() if name != "root"}]
     hashes: dict[str, str] = {}
     for name in stages_of(recipe):
@@ -132,6 +131,9 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             if only is not None:
                 _check_inputs(only, STAGES[only].reads, manifest, current)
                 names = [only]
+            for name in names:
+                if "trainer" in STAGES[name].sections and not manifest.done(name, current[name]):
+                    try_trainer(recipe.trainer, getattr(recipe, name).trainer, name)
             ran = []
             for name in names:
                 if not manifest.done(name, current[name]):
@@ -209,7 +211,7 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
     _reset_peak_memory()
     status = "failed"
     try:
-        with tracker.stage(name, asdict(recipe)) as tracked:
+        with tracker.stage(name, masked(recipe)) as tracked:
             stage.run(context, tracked)
         status = "done"
     finally:

@@ -15,6 +15,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
 from distill.errors import SettingsError
+from distill.masking import MASK
 
 _CHUNK = 65_536  # bytes
 
@@ -55,9 +56,12 @@ def basic_auth(header: str, url: str) -> dict[str, str]:
     """The basic-auth header of the user and password in a URL; empty if it has none.
 
     Raises:
+        SettingsError: the login was masked when the recipe was saved.
         urllib3.exceptions.LocationParseError: the URL is invalid.
     """
     auth = parse_url(url).auth
+    if auth and unquote(auth) == MASK:
+        raise SettingsError(f"the login in {url} was masked when the recipe was saved; write user and password again")
     return {header: f"Basic {base64.b64encode(unquote(auth).encode()).decode()}"} if auth else {}
 
 

@@ -21,22 +21,33 @@ from distill.data.corpus import DataSettings, check_labels
 from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
+from distill.masking import mask
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
-from distill.settings import SectionHelp, build, check_names, fields, optional_sections, parse_error_message
+from distill.settings import (
+    SectionHelp,
+    Seed,
+    Settings,
+    build,
+    check_names,
+    fields,
+    optional_sections,
+    parse_error_message,
+    read_yaml,
+)
 from distill.task.labels import LabelSpace, Scale
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
-from distill.training.fit import check_trainer
+from distill.training.fit import check_trainer, try_trainer
 from distill.training.student import StudentSettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass
-class TaskSettings:
+class TaskSettings(Settings):
     """The prediction task: label names or a continuous scale."""
 
     labels: list[str] | None = None
@@ -80,14 +91,14 @@ class CalibrateStageSettings(CalibrateSettings):
 
 
 @dataclass
-class Recipe:
+class Recipe(Settings):
     """The settings of one chain. A stage runs if its section is given, even if the section is empty: {}."""
 
     name: str
     """Name of the chain. Its folder is <runs>/<name>."""
     runs: str = "runs"
     """Parent folder of all chains."""
-    seed: int = 42
+    seed: Seed = 42
     """Random seed of weight initialisation, data order and sampling."""
     task: TaskSettings = field(default_factory=TaskSettings)
     """The prediction task: label names or a continuous scale."""
@@ -132,9 +143,27 @@ class Recipe:
         return LabelSpace.from_names(task.labels or LabelSpace().names, task.polarity)
 
 
-def parser(command: str) -> jsonargparse.ArgumentParser:
+class RecipeParser(jsonargparse.ArgumentParser):
+    """Reads recipes in which sections may be blank, and prints them without passwords and a command's own options."""
+
+    contents: Mapping[str, Any] = {}
+    """The recipes of `--config`, by path."""
+
+    def parse_path(self, path: Any, **options: Any) -> jsonargparse.Namespace:
+        """Parse the content of a recipe that was read before."""
+        quoted = yaml.safe_dump(self.contents[str(path)], default_style='"', allow_unicode=True)  # text stays text
+        return self.parse_string(quoted, **options)
+
+    def dump(self, namespace: jsonargparse.Namespace, **options: Any) -> str:
+        """The fields of the recipe as YAML, which `load` can read."""
+        if "runs" in namespace:  # not one of its sections, for which jsonargparse calls this function as well
+            namespace = jsonargparse.Namespace({name: namespace[name] for name in fields(Recipe)})
+        return str(mask(super().dump(namespace, **options)))
+
+
+def parser(command: str) -> RecipeParser:
     """The argument parser of a command: `--config`, and every field of the recipe by its dotted name."""
-    options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
+    options = RecipeParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
     optional = dict(optional_sections(Recipe))
@@ -144,13 +173,13 @@ def parser(command: str) -> jsonargparse.ArgumentParser:
     return options
 
 
-def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, jsonargparse.Namespace]:
+def load(options: RecipeParser, arguments: Sequence[str]) -> tuple[Recipe, jsonargparse.Namespace]:
     """Parse the arguments; returns the validated recipe, and the namespace with the command's own options.
 
     Raises:
         SettingsError: a file, a name or a value is invalid. The message names the field and the accepted values.
     """
-    _check_files(arguments)
+    options.contents = _read_files(arguments)
     try:
         parsed = options.parse_args(list(arguments))
     except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError, ValueError, OSError) as error:
@@ -159,20 +188,23 @@ def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tupl
     return recipe, parsed
 
 
-def _check_files(arguments: Sequence[str]) -> None:
-    """Raise SettingsError for unreadable files and unknown fields, for which jsonargparse has no clear message."""
+def _read_files(arguments: Sequence[str]) -> dict[str, Any]:
+    """Contents of the recipes by path. Raises SettingsError for unreadable files and unknown fields."""
+    contents = {}
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", nargs="?", default=[])
     for file in filter(None, files.parse_known_args(arguments)[0].config):
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            content = read_yaml(Recipe, Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise SettingsError(f"--config: cannot read {file}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise SettingsError(f"--config: {file} has no fields; a recipe has {', '.join(fields(Recipe))}")
         check_names(Recipe, content)
+        contents[file] = content
+    return contents
 
 
 def check(recipe: Recipe) -> None:
@@ -189,8 +221,7 @@ def check(recipe: Recipe) -> None:
         if settings is not None:
             check_tasks(settings.tasks, f"{stage}.tasks")
             _check_trainer(settings.trainer, f"{stage}.trainer")
-            if settings.batch_size < 1:
-                raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
+            try_trainer(recipe.trainer, settings.trainer, stage, on_cpu=True)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:
@@ -215,10 +246,6 @@ def check(recipe: Recipe) -> None:
         raise SettingsError("augment needs an assistant section that trains the reason task")
     if student is not None:
         options = student.distillation
-        if not 0 <= options.weight <= 1:
-            raise SettingsError(f"student.distillation.weight is {options.weight}; it takes 0 to 1")
-        if options.temperature <= 0:
-            raise SettingsError(f"student.distillation.temperature is {options.temperature}; it takes more than 0")
         if options.weight > 0 and recipe.assistant is None:
             raise SettingsError("student.distillation.weight must be 0 without an assistant section")
         attention = recipe.assistant.model.attention if recipe.assistant is not None and options.weight > 0 else None
@@ -262,5 +289,10 @@ def _trainer_options() -> jsonargparse.ArgumentParser:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, which `load` can read."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML, which `load` can read, with passwords masked."""
+    return yaml.safe_dump(masked(recipe), sort_keys=False, allow_unicode=True)
+
+
+def masked(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as a dictionary with passwords masked, for everything that leaves the process."""
+    return {name: mask(value) for name, value in dataclasses.asdict(recipe).items()}

@@ -7,6 +7,7 @@ disables tracking for the rest of the stage.
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.images import ImageError, decode
+from distill.masking import mask
 
 _THUMBNAIL_SIDE = 256
 _INIT_SECONDS, _FINISH_SECONDS = 30, 300
@@ -159,7 +161,8 @@ class Tracker:
         """Start a wandb run for one stage; it ends with the block, and is marked as failed if the block raises."""
         guard = Guard(stage)
         with _environment(self.folder / "wandb"):
-            run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
+            with _masked_arguments():
+                run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
             tracked = StageRun(run, guard, self.group, self.folder)
             try:
                 yield tracked
@@ -218,6 +221,16 @@ class GuardedLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         self._guard(super().finalize, status)
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Mask passwords in the command line, which wandb records; worker processes start with the real one."""
+    arguments, sys.argv = sys.argv, mask(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 from collections import Counter
 from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery, read_scores
 from distill.annotation.ledger import Ledger, PaidTotals
@@ -14,6 +14,7 @@ from distill.annotation.scheduler import Progress, run_conversations
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.settings import Count, Natural, NonNegative, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, check
@@ -23,37 +24,25 @@ Source = Literal["predicted", "explained", "recorded"]
 
 
 @dataclass
-class AnnotateSettings:
+class AnnotateSettings(Settings):
     """How the teacher annotates posts."""
 
-    retries: int = 3
+    retries: Natural = 3
     """Number of retries after an invalid answer before the post is quarantined."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Temperature of the first answer; 0 is greedy decoding."""
-    temperature_step: float = 0.3
+    temperature_step: NonNegative = 0.3
     """Increase of the temperature with each retry."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Maximum number of tokens of an answer; an answer that reaches it is invalid."""
     unlabelled: Literal["skip", "keep_confident"] = "skip"
     """Posts without a gold label: `skip`, or `keep_confident` to label them with confident teacher predictions."""
-    confidence: float = 0.9
+    confidence: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Minimum probability of a teacher label; k samples that agree have 1 - (1 - 1/K) / (k + 1), for K labels."""
     recorded: bool = False
     """Use the rationales in the data set if they are valid."""
-    chunk: int = 64
+    chunk: Count = 64
     """Number of posts per call of a teacher on this machine; for an endpoint, `concurrency` applies instead."""
-
-    def __post_init__(self) -> None:
-        for name, valid, takes in (
-            ("retries", self.retries >= 0, "0 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("temperature_step", self.temperature_step >= 0, "0 or more"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("confidence", 0 < self.confidence <= 1, "above 0, at most 1"),
-            ("chunk", self.chunk >= 1, "1 or more"),
-        ):
-            if not valid:
-                raise SettingsError(f"annotate.{name} is {getattr(self, name)}; it takes {takes}")
 
 
 @dataclass(frozen=True)

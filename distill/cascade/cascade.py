@@ -7,7 +7,7 @@ to a data set, with one batch per stage; the gateway in `serving/` applies the s
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from distill.cascade.uncertainty import Measure, temper, uncertainty
 from distill.errors import SettingsError
 from distill.files import read_json
 from distill.models.reasoner import ClassScores, Cost, Reasoner
+from distill.settings import Range, Settings
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
@@ -23,7 +24,7 @@ Stage = Literal["student", "teacher_first", "teacher_review"]
 
 
 @dataclass
-class CascadeSettings:
+class CascadeSettings(Settings):
     """The cascade on the test split; its temperatures and thresholds come from `calibrate`."""
 
     on_agreement: Literal["teacher", "average"] = "teacher"
@@ -31,7 +32,7 @@ class CascadeSettings:
     probabilities, weighted by certainty (first version of the paper)."""
     deferral_curve: bool = True
     """Classify every test post with the teacher, for the deferral curve; false: only the deferred posts."""
-    resamples: int = 1000
+    resamples: Annotated[int, Range(1, 1_000_000)] = 1000
     """Number of bootstrap resamples for each 95% interval."""
 
 

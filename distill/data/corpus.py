@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
 from distill.data.images import ImageError, decode
@@ -17,16 +17,18 @@ from distill.data.postcards import PostcardSettings, generate
 from distill.data.split import stratified_split
 from distill.data.text import clean
 from distill.errors import RunError, SettingsError
+from distill.settings import Count, Range, Seed, Settings
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+Part = Annotated[float, Range(0, 1, below=True)]
 
 
 @dataclass
-class DataSettings:
+class DataSettings(Settings):
     """The data: source, files and splits."""
 
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
@@ -40,16 +42,16 @@ class DataSettings:
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
     """Files of the test split; empty: a stratified part of the training rows is used."""
-    validation_fraction: float = 0.1
+    validation_fraction: Part = 0.1
     """Fraction of the training rows used for validation if data.validation is empty."""
-    test_fraction: float = 0.1
+    test_fraction: Part = 0.1
     """Fraction of the training rows used for testing if data.test is empty."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the stratified split."""
     images: str = "images"
     """Folder of the images of source twitter, relative to data.root. Image names in jsonl and mosi rows are relative to
     data.root itself."""
-    max_pixels: int = 50_000_000
+    max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
     max_tokens: int | None = None
     """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
@@ -184,8 +186,8 @@ def _check_settings(settings: DataSettings) -> None:
         raise SettingsError("data.train is empty; name at least one file")
     missing = _splits_to_draw(settings)
     for split, fraction in missing.items():
-        if not 0 < fraction < 1:
-            raise SettingsError(f"data.{split}_fraction is {fraction}; it takes a number above 0 and below 1")
+        if fraction == 0:
+            raise SettingsError(f"data.{split}_fraction is 0; it takes more than 0 if data.{split} is empty")
     if sum(missing.values()) >= 1:
         raise SettingsError("data.validation_fraction and data.test_fraction must sum to less than 1")
 

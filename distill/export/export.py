@@ -18,6 +18,7 @@ from distill.errors import RunError
 from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars
 from distill.models.hub import load_from_hub
+from distill.settings import Natural, Settings
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
 
@@ -28,10 +29,10 @@ _BATCH = 8
 
 
 @dataclass
-class ExportSettings:
+class ExportSettings(Settings):
     """Export of the student."""
 
-    check_samples: int = 32
+    check_samples: Natural = 32
     """Number of test posts on which the reloaded export must give the student's logits and labels."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -22,6 +22,7 @@ from distill.models.hub import load_from_hub
 from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
 from distill.models.tree_attention import attention_mask
+from distill.settings import Count, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -34,14 +35,14 @@ __all__ = [
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     """LoRA adapter of a pretrained model."""
 
-    r: int = 16
+    r: Count = 16
     """Rank of the adapter."""
-    alpha: int = 32
+    alpha: Count = 32
     """Scaling of the adapter: its update is multiplied by alpha / r."""
-    dropout: float = 0.05
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
     """Dropout before the adapter."""
     targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
     """Regular expression over module names; the default matches the projections of the language model only."""
@@ -50,7 +51,7 @@ class LoraSettings:
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """Choice and loading of a model."""
 
     path: str = ""
@@ -61,13 +62,13 @@ class ModelSettings:
     """Size of the tiny model that is built if `path` is empty."""
     lora: LoraSettings | None = None
     """LoRA adapter trained on top of `path`; null: train all weights."""
-    image_size: int = 280
+    image_size: Annotated[int, Range(0, 8192)] = 280
     """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; `trainer.precision` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples per batch of label scoring and generation."""
 
 

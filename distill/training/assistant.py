@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -11,37 +11,38 @@ from sklearn.metrics import f1_score
 
 from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
+from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
 from distill.training.batches import Batch, check_compatibility, encode
 from distill.training.fused_loss import AnswerLoss, answer_loss
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(Settings):
     """Settings of one training."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     """The model to train."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
     """Tasks and their loss weights: reason, classify; for a teacher also predict, explain and review."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Samples per step and process."""
     packing: bool = True
     """true: all tasks of a sample share one sequence, in which the images and the common prompt prefix occur once;
     false: one sequence per task, required for flash_attention_2."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """Weight decay of AdamW."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up of the learning rate from zero."""
-    patience: int = 2
+    patience: Natural = 2
     """Validations without improvement before the learning rate is reduced."""
-    factor: float = 0.5
+    factor: InnerFraction = 0.5
     """Factor by which the learning rate is reduced."""
-    min_learning_rate: float = 1e-6
+    min_learning_rate: NonNegative = 1e-6
     """Lower bound of the learning rate."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     """DataLoader worker processes."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.Trainer for this stage; they override those of the recipe's `trainer`."""

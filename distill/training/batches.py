@@ -11,6 +11,7 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
+from distill.settings import LARGEST
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
@@ -231,7 +232,7 @@ def synthetic_answers(sample: Sample, labels: LabelSpace) -> EarlierAnswers:
 def check_tasks(tasks: Mapping[str, float], field: str) -> None:
     """Raise SettingsError if a task is unknown, a weight is not positive, or there is no task."""
     for name, weight in tasks.items():
-        if name not in get_args(Template) or weight <= 0:
+        if name not in get_args(Template) or not 0 < weight <= LARGEST:
             known = ", ".join(get_args(Template))
             raise SettingsError(f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {known}")
     if not tasks:
