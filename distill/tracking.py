@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.images import ImageError, decode
+from distill.files import finite
 from distill.masking import mask
 
 _THUMBNAIL_SIDE = 256
@@ -76,9 +77,10 @@ class StageRun:
         return self._run is not None and not self._guard.failed
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log metrics at a training step; by default at the next step."""
+        """Log metrics at a training step; by default at the next step. Unknown values (not finite) are left out."""
         if self.active:
-            self._guard(self._run.log, dict(metrics), step=step)
+            known = {name: value for name, value in finite(metrics).items() if value is not None}
+            self._guard(self._run.log, known, step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log a table whose columns are the keys of the first row. A Path is shown as a thumbnail of that image."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,6 +27,15 @@ def fail_with_full_disk(*_: object) -> None:
 
 
 # ---- files ----
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "m.json", {"a": math.nan, "b": [1.5, -math.inf, (math.inf,)], "c": {"d": None, "e": 2}})
+    assert json.loads((tmp_path / "m.json").read_text()) == {
+        "a": None,
+        "b": [1.5, None, [None]],
+        "c": {"d": None, "e": 2},
+    }
 
 
 def test_a_file_and_its_folders_appear_when_the_block_ends(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Quarantined:
     """A sample without a valid rationale.
 
     Attributes:
-        reason: the rule that the last answer breaks, or `unanswered`.
+        reason: the rule that the last answer breaks, `unanswered`, or `filtered` by a content filter.
         detail: a description of the problem.
         answer: the last answer.
     """
@@ -167,7 +167,7 @@ def recording_defects(samples: Iterable[Sample], labels: LabelSpace) -> dict[str
         if sample.rationale and sample.label is not None:
             counts["rationales"] += 1
             try:
-                check(sample.rationale, labels, sample.label)
+                check(sample.rationale, labels, sample.label, post=sample.text)
                 counts["valid"] += 1
             except InvalidRationale as invalid:
                 counts[invalid.reason] += 1
@@ -230,7 +230,7 @@ def _use_recorded(state: _SampleState, labels: LabelSpace, has_teacher: bool) ->
     if state.label is None or not state.sample.rationale:
         return
     try:
-        state.keep(check(state.sample.rationale, labels, state.label), "recorded")
+        state.keep(check(state.sample.rationale, labels, state.label, post=state.sample.text), "recorded")
     except InvalidRationale as invalid:
         state.defect, state.template = invalid.reason, "explain"
         if not has_teacher:
@@ -240,7 +240,7 @@ def _use_recorded(state: _SampleState, labels: LabelSpace, has_teacher: bool) ->
 def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
     """Label an unlabelled sample with the teacher's prediction if its probability reaches `confidence`."""
     if answer.error is not None:
-        state.quarantine("unanswered", answer.error, "")
+        state.quarantine(answer.kind, answer.error, "")
         return
     probabilities, _ = read_scores(answer)
     best = max(probabilities)
@@ -253,11 +253,11 @@ def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace,
 def _advance(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
     """One step of the protocol: keep a valid answer, explain a wrong prediction, retry, or quarantine."""
     if answer.error is not None:
-        state.quarantine("unanswered", answer.error, "")
+        state.quarantine(answer.kind, answer.error, "")
         return
     is_first = state.template == "predict" and state.attempt == 0 and not state.teacher_label
     try:
-        rationale = check(answer.text, labels, state.label, finished=answer.finished)
+        rationale = check(answer.text, labels, state.label, finished=answer.finished, post=state.sample.text)
     except InvalidRationale as invalid:
         correct = invalid.reason == "leaks"  # checked last, so the prediction is the label
         if state.template == "predict" and invalid.reason == "contradicts" and not state.teacher_label:

@@ -50,7 +50,7 @@ def augment(
     def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, tuple[Sample, Rationale | Reason]]:
         answer = yield TeacherQuery("reason", sampling)
         try:
-            return sample, check(answer.text, labels, sample.label, finished=answer.finished)
+            return sample, check(answer.text, labels, sample.label, finished=answer.finished, post=sample.text)
         except InvalidRationale as invalid:
             return sample, invalid.reason
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ import numpy as np
 
 from distill.annotation.ledger import Ledger, PaidTotals, digest, key
 from distill.data.images import ImageError
+from distill.files import finite
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.endpoint.pool import as_completed
 from distill.models.endpoint.reasoner import UserMessage
@@ -29,9 +31,13 @@ _DIGEST_CACHE_SIZE = 4096  # image digests
 
 
 def read_scores(answer: Answer) -> tuple[list[float], float]:
-    """Probabilities [K] and label mass of a classification, which the ledger stores as JSON text."""
+    """Probabilities [K] and label mass of a classification, which the ledger stores as JSON text; NaN if unknown."""
     probabilities, mass = json.loads(answer.text)
-    return probabilities, mass
+    return probabilities, math.nan if mass is None else mass
+
+
+def _scores_text(probabilities: np.ndarray, mass: float) -> str:
+    return json.dumps(finite([probabilities.tolist(), float(mass)]))
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class CachedTeacher:
         with self._slots:
             if query.template in prompts.SCORED:
                 score = self.teacher.score(message, query.earlier, stop)
-                text = json.dumps([score.probabilities.tolist(), float(score.label_mass)])
+                text = _scores_text(score.probabilities, score.label_mass)
                 answer = replace(score.answer, text=text)
             else:
                 answer = self.teacher.ask(message, query.template, query.sampling, stop)
@@ -188,7 +194,7 @@ class CachedTeacher:
         costs = scores.costs or (Cost(calls=1),) * len(samples)
         for index, (row, mass, cost) in enumerate(zip(scores.probabilities, scores.label_mass, costs, strict=True)):
             error = None if mass != 0 else "the model gave no answer"
-            yield index, Answer(json.dumps([row.tolist(), float(mass)]), True, error=error, **asdict(cost))
+            yield index, Answer(_scores_text(row, mass), True, error=error, **asdict(cost))
 
     def _key(self, sample: Sample, query: TeacherQuery) -> str:
         text = prompts.render(query.template, sample, self.labels, query.earlier)

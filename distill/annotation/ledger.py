@@ -133,7 +133,7 @@ class Ledger:
         """
         if answer.error is not None:
             raise ValueError("an answer with an error was not paid for")
-        paid = {name: value for name, value in asdict(answer).items() if name != "error"}
+        paid = {name: value for name, value in asdict(answer).items() if name not in ("error", "kind")}
         text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
         line = text.encode("utf-8", "replace") + b"\n"  # lone surrogates cannot be encoded
         try:

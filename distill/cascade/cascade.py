@@ -122,12 +122,14 @@ class Decision:
         return sum((prediction.cost for prediction in predictions if prediction is not None), Cost())
 
     def to_json(self) -> dict[str, Any]:
-        """The decision as a row of `decisions.jsonl`."""
+        """The decision as a row of `decisions.jsonl`; a prediction without an answer has no label and no numbers."""
 
         def prediction_json(prediction: Prediction | None) -> dict[str, Any] | None:
             if prediction is None:
                 return None
-            return asdict(prediction) | {"probabilities": prediction.probabilities.tolist()}
+            fields = asdict(prediction) | {"probabilities": prediction.probabilities.tolist()}
+            unknown = () if prediction.answered else ("label", "probabilities", "uncertainty", "polarity")
+            return fields | dict.fromkeys(unknown)
 
         return {
             "stage": self.stage,

@@ -89,8 +89,11 @@ def selective_metrics(
 ) -> dict[str, dict[str, Any]]:
     """ECE, AURC, AUGRC, reliability and risk-coverage curve of one model before and after calibration.
 
-    AURC and AUGRC rank by the uncertainty that the cascade defers by.
+    AURC and AUGRC rank by the uncertainty that the cascade defers by. Posts without an answer are left out.
     """
+    answered = [index for index, prediction in enumerate(after) if prediction.answered]
+    before, after = [before[index] for index in answered], [after[index] for index in answered]
+    gold = [gold[index] for index in answered]
     truth = np.array([labels.index(label) for label in gold])
     metrics = {}
     for when, predictions in (("before", before), ("after", after)):

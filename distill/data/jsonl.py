@@ -14,7 +14,7 @@ from typing import Any
 from distill.data.images import resolve
 from distill.data.text import clean, decode_lines
 from distill.errors import RunError
-from distill.files import atomic_write
+from distill.files import atomic_write, finite
 from distill.task.sample import Sample
 
 
@@ -126,7 +126,7 @@ def to_row(sample: Sample, root: Path) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSONL file atomically.
+    """Write a JSONL file atomically; a number that is not finite is unknown and written as null.
 
     Raises:
         RunError: the file cannot be written, for example because the disk is full.
@@ -134,7 +134,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     try:
         with atomic_write(path) as file:
             for fields in rows:
-                file.write(json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(finite(fields), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -1,6 +1,5 @@
 """Evaluation of one role on the test split: label scoring, generation of rationales, and the metrics of both."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,26 +36,25 @@ class RoleOutputs:
 
     Attributes:
         scores: label scores of the N samples.
-        texts: N generated answers; None if the role does not reason.
+        texts: N generated answers, None for a request without an answer; None if the role does not reason.
         rationales: N parsed rationales, None for texts that do not parse; None if the role does not reason.
     """
 
     scores: ClassScores
-    texts: list[str] | None
+    texts: list[str | None] | None
     rationales: list[Rationale | None] | None
 
-    def label_mass(self, index: int | None = None) -> float | None:
-        """The label mass of a sample, or of all on average; None if the model does not return it."""
-        mass = float(np.mean(self.scores.label_mass if index is None else self.scores.label_mass[index]))
-        return None if math.isnan(mass) else mass  # JSON has no NaN
-
-    def label(self, index: int, labels: LabelSpace) -> str:
-        """The most probable label of a sample."""
+    def label(self, index: int, labels: LabelSpace) -> str | None:
+        """The most probable label of a sample; None for a sample without an answer."""
+        if not self.scores.answered[index]:
+            return None
         return labels.names[int(self.scores.probabilities[index].argmax())]
 
     def value(self, index: int, labels: LabelSpace) -> float | None:
-        """The expected value on the labels' scale; None without a scale."""
-        return float(labels.scale.expectation(self.scores.probabilities[index])) if labels.scale else None
+        """The expected value on the labels' scale; None without a scale or an answer."""
+        if labels.scale is None or not self.scores.answered[index]:
+            return None
+        return float(labels.scale.expectation(self.scores.probabilities[index]))
 
 
 def evaluate_role(
@@ -76,12 +74,14 @@ def evaluate_role(
     if template is None:
         return RoleOutputs(reasoner.classify(samples), None, None)
     scores: dict[int, ClassScores] = {}
-    texts = [""] * len(samples)
+    texts: list[str | None] = [None] * len(samples)
     rationales: list[Rationale | None] = [None] * len(samples)
     answers = classify_and_reason(reasoner, samples, template, Sampling(max_new_tokens=settings.max_new_tokens))
     for index, sample_scores, answer in answers:
-        scores[index], texts[index] = sample_scores, answer.text
-        rationales[index] = parse_or_none(answer.text, labels, finished=answer.finished)
+        scores[index] = sample_scores
+        if answer.error is None:
+            texts[index] = answer.text
+            rationales[index] = parse_or_none(answer.text, labels, finished=answer.finished, post=samples[index].text)
         if progress is not None:
             progress(len(scores), len(samples))
     return RoleOutputs(ClassScores.concatenate([scores[index] for index in range(len(samples))]), texts, rationales)
@@ -92,10 +92,10 @@ def gold_values(samples: Sequence[Sample]) -> list[float]:
     return [sample.label for sample in samples if isinstance(sample.label, float)]
 
 
-def parse_or_none(text: str | None, labels: LabelSpace, *, finished: bool = True) -> Rationale | None:
+def parse_or_none(text: str | None, labels: LabelSpace, *, finished: bool = True, post: str = "") -> Rationale | None:
     """Parse a rationale; None if there is no text or it is not a valid rationale."""
     try:
-        return None if text is None else check(text, labels, finished=finished)
+        return None if text is None else check(text, labels, finished=finished, post=post)
     except InvalidRationale:
         return None
 
@@ -110,27 +110,50 @@ def role_metrics(
     """The metrics of one role on N samples, as written to `metrics.json`.
 
     On a scale, the classification metrics are those of its bins, and the regression metrics of the expected values are
-    added. If samples have gold attributes, `grounded` is the share of all their attributes that the rationales name as
-    a word in the text or image analysis.
+    added. Samples without an answer are counted as `unanswered` and are in no other metric. Metrics of the confidence
+    are None if the model does not return probabilities. If samples have gold attributes, `grounded` is the share of all
+    their attributes that the rationales name as a word in the text or image analysis.
 
     Args:
         references: N reference rationales; None for samples without one.
     """
     gold = [labels.name(sample.label) for sample in samples]
-    metrics = classification_metrics(gold, outputs.scores.probabilities, labels)
-    if labels.scale is not None:
-        predicted = labels.scale.expectation(outputs.scores.probabilities)
-        metrics |= regression_metrics(gold_values(samples), predicted, labels.scale)
-    metrics["label_mass"] = outputs.label_mass()
-    if outputs.rationales is None:
+    answered: list[int] = np.flatnonzero(outputs.scores.answered).tolist()
+    metrics = _label_metrics(outputs.scores.select(outputs.scores.answered), [samples[i] for i in answered], labels)
+    metrics["unanswered"] = len(samples) - len(answered)
+    if outputs.rationales is None or outputs.texts is None:
         return metrics
-    classified = [outputs.label(index, labels) for index in range(len(samples))]
-    metrics |= reasoning_metrics(
-        outputs.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
-    )
+    reasoned = [index for index in answered if outputs.texts[index] is not None]
+    if reasoned:
+        metrics |= reasoning_metrics(
+            [outputs.rationales[index] for index in reasoned],
+            [references[index] for index in reasoned],
+            [gold[index] for index in reasoned],
+            [outputs.label(index, labels) or "" for index in reasoned],
+            labels,
+            similarity_model=settings.similarity_model,
+        )
     named = [
         rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")
-        for sample, rationale in zip(samples, outputs.rationales, strict=True)
+        for sample, text, rationale in zip(samples, outputs.texts, outputs.rationales, strict=True)
+        if text is not None
         for value in sample.attributes.values()
     ]
     return metrics | ({"grounded": float(np.mean(named))} if named else {})
+
+
+def _label_metrics(scores: ClassScores, samples: Sequence[Sample], labels: LabelSpace) -> dict[str, Any]:
+    """The metrics of label scoring on samples that have an answer; all are None without samples."""
+    if not samples:
+        size = len(labels)
+        unknown = dict.fromkeys(("accuracy", "weighted_f1", "macro_f1", "ece", "aurc", "label_mass"))
+        return {"n": 0, **unknown, "confusion": [[0] * size for _ in range(size)]}
+    gold = [labels.name(sample.label) for sample in samples]
+    metrics = classification_metrics(gold, scores.probabilities, labels)
+    if labels.scale is not None:
+        metrics |= regression_metrics(
+            gold_values(samples), labels.scale.expectation(scores.probabilities), labels.scale
+        )
+    if not scores.are_probabilities:
+        return metrics | {"ece": None, "aurc": None, "label_mass": None}
+    return metrics | {"label_mass": float(np.mean(scores.label_mass))}

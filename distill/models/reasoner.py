@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,13 @@ class Cost:
         )
 
 
+NoAnswer = Literal["unanswered", "filtered"]
+"""Why there is no answer: the request failed, or a content filter refused the post or the answer."""
+
+UNKNOWN_CONFIDENCE = 1e-12
+"""Label mass of a single answer without log-probabilities: there is a label, and its probability is unknown."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """One generated answer.
@@ -36,6 +43,7 @@ class Answer:
         text: empty if the request failed.
         finished: False if the token limit cut the answer or no usable answer was returned.
         error: why there is no answer (refused request, deadline exceeded), as one sentence.
+        kind: of the error.
         calls: number of model calls.
         seconds: latency; the time of a batch is divided equally among its answers. Ignored when comparing answers.
     """
@@ -47,6 +55,7 @@ class Answer:
     error: str | None = None
     calls: int = 1
     seconds: float = field(default=0.0, compare=False)
+    kind: NoAnswer = "unanswered"
 
     @property
     def cost(self) -> Cost:
@@ -102,6 +111,11 @@ class ClassScores:
     def answered(self) -> np.ndarray:
         """[B], False for samples without an answer."""
         return self.label_mass != 0
+
+    @property
+    def are_probabilities(self) -> bool:
+        """Whether the model returned the probabilities; False if the share of agreeing answers replaces one of them."""
+        return bool(np.isfinite(self.label_mass).all() and (self.label_mass != UNKNOWN_CONFIDENCE).all())
 
 
 class Reasoner(Protocol):

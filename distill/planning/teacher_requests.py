@@ -58,7 +58,7 @@ def rationale_request_bounds(
 
 def _has_valid_rationale(sample: Sample, labels: LabelSpace) -> bool:
     try:
-        check(sample.rationale or "", labels, labels.name(sample.label))
+        check(sample.rationale or "", labels, labels.name(sample.label), post=sample.text)
     except InvalidRationale:
         return False
     return True

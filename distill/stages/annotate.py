@@ -36,6 +36,10 @@ def run(context: Context, tracked: StageRun) -> None:
     summary = tally.summary
     if unanswered := tally.quarantined["unanswered"]:
         log.warning("%d posts got no answer; the reasons are in %s", unanswered, folder / "quarantine.jsonl")
+    if filtered := tally.quarantined["filtered"]:
+        log.warning(
+            "%d posts were refused by a content filter; they are listed in %s", filtered, folder / "quarantine.jsonl"
+        )
     if settings.recorded:  # count the defects of the recording in all splits, not only in the training rows
         splits = {name: getattr(context.corpus, name) for name in SPLITS}
         summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}

@@ -43,7 +43,10 @@ def run(context: Context, tracked: StageRun) -> None:
     metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
     metrics["measure"] = calibration.measure
     metrics["promise"] = read_json(path)["promise"]["says"]
-    metrics["selective"] = {role: selective_metrics(before[role], after[role], gold, labels) for role in after}
+    metrics["selective"] = {
+        role: selective_metrics(before[role], after[role], gold, labels) 
+        for role, predictions in after.items() if any(prediction.answered for prediction in predictions)
+    }  # fmt: skip
     rows = []
     if "teacher" in after:
         rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples)

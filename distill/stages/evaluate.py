@@ -75,18 +75,18 @@ def _references(context: Context, teacher: RoleOutputs | None) -> list[Rationale
     generated none, otherwise those of the teacher."""
     annotate = context.recipe.annotate
     if (annotate is not None and annotate.recorded) or teacher is None or teacher.rationales is None:
-        return [parse_or_none(sample.rationale, context.labels) for sample in context.corpus.test]
+        return [parse_or_none(sample.rationale, context.labels, post=sample.text) for sample in context.corpus.test]
     return teacher.rationales
 
 
 def _answer(context: Context, outputs: RoleOutputs, index: int) -> dict[str, Any]:
-    """The output of one role on one sample, as written to `predictions.jsonl`."""
-    value = outputs.value(index, context.labels)
+    """The output of one role on one sample, as written to `predictions.jsonl`; None for what is unknown."""
+    label, scores = outputs.label(index, context.labels), outputs.scores.row(index)
     return {
-        "label": outputs.label(index, context.labels),
-        **({} if value is None else {"value": value}),
-        "probabilities": outputs.scores.probabilities[index].tolist(),
-        "label_mass": outputs.label_mass(index),
+        "label": label,
+        **({} if context.labels.scale is None else {"value": outputs.value(index, context.labels)}),
+        "probabilities": None if label is None else scores.probabilities[0].tolist(),
+        "label_mass": float(scores.label_mass[0]) if label is not None and scores.are_probabilities else None,
         "rationale": None if outputs.texts is None else outputs.texts[index],
     }
 

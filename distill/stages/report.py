@@ -106,7 +106,7 @@ def _entry(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
         "image": root / row["images"][0] if row["images"] else None,
         "gold": row["gold"],
         "answers": {
-            role: {"label": answer["label"], "probability": max(answer["probabilities"])}
+            role: {"label": answer["label"], "probability": max(answer["probabilities"] or [None])}
             for role, answer in row["roles"].items()
         },
         "rationale": row["roles"]["student"]["rationale"],

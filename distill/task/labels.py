@@ -8,6 +8,7 @@ import numpy as np
 
 from distill.errors import SettingsError
 from distill.settings import NonNegative, Range, check_limits
+from distill.task import reply
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class LabelSpace:
     def __post_init__(self) -> None:
         if len(self.names) < 2:
             raise ValueError("task.labels needs at least two names")
-        normalized = {_normalize(name) for name in self.names}
+        normalized = {reply.bare(name) for name in self.names}
         if "" in normalized or any("\n" in name for name in self.names):
             raise ValueError("task.labels: every name needs a letter or digit, and no line break")
         if len(normalized) < len(self.names):
@@ -125,9 +126,21 @@ class LabelSpace:
         """Name of a label, or of the bin of a value. Raises ValueError as `index` does."""
         return self.names[self.index(label)]
 
-    def find(self, text: str) -> str | None:
-        """The label that equals `text` up to case, quotes and surrounding punctuation; None if there is none."""
-        return next((name for name in self.names if _normalize(name) == _normalize(text)), None)
+    def find(self, answer: str | None) -> str | None:
+        """The one label that an answer names, as its first line or after `"Prediction":`; None if there is none.
+
+        Thoughts, tags, code fences, case and surrounding punctuation are ignored. Anything else beside the label, such
+        as "not" or a second label, makes it no label.
+        """
+        text = reply.final_text(answer)
+        return self._named(reply.first_line(text[reply.label_start(text, self.is_label) :]))
+
+    def is_label(self, text: str) -> bool:
+        """Whether a text is a label up to case and surrounding punctuation."""
+        return self._named(text) is not None
+
+    def _named(self, text: str) -> str | None:
+        return next((name for name in self.names if reply.bare(name) == reply.bare(text)), None)
 
     def polarities(self, probabilities: np.ndarray) -> np.ndarray:
         """Polarity [B] of the predictions of probabilities [B, K]: of the most likely label or the expected value."""
@@ -147,7 +160,3 @@ class LabelSpace:
         """A label space of the bins of a scale, named after their centres unless `names` are given."""
         names = names if names is not None else [f"{round(centre, 6):g}" for centre in scale.centres]
         return cls(tuple(names), tuple(int(sign) for sign in scale.polarity(scale.centres)), scale)
-
-
-def _normalize(text: str) -> str:
-    return text.strip(" \t\n\"'`*_.,;:{}[]").casefold()

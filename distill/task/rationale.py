@@ -12,16 +12,19 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from distill.task.labels import LabelSpace
+from distill.task.reply import QUOTES, final_text
 
 FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion", "Prediction")
 
 Reason = Literal["malformed", "contradicts", "unfinished", "leaks"]
 
+_NAME = {name: name.replace("_", r"(?:\\?_|[ -])?") for name in FIELDS}  # also "Text analysis" and "Text\\_analysis"
 _HEADER = re.compile(
-    r"^([ \t>#*\-{\"'`]*)\b(" + "|".join(name.replace("_", "[_ ]") for name in FIELDS) + r")\b[\"'`* \t]*(?::|$)",
+    rf"^([ \t>#*\-{{(\d.){QUOTES}]*)\b({'|'.join(_NAME.values())})\b[{QUOTES}* \t]*(?:[:：]|$)",
     re.IGNORECASE | re.MULTILINE,
 )
-_FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
+_PLAIN_QUOTES = str.maketrans("“”„‟＂‘’‚＇", '"""""\'\'\'\'')
+_QUOTATION = re.compile(r"[\"“‘'「]([^\"“”‘’「」\n]+)[\"”’'」]")
 _LEAKS = (
     "is labeled as", "is labelled as", "the given label", "the provided label", "the gold label", "is known to be",
 )  # fmt: skip
@@ -53,8 +56,9 @@ def parse(answer: str, labels: LabelSpace) -> Rationale:
         InvalidRationale: a field is missing, empty, unterminated, duplicated or out of order, the prediction is not a
             label, or two predictions differ.
     """
+    answer = final_text(answer)
     for name in FIELDS[:4]:
-        if len(re.findall(rf"{name.replace('_', '[_ ]')}[\\\"'`* \t]*:", answer, re.IGNORECASE)) > 1:
+        if len(re.findall(rf"{_NAME[name]}[\\{QUOTES}* \t]*[:：]", answer, re.IGNORECASE)) > 1:
             raise InvalidRationale("malformed", f"{name} is given twice")  # one is a quotation; ambiguous
     fields = _from_json(answer) or _from_lines(answer)
     for name in FIELDS:
@@ -75,12 +79,15 @@ def render(rationale: Rationale) -> str:
     return "\n".join([*lines, f'"Prediction": {prediction}'])
 
 
-def check(answer: str, labels: LabelSpace, expected: object = None, *, finished: bool = True) -> Rationale:
+def check(
+    answer: str, labels: LabelSpace, expected: object = None, *, finished: bool = True, post: str = ""
+) -> Rationale:
     """Parse and validate an answer.
 
     Args:
         expected: the label that the answer must predict; None if the sample is unlabelled.
         finished: False if the token limit truncated the answer.
+        post: text of the post; words that the answer quotes from it do not leak the label.
 
     Raises:
         InvalidRationale: the answer is unfinished or malformed, predicts another label, or mentions that the label was
@@ -91,10 +98,25 @@ def check(answer: str, labels: LabelSpace, expected: object = None, *, finished:
     rationale = parse(answer, labels)
     if expected is not None and rationale.prediction != expected:
         raise InvalidRationale("contradicts", f"predicts {rationale.prediction}, the label is {expected}")
-    leak = next((phrase for phrase in _LEAKS if phrase in answer.lower()), None)
+    leak = next((phrase for phrase in _LEAKS if _leaks(phrase, final_text(answer), post)), None)
     if leak is not None:
         raise InvalidRationale("leaks", f"says {leak!r}")
     return rationale
+
+
+def _leaks(phrase: str, answer: str, post: str) -> bool:
+    """Whether the answer has the phrase other than quoted from the post, which has the word before or after it, too."""
+
+    def words(text: str) -> str:
+        return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+
+    post = words(post)
+    text = _QUOTATION.sub(lambda quotation: " " if words(quotation[1]) in post else quotation[0], answer)
+    for found in re.finditer(rf"(?: (\w+))? {phrase}(?= (\w*))", words(text)):
+        before, after = words(f"{found[1] or ''} {phrase}"), words(f"{phrase} {found[2]}")
+        if before not in post and after not in post:
+            return True
+    return False
 
 
 def _from_json(answer: str) -> dict[str, list[str]] | None:
@@ -102,7 +124,7 @@ def _from_json(answer: str) -> dict[str, list[str]] | None:
     fields: dict[str, list[str]] = {}
 
     def collect(pairs: list[tuple[str, Any]]) -> str:
-        named = [(name.strip().replace(" ", "_").capitalize(), str(value)) for name, value in pairs]
+        named = [(_canonical(name), str(value)) for name, value in pairs]
         if FIELDS[0] in dict(named):  # may be nested in another object
             for name, value in named:
                 fields.setdefault(name, []).extend([value] if value.strip() else [])
@@ -115,9 +137,8 @@ def _from_json(answer: str) -> dict[str, list[str]] | None:
     return fields or None
 
 
-def _from_lines(answer: str) -> dict[str, list[str]]:
+def _from_lines(body: str) -> dict[str, list[str]]:
     """All values of each field of an answer whose field names start lines, in order; a field ends at the next name."""
-    body = _FENCE.sub("", answer)
     headers = list(_HEADER.finditer(body))
     first = next((header for header in headers if _field_name(header) == FIELDS[0]), None)
     if first is None:
@@ -138,6 +159,8 @@ def _from_lines(answer: str) -> dict[str, list[str]]:
         elif end < len(body):
             value = value.rstrip("# \t\n-,{*")
         value = value.strip().strip(",").removeprefix("**").strip()
+        if len(value) > 1 and value[0] + value[-1] == "“”":
+            value = value[1:-1]
         if len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
         elif value.startswith('"') and '"' in _markup(first):  # a quoted post broke the line
@@ -148,9 +171,15 @@ def _from_lines(answer: str) -> dict[str, list[str]]:
 
 
 def _field_name(header: re.Match[str]) -> str:
-    return header.group(2).replace(" ", "_").capitalize()
+    return _canonical(header.group(2))
+
+
+def _canonical(name: str) -> str:
+    """The field that a name is a spelling of, also with a number before it; the name itself if there is none."""
+    letters = "".join(re.findall(r"[a-z]", name.lower()))
+    return next((field for field in FIELDS if field.replace("_", "").lower() == letters), name)
 
 
 def _markup(header: re.Match[str]) -> set[str]:
     """The markup of a field's name: quotes, heading or bold characters."""
-    return set(header.group(1)) & set("\"'`#*")
+    return set(header.group(1).translate(_PLAIN_QUOTES)) & set("\"'`#*")

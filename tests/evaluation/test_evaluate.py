@@ -65,7 +65,9 @@ def test_a_role_without_reasoning_only_classifies() -> None:
     outputs = evaluate_role(role, POSTS, LABELS, SETTINGS, None)
     assert outputs.texts is None and outputs.rationales is None and role.requests == []
     metrics = role_metrics(outputs, POSTS, [None] * 3, LABELS, SETTINGS)
-    assert set(metrics) == {"n", "accuracy", "weighted_f1", "macro_f1", "confusion", "ece", "aurc", "label_mass"}
+    assert set(metrics) == {
+        "n", "unanswered", "accuracy", "weighted_f1", "macro_f1", "confusion", "ece", "aurc", "label_mass",
+    }  # fmt: skip
     assert (metrics["n"], metrics["accuracy"], metrics["label_mass"]) == (3, 1.0, 0.75)
 
 

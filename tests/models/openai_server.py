@@ -75,6 +75,7 @@ class Server:
             without choices). The client pays for truncated and malformed replies.
         answer, logprobs: text and log-probabilities of a reply.
         refuse: status and message of a refusal, or None.
+        script: status and body of a reply to the given request, instead of all of the above; None: as above.
         tokenize: the `/tokenize` route; None: there is none.
         headers: sent with every reply.
         delay_s: seconds before each reply.
@@ -88,6 +89,7 @@ class Server:
     answer: Callable[[ChatRequest], str] = answer
     logprobs: Callable[[ChatRequest], list[dict[str, Any]] | None] = lambda request: None
     refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda body: None
+    script: Callable[[ChatRequest], tuple[int, Any] | None] = lambda request: None
     tokenize: Callable[[str], list[int]] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
@@ -134,6 +136,8 @@ class Server:
         """Kind, status and body of the reply to a request."""
         with self.lock:
             draw = self.random.random()
+        if (scripted := self.script(request)) is not None:
+            return "scripted", scripted[0], json.dumps(scripted[1]).encode()
         refused = self.refuse(request.body)
         if refused is not None:
             return "refused", refused[0], json.dumps({"error": {"message": refused[1]}}).encode()

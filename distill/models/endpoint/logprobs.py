@@ -1,36 +1,38 @@
 """Label probabilities from answers to *classify*: from log-probabilities, or from the agreement of samples."""
 
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from distill.models.endpoint.http import Tokens
+from distill.task import reply
 from distill.task.labels import LabelSpace
 
-_PREDICTION = re.compile(r"(?:^|[{,])[ \t\"'*#>\u0120\u2581-]*prediction[\"'*]*[ \t]*:", re.IGNORECASE | re.MULTILINE)
-_MARKUP = " \t\r\n\"'`*_.,;:{}[]\u0120\u2581"  # \u0120 and \u2581 are the spaces of byte-level BPE and SentencePiece
+_MARKUP = reply.MARKUP + "\u0120\u2581"  # the spaces of byte-level BPE and SentencePiece
 _MIN_PROBABILITY = 1e-12  # no label gets a probability of 0
 
 
 def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray, float]:
     """Label probabilities from the tokens of an answer to *classify* or *review*.
 
-    Probabilities are read where the label begins: after the last `"Prediction":` that opens a line or a JSON field,
-    otherwise at the first token. The probability of a top-k token is assigned to the label that it is a prefix of:
+    Probabilities are read where the label begins: after a thought, and after the last `"Prediction":` that opens a line
+    or a JSON field, otherwise at the first token. The probability of a top-k token is assigned to the label that it is
+    a prefix of:
 
-    - A generated token that is a prefix of several labels (such as "-" if labels are numbers) is followed to the next
-      position.
+    - A generated token that is a prefix of a label (such as "-" if labels are numbers, or some bytes of a character) is
+      followed to the end of the label, whose probability is the product over its tokens.
     - The continuation of a token that was not generated is unknown. If it is a prefix of several labels, its
       probability is split equally among them; a space is a prefix of all labels.
     - The probability of a label without a top-k token is at most that of the least likely top-k token, and at most
-      the probability that the top-k tokens leave. The label gets the smaller of the two bounds.
+      the probability that the top-k tokens leave. The label gets the smaller of the two bounds. If the server returns
+      no alternatives at all, the labels share what the generated token leaves.
 
     Returns:
         Probabilities [K], and the label mass: the sum of the probabilities before they were normalised, at most 1.
     """
     begin = _label_offset("".join(token for token, _ in tokens), labels)
+    labelled = False  # whether the generated label has ended
     names = [_normalized(name) for name in labels.names]
     mass = np.zeros(len(names))
     # The generated part of the label, its probability, and the labels that it may still become.
@@ -47,20 +49,21 @@ def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray,
         unseen = set(candidates)
         for other, probability in probabilities.items():
             matching = continued if other == token else _matching_labels(prefix, other, candidates, names)
-            if other == token and len(matching) > 1:
+            if other == token and matching and not _is_complete(prefix + token, matching, names):
                 unseen -= set(matching)
             elif matching and (prefix.strip(_MARKUP) or not _is_punctuation(other)):
                 # An opening quote that was not generated is another format of the answer, not a label.
                 unseen -= set(matching)
                 mass[matching] += prefix_probability * probability / len(matching)
-        bound = min(*probabilities.values(), 1 - sum(probabilities.values()))
+        left = 1 - sum(probabilities.values())
+        bound = min(*probabilities.values(), left) if top_logprobs.keys() - {token} else left / max(len(unseen), 1)
         mass[list(unseen)] += prefix_probability * max(bound, _MIN_PROBABILITY)
         prefix, prefix_probability, candidates = prefix + token, prefix_probability * probabilities[token], continued
-        if len(candidates) <= 1:
+        labelled = _is_complete(prefix, candidates, names)
+        if labelled or not candidates:
             break
-    if len(candidates) > 1 and prefix.strip(
-        _MARKUP
-    ):  # the answer ended; it may name a label that is a prefix of others
+    if candidates and not labelled and prefix.strip(_MARKUP):
+        # the answer ended; it may name a label that is a prefix of others, or be cut within one
         named = [k for k in candidates if names[k] == _normalized(prefix)] or candidates
         mass[named] += prefix_probability / len(named)
     if not mass.any():
@@ -73,9 +76,17 @@ def agreement(answers: Sequence[str], labels: LabelSpace) -> np.ndarray:
 
     p_j = (n_j + (1 + r) / K) / (k + 1), where n_j answers name label j and r answers name no label.
     """
-    found = [labels.find(_first_line(answer[_label_offset(answer, labels) :])) for answer in answers]
+    found = [labels.find(answer) for answer in answers]
     counts = np.array([found.count(name) for name in labels.names], dtype=float)
     return (counts + (1 + found.count(None)) / len(labels)) / (len(answers) + 1)
+
+
+def _is_complete(text: str, matching: Sequence[int], names: Sequence[str]) -> bool:
+    """Whether a generated text is the whole of the only label that it matches, not only its beginning."""
+    if len(matching) != 1:
+        return False
+    name, part = names[matching[0]].encode(), _bytes(_normalized(text, keep_end=True))
+    return part == name or not name.startswith(part)
 
 
 def _matching_labels(prefix: str, token: str, candidates: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -83,7 +94,7 @@ def _matching_labels(prefix: str, token: str, candidates: Sequence[int], names: 
     has_text = bool(prefix.strip(_MARKUP))
     ended = not token or (has_text and "\n" in token)
     text = _normalized(prefix + token, keep_end=True)
-    begun = [k for k in candidates if not ended and names[k].startswith(text)]
+    begun = [k for k in candidates if not ended and names[k].encode().startswith(_bytes(text))]
     complete = {_normalized(prefix + token)}
     if has_text and not token[:1].isalnum():  # the token ends the label
         complete.add(_normalized(prefix))
@@ -92,6 +103,7 @@ def _matching_labels(prefix: str, token: str, candidates: Sequence[int], names: 
 
 def _normalized(text: str, keep_end: bool = False) -> str:
     """Text without case, spaces and surrounding punctuation; `keep_end` keeps the punctuation at the end."""
+    text = _bytes(text).decode("utf-8", "surrogateescape")  # joins the bytes of a character
     plain = "".join(text.replace("\u0120", " ").replace("\u2581", " ").split()).casefold().lstrip(_MARKUP)
     return plain if keep_end else plain.rstrip(_MARKUP)
 
@@ -101,11 +113,12 @@ def _is_punctuation(token: str) -> bool:
     return bool(token.strip(" \u0120\u2581")) and not token.strip(_MARKUP)
 
 
+def _bytes(text: str) -> bytes:
+    """UTF-8, where lone surrogates stand for the bytes of a part of a character."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def _label_offset(text: str, labels: LabelSpace) -> int:
-    """Offset in an answer to *classify* where the label begins; 0 if the first line is a bare label."""
-    headers = list(_PREDICTION.finditer(text))
-    return headers[-1].end() if headers and labels.find(_first_line(text)) is None else 0
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip(_MARKUP)), "")
+    """Offset in an answer to *classify* where the label begins."""
+    begin = reply.answer_start(text)
+    return begin + reply.label_start(text[begin:], labels.is_label)

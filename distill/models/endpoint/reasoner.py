@@ -19,7 +19,7 @@ from distill.models.endpoint.http import RequestFailed
 from distill.models.endpoint.logprobs import agreement, label_probabilities
 from distill.models.endpoint.pool import as_completed
 from distill.models.endpoint.settings import EndpointSettings
-from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
+from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -30,14 +30,13 @@ log = logging.getLogger(__name__)
 
 _CLASSIFY_MAX_TOKENS = 32
 _TOKENIZE_RETRY_S = 60.0
-_MIN_LABEL_MASS = 1e-12  # a label mass of 0 means that there is no answer
 
 
 @dataclass(frozen=True)
 class LabelScore:
     """One classification: probabilities [K], the label mass before normalisation, and the answer they come from.
 
-    If the answer has an error, the probabilities are uniform and the label mass is 0.
+    If the answer has an error or names no label, the probabilities are uniform and the label mass is 0.
     """
 
     probabilities: np.ndarray
@@ -187,7 +186,7 @@ class Endpoint:
             return LabelScore(undecided, 0.0, answer)
         if tokens:
             return LabelScore(*label_probabilities(tokens, self.labels), answer)
-        self._client.disable_logprobs("returns no log-probabilities")
+        self._client.optional.disable_logprobs("its replies have none")
         sampled = [answer]
         for attempt in range(1, self.settings.agreement_samples):
             sampled.append(self._client.ask(content, Sampling(1.0, _CLASSIFY_MAX_TOKENS, attempt), stop)[0])
@@ -196,7 +195,9 @@ class Endpoint:
         texts = [answer.text for answer in sampled if answer.error is None]
         cost = sum((answer.cost for answer in sampled), Cost())
         # A single sample says nothing about the confidence, so it must not look certain.
-        mass = math.nan if self.settings.agreement_samples > 1 else _MIN_LABEL_MASS
+        mass = math.nan if self.settings.agreement_samples > 1 else UNKNOWN_CONFIDENCE
+        if all(self.labels.find(text) is None for text in texts):
+            mass = 0.0  # the answers are no answer to the question
         return LabelScore(agreement(texts, self.labels), mass, Answer("\n".join(texts), True, **asdict(cost)))
 
     def _label_token_ids(self) -> Sequence[int]:
@@ -205,7 +206,11 @@ class Endpoint:
         They are requested once. Empty if the server does not return them, or could not be reached in the last minute.
         """
         with self._lock:
-            if self._token_ids is None and self._client.top_logprobs and time.monotonic() >= self._next_tokenize:
+            if (
+                self._token_ids is None
+                and self._client.optional.top_logprobs
+                and time.monotonic() >= self._next_tokenize
+            ):
                 try:
                     self._token_ids = self._request_token_ids()
                 except RequestFailed:  # other threads wait for this lock, so do not retry at once
