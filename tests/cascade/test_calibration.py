@@ -92,7 +92,7 @@ def test_a_risk_target_is_kept_or_refused_with_the_smallest_supported_one() -> N
     gold, student, teacher = validation(400)
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(by="risk", risk=0.25))
     assert content["validation"]["student_risk"] < 0.25 and content["promise"]["confidence"] == 0.9
-    assert "at most 25.0% is wrong" in content["promise"]["says"]
+    assert "at most 25.0% of the posts that the student answers alone are wrong" in content["promise"]["says"]
     with pytest.raises(SettingsError, match=r"calibrate\.risk: .*cannot support.*smallest") as refused:
         calibrate(
             gold[:40], _first(student, 40), _first(teacher, 40), NAMES, LABELS, CalibrateSettings(by="risk", risk=0.001)
