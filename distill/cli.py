@@ -85,6 +85,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(plan_text(settings))
         return
     if command == "report":
+        chain.check_outputs(settings)
         report.run(settings)
         print(report.summary(settings))
         return

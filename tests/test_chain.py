@@ -39,6 +39,7 @@ class Fakes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing: dict[str, BaseException] = {}
         self.folders: list[Path] = []
+        self.extra: dict[str, list[str]] = {}
         for name, stage in STAGES.items():
             monkeypatch.setitem(chain.STAGES, name, stage._replace(run=self.stage(name, stage.outputs)))
 
@@ -47,6 +48,9 @@ class Fakes:
             folder = context.folder / name
             self.folders.append(folder)
             (folder / outputs[0]).write_text(context.fingerprints[name])
+            for file in self.extra.get(name, ()):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_text("of another training")
             if name in self.failing:
                 raise self.failing.pop(name)
             for output in outputs[1:]:
@@ -86,7 +90,8 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
     for name, entry in micro.manifest(recipe).items():
         assert entry["status"] == "done" and entry["fingerprint"] == fingerprints(recipe)[name]
         assert entry["outputs"] == [f"{name}/{output}" for output in STAGES[name].outputs]
-        assert entry["inputs"] == {read: fingerprints(recipe)[read] for read in STAGES[name].reads}
+        assert entry["inputs"] == {read: micro.manifest(recipe)[read]["identity"] for read in STAGES[name].reads}
+        assert set(entry["files"]) == set(STAGES[name].outputs)
         assert entry["seconds"] >= 0 and entry["peak_memory_mb"]["host"] > 100
         assert {"distill", "torch", "lightning", "transformers", "peft"} <= set(entry["versions"])
     assert micro.read(recipe.folder / "recipe.yaml") == recipe
@@ -187,9 +192,11 @@ def test_outputs_of_other_settings_are_deleted_but_the_ledger_is_kept(recipe: Re
     run(recipe)
     annotate, student = recipe.folder / "annotate", recipe.folder / "student"
     (annotate / "ledger.jsonl").write_text("paid\n")
-    (student / "checkpoints").mkdir()
-    (student / "checkpoints" / "last.ckpt").write_text("of another training")
+    fakes.extra["student"] = ["checkpoints/last.ckpt"]
+    run(micro.read(path, "--student.patience", "3"))
+    assert (student / "checkpoints" / "last.ckpt").exists()
     fakes.failing["student"] = RunError("stop here")
+    del fakes.extra["student"]
     with pytest.raises(RunError, match="stop here"):
         run(micro.read(path, "--annotate.retries", "2"))
     assert (annotate / "ledger.jsonl").read_text() == "paid\n"
@@ -197,13 +204,14 @@ def test_outputs_of_other_settings_are_deleted_but_the_ledger_is_kept(recipe: Re
 
 
 def test_an_export_is_kept_until_the_next_one_replaces_it(recipe: Recipe, path: Path, fakes: Fakes) -> None:
+    fakes.extra["export"] = ["model.safetensors"]
     run(recipe)
-    (recipe.folder / "export" / "model.safetensors").write_text("weights")
+    weights = (recipe.folder / "export" / "model.safetensors").read_text()
     fakes.failing["evaluate"] = RunError("stop here")
     other = micro.read(path, "--seed", "2")
     with pytest.raises(RunError, match="stop here"):
         run(other)
-    assert (recipe.folder / "export" / "model.safetensors").read_text() == "weights"
+    assert (recipe.folder / "export" / "model.safetensors").read_text() == weights
     assert run(other) == AFTER_STUDENT
 
 
