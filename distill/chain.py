@@ -255,6 +255,7 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
         name, earlier
     )
     resumes = resumes and manifest.same_inputs(name, inputs, state.contents[name])
+    context.fingerprints[name] = state.fingerprints.whole[name]  # its identity is known when it has ended
     manifest.keep_edited(name)
     if not resumes:
         manifest.check_names(name)

@@ -3,8 +3,10 @@
 import csv
 import inspect
 import os
+import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _readable(Path(path)):
+            return super().load_checkpoint(path, *args, **kwargs)
 
 
 class LatestCheckpoint(Checkpoint):
@@ -146,10 +152,23 @@ def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Raise SettingsError if a checkpoint is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise SettingsError(
+            f"{checkpoint} is damaged ({type(error).__name__}); delete its folder and run: distill run"
+        ) from error
+
+
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+        with _readable(path):
+            best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(best, strict=False)
 
 
 def _end_distributed() -> None:
