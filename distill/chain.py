@@ -115,6 +115,9 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             if only is not None:
                 _check_inputs(only, STAGES[only].reads, state.done)
                 names = [only]
+            for name in names:
+                if not state.done[name]:  # before anything is paid for
+                    state.manifest.check_names(name)
             ran = []
             for name in names:
                 if not state.compare(name):

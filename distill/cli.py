@@ -98,7 +98,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     elif command == "run":
         print(f"ran {', '.join(ran)}")
     if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
-        if ran or not (settings.folder / "report.html").exists():
+        if ran or not report.is_current(settings):
             report.run(settings)
         print(report.summary(settings))
 

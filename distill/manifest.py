@@ -52,6 +52,7 @@ class Manifest:
             self.stages, self.models = {}, {}
         except (ValueError, KeyError, TypeError):
             raise SettingsError(f"{self.path} is not a valid manifest; move it or its folder away") from None
+        self._moved_away = not self.stages and self._is_run()
 
     def write(self, name: str, entry: dict[str, Any]) -> None:
         """Replace the entry of a stage and write the file."""
@@ -135,7 +136,7 @@ class Manifest:
             SettingsError: an output is damaged.
         """
         entry = self.stages[name]
-        complete = self.ended(name, entry | {"contents": dict(contents)})
+        complete = self.ended(name, {"identity": entry["fingerprint"]} | entry | {"contents": dict(contents)})
         for file, digest in complete["files"].items():
             if digest is not None:
                 self._check(self.folder / name / file)
@@ -173,7 +174,7 @@ class Manifest:
         folder = self.folder / name
         if (files := self.stages.get(name, {}).get("files")) is not None:
             return [file for file in files if os.path.lexists(folder / file)]
-        if name in self.stages or self._is_run():
+        if name in self.stages or self._moved_away:
             return [file for file in _files(folder) if self._may_write(name, file)]
         return []
 
@@ -191,7 +192,7 @@ class Manifest:
                     "not from this run; move it away"
                 )
         recipe = self.folder / "recipe.yaml"
-        if not self.stages and recipe.exists() and not self._is_run():
+        if not self.stages and recipe.exists() and not self._moved_away:
             raise SettingsError(f"{recipe} is in the way: the run writes its resolved recipe there; move it away")
 
     def keep_edited(self, name: str) -> None:

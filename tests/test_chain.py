@@ -1,7 +1,6 @@
 """The chain: which stages run again, failures, the manifest, and worker processes of distributed training."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -16,8 +15,8 @@ from distill import chain
 from distill.chain import STAGES, fingerprints, run, stages_of
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
-from distill.stages.context import Context
 from tests import micro
+from tests.fake_stages import ROWS, Fakes, jsonl_recipe
 
 AFTER_STUDENT = ["evaluate", "calibrate", "cascade", "export"]
 ALL = ["teacher", "annotate", "assistant", "augment", "student", *AFTER_STUDENT]
@@ -31,32 +30,6 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(path: Path) -> Recipe:
     return micro.read(path)
-
-
-class Fakes:
-    """Replaces all stages by ones that only write their outputs; those in `failing` raise after the first output."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.failing: dict[str, BaseException] = {}
-        self.folders: list[Path] = []
-        self.extra: dict[str, list[str]] = {}
-        for name, stage in STAGES.items():
-            monkeypatch.setitem(chain.STAGES, name, stage._replace(run=self.stage(name, stage.outputs)))
-
-    def stage(self, name: str, outputs: tuple[str, ...]) -> Any:
-        def run(context: Context, tracked: object) -> None:
-            folder = context.folder / name
-            self.folders.append(folder)
-            (folder / outputs[0]).write_text(context.fingerprints[name])
-            for file in self.extra.get(name, ()):
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).write_text("of another training")
-            if name in self.failing:
-                raise self.failing.pop(name)
-            for output in outputs[1:]:
-                (folder / output).write_text(context.fingerprints[name])
-
-        return run
 
 
 @pytest.fixture
@@ -148,19 +121,6 @@ def test_until_and_only(recipe: Recipe, path: Path, fakes: Fakes) -> None:
 
 
 # ---- inputs of a chain ----
-
-
-def jsonl_recipe(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Recipe:
-    (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = micro.RECORDED | {"data": {"source": "jsonl", "train": ["train.jsonl"], "validation": [], "test": []}}
-    return micro.read(micro.write(folder, content, **changes))
-
-
-ROWS = [
-    {"id": str(n), "text": f"post {n}", "label": ("negative", "neutral", "positive")[n % 3], "image": None}
-    for n in range(9)
-]
 
 
 def test_changed_data_runs_all_stages_and_moved_data_none(tmp_path: Path, fakes: Fakes) -> None:

@@ -199,3 +199,10 @@ def _control_tokens(processor: Any) -> re.Pattern[str]:
     tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     tokens |= {getattr(processor, name) for name in ("image_token", "video_token") if hasattr(processor, name)}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a processor. The files do not depend on whether a batch was padded before."""
+    if processor.tokenizer.is_fast:
+        processor.tokenizer.backend_tokenizer.no_padding()
+    processor.save_pretrained(folder)

@@ -47,7 +47,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         with _readable(Path(path)):
-            return super().load_checkpoint(path, *args, **kwargs)
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        # after a run's folder was moved or copied, the best checkpoint is beside this one, not in the old folder
+        for state in checkpoint.get("callbacks", {}).values():
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if state.get(name):
+                    state[name] = str(Path(path).with_name(Path(state[name]).name))
+            if "best_k_models" in state:
+                models = state["best_k_models"].items()
+                state["best_k_models"] = {str(Path(path).with_name(Path(best).name)): score for best, score in models}
+            if "dirpath" in state:
+                state["dirpath"] = os.path.abspath(Path(path).parent)
+        return checkpoint
 
 
 class LatestCheckpoint(Checkpoint):

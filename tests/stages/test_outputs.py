@@ -208,4 +208,4 @@ def test_more_epochs_go_on_from_the_checkpoint_and_other_settings_do_not(recipe:
     changed = longer(learning_rate=1e-4)
     chain.run(changed, until="student")
     rows = (recipe.folder / "student" / "metrics.csv").read_text().splitlines()
-    assert rows[1] != before[1]
+    assert rows[: len(before)] != before
