@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill.data.corpus import data_digest
-from distill.digests import Digests
+from distill.digests import Digests, combine
 from distill.errors import RunError, SettingsError
 from distill.files import write_text
 from distill.fingerprints import contents, translate
@@ -202,7 +202,8 @@ class _State:
         self.done[name] = self.manifest.done(name, fingerprint, inputs, self.contents[name])
         # if only outputs are missing, the stage is expected to write the same again
         same = self.manifest.finished_with(name, fingerprint, inputs, self.contents[name])
-        self.context.fingerprints[name] = self.manifest.identity(name) if same else fingerprint
+        new = combine([fingerprint, inputs])  # no identity that a later stage has read
+        self.context.fingerprints[name] = self.manifest.identity(name) if same else new
         return self.done[name]
 
     def learn_contents(self, name: str) -> None:
