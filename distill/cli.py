@@ -87,6 +87,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(plan_text(settings))
         return
     if command == "report":
+        chain.check_outputs(settings)
         report.run(settings)
         print(report.summary(settings))
         return
@@ -99,7 +100,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     elif command == "run":
         print(f"ran {', '.join(ran)}")
     if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
-        if ran or not (settings.folder / "report.html").exists():
+        if ran or not report.is_current(settings):
             report.run(settings)
         print(report.summary(settings))
 

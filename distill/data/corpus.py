@@ -7,15 +7,17 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
 from distill.data.images import ImageError, decode
-from distill.data.postcards import PostcardSettings, generate
+from distill.data.postcards import PostcardSettings, generate, is_generated
 from distill.data.split import stratified_split
 from distill.data.text import clean
+from distill.digests import Digests, combine
 from distill.errors import RunError, SettingsError
 from distill.settings import Count, Range, Seed, Settings
 from distill.task.labels import LabelSpace
@@ -174,6 +176,28 @@ def data_fingerprint(settings: DataSettings) -> str:
         content = [split, file, row.number, row.fields, row.problem, [sizes[name] for name in names]]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def data_digest(settings: DataSettings, digests: Digests) -> str | None:
+    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of postcards.
+
+    None if the postcards are not generated yet.
+
+    Raises:
+        SettingsError: a split file is missing.
+    """
+    root = Path(settings.root)
+    if settings.source == "postcards" and not is_generated(root, settings.postcards):
+        return None
+    rows, names = [], set()
+    for split, file, row in _rows(settings):
+        if settings.source == "postcards":
+            rows.append([split, file, row.number, row.fields, row.problem])
+        with suppress(ValueError):
+            names |= set(jsonl.image_names(row.fields))
+    found = digests.files(root / name for name in names)
+    images = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, images])
 
 
 def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:

@@ -37,7 +37,13 @@ class ExportSettings(Settings):
 
 
 def export(
-    student: Backbone, samples: Sequence[Sample], folder: Path, adapter: Path, card: str, settings: ExportSettings
+    student: Backbone,
+    samples: Sequence[Sample],
+    folder: Path,
+    adapter: Path,
+    card: str,
+    settings: ExportSettings,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `folder` atomically: merged weights as safetensors, processor, chat template, model card, and `adapter/`.
 
@@ -47,6 +53,7 @@ def export(
         samples: the first `settings.check_samples` are used for the check.
         adapter: folder of the adapter; copied if it holds one.
         card: text of the model card.
+        keep: files of an earlier folder, relative to it, that stay.
 
     Returns:
         The result of `check`.
@@ -56,7 +63,7 @@ def export(
     """
     dtype = student.model.dtype
     model = student.merged().eval()
-    with atomic_folder(folder) as new:
+    with atomic_folder(folder, keep) as new:
         with hide_progress_bars():
             model.save_pretrained(new)  # type: ignore[operator]
             student.processor.save_pretrained(new)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens
+from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens, save_processor
 from distill.models.hub import load_from_hub
 from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
@@ -207,7 +207,7 @@ class Backbone:
         """Write the trained weights (with LoRA only the adapter) and the processor."""
         with hide_progress_bars():
             self.model.save_pretrained(folder)  # type: ignore[operator]
-            self.processor.save_pretrained(folder)
+            save_processor(self.processor, folder)
 
     @property
     def _base_model(self) -> Any:

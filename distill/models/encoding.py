@@ -221,3 +221,10 @@ def control_tokens(processor: Any) -> re.Pattern[str]:
     tokens |= {str(value) for name in named if (value := getattr(processor, name, None))}
     tokens = {token for token in tokens if len(token.strip()) > 1}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a processor. The files do not depend on whether a batch was padded before."""
+    if processor.tokenizer.is_fast:
+        processor.tokenizer.backend_tokenizer.no_padding()
+    processor.save_pretrained(folder)

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -51,11 +51,15 @@ class Context:
     """The state that the stages of one chain share.
 
     Attributes:
-        fingerprints: of the stages, as `chain.fingerprints` returns them; they are part of model names.
+        fingerprints: identities of the stages; they are part of model names.
+        foreign: files in the folder of the running stage that are not the stage's, relative to it.
+        variants: digests of weights that replaced others in the same folder, by the folder.
     """
 
     recipe: Recipe
     fingerprints: dict[str, str]
+    foreign: list[str] = field(default_factory=list)
+    variants: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -212,6 +216,8 @@ class Context:
             settings = section.model
             model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
+            if settings.path in self.variants:
+                name += f" {self.variants[settings.path]}"
             return Local(model, name, self.device)
         return None
 
@@ -247,10 +253,28 @@ class Context:
         jsonl.write_rows(self.folder / stage / "rationales.jsonl", rows)
 
     def rationales(self, *stages: str) -> list[Sample]:
-        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped."""
+        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped.
+
+        Raises:
+            SettingsError: a row, edited by hand perhaps, cannot be used.
+        """
         present = [stage for stage in stages if getattr(self.recipe, stage) is not None]
-        paths = [self.folder / stage / "rationales.jsonl" for stage in present]
-        return [jsonl.to_sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
+        return [sample for stage in present for sample in self._read(self.folder / stage / "rationales.jsonl")]
+
+    def _read(self, path: Path) -> Iterator[Sample]:
+        for row in jsonl.read(path):
+            try:
+                if row.problem is not None:
+                    raise ValueError(row.problem)
+                sample = jsonl.to_sample(row.fields, self.corpus.root)
+                self.labels.index(sample.label if sample.label is not None else "")
+                if sample.rationale is None:
+                    raise ValueError("has no rationale")
+            except ValueError as error:
+                raise SettingsError(
+                    f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
+                ) from None
+            yield sample
 
     def training_samples(self, *stages: str) -> list[Sample]:
         """Training data of assistant and student: reasoning data, or labelled posts without an annotate section."""

@@ -3,9 +3,11 @@
 import csv
 import inspect
 import os
+import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _readable(Path(path)):
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        # after a run's folder was moved or copied, the best checkpoint is beside this one, not in the old folder
+        for state in checkpoint.get("callbacks", {}).values():
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if state.get(name):
+                    state[name] = str(Path(path).with_name(Path(state[name]).name))
+            if "best_k_models" in state:
+                models = state["best_k_models"].items()
+                state["best_k_models"] = {str(Path(path).with_name(Path(best).name)): score for best, score in models}
+            if "dirpath" in state:
+                state["dirpath"] = os.path.abspath(Path(path).parent)
+        return checkpoint
 
 
 class LatestCheckpoint(Checkpoint):
@@ -230,10 +247,23 @@ def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Raise SettingsError if a checkpoint is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise SettingsError(
+            f"{checkpoint} is damaged ({type(error).__name__}); delete its folder and run: distill run"
+        ) from error
+
+
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+        with _readable(path):
+            best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(best, strict=False)
 
 
 def _end_distributed() -> None:
