@@ -34,6 +34,8 @@ from distill.training.student import StudentSettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+_NAME_BYTES = 255  # limit of file systems
+
 
 @dataclass
 class TaskSettings:
@@ -179,6 +181,8 @@ def check(recipe: Recipe) -> None:
     """Validate combinations of settings before any model is loaded. Raises SettingsError."""
     if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name.startswith("."):
         raise SettingsError(f"name is {recipe.name!r}; it takes letters, digits, '-', '_' and '.'")
+    if (size := len(recipe.name.encode())) > _NAME_BYTES:
+        raise SettingsError(f"name has {size} bytes; it takes at most {_NAME_BYTES}, because it names a folder")
     try:
         recipe.labels  # noqa: B018
     except ValueError as error:

@@ -23,6 +23,12 @@ class ServeSettings:
     """Environment variable with the bearer token that clients must send; empty: no token is required."""
     deadline_s: float = 30.0
     """Seconds within which every request is answered; if the teacher exceeds them, the student's answer is returned."""
+    header_timeout_s: float = 10.0
+    """Seconds within which a client must have sent the headers of its request; slower connections are closed."""
+    breaker_failures: int = 3
+    """Number of deferred requests in a row that wait for the teacher in vain before it is suspended."""
+    breaker_retry_s: float = 30.0
+    """Seconds until a suspended teacher receives one request again; meanwhile the student's answers are returned."""
     queue: int = 64
     """Most requests in flight; further requests get status 429 with Retry-After."""
     batch_size: int = 16
@@ -46,8 +52,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         for name in (
-            "deadline_s", "queue", "batch_size", "teacher_concurrency", "max_body_mb", "max_text_tokens",
-            "max_new_tokens",
+            "deadline_s", "header_timeout_s", "breaker_failures", "breaker_retry_s", "queue", "batch_size",
+            "teacher_concurrency", "max_body_mb", "max_text_tokens", "max_new_tokens",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it takes a number above 0")
