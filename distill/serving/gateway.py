@@ -130,9 +130,11 @@ class Gateway:
         return JSONResponse({"status": "alive"})
 
     async def readiness(self) -> Response:
-        """`GET /health/ready`."""
+        """`GET /health/ready` and `GET /health`."""
         status = "stopping" if self.stopping else "ready" if self.warm else "warming up"
-        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+        breaker = self.cascade.breaker
+        content = {"status": status, "teacher_breaker": breaker.state if breaker else None}
+        return JSONResponse(content, 200 if status == "ready" else 503)
 
     async def show_metrics(self) -> Response:
         """`GET /metrics`."""
@@ -256,6 +258,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics)
     for method, path, handler in (
         ("GET", "/", gateway.show_page),
+        ("GET", "/health", gateway.readiness),
         ("GET", "/health/live", gateway.live),
         ("GET", "/health/ready", gateway.readiness),
         ("GET", "/metrics", gateway.show_metrics),
