@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
-    """A stage: its function, the earlier stages and extra recipe sections it depends on, and its outputs."""
+    """A stage: its function, the earlier stages and other recipe sections it depends on, and its outputs."""
 
     run: Any
     reads: tuple[str, ...]
@@ -54,7 +54,7 @@ STAGES = {
     "evaluate": Stage(
         evaluate.run, ("teacher", "annotate", "assistant", "student"), (), ("metrics.json", "predictions.jsonl")
     ),
-    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), (), ("calibration.json",)),
+    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), ("cascade.teacher",), ("calibration.json",)),
     "cascade": Stage(
         cascade.run,
         ("teacher", "annotate", "student", "calibrate"),
@@ -91,11 +91,21 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
             recipe.seed,
             settings["task"],
             settings[name],
-            *(settings[section] for section in stage.sections),
+            *section_values(settings, stage.sections),
             *(hashes.get(earlier) for earlier in stage.reads),
         ]
         hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return hashes
+
+
+def section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> list[Any]:
+    """The values of sections, such as `trainer` or `cascade.teacher`. One inside another is left out if not given."""
+    values = []
+    for section in sections:
+        outer, _, inner = section.partition(".")
+        value = settings[outer] if not inner else (settings.get(outer) or {}).get(inner)
+        values += [] if inner and value is None else [value]
+    return values
 
 
 def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> list[str]:

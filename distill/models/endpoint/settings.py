@@ -42,6 +42,9 @@ class EndpointSettings:
     """Price per million prompt tokens, in any currency."""
     completion_price: float | None = None
     """Price per million completion tokens, in the same currency."""
+    ledger_by_address: bool = False
+    """Use only answers in the ledger that came from this base_url. False: because servers move, answers of the same
+    model name from another address are used as well, with a notice; never those of another endpoint of the recipe."""
 
     def __post_init__(self) -> None:
         try:
@@ -55,3 +58,9 @@ class EndpointSettings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it takes a number above 0")
         if not 1 <= self.top_logprobs <= 20:
             raise SettingsError(f"top_logprobs is {self.top_logprobs}; it takes 1 to 20")
+
+    @property
+    def address(self) -> str:
+        """`base_url` without credentials, query and trailing slash."""
+        url = parse_url(self.base_url)
+        return Url(url.scheme, None, url.host, url.port, url.path).url.rstrip("/")
