@@ -155,6 +155,18 @@ def test_the_earlier_place_of_the_cascades_teacher_is_read_with_a_notice(
     assert micro.read(path) == new
 
 
+def test_two_servers_with_one_model_name_are_known_to_be_different(tmp_path: Path) -> None:
+    def recipe(**cascade: Any) -> Recipe:
+        content = {"annotate": {"endpoint": SERVER}, "calibrate": {}, "cascade": cascade}
+        return micro.read(micro.write(tmp_path, micro.RECORDED, **content))
+
+    two = recipe(teacher={"endpoint": SERVER | {"base_url": "http://127.0.0.1:10/v1"}})
+    assert two.other_servers() == ["http://127.0.0.1:10/v1"]
+    assert two.other_servers(for_cascade=True) == ["http://127.0.0.1:9/v1"]
+    assert recipe().other_servers() == recipe(teacher={"endpoint": SERVER}).other_servers() == []
+    assert recipe(teacher={"endpoint": SERVER | {"model": "b", "base_url": "http://b/v1"}}).other_servers() == []
+
+
 def test_the_third_stage_needs_a_teacher_that_can_review(tmp_path: Path) -> None:
     def reviews(**changes: Any) -> bool:
         return micro.read(micro.write(tmp_path, micro.WITH_TEACHER, **changes)).reviews
