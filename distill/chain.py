@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
-    """A stage: its function, the earlier stages and extra recipe sections it depends on, and its outputs."""
+    """A stage: its function, the earlier stages and other recipe sections it depends on, and its outputs."""
 
     run: Any
     reads: tuple[str, ...]
@@ -54,7 +54,7 @@ STAGES = {
     "evaluate": Stage(
         evaluate.run, ("teacher", "annotate", "assistant", "student"), (), ("metrics.json", "predictions.jsonl")
     ),
-    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), (), ("calibration.json",)),
+    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), ("cascade.teacher",), ("calibration.json",)),
     "cascade": Stage(
         cascade.run,
         ("teacher", "annotate", "student", "calibrate"),

@@ -5,7 +5,7 @@ settings name. `manifest.py` compares both with what the last run of the stage h
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
@@ -138,11 +138,21 @@ def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]
             settings["seed"],
             settings["task"],
             settings[name],
-            *(settings[section] for section in stage.sections),
+            *_section_values(settings, stage.sections),
             *(hashes.get(earlier) for earlier in stage.reads),
         ]
         hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return hashes
+
+
+def _section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> list[Any]:
+    """The values of sections, such as `trainer` or `cascade.teacher`. One inside another is left out if not given."""
+    values = []
+    for section in sections:
+        outer, _, inner = section.partition(".")
+        value = settings[outer] if not inner else (settings.get(outer) or {}).get(inner)
+        values += [] if inner and value is None else [value]
+    return values
 
 
 def _without(settings: Any, names: frozenset[str]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ from distill.training.student import StudentSettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+log = logging.getLogger(__name__)
+
+_NAME_BYTES = 255  # limit of file systems
+
 
 @dataclass
 class TaskSettings(Settings):
@@ -82,12 +87,34 @@ class AnnotateStageSettings(AnnotateSettings):
 
 @dataclass
 class CalibrateStageSettings(CalibrateSettings):
-    """Fitting of the cascade's temperatures and thresholds, and the teacher of the cascade."""
+    """Fitting of the cascade's temperatures and thresholds."""
 
     endpoint: EndpointSettings | None = None
-    """Use a model behind an OpenAI-compatible server as the cascade's teacher, instead of the one that annotates."""
+    """Earlier place of cascade.teacher.endpoint; still read, with a notice."""
     model: ModelSettings | None = None
-    """Use a pretrained model on this machine as the cascade's teacher, instead of the one that annotates."""
+    """Earlier place of cascade.teacher.model; still read, with a notice."""
+
+
+@dataclass
+class CascadeTeacherSettings:
+    """The teacher of the cascade, for calibrate, cascade and serve. Empty: the teacher that annotates."""
+
+    endpoint: EndpointSettings | None = None
+    """Use a model behind an OpenAI-compatible server."""
+    model: ModelSettings | None = None
+    """Use a pretrained model on this machine, without fine-tuning."""
+
+
+@dataclass
+class CascadeStageSettings(CascadeSettings):
+    """The cascade on the test split, and its teacher; its temperatures and thresholds come from `calibrate`."""
+
+    teacher: CascadeTeacherSettings | None = None
+    """The teacher of the cascade, if it is not the one that annotates."""
+
+
+Teacher = TeacherSettings | EndpointSettings | ModelSettings
+"""The settings of a teacher: trained by the chain, behind a server, or pretrained on this machine."""
 
 
 @dataclass
@@ -122,7 +149,7 @@ class Recipe(Settings):
     """Stage: evaluate teacher, assistant and student on the test split."""
     calibrate: CalibrateStageSettings | None = None
     """Stage: fit the temperatures and thresholds of the cascade on the validation split."""
-    cascade: CascadeSettings | None = None
+    cascade: CascadeStageSettings | None = None
     """Stage: run the cascade of student and teacher on the test split and measure accuracy and teacher calls."""
     export: ExportSettings | None = None
     """Stage: export the student as a folder that transformers can load."""
@@ -133,6 +160,40 @@ class Recipe(Settings):
     def folder(self) -> Path:
         """The chain's folder, `<runs>/<name>`."""
         return Path(self.runs) / self.name
+
+    @property
+    def annotating_teacher(self) -> Teacher | None:
+        """The teacher that annotates and is evaluated; None for a recording."""
+        if self.teacher is not None or self.annotate is None:
+            return self.teacher
+        return self.annotate.endpoint or self.annotate.model
+
+    @property
+    def cascade_teacher(self) -> Teacher | None:
+        """The teacher of calibrate, cascade and serve; None if the recipe has none."""
+        for own in (self.cascade and self.cascade.teacher, self.calibrate):
+            if own and (own.endpoint or own.model):
+                return own.endpoint or own.model
+        return self.annotating_teacher
+
+    def other_servers(self, *, for_cascade: bool = False) -> list[str]:
+        """The address of the other teacher, if it is another server that gives its model the same name.
+
+        Args:
+            for_cascade: of the teacher other than the cascade's, instead of other than the annotating one.
+        """
+        one, other = self.annotating_teacher, self.cascade_teacher
+        if not isinstance(one, EndpointSettings) or not isinstance(other, EndpointSettings):
+            return []
+        if one.model != other.model or one.address == other.address:
+            return []
+        return [one.address if for_cascade else other.address]
+
+    @property
+    def reviews(self) -> bool:
+        """Whether the cascade has its third stage: a teacher that the chain trains must train the *review* task."""
+        teacher = self.cascade_teacher
+        return not isinstance(teacher, TeacherSettings) or teacher.tasks.get("review", 0.0) > 0
 
     @property
     def labels(self) -> LabelSpace:
@@ -211,6 +272,8 @@ def check(recipe: Recipe) -> None:
     """Validate combinations of settings before any model is loaded. Raises SettingsError."""
     if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name.startswith("."):
         raise SettingsError(f"name is {recipe.name!r}; it takes letters, digits, '-', '_' and '.'")
+    if (size := len(recipe.name.encode())) > _NAME_BYTES:
+        raise SettingsError(f"name has {size} bytes; it takes at most {_NAME_BYTES}, because it names a folder")
     try:
         recipe.labels  # noqa: B018
     except ValueError as error:
@@ -256,20 +319,30 @@ def check(recipe: Recipe) -> None:
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
-    for name in ("annotate", "calibrate"):
-        section: AnnotateStageSettings | CalibrateStageSettings | None = getattr(recipe, name)
-        if section is not None and section.model is not None and not section.model.path:
-            raise SettingsError(f"{name}.model.path is required: an untrained tiny model cannot be the teacher")
-    if (calibrate := recipe.calibrate) is not None:
-        if calibrate.endpoint is not None and calibrate.model is not None:
-            raise SettingsError("calibrate takes one teacher: calibrate.endpoint or calibrate.model")
-        others = [item for section in (annotate, calibrate) if section for item in (section.endpoint, section.model)]
-        if all(item is None for item in [recipe.teacher, *others]):
-            raise SettingsError(
-                "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or calibrate"
-            )
+    _check_teachers(recipe)
     if recipe.cascade is not None and recipe.calibrate is None:
         raise SettingsError("cascade needs a calibrate section, which fits its thresholds")
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    """Validate the teachers that are not trained by the chain; log a notice for fields that have a new place."""
+    cascade, calibrate = recipe.cascade and recipe.cascade.teacher, recipe.calibrate
+    given = {}
+    for name, section in {"annotate": recipe.annotate, "calibrate": calibrate, "cascade.teacher": cascade}.items():
+        chosen = [kind for kind in ("endpoint", "model") if section and getattr(section, kind) is not None]
+        given[name] = [f"{name}.{kind}" for kind in chosen]
+        if len(chosen) > 1:
+            raise SettingsError(f"{name} takes one teacher: {' or '.join(given[name])}")
+        if section and section.model is not None and not section.model.path:
+            raise SettingsError(f"{name}.model.path is required: an untrained tiny model cannot be the teacher")
+    if old := given["calibrate"]:
+        if given["cascade.teacher"]:
+            raise SettingsError(f"the cascade takes one teacher: {given['cascade.teacher'][0]} or {old[0]}")
+        log.warning("%s is read as %s, its new place", old[0], old[0].replace("calibrate", "cascade.teacher"))
+    if calibrate is not None and recipe.cascade_teacher is None:
+        raise SettingsError(
+            "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or cascade.teacher"
+        )
 
 
 def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:

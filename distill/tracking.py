@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from distill.masking import mask
 
 _THUMBNAIL_SIDE = 256
 _INIT_SECONDS, _FINISH_SECONDS = 30, 300
+_NAME_LENGTH, _GROUP_LENGTH = 128, 80  # wandb's limit, and what leaves room in it for the name of a stage or artifact
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ class StageRun:
         self._run.log_artifact(artifact)
 
     def _artifact_name(self, name: str) -> str:
-        return re.sub(r"[^\w.-]+", "-", f"{self._group}-{name}")
+        return wandb_name(f"{self._group}-{name}")
 
 
 class Tracker:
@@ -156,7 +158,7 @@ class Tracker:
         """
         self.settings = settings
         self.folder = folder
-        self.group = settings.group or name
+        self.group = _shorten(settings.group or name, _GROUP_LENGTH)
 
     @contextmanager
     def stage(self, stage: str, config: Mapping[str, Any]) -> Iterator[StageRun]:
@@ -223,6 +225,24 @@ class GuardedLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         self._guard(super().finalize, status)
+
+
+def wandb_name(text: str) -> str:
+    """A name that wandb accepts for an artifact: ASCII letters, digits, '-', '_' and '.', at most 128 of them.
+
+    Two texts with different letters outside ASCII have different names.
+    """
+    ascii_text = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return _shorten(ascii_text if text.isascii() else f"{ascii_text}-{_digest(text)}", _NAME_LENGTH)
+
+
+def _shorten(text: str, length: int) -> str:
+    """A text of at most `length` characters; a longer one ends with a hash of itself."""
+    return text if len(text) <= length else f"{text[: length - 9]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
 
 
 @contextmanager

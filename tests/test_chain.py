@@ -85,11 +85,13 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
         (["--augment", "null"], ["student", *AFTER_STUDENT]),
         (["--calibrate.budget", "0.2"], ["calibrate", "cascade"]),
         (["--cascade.on_agreement", "average"], ["cascade"]),
+        (["--cascade.teacher.endpoint.base_url", "http://a/v1", "--cascade.teacher.endpoint.model", "a"],
+         ["calibrate", "cascade"]),
         (["--tracking.project", "other"], []),
         (["--export", "null"], []),
     ],
     ids=lambda value: value[0] if value and value[0].startswith("-") else "",
-)
+)  # fmt: skip
 def test_a_change_runs_the_dependent_stages(flags: list[str], again: list[str], path: Path, fakes: Fakes) -> None:
     run(micro.read(path))
     assert run(micro.read(path, *flags)) == again

@@ -4,7 +4,7 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -130,6 +130,7 @@ def annotate(
     ledger: Ledger,
     counts: AnnotationCounts,
     progress: Progress | None = None,
+    other_servers: Collection[str] = (),
 ) -> Generator[Kept | Quarantined, None, None]:
     """Annotate samples with valid rationales.
 
@@ -140,6 +141,7 @@ def annotate(
         teacher: the teacher; None to use only the rationales in the data set.
         ledger: answers in the ledger are not requested again; every new answer is written to it.
         counts: updated with each sample; complete after the last result.
+        other_servers: see `CachedTeacher`.
 
     Raises:
         SettingsError: the label of a sample is not in the label space.
@@ -150,7 +152,7 @@ def annotate(
         state = _SampleState(sample, _label(sample, labels))
         return _conversation(state, labels, settings, teacher is not None)
 
-    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk)
+    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers)
     for state in run_conversations(samples, conversation, teacher_cache, progress):
         counts.add(state)
         if state.result is not None:

@@ -57,6 +57,8 @@ def calibrate(
     names: tuple[str, str],
     labels: LabelSpace,
     settings: CalibrateSettings,
+    *,
+    reviews: bool = True,
 ) -> dict[str, Any]:
     """Fit both temperatures and both thresholds and return the content of `calibration.json`.
 
@@ -64,6 +66,7 @@ def calibrate(
         gold: label names or values on a scale, one for each validation post.
         student, teacher: scores of the same posts. Posts that a model did not answer are left out and counted.
         names: names of student and teacher.
+        reviews: whether the cascade has its third stage, whose posts cost a second call.
 
     Raises:
         SettingsError: the posts do not support the risk target; the message gives the smallest supported one.
@@ -86,7 +89,7 @@ def calibrate(
         teacher_threshold=0.0,
         min_label_mass=settings.min_label_mass,
     )
-    policy = CascadePolicy(labels, calibration)
+    policy = CascadePolicy(labels, calibration, reviews=reviews)
     predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
     student_uncertainty, teacher_uncertainty = (
         np.array([prediction.uncertainty for prediction in of_model]) for of_model in predictions
@@ -126,6 +129,7 @@ def calibrate(
     return asdict(calibration) | {
         "n": len(truth),
         "unanswered": int((~answered).sum()),
+        "reviews": reviews,
         "promise": promise,
         "assumes": "posts to come are like those of the validation split, on which temperatures and best epochs were "
         "chosen as well",

@@ -146,11 +146,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class CascadePolicy:
-    """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed."""
+    """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed.
+
+    `reviews` is false if the teacher was not trained on the *review* task: its first answer is then always final.
+    """
 
     labels: LabelSpace
     calibration: Calibration
     on_agreement: Literal["teacher", "average"] = "teacher"
+    reviews: bool = True
 
     def student_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The student's predictions on B samples."""
@@ -175,7 +179,9 @@ class CascadePolicy:
         if not student.answered:
             return Decision("teacher_first", "only the teacher answered", teacher.probabilities, student, teacher)
         if teacher.polarity != student.polarity:
-            return None
+            if self.reviews:
+                return None
+            return Decision("teacher_first", "the teacher does not review", teacher.probabilities, student, teacher)
         final = teacher.probabilities if self.on_agreement == "teacher" else self._average(student, teacher)
         return Decision("teacher_first", "both have one polarity", final, student, teacher)
 

@@ -21,7 +21,7 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.models.text_limit import CHARACTERS_PER_TOKEN
 from distill.planning.teacher_requests import RequestForecast, rationale_request_bounds
-from distill.recipe import Recipe
+from distill.recipe import Recipe, TeacherSettings
 from distill.stages.context import Context
 from distill.task import prompts
 from distill.task.prompts import Template
@@ -131,15 +131,9 @@ class ChainForecast:
     # ---- teacher requests ----
 
     def teacher(self, *, for_cascade: bool = False) -> Teacher | None:
-        """Return the teacher that `Context.teacher` would return; None for recorded rationales."""
-        recipe = self.recipe
-        if for_cascade and recipe.calibrate is not None:
-            own = recipe.calibrate.endpoint or recipe.calibrate.model
-            if own is not None:
-                return own
-        if recipe.teacher is not None:
-            return recipe.teacher.model
-        return None if recipe.annotate is None else recipe.annotate.endpoint or recipe.annotate.model
+        """Return the server or model of the recipe's teacher; None for recorded rationales."""
+        settings = self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher
+        return settings.model if isinstance(settings, TeacherSettings) else settings
 
     def teacher_requests(self) -> Iterator[tuple[RequestForecast, Teacher]]:
         """Yield the teacher requests of the stages that would run, each with its teacher."""
@@ -167,7 +161,8 @@ class ChainForecast:
             ):  # otherwise the ledger has the labels from evaluate
                 optional = not recipe.cascade.deferral_curve
                 yield self._labels("cascade", corpus.test, cascade_teacher, optional=optional), cascade_teacher
-            yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
+            if recipe.reviews:
+                yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
 
     def _labels(
         self,

@@ -25,6 +25,12 @@ class ServeSettings(Settings):
     """Environment variable with the bearer token that clients must send; empty: no token is required."""
     deadline_s: Seconds = 30.0
     """Seconds within which every request is answered; if the teacher exceeds them, the student's answer is returned."""
+    header_timeout_s: Seconds = 10.0
+    """Seconds within which a client must have sent the headers of its request; slower connections are closed."""
+    breaker_failures: Count = 3
+    """Number of deferred requests in a row that wait for the teacher in vain before it is suspended."""
+    breaker_retry_s: Seconds = 30.0
+    """Seconds until a suspended teacher receives one request again; meanwhile the student's answers are returned."""
     queue: Count = 64
     """Most requests in flight; further requests get status 429 with Retry-After."""
     batch_size: Count = 16

@@ -24,10 +24,10 @@ from distill.errors import SettingsError
 from distill.files import atomic_folder
 from distill.models import backbone, text_limit, tiny
 from distill.models.backbone import Backbone, ModelSettings
-from distill.models.endpoint import Endpoint
+from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
-from distill.recipe import AnnotateStageSettings, CalibrateStageSettings, Recipe
+from distill.recipe import Recipe, Teacher, TeacherSettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
@@ -198,22 +198,13 @@ class Context:
         """Load the model that a stage trained, for inference. Its name contains the stage's fingerprint."""
         return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
 
-    def teacher(self, *, for_cascade: bool = False) -> Reasoner | None:
-        """The teacher that annotates: the trained one, an endpoint or a pretrained model; None for a recording.
-
-        Args:
-            for_cascade: return the teacher of the cascade, which is the same unless `calibrate` sets another one.
-        """
-        recipe = self.recipe
-        section: CalibrateStageSettings | AnnotateStageSettings | None = recipe.calibrate if for_cascade else None
-        if section is None or (section.endpoint is None and section.model is None):
-            if recipe.teacher is not None:
-                return self.reasoner("teacher")
-            section = recipe.annotate
-        if section is not None and section.endpoint is not None:
-            return Endpoint(section.endpoint, self.labels, recipe.data.max_pixels)
-        if section is not None and section.model is not None:
-            settings = section.model
+    def teacher(self, settings: Teacher | None) -> Reasoner | None:
+        """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None."""
+        if isinstance(settings, TeacherSettings):
+            return self.reasoner("teacher")
+        if isinstance(settings, EndpointSettings):
+            return Endpoint(settings, self.labels, self.recipe.data.max_pixels)
+        if isinstance(settings, ModelSettings):
             model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
             if settings.path in self.variants:
@@ -224,12 +215,13 @@ class Context:
     @contextmanager
     def cached_teacher(self, *, for_cascade: bool = False) -> Iterator[CachedTeacher | None]:
         """The teacher for evaluate, calibrate and cascade, which share a ledger: no request is paid for twice."""
-        teacher = self.teacher(for_cascade=for_cascade)
+        teacher = self.teacher(self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher)
         if teacher is None:
             yield None
             return
         with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
-            yield CachedTeacher(teacher, self.labels, ledger, chunk=256)
+            others = self.recipe.other_servers(for_cascade=for_cascade)
+            yield CachedTeacher(teacher, self.labels, ledger, chunk=256, other_servers=others)
 
     @property
     def device(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 from distill.chain import fingerprints
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
+from distill.models.reasoner import Reasoner
 from distill.models.tiny import load_tokenizer
 from distill.recipe import Recipe
 from distill.stages.context import Context, progress
@@ -103,19 +104,30 @@ def test_the_name_of_a_trained_model_depends_on_stage_part_and_fingerprint(conte
 
 
 def test_the_teacher_is_the_one_that_the_recipe_sets(context: Context, tmp_path: Path) -> None:
-    teacher = context.teacher()
+    def annotates(context: Context) -> Reasoner | None:
+        return context.teacher(context.recipe.annotating_teacher)
+
+    def cascades(context: Context) -> Reasoner | None:
+        return context.teacher(context.recipe.cascade_teacher)
+
+    teacher = annotates(context)
     assert teacher is not None and teacher.name.startswith("teacher-")
-    assert new_context(tmp_path).teacher() is None  # a recording
+    assert annotates(new_context(tmp_path)) is None  # a recording
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "big-vl"}
-    remote = new_context(tmp_path, annotate={"endpoint": endpoint}).teacher()
+    remote = annotates(new_context(tmp_path, annotate={"endpoint": endpoint}))
     assert isinstance(remote, Endpoint) and remote.name == "big-vl"
-    ready = new_context(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
+    model = micro.MODEL | {"path": str(context.folder / "export")}
+    ready = annotates(new_context(tmp_path, annotate={"model": model}))
     assert ready is not None and ready.name.startswith(str(context.folder / "export"))
-    other = new_context(tmp_path, calibrate={"endpoint": endpoint | {"model": "another"}})
-    partner = other.teacher(for_cascade=True)
-    assert other.teacher() is None and isinstance(partner, Endpoint) and partner.name == "another"
-    assert (same := context.teacher(for_cascade=True)) is not None and same.name == teacher.name
     assert ready.classify(context.corpus.test[:2]).probabilities.shape == (2, 3)
+    assert (same := cascades(context)) is not None and same.name == teacher.name
+    another = {"endpoint": endpoint | {"model": "another"}}
+    for sections in ({"calibrate": {}, "cascade": {"teacher": another}}, {"calibrate": another}):
+        other = new_context(tmp_path, **sections)
+        partner = cascades(other)
+        assert annotates(other) is None and isinstance(partner, Endpoint) and partner.name == "another"
+    local = new_context(tmp_path, calibrate={}, cascade={"teacher": {"model": model}})
+    assert (name := cascades(local).name) == ready.name, name  # type: ignore[union-attr]
 
 
 def test_training_samples_match_the_corpus(context: Context) -> None:

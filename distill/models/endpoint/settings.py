@@ -44,6 +44,9 @@ class EndpointSettings(Settings):
     """Price per million prompt tokens, in any currency."""
     completion_price: NonNegative | None = None
     """Price per million completion tokens, in the same currency."""
+    ledger_by_address: bool = False
+    """Use only answers in the ledger that came from this base_url. False: because servers move, answers of the same
+    model name from another address are used as well, with a notice; never those of another endpoint of the recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,3 +59,9 @@ class EndpointSettings(Settings):
                 f"is {self.base_url!r}" if "@" not in self.base_url else "is not an address"
             )  # a password may follow
             raise SettingsError(f"base_url {shown}; it takes an address such as http://localhost:8000/v1")
+
+    @property
+    def address(self) -> str:
+        """`base_url` without credentials, query and trailing slash."""
+        url = parse_url(self.base_url)
+        return Url(url.scheme, None, url.host, url.port, url.path).url.rstrip("/")
