@@ -6,38 +6,38 @@ seconds, peak memory and the versions of the libraries it ran with.
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from distill.data.corpus import data_fingerprint
+from distill.data.corpus import data_digest
+from distill.digests import Digests, combine
 from distill.errors import RunError, SettingsError
-from distill.files import read_json, write_json, write_text
-from distill.recipe import Recipe, to_yaml
+from distill.files import write_text
+from distill.fingerprints import contents, translate
+from distill.fingerprints import fingerprints as stage_fingerprints
+from distill.manifest import Manifest
+from distill.models.backbone import ModelSettings
+from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
 from distill.stages.context import Context
-from distill.task import prompts
 from distill.tracking import Tracker
-from distill.training.fit import worker_folder
+from distill.training.fit import try_trainer, worker_folder
 
 log = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
-    """A stage: its function, the earlier stages and extra recipe sections it depends on, and its outputs."""
+    """A stage: its function, the earlier stages and other recipe sections it depends on, and its outputs."""
 
     run: Any
     reads: tuple[str, ...]
@@ -54,7 +54,7 @@ STAGES = {
     "evaluate": Stage(
         evaluate.run, ("teacher", "annotate", "assistant", "student"), (), ("metrics.json", "predictions.jsonl")
     ),
-    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), (), ("calibration.json",)),
+    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), ("cascade.teacher",), ("calibration.json",)),
     "cascade": Stage(
         cascade.run,
         ("teacher", "annotate", "student", "calibrate"),
@@ -65,7 +65,7 @@ STAGES = {
 }
 """All stages in the order of a chain. A recipe has the stages whose sections it has."""
 
-_KEPT = ("ledger.jsonl", "soft_targets")  # caches whose entries are keyed by their own inputs
+_DIGESTS = ".digests.json"  # in the run's folder: a cache
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _LIBRARIES = ("distill", "torch", "lightning", "transformers", "peft", "datasets", "wandb")
 
@@ -76,26 +76,8 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Hash of the inputs of each stage: its settings, the data, the seed, and the fingerprints of the stages it reads.
-
-    Of the data, only the content is hashed, not its folder.
-    """
-    settings = asdict(recipe)
-    data = [data_fingerprint(recipe.data), {name: value for name, value in settings["data"].items() if name != "root"}]
-    hashes: dict[str, str] = {}
-    for name in stages_of(recipe):
-        stage = STAGES[name]
-        inputs = [
-            data,
-            prompts.VERSION,
-            recipe.seed,
-            settings["task"],
-            settings[name],
-            *(settings[section] for section in stage.sections),
-            *(hashes.get(earlier) for earlier in stage.reads),
-        ]
-        hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    return hashes
+    """Hash of the settings of each stage, of the rows of the data, and of the fingerprints of the stages it reads."""
+    return stage_fingerprints(recipe, STAGES).whole
 
 
 def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> list[str]:
@@ -118,25 +100,32 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             raise SettingsError(f"the recipe has no section {stage}; its stages are {', '.join(names)}")
     if until is not None:
         names = names[: names.index(until) + 1]
-    current = fingerprints(recipe)
-    context = Context(recipe, current)
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name)
     if (folder := worker_folder()) is not None:  # a worker process of a distributed training in progress
         name = folder.relative_to(recipe.folder).parts[0]
         with tracker.stage(name, {}) as tracked:
-            STAGES[name].run(context, tracked)
+            STAGES[name].run(_State(recipe).context, tracked)
         return []
     try:
         with _locked(recipe.folder):
-            manifest = _Manifest(recipe.folder)
+            state = _State(recipe)
+            state.adopt()
+            state.log_edited()
             if only is not None:
-                _check_inputs(only, STAGES[only].reads, manifest, current)
+                _check_inputs(only, STAGES[only].reads, state.done)
                 names = [only]
+            for name in names:
+                if not state.done[name]:  # before anything is paid for
+                    state.manifest.check_names(name)
+                    if "trainer" in STAGES[name].sections:
+                        try_trainer(recipe.trainer, getattr(recipe, name).trainer, name)
             ran = []
             for name in names:
-                if not manifest.done(name, current[name]):
-                    _run_stage(name, context, tracker, manifest)
+                if not state.compare(name):
+                    _run_stage(name, state, tracker)
+                    state.compare(name)
                     ran.append(name)
+            state.digests.save()
             return ran
     except OSError as error:
         raise RunError(f"{error.filename or recipe.folder}: {error.strerror or error}") from error
@@ -147,31 +136,110 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
 
 
 def up_to_date(recipe: Recipe) -> dict[str, bool]:
-    """The recipe's stages in order, and whether each is done with the current settings and data."""
-    manifest = _Manifest(recipe.folder)
-    return {name: manifest.done(name, current) for name, current in fingerprints(recipe).items()}
+    """The recipe's stages in order, and whether each is done with the current settings, data and earlier outputs.
+
+    Raises:
+        SettingsError: an output of a finished stage is damaged.
+    """
+    return _State(recipe).done
 
 
 def input_fingerprints(recipe: Recipe, command: str, reads: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of the stages, for a command that is not a stage but reads the outputs of the stages in `reads`.
+    """Identities of the stages, for a command that is not a stage but reads the outputs of the stages in `reads`.
 
     Raises:
         SettingsError: the recipe has no section for such a stage, or the stage is not up to date. A chain without a
             teacher stage is accepted.
     """
-    current = fingerprints(recipe)
     for name in reads:
-        if name not in current and name != "teacher":
+        if name not in stages_of(recipe) and name != "teacher":
             raise SettingsError(f"{command} needs a {name} section")
-    _check_inputs(command, reads, _Manifest(recipe.folder), current)
-    return current
+    state = _State(recipe)
+    _check_inputs(command, reads, state.done)
+    state.log_edited()
+    return state.context.fingerprints
 
 
-def _check_inputs(reader: str, reads: Sequence[str], manifest: "_Manifest", current: Mapping[str, str]) -> None:
+def check_outputs(recipe: Recipe) -> None:
+    """Raise SettingsError if an output of a finished stage is damaged; neither settings nor data are compared."""
+    outputs = {name: stage.outputs for name, stage in STAGES.items()}
+    Manifest(recipe.folder, Digests(recipe.folder / _DIGESTS), outputs).check()
+
+
+def _check_inputs(reader: str, reads: Sequence[str], done: Mapping[str, bool]) -> None:
     """Raise SettingsError if a stage in `reads` is not up to date."""
-    stale = [name for name in reads if name in current and not manifest.done(name, current[name])]
-    if stale:
+    if stale := [name for name in reads if not done.get(name, True)]:
         raise SettingsError(f"{reader} reads {stale[0]}, which has not run with this recipe; run it first")
+
+
+class _State:
+    """A run's manifest compared with the recipe: the one place that decides which stages are up to date.
+
+    Attributes:
+        done: whether each stage is up to date.
+        context: its `fingerprints` are the identities of the stages, as far as they are known.
+
+    Raises:
+        SettingsError: an output of a finished stage is damaged, or a file of the data is missing.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.digests = Digests(recipe.folder / _DIGESTS)
+        self.manifest = Manifest(recipe.folder, self.digests, {name: stage.outputs for name, stage in STAGES.items()})
+        self.fingerprints = stage_fingerprints(recipe, STAGES)
+        translate(self.manifest, recipe, self.fingerprints, STAGES)
+        data = data_digest(recipe.data, self.digests)
+        self.contents = {name: contents(recipe, name, data, self.digests) for name in stages_of(recipe)}
+        self.context = Context(recipe, {})
+        self.done: dict[str, bool] = {}
+        for name in stages_of(recipe):
+            self.compare(name)
+            if name in ("annotate", "calibrate"):
+                self._name_teacher(getattr(recipe, name).model, self.contents[name].get("model"))
+
+    def compare(self, name: str) -> bool:
+        """Compare a stage with the stages before it. Returns whether it is up to date."""
+        fingerprint, inputs = self.fingerprints.whole[name], self.inputs(name)
+        self.done[name] = self.manifest.done(name, fingerprint, inputs, self.contents[name])
+        # if only outputs are missing, the stage is expected to write the same again
+        same = self.manifest.finished_with(name, fingerprint, inputs, self.contents[name])
+        new = combine([fingerprint, inputs])  # no identity that a later stage has read
+        self.context.fingerprints[name] = self.manifest.identity(name) if same else new
+        return self.done[name]
+
+    def learn_contents(self, name: str) -> None:
+        """Add the contents that were not known before a stage ran, such as the commit of a model it downloaded."""
+        recipe, known = self.context.recipe, self.contents[name]
+        if None in known.values():
+            now = contents(recipe, name, data_digest(recipe.data, self.digests), self.digests)
+            self.contents[name] = {key: digest or now[key] for key, digest in known.items()}
+
+    def inputs(self, name: str) -> dict[str, str]:
+        """The identities of the stages that a stage reads."""
+        known = self.context.fingerprints
+        return {read: known[read] for read in STAGES[name].reads if read in known}
+
+    def adopt(self) -> None:
+        """Complete the manifest of a run that an earlier version finished."""
+        for name, done in self.done.items():
+            if done and "files" not in self.manifest.stages[name]:
+                self.manifest.adopt(name, self.contents[name])
+
+    def log_edited(self) -> None:
+        """Log the files that were edited since their stage wrote them."""
+        for name in filter(self.done.get, self.done):
+            for file in self.manifest.changed(name):
+                path = self.context.folder / name / file
+                log.warning(
+                    "%s was edited by hand and is used as it is; to rebuild it, delete it and run: distill run", path
+                )
+
+    def _name_teacher(self, model: ModelSettings | None, digest: str | None) -> None:
+        """Give other weights in the same folder another name: the answers in the ledgers are those of the first."""
+        if model is None or digest is None or not Path(model.path).is_dir():
+            return
+        if self.manifest.models.setdefault(model.path, digest) != digest:
+            self.context.variants[model.path] = digest
 
 
 def _disk_failure(error: BaseException | None) -> str | None:
@@ -185,23 +253,31 @@ def _disk_failure(error: BaseException | None) -> str | None:
     return None
 
 
-def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manifest") -> None:
-    recipe, stage = context.recipe, STAGES[name]
-    folder, fingerprint = recipe.folder / name, context.fingerprints[name]
-    if name != "export" and manifest.stages.get(name, {}).get("fingerprint") != fingerprint:
-        # The outputs belong to other settings or data. Caches are kept, and an export until the next one is verified.
-        _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
+    context, manifest, stage = state.context, state.manifest, STAGES[name]
+    recipe, inputs, earlier = context.recipe, state.inputs(name), manifest.stages.get(name, {})
+    resumes = earlier.get("fingerprint") == state.fingerprints.whole[name] or state.fingerprints.lengthens(
+        name, earlier
+    )
+    resumes = resumes and manifest.same_inputs(name, inputs, state.contents[name])
+    context.fingerprints[name] = state.fingerprints.whole[name]  # its identity is known when it has ended
+    manifest.keep_edited(name)
+    if not resumes:
+        manifest.check_names(name)
+        if name != "export":  # an export is kept until the next one is verified
+            manifest.clear(name)
+    context.foreign = manifest.foreign(name)
+    (recipe.folder / name).mkdir(parents=True, exist_ok=True)
     write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
     log.info("stage %s", name)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    earlier = manifest.stages.get(name, {})
-    previous = earlier.get("seconds", 0.0) if earlier.get("fingerprint") == fingerprint else 0.0
+    previous = earlier.get("seconds", 0.0) if resumes else 0.0
     entry: dict[str, Any] = {
         "status": "running",
-        "fingerprint": fingerprint,
+        **state.fingerprints.entry(name),
         "started": started,
-        "inputs": {read: context.fingerprints[read] for read in stage.reads if read in context.fingerprints},
+        "inputs": inputs,
+        "contents": state.contents[name],
         "outputs": [f"{name}/{output}" for output in stage.outputs],
         "versions": {library: version(library) for library in _LIBRARIES},
     }
@@ -209,45 +285,15 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
     _reset_peak_memory()
     status = "failed"
     try:
-        with tracker.stage(name, asdict(recipe)) as tracked:
+        with tracker.stage(name, masked(recipe)) as tracked:
             stage.run(context, tracked)
         status = "done"
     finally:
         entry |= {"status": status, "seconds": round(previous + time.monotonic() - began, 1)}
-        manifest.write(name, entry | {"peak_memory_mb": _peak_memory_mb()})
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name in _KEPT:
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-class _Manifest:
-    """The manifest `chain.json`, written atomically."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "chain.json"
-        self.folder = folder
-        try:
-            self.stages: dict[str, Any] = read_json(self.path)["stages"]
-        except FileNotFoundError:
-            self.stages = {}
-        except (ValueError, KeyError, TypeError):
-            raise SettingsError(f"{self.path} is not a valid manifest; move it or its folder away") from None
-
-    def done(self, name: str, fingerprint: str) -> bool:
-        """Whether a stage has finished with this fingerprint and its outputs exist."""
-        entry = self.stages.get(name, {})
-        exists = all((self.folder / output).exists() for output in entry.get("outputs", ()))
-        return entry.get("status") == "done" and entry.get("fingerprint") == fingerprint and exists
-
-    def write(self, name: str, entry: dict[str, Any]) -> None:
-        """Replace the entry of a stage and write the file."""
-        self.stages[name] = entry
-        order: Sequence[str] = [stage for stage in STAGES if stage in self.stages]
-        write_json(self.path, {"stages": {stage: self.stages[stage] for stage in order}})
+        entry["peak_memory_mb"] = _peak_memory_mb()
+        state.learn_contents(name)
+        manifest.write(name, manifest.ended(name, entry | {"contents": state.contents[name]}, context.foreign))
+        state.digests.save()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from distill.errors import RunError, SettingsError
+from distill.masking import mask
 
 COMMANDS = {
     "run": "run all stages that are not up to date; resumes after an interruption",
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except (SettingsError, RunError) as error:
-        print(f"distill: {error}", file=sys.stderr)
+        print(f"distill: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         print("distill: interrupted; run the same command again to continue", file=sys.stderr)
@@ -67,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - a bug: print the traceback and one line
-        traceback.print_exc()
-        print(f"distill: unexpected {type(error).__name__}: {error}", file=sys.stderr)
+        print(mask(traceback.format_exc()), file=sys.stderr, end="")
+        print(f"distill: unexpected {type(error).__name__}: {mask(str(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -86,6 +87,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(plan_text(settings))
         return
     if command == "report":
+        chain.check_outputs(settings)
         report.run(settings)
         print(report.summary(settings))
         return
@@ -98,14 +100,32 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     elif command == "run":
         print(f"ran {', '.join(ran)}")
     if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
-        if ran or not (settings.folder / "report.html").exists():
+        if ran or not report.is_current(settings):
             report.run(settings)
         print(report.summary(settings))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(mask(str(error))).splitlines())
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Masks passwords in the lines of another formatter."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(mask(self._inner.format(record)))
 
 
 def _configure_logging() -> None:
     """Show info messages of distill; hide the routine messages and warnings of the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler.formatter, _MaskingFormatter):
+            handler.setFormatter(_MaskingFormatter(handler.formatter))
     logging.getLogger("distill").setLevel(logging.INFO)
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.ERROR)

@@ -4,15 +4,18 @@ import base64
 import os
 import ssl
 import time
+from functools import cache
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
 import certifi
 import urllib3
+from huggingface_hub import constants
 from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
 from distill.errors import SettingsError
+from distill.masking import MASK
 
 _CHUNK = 65_536  # bytes
 
@@ -53,9 +56,12 @@ def basic_auth(header: str, url: str) -> dict[str, str]:
     """The basic-auth header of the user and password in a URL; empty if it has none.
 
     Raises:
+        SettingsError: the login was masked when the recipe was saved.
         urllib3.exceptions.LocationParseError: the URL is invalid.
     """
     auth = parse_url(url).auth
+    if auth and unquote(auth) == MASK:
+        raise SettingsError(f"the login in {url} was masked when the recipe was saved; write user and password again")
     return {header: f"Basic {base64.b64encode(unquote(auth).encode()).decode()}"} if auth else {}
 
 
@@ -81,6 +87,16 @@ def read_body(response: urllib3.BaseHTTPResponse, deadline: float, max_bytes: in
         if time.monotonic() > deadline:
             raise TimeoutError
     return bytes(body)
+
+
+@cache
+def hub_reachable() -> bool:
+    """Whether the model hub is reachable; checked once, because the hub's client retries each file for minutes."""
+    try:
+        connection_pool(constants.ENDPOINT, 1).request("HEAD", constants.ENDPOINT, timeout=5, redirect=False)
+    except HTTPError:
+        return False
+    return True
 
 
 def _ssl_context() -> ssl.SSLContext:

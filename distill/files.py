@@ -1,14 +1,17 @@
 """Files of a run: reading and writing JSON, and atomic replacement of files and folders."""
 
+import csv
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from distill.errors import SettingsError
 
@@ -37,8 +40,10 @@ def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new sibling folder that replaces `folder` when the block ends.
+def atomic_folder(folder: Path, keep: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield a new sibling folder that replaces `folder` when the block ends, except for the files in `keep`.
+
+    `keep` has paths relative to `folder`; these files are copied, and none of them replaces a new one.
 
     If the block raises, `folder` is unchanged. If the process is killed, the next call for the same folder removes the
     leftovers, or restores `folder` from them. Several processes may call this at the same time.
@@ -51,6 +56,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        for name in keep:
+            if not (new / name).exists():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(folder / name, new / name, follow_symlinks=False)
         old = _sibling(folder, "old")
         if folder.exists():
             os.replace(folder, old)
@@ -91,6 +100,42 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SettingsError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def damage(path: Path) -> str | None:
+    """Why a JSON, JSONL, CSV or safetensors file cannot be read; None if it can, or if it is a file of another kind.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    try:
+        match path.suffix:
+            case ".json":
+                json.loads(path.read_bytes())
+            case ".jsonl":
+                for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+                    if line.strip() and not _is_object(line):
+                        return f"row {number} is not a JSON object"
+            case ".csv":
+                with path.open(newline="", encoding="utf-8") as file:
+                    rows = [row for row in csv.reader(file, strict=True) if row]
+                if short := next((n for n, row in enumerate(rows, start=1) if len(row) != len(rows[0])), None):
+                    return f"row {short} has {len(rows[short - 1])} columns instead of {len(rows[0])}"
+                if rows and not path.read_bytes().endswith(b"\n"):
+                    return "the last row has no end"
+            case ".safetensors":
+                with safe_open(path, "numpy"):
+                    pass
+    except (ValueError, RecursionError, csv.Error, SafetensorError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _sibling(folder: Path, state: Literal["new", "old"]) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,22 +22,37 @@ from distill.data.corpus import DataSettings, check_labels
 from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
+from distill.masking import mask
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
-from distill.settings import SectionHelp, build, check_names, fields, optional_sections, parse_error_message
+from distill.settings import (
+    SectionHelp,
+    Seed,
+    Settings,
+    build,
+    check_names,
+    fields,
+    optional_sections,
+    parse_error_message,
+    read_yaml,
+)
 from distill.task.labels import LabelSpace, Scale
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
-from distill.training.fit import check_trainer
+from distill.training.fit import check_trainer, try_trainer
 from distill.training.student import StudentSettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+log = logging.getLogger(__name__)
+
+_NAME_BYTES = 255  # limit of file systems
+
 
 @dataclass
-class TaskSettings:
+class TaskSettings(Settings):
     """The prediction task: label names or a continuous scale."""
 
     labels: list[str] | None = None
@@ -71,23 +87,45 @@ class AnnotateStageSettings(AnnotateSettings):
 
 @dataclass
 class CalibrateStageSettings(CalibrateSettings):
-    """Fitting of the cascade's temperatures and thresholds, and the teacher of the cascade."""
+    """Fitting of the cascade's temperatures and thresholds."""
 
     endpoint: EndpointSettings | None = None
-    """Use a model behind an OpenAI-compatible server as the cascade's teacher, instead of the one that annotates."""
+    """Earlier place of cascade.teacher.endpoint; still read, with a notice."""
     model: ModelSettings | None = None
-    """Use a pretrained model on this machine as the cascade's teacher, instead of the one that annotates."""
+    """Earlier place of cascade.teacher.model; still read, with a notice."""
 
 
 @dataclass
-class Recipe:
+class CascadeTeacherSettings:
+    """The teacher of the cascade, for calibrate, cascade and serve. Empty: the teacher that annotates."""
+
+    endpoint: EndpointSettings | None = None
+    """Use a model behind an OpenAI-compatible server."""
+    model: ModelSettings | None = None
+    """Use a pretrained model on this machine, without fine-tuning."""
+
+
+@dataclass
+class CascadeStageSettings(CascadeSettings):
+    """The cascade on the test split, and its teacher; its temperatures and thresholds come from `calibrate`."""
+
+    teacher: CascadeTeacherSettings | None = None
+    """The teacher of the cascade, if it is not the one that annotates."""
+
+
+Teacher = TeacherSettings | EndpointSettings | ModelSettings
+"""The settings of a teacher: trained by the chain, behind a server, or pretrained on this machine."""
+
+
+@dataclass
+class Recipe(Settings):
     """The settings of one chain. A stage runs if its section is given, even if the section is empty: {}."""
 
     name: str
     """Name of the chain. Its folder is <runs>/<name>."""
     runs: str = "runs"
     """Parent folder of all chains."""
-    seed: int = 42
+    seed: Seed = 42
     """Random seed of weight initialisation, data order and sampling."""
     task: TaskSettings = field(default_factory=TaskSettings)
     """The prediction task: label names or a continuous scale."""
@@ -111,7 +149,7 @@ class Recipe:
     """Stage: evaluate teacher, assistant and student on the test split."""
     calibrate: CalibrateStageSettings | None = None
     """Stage: fit the temperatures and thresholds of the cascade on the validation split."""
-    cascade: CascadeSettings | None = None
+    cascade: CascadeStageSettings | None = None
     """Stage: run the cascade of student and teacher on the test split and measure accuracy and teacher calls."""
     export: ExportSettings | None = None
     """Stage: export the student as a folder that transformers can load."""
@@ -124,6 +162,40 @@ class Recipe:
         return Path(self.runs) / self.name
 
     @property
+    def annotating_teacher(self) -> Teacher | None:
+        """The teacher that annotates and is evaluated; None for a recording."""
+        if self.teacher is not None or self.annotate is None:
+            return self.teacher
+        return self.annotate.endpoint or self.annotate.model
+
+    @property
+    def cascade_teacher(self) -> Teacher | None:
+        """The teacher of calibrate, cascade and serve; None if the recipe has none."""
+        for own in (self.cascade and self.cascade.teacher, self.calibrate):
+            if own and (own.endpoint or own.model):
+                return own.endpoint or own.model
+        return self.annotating_teacher
+
+    def other_servers(self, *, for_cascade: bool = False) -> list[str]:
+        """The address of the other teacher, if it is another server that gives its model the same name.
+
+        Args:
+            for_cascade: of the teacher other than the cascade's, instead of other than the annotating one.
+        """
+        one, other = self.annotating_teacher, self.cascade_teacher
+        if not isinstance(one, EndpointSettings) or not isinstance(other, EndpointSettings):
+            return []
+        if one.model != other.model or one.address == other.address:
+            return []
+        return [one.address if for_cascade else other.address]
+
+    @property
+    def reviews(self) -> bool:
+        """Whether the cascade has its third stage: a teacher that the chain trains must train the *review* task."""
+        teacher = self.cascade_teacher
+        return not isinstance(teacher, TeacherSettings) or teacher.tasks.get("review", 0.0) > 0
+
+    @property
     def labels(self) -> LabelSpace:
         """The label space. Raises ValueError for labels that do not form one."""
         task = self.task
@@ -132,9 +204,27 @@ class Recipe:
         return LabelSpace.from_names(task.labels or LabelSpace().names, task.polarity)
 
 
-def parser(command: str) -> jsonargparse.ArgumentParser:
+class RecipeParser(jsonargparse.ArgumentParser):
+    """Reads recipes in which sections may be blank, and prints them without passwords and a command's own options."""
+
+    contents: Mapping[str, Any] = {}
+    """The recipes of `--config`, by path."""
+
+    def parse_path(self, path: Any, **options: Any) -> jsonargparse.Namespace:
+        """Parse the content of a recipe that was read before."""
+        quoted = yaml.safe_dump(self.contents[str(path)], default_style='"', allow_unicode=True)  # text stays text
+        return self.parse_string(quoted, **options)
+
+    def dump(self, namespace: jsonargparse.Namespace, **options: Any) -> str:
+        """The fields of the recipe as YAML, which `load` can read."""
+        if "runs" in namespace:  # not one of its sections, for which jsonargparse calls this function as well
+            namespace = jsonargparse.Namespace({name: namespace[name] for name in fields(Recipe)})
+        return str(mask(super().dump(namespace, **options)))
+
+
+def parser(command: str) -> RecipeParser:
     """The argument parser of a command: `--config`, and every field of the recipe by its dotted name."""
-    options = jsonargparse.ArgumentParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
+    options = RecipeParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
     optional = dict(optional_sections(Recipe))
@@ -144,13 +234,13 @@ def parser(command: str) -> jsonargparse.ArgumentParser:
     return options
 
 
-def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, jsonargparse.Namespace]:
+def load(options: RecipeParser, arguments: Sequence[str]) -> tuple[Recipe, jsonargparse.Namespace]:
     """Parse the arguments; returns the validated recipe, and the namespace with the command's own options.
 
     Raises:
         SettingsError: a file, a name or a value is invalid. The message names the field and the accepted values.
     """
-    _check_files(arguments)
+    options.contents = _read_files(arguments)
     try:
         parsed = options.parse_args(list(arguments))
     except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError, ValueError, OSError) as error:
@@ -159,26 +249,31 @@ def load(options: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tupl
     return recipe, parsed
 
 
-def _check_files(arguments: Sequence[str]) -> None:
-    """Raise SettingsError for unreadable files and unknown fields, for which jsonargparse has no clear message."""
+def _read_files(arguments: Sequence[str]) -> dict[str, Any]:
+    """Contents of the recipes by path. Raises SettingsError for unreadable files and unknown fields."""
+    contents = {}
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", nargs="?", default=[])
     for file in filter(None, files.parse_known_args(arguments)[0].config):
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            content = read_yaml(Recipe, Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise SettingsError(f"--config: cannot read {file}: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise SettingsError(f"--config: {file} has no fields; a recipe has {', '.join(fields(Recipe))}")
         check_names(Recipe, content)
+        contents[file] = content
+    return contents
 
 
 def check(recipe: Recipe) -> None:
     """Validate combinations of settings before any model is loaded. Raises SettingsError."""
     if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name.startswith("."):
         raise SettingsError(f"name is {recipe.name!r}; it takes letters, digits, '-', '_' and '.'")
+    if (size := len(recipe.name.encode())) > _NAME_BYTES:
+        raise SettingsError(f"name has {size} bytes; it takes at most {_NAME_BYTES}, because it names a folder")
     try:
         recipe.labels  # noqa: B018
     except ValueError as error:
@@ -189,8 +284,7 @@ def check(recipe: Recipe) -> None:
         if settings is not None:
             check_tasks(settings.tasks, f"{stage}.tasks")
             _check_trainer(settings.trainer, f"{stage}.trainer")
-            if settings.batch_size < 1:
-                raise SettingsError(f"{stage}.batch_size is {settings.batch_size}; it takes 1 or more")
+            try_trainer(recipe.trainer, settings.trainer, stage, on_cpu=True)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:
@@ -215,10 +309,6 @@ def check(recipe: Recipe) -> None:
         raise SettingsError("augment needs an assistant section that trains the reason task")
     if student is not None:
         options = student.distillation
-        if not 0 <= options.weight <= 1:
-            raise SettingsError(f"student.distillation.weight is {options.weight}; it takes 0 to 1")
-        if options.temperature <= 0:
-            raise SettingsError(f"student.distillation.temperature is {options.temperature}; it takes more than 0")
         if options.weight > 0 and recipe.assistant is None:
             raise SettingsError("student.distillation.weight must be 0 without an assistant section")
         attention = recipe.assistant.model.attention if recipe.assistant is not None and options.weight > 0 else None
@@ -229,20 +319,30 @@ def check(recipe: Recipe) -> None:
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
-    for name in ("annotate", "calibrate"):
-        section: AnnotateStageSettings | CalibrateStageSettings | None = getattr(recipe, name)
-        if section is not None and section.model is not None and not section.model.path:
-            raise SettingsError(f"{name}.model.path is required: an untrained tiny model cannot be the teacher")
-    if (calibrate := recipe.calibrate) is not None:
-        if calibrate.endpoint is not None and calibrate.model is not None:
-            raise SettingsError("calibrate takes one teacher: calibrate.endpoint or calibrate.model")
-        others = [item for section in (annotate, calibrate) if section for item in (section.endpoint, section.model)]
-        if all(item is None for item in [recipe.teacher, *others]):
-            raise SettingsError(
-                "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or calibrate"
-            )
+    _check_teachers(recipe)
     if recipe.cascade is not None and recipe.calibrate is None:
         raise SettingsError("cascade needs a calibrate section, which fits its thresholds")
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    """Validate the teachers that are not trained by the chain; log a notice for fields that have a new place."""
+    cascade, calibrate = recipe.cascade and recipe.cascade.teacher, recipe.calibrate
+    given = {}
+    for name, section in {"annotate": recipe.annotate, "calibrate": calibrate, "cascade.teacher": cascade}.items():
+        chosen = [kind for kind in ("endpoint", "model") if section and getattr(section, kind) is not None]
+        given[name] = [f"{name}.{kind}" for kind in chosen]
+        if len(chosen) > 1:
+            raise SettingsError(f"{name} takes one teacher: {' or '.join(given[name])}")
+        if section and section.model is not None and not section.model.path:
+            raise SettingsError(f"{name}.model.path is required: an untrained tiny model cannot be the teacher")
+    if old := given["calibrate"]:
+        if given["cascade.teacher"]:
+            raise SettingsError(f"the cascade takes one teacher: {given['cascade.teacher'][0]} or {old[0]}")
+        log.warning("%s is read as %s, its new place", old[0], old[0].replace("calibrate", "cascade.teacher"))
+    if calibrate is not None and recipe.cascade_teacher is None:
+        raise SettingsError(
+            "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or cascade.teacher"
+        )
 
 
 def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:
@@ -262,5 +362,10 @@ def _trainer_options() -> jsonargparse.ArgumentParser:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, which `load` can read."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML, which `load` can read, with passwords masked."""
+    return yaml.safe_dump(masked(recipe), sort_keys=False, allow_unicode=True)
+
+
+def masked(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as a dictionary with passwords masked, for everything that leaves the process."""
+    return {name: mask(value) for name, value in dataclasses.asdict(recipe).items()}

@@ -1,6 +1,7 @@
-"""Trees of settings dataclasses: their fields, construction from parsed values, and error messages.
+"""Trees of settings dataclasses: their fields and ranges, construction from parsed values, and error messages.
 
-This module is independent of the recipe; `recipe.py` defines the root of the tree.
+A field declares what it takes in its type: `batch_size: Count = 2`, `risk: Annotated[float, Range(0, 1)] = 0.1`. The
+base class `Settings` checks it. This module is independent of the recipe; `recipe.py` defines the root of the tree.
 """
 
 import argparse
@@ -9,11 +10,101 @@ import difflib
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import jsonargparse
+import yaml
 
 from distill.errors import SettingsError
+from distill.masking import is_variable_name
+
+LARGEST = 2**31 - 1
+"""Largest number of any field."""
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes: from `low` to `high`, both included unless `above` or `below` is set."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+    below: bool = False
+    step: int = 1
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, as the end of a sentence; None if it is in the range."""
+        over_low = value > self.low if self.above else value >= self.low
+        under_high = value < self.high if self.below else value <= self.high
+        if over_low and under_high and (self.step == 1 or value % self.step == 0):
+            return None
+        takes = f"at most {self.high}" if over_low and self.high == LARGEST and value > LARGEST else str(self)
+        return f"is {_short(value)}; it takes {takes}"
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
+        if self.low == -LARGEST and self.high == LARGEST:
+            text = "a finite number"
+        elif self.high == LARGEST:
+            text = f"more than {low}" if self.above else f"{low} or more"
+        elif self.above or self.below:
+            text = f"{'above' if self.above else 'at least'} {low}, {'below' if self.below else 'at most'} {high}"
+        else:
+            text = f"{low} to {high}"
+        return text if self.step == 1 else f"a multiple of {self.step}, {text}"
+
+    def __repr__(self) -> str:  # in --help
+        return str(self)
+
+
+class VariableName:
+    """The name of an environment variable, or nothing. A message never repeats the value, which may be a key."""
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, as the end of a sentence; None if it is a name."""
+        if not value or is_variable_name(value):
+            return None
+        return "takes the name of an environment variable that holds the key, such as TEACHER_API_KEY, not a key"
+
+    def __repr__(self) -> str:
+        return "name of a variable"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+InnerFraction = Annotated[float, Range(0, 1, above=True, below=True)]
+Seconds = Annotated[float, Range(0, 1_000_000, above=True)]
+Variable = Annotated[str, VariableName()]
+
+
+def limit_of(annotation: Any) -> Range | VariableName | None:
+    """What the type of a field, optional or not, declares that it takes; None if it declares nothing."""
+    for kind in (annotation, *typing.get_args(annotation)):
+        for limit in getattr(kind, "__metadata__", ()):
+            return limit
+    return None
+
+
+@dataclass
+class Settings:
+    """Base class of the sections, which checks the values on construction."""
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+
+def check_limits(section: Any) -> None:
+    """Raise SettingsError for a value of a section that its field does not take."""
+    for name, annotation in fields(type(section)).items():
+        limit, value = limit_of(annotation), getattr(section, name)
+        if isinstance(value, str) and "\0" in value:
+            raise SettingsError(f"{name} contains a NUL character")
+        if limit is not None and value is not None and (problem := limit.problem(value)):
+            raise SettingsError(f"{name} {problem}")
 
 
 def fields(section: type) -> dict[str, Any]:
@@ -38,15 +129,56 @@ def optional_sections(section: type, path: str = "") -> Iterator[tuple[str, type
 
 def build(section: type, values: Any, path: str = "") -> Any:
     """Construct a section from parsed values. Raises SettingsError with the dotted name for a value that it rejects."""
-    content = {name: values[name] for name in fields(section)}
-    for name, annotation in fields(section).items():
-        if (inner := section_of(annotation)) and content[name] is not None:
-            content[name] = build(inner, content[name], f"{path}{name}.")
+    content = {name: values[name] for name in fields(section) if not _takes_default(section, name, values[name])}
+    for name, value in content.items():
+        if (inner := section_of(fields(section)[name])) and value is not None:
+            content[name] = build(inner, value, f"{path}{name}.")
     try:
         return section(**content)
     except ValueError as error:  # SettingsError among them
         message = str(error)
         raise SettingsError(message if message.startswith(path) else path + message) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number and a date as text, and tells a blank value from null."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_BLANK = object()
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda _, node: None if node.value else _BLANK)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def read_yaml(section: type, text: str) -> Any:
+    """The content of a YAML document about a section.
+
+    A blank section (`cascade:`) is read as an empty one, {}; another blank field is left out if it does not take null.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: the text is not valid YAML.
+    """
+    return _without_blanks(section, yaml.load(text, Loader=_Loader))
+
+
+def _without_blanks(section: type | None, content: Any) -> Any:
+    if isinstance(content, list):
+        return [_without_blanks(None, item) for item in content]
+    if not isinstance(content, dict):
+        return None if content is _BLANK else content
+    filled: dict[Any, Any] = {}
+    for name, value in content.items():
+        annotation = fields(section).get(name) if section else None
+        inner = section_of(annotation)
+        if value is _BLANK and inner:
+            filled[name] = {}
+        elif value is not _BLANK or annotation is None or type(None) in typing.get_args(annotation):
+            filled[name] = _without_blanks(inner, value)
+    return filled
 
 
 def check_names(root: type, values: Mapping[Any, Any], section: type | None = None, path: str = "") -> None:
@@ -60,6 +192,14 @@ def check_names(root: type, values: Mapping[Any, Any], section: type | None = No
             check_names(root, value, inner, f"{path}{name}.")
         elif inner and value is not None:
             raise SettingsError(_not_a_section_message(root, f"{path}{name}", value))
+
+
+def _takes_default(section: type, name: str, value: Any) -> bool:
+    """Whether a field was left blank that has a default and does not take null."""
+    if value is not None or type(None) in typing.get_args(fields(section)[name]):
+        return False
+    (item,) = (item for item in dataclasses.fields(section) if item.name == name)
+    return item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
 
 
 class SectionHelp(argparse.Action):
@@ -90,8 +230,10 @@ def parse_error_message(root: type, error: BaseException) -> str:
         return unknown_field_message(root, f"{dot}{found[1] or found[2]}")
     if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
         return unknown_field_message(root, f"{dot}{found[1]}.{found[2]}")
-    if found := re.search(r"arguments are required: (\S+)|[Kk]ey \"([^\"]+)\" is required", text):
+    if found := re.search(r"arguments are required: ([^\s,]+)|[Kk]ey \"([^\"]+)\" is required", text):
         return f"{dot}{found[1] or found[2]} is required"
+    if "integer string conversion" in text:
+        return f"{path} is a number with too many digits"
     given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
     value = next(filter(None, given.groups()), "") if given else ""
     if re.search("dot import path|Not a valid subclass|Unable to load config", text):
@@ -100,7 +242,7 @@ def parse_error_message(root: type, error: BaseException) -> str:
     kinds.pop("NoneType", None)
     if not kinds:
         return f"{dot and path + ': '}{' '.join(text.split())}"
-    return f"{path}: {value} is not {' or '.join(map(_type_name, kinds))}"
+    return f"{path}: {_short(value)} is not {' or '.join(map(_type_name, kinds))}"
 
 
 def unknown_field_message(root: type, path: str) -> str:
@@ -122,9 +264,15 @@ def _not_a_section_message(root: type, path: str, value: object) -> str:
     section: Any = root
     for part in path.split("."):
         section = section_of(fields(section)[part])
-    return f"{path}: {value} is not a section; its fields are {', '.join(fields(section))}"
+    return f"{path}: {_short(value)} is not a section; its fields are {', '.join(fields(section))}"
 
 
 def _type_name(kind: str) -> str:
     name, _, choices = kind.partition("[")
     return f"one of {choices[:-1].replace(chr(39), '')}" if name == "Literal" else _TYPE_NAMES.get(kind, kind)
+
+
+def _short(value: object, length: int = 80) -> str:
+    """A value as text in a message: the beginning of a long one."""
+    text = "a huge number" if isinstance(value, int) and abs(value) >= 10**length else str(value)
+    return text if len(text) <= length else f"{text[:length]}…"

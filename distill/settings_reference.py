@@ -106,6 +106,8 @@ def _type(annotation: Any) -> str:
     if annotation is Any:
         return "any"
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return f"{_type(parts[0])} ({parts[1]})"
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in parts)
     if origin in (typing.Union, types.UnionType):

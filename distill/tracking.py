@@ -7,9 +7,11 @@ disables tracking for the rest of the stage.
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from distill.data.images import ImageError, decode
 from distill.files import finite
+from distill.masking import mask
 
 _THUMBNAIL_SIDE = 256
 _INIT_SECONDS, _FINISH_SECONDS = 30, 300
+_NAME_LENGTH, _GROUP_LENGTH = 128, 80  # wandb's limit, and what leaves room in it for the name of a stage or artifact
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +143,7 @@ class StageRun:
         self._run.log_artifact(artifact)
 
     def _artifact_name(self, name: str) -> str:
-        return re.sub(r"[^\w.-]+", "-", f"{self._group}-{name}")
+        return wandb_name(f"{self._group}-{name}")
 
 
 class Tracker:
@@ -154,14 +158,15 @@ class Tracker:
         """
         self.settings = settings
         self.folder = folder
-        self.group = settings.group or name
+        self.group = _shorten(settings.group or name, _GROUP_LENGTH)
 
     @contextmanager
     def stage(self, stage: str, config: Mapping[str, Any]) -> Iterator[StageRun]:
         """Start a wandb run for one stage; it ends with the block, and is marked as failed if the block raises."""
         guard = Guard(stage)
         with _environment(self.folder / "wandb"):
-            run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
+            with _masked_arguments():
+                run = guard(self._start, stage, config) if getattr(rank_zero_only, "rank", 0) == 0 else None
             tracked = StageRun(run, guard, self.group, self.folder)
             try:
                 yield tracked
@@ -220,6 +225,34 @@ class GuardedLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         self._guard(super().finalize, status)
+
+
+def wandb_name(text: str) -> str:
+    """A name that wandb accepts for an artifact: ASCII letters, digits, '-', '_' and '.', at most 128 of them.
+
+    Two texts with different letters outside ASCII have different names.
+    """
+    ascii_text = re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
+    return _shorten(ascii_text if text.isascii() else f"{ascii_text}-{_digest(text)}", _NAME_LENGTH)
+
+
+def _shorten(text: str, length: int) -> str:
+    """A text of at most `length` characters; a longer one ends with a hash of itself."""
+    return text if len(text) <= length else f"{text[: length - 9]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+
+
+@contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """Mask passwords in the command line, which wandb records; worker processes start with the real one."""
+    arguments, sys.argv = sys.argv, mask(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The chain: which stages run again, failures, the manifest, and worker processes of distributed training."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -16,8 +15,8 @@ from distill import chain
 from distill.chain import STAGES, fingerprints, run, stages_of
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
-from distill.stages.context import Context
 from tests import micro
+from tests.fake_stages import ROWS, Fakes, jsonl_recipe
 
 AFTER_STUDENT = ["evaluate", "calibrate", "cascade", "export"]
 ALL = ["teacher", "annotate", "assistant", "augment", "student", *AFTER_STUDENT]
@@ -31,28 +30,6 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(path: Path) -> Recipe:
     return micro.read(path)
-
-
-class Fakes:
-    """Replaces all stages by ones that only write their outputs; those in `failing` raise after the first output."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.failing: dict[str, BaseException] = {}
-        self.folders: list[Path] = []
-        for name, stage in STAGES.items():
-            monkeypatch.setitem(chain.STAGES, name, stage._replace(run=self.stage(name, stage.outputs)))
-
-    def stage(self, name: str, outputs: tuple[str, ...]) -> Any:
-        def run(context: Context, tracked: object) -> None:
-            folder = context.folder / name
-            self.folders.append(folder)
-            (folder / outputs[0]).write_text(context.fingerprints[name])
-            if name in self.failing:
-                raise self.failing.pop(name)
-            for output in outputs[1:]:
-                (folder / output).write_text(context.fingerprints[name])
-
-        return run
 
 
 @pytest.fixture
@@ -86,7 +63,8 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
     for name, entry in micro.manifest(recipe).items():
         assert entry["status"] == "done" and entry["fingerprint"] == fingerprints(recipe)[name]
         assert entry["outputs"] == [f"{name}/{output}" for output in STAGES[name].outputs]
-        assert entry["inputs"] == {read: fingerprints(recipe)[read] for read in STAGES[name].reads}
+        assert entry["inputs"] == {read: micro.manifest(recipe)[read]["identity"] for read in STAGES[name].reads}
+        assert set(entry["files"]) == set(STAGES[name].outputs)
         assert entry["seconds"] >= 0 and entry["peak_memory_mb"]["host"] > 100
         assert {"distill", "torch", "lightning", "transformers", "peft"} <= set(entry["versions"])
     assert micro.read(recipe.folder / "recipe.yaml") == recipe
@@ -107,11 +85,13 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
         (["--augment", "null"], ["student", *AFTER_STUDENT]),
         (["--calibrate.budget", "0.2"], ["calibrate", "cascade"]),
         (["--cascade.on_agreement", "average"], ["cascade"]),
+        (["--cascade.teacher.endpoint.base_url", "http://a/v1", "--cascade.teacher.endpoint.model", "a"],
+         ["calibrate", "cascade"]),
         (["--tracking.project", "other"], []),
         (["--export", "null"], []),
     ],
     ids=lambda value: value[0] if value and value[0].startswith("-") else "",
-)
+)  # fmt: skip
 def test_a_change_runs_the_dependent_stages(flags: list[str], again: list[str], path: Path, fakes: Fakes) -> None:
     run(micro.read(path))
     assert run(micro.read(path, *flags)) == again
@@ -145,19 +125,6 @@ def test_until_and_only(recipe: Recipe, path: Path, fakes: Fakes) -> None:
 # ---- inputs of a chain ----
 
 
-def jsonl_recipe(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Recipe:
-    (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    content = micro.RECORDED | {"data": {"source": "jsonl", "train": ["train.jsonl"], "validation": [], "test": []}}
-    return micro.read(micro.write(folder, content, **changes))
-
-
-ROWS = [
-    {"id": str(n), "text": f"post {n}", "label": ("negative", "neutral", "positive")[n % 3], "image": None}
-    for n in range(9)
-]
-
-
 def test_changed_data_runs_all_stages_and_moved_data_none(tmp_path: Path, fakes: Fakes) -> None:
     assert len(run(jsonl_recipe(tmp_path, ROWS))) == 6
     (tmp_path / "elsewhere").mkdir()
@@ -187,9 +154,11 @@ def test_outputs_of_other_settings_are_deleted_but_the_ledger_is_kept(recipe: Re
     run(recipe)
     annotate, student = recipe.folder / "annotate", recipe.folder / "student"
     (annotate / "ledger.jsonl").write_text("paid\n")
-    (student / "checkpoints").mkdir()
-    (student / "checkpoints" / "last.ckpt").write_text("of another training")
+    fakes.extra["student"] = ["checkpoints/last.ckpt"]
+    run(micro.read(path, "--student.patience", "3"))
+    assert (student / "checkpoints" / "last.ckpt").exists()
     fakes.failing["student"] = RunError("stop here")
+    del fakes.extra["student"]
     with pytest.raises(RunError, match="stop here"):
         run(micro.read(path, "--annotate.retries", "2"))
     assert (annotate / "ledger.jsonl").read_text() == "paid\n"
@@ -197,13 +166,14 @@ def test_outputs_of_other_settings_are_deleted_but_the_ledger_is_kept(recipe: Re
 
 
 def test_an_export_is_kept_until_the_next_one_replaces_it(recipe: Recipe, path: Path, fakes: Fakes) -> None:
+    fakes.extra["export"] = ["model.safetensors"]
     run(recipe)
-    (recipe.folder / "export" / "model.safetensors").write_text("weights")
+    weights = (recipe.folder / "export" / "model.safetensors").read_text()
     fakes.failing["evaluate"] = RunError("stop here")
     other = micro.read(path, "--seed", "2")
     with pytest.raises(RunError, match="stop here"):
         run(other)
-    assert (recipe.folder / "export" / "model.safetensors").read_text() == "weights"
+    assert (recipe.folder / "export" / "model.safetensors").read_text() == weights
     assert run(other) == AFTER_STUDENT
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from distill.cli import COMMANDS
 from distill.models.backbone import LoraSettings
+from distill.models.endpoint import EndpointSettings
 from distill.recipe import Recipe, load, to_yaml
 from tests import micro
 from tests.recipe_files import ENDPOINT, loaded, options
@@ -135,3 +136,43 @@ def test_the_help_of_every_command_lists_the_fields() -> None:
         page = printed(command, "--help")
         assert f"distill {command}" in page and "--data.postcards.labelled" in page
         assert ("--until" in page) is False  # the command line adds it to `run` only
+
+
+SERVER = {"base_url": "http://user:secret@127.0.0.1:9/v1/?key=secret", "model": "big"}
+
+
+def test_the_earlier_place_of_the_cascades_teacher_is_read_with_a_notice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = micro.read(micro.write(tmp_path, micro.RECORDED, calibrate={}, cascade={"teacher": {"endpoint": SERVER}}))
+    assert not caplog.records and new.annotating_teacher is None
+    old = micro.read(micro.write(tmp_path, micro.RECORDED, calibrate={"endpoint": SERVER}, cascade={}))
+    assert caplog.messages == ["calibrate.endpoint is read as cascade.teacher.endpoint, its new place"]
+    assert old.cascade_teacher == new.cascade_teacher and isinstance(old.cascade_teacher, EndpointSettings)
+    assert old.cascade_teacher.address == "http://127.0.0.1:9/v1"
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(new))
+    assert micro.read(path) == new
+
+
+def test_two_servers_with_one_model_name_are_known_to_be_different(tmp_path: Path) -> None:
+    def recipe(**cascade: Any) -> Recipe:
+        content = {"annotate": {"endpoint": SERVER}, "calibrate": {}, "cascade": cascade}
+        return micro.read(micro.write(tmp_path, micro.RECORDED, **content))
+
+    two = recipe(teacher={"endpoint": SERVER | {"base_url": "http://127.0.0.1:10/v1"}})
+    assert two.other_servers() == ["http://127.0.0.1:10/v1"]
+    assert two.other_servers(for_cascade=True) == ["http://127.0.0.1:9/v1"]
+    assert recipe().other_servers() == recipe(teacher={"endpoint": SERVER}).other_servers() == []
+    assert recipe(teacher={"endpoint": SERVER | {"model": "b", "base_url": "http://b/v1"}}).other_servers() == []
+
+
+def test_the_third_stage_needs_a_teacher_that_can_review(tmp_path: Path) -> None:
+    def reviews(**changes: Any) -> bool:
+        return micro.read(micro.write(tmp_path, micro.WITH_TEACHER, **changes)).reviews
+
+    tasks = {"predict": 1.0, "classify": 1.0}
+    assert not reviews() and not reviews(teacher__tasks=tasks)
+    assert reviews(teacher__tasks=tasks | {"review": 0.5})
+    assert reviews(cascade__teacher={"endpoint": SERVER}) and reviews(calibrate__model={"path": "qwen"})
+    assert reviews(teacher=None, annotate={"model": {"path": "qwen"}}) and not reviews(cascade__teacher={})

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 
-from distill.tracking import StageRun, Tracker, TrackingSettings
+from distill.tracking import StageRun, Tracker, TrackingSettings, wandb_name
 
 wandb = pytest.importorskip("wandb")
 
@@ -71,6 +71,28 @@ def test_offline_is_the_default_and_writes_a_run_that_can_be_synced(
     assert any(content.startswith(b"\x89PNG") for content in staged)
     assert "wandb" not in "".join(capfd.readouterr())
     assert not [name for name in os.environ if name in ("WANDB_SILENT", "WANDB_DATA_DIR", "WANDB_CACHE_DIR")]
+
+
+@pytest.mark.parametrize("name", ["推文情感", "naïve-très", "läufe-" + "ü" * 120, "long-" * 50])
+def test_names_that_wandb_refuses_are_replaced(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The folder keeps its name."""
+    tracked = Tracker(TrackingSettings(), tmp_path / name, name)
+    with tracked.stage("annotate", {"seed": 42}) as run:
+        assert len(run._run.group) <= 128 and len(run._run.name) <= 128
+        use_all_methods(run, tmp_path)
+        inputs = run._run.config["inputs"]
+        assert run.active
+    assert not warnings(caplog)
+    assert inputs == [wandb_name(f"{tracked.group}-gold")] and inputs[0].isascii() and len(inputs[0]) <= 128
+    assert list((tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_different_names_stay_different() -> None:
+    names = ["推文-a", "推特-a", "x" * 200, "x" * 201, "my recipe-gold"]
+    replaced = [wandb_name(name) for name in names]
+    assert len(set(replaced)) == len(names) and replaced[-1] == "my-recipe-gold"
+    groups = {Tracker(TrackingSettings(), Path("x"), name).group for name in names}
+    assert len(groups) == len(names) and "推文-a" in groups
 
 
 def test_lightning_logs_into_the_stage_run(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery, read_scores
 from distill.annotation.ledger import Ledger, PaidTotals
@@ -14,6 +14,7 @@ from distill.annotation.scheduler import Progress, run_conversations
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.settings import Count, Natural, NonNegative, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, check
@@ -23,37 +24,25 @@ Source = Literal["predicted", "explained", "recorded"]
 
 
 @dataclass
-class AnnotateSettings:
+class AnnotateSettings(Settings):
     """How the teacher annotates posts."""
 
-    retries: int = 3
+    retries: Natural = 3
     """Number of retries after an invalid answer before the post is quarantined."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Temperature of the first answer; 0 is greedy decoding."""
-    temperature_step: float = 0.3
+    temperature_step: NonNegative = 0.3
     """Increase of the temperature with each retry."""
-    max_new_tokens: int = 1024
+    max_new_tokens: Count = 1024
     """Maximum number of tokens of an answer; an answer that reaches it is invalid."""
     unlabelled: Literal["skip", "keep_confident"] = "skip"
     """Posts without a gold label: `skip`, or `keep_confident` to label them with confident teacher predictions."""
-    confidence: float = 0.9
+    confidence: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Minimum probability of a teacher label; k samples that agree have 1 - (1 - 1/K) / (k + 1), for K labels."""
     recorded: bool = False
     """Use the rationales in the data set if they are valid."""
-    chunk: int = 64
+    chunk: Count = 64
     """Number of posts per call of a teacher on this machine; for an endpoint, `concurrency` applies instead."""
-
-    def __post_init__(self) -> None:
-        for name, valid, takes in (
-            ("retries", self.retries >= 0, "0 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("temperature_step", self.temperature_step >= 0, "0 or more"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("confidence", 0 < self.confidence <= 1, "above 0, at most 1"),
-            ("chunk", self.chunk >= 1, "1 or more"),
-        ):
-            if not valid:
-                raise SettingsError(f"annotate.{name} is {getattr(self, name)}; it takes {takes}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +130,7 @@ def annotate(
     ledger: Ledger,
     counts: AnnotationCounts,
     progress: Progress | None = None,
+    other_servers: Collection[str] = (),
 ) -> Generator[Kept | Quarantined, None, None]:
     """Annotate samples with valid rationales.
 
@@ -151,6 +141,7 @@ def annotate(
         teacher: the teacher; None to use only the rationales in the data set.
         ledger: answers in the ledger are not requested again; every new answer is written to it.
         counts: updated with each sample; complete after the last result.
+        other_servers: see `CachedTeacher`.
 
     Raises:
         SettingsError: the label of a sample is not in the label space.
@@ -161,7 +152,7 @@ def annotate(
         state = _SampleState(sample, _label(sample, labels))
         return _conversation(state, labels, settings, teacher is not None)
 
-    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk)
+    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers)
     for state in run_conversations(samples, conversation, teacher_cache, progress):
         counts.add(state)
         if state.result is not None:

@@ -8,20 +8,21 @@ from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.ledger import Ledger
 from distill.annotation.scheduler import Progress, run_conversations
 from distill.models.reasoner import Answer, Reasoner, Sampling
+from distill.settings import Count, NonNegative, Settings
 from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, Reason, check
 from distill.task.sample import Sample
 
 
 @dataclass
-class AugmentSettings:
+class AugmentSettings(Settings):
     """How the assistant generates rationales."""
 
-    temperature: float = 0.7
+    temperature: NonNegative = 0.7
     """Sampling temperature."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """Maximum number of tokens of a rationale; a rationale that reaches it is dropped."""
-    chunk: int = 64
+    chunk: Count = 64
     """Number of posts per call of the assistant."""
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -55,13 +55,20 @@ class CachedTeacher:
     `max_parallel` is the number of samples to process in parallel. For a model on this machine it is `chunk`, the batch
     size. For an endpoint it is twice the `concurrency`: half of the threads have a request in flight, while the others
     encode images or wait for the disk.
+
+    Args:
+        other_servers: addresses of servers that give another model the same name; their answers are not used.
     """
 
-    def __init__(self, teacher: Reasoner, labels: LabelSpace, ledger: Ledger, chunk: int) -> None:
+    def __init__(
+        self, teacher: Reasoner, labels: LabelSpace, ledger: Ledger, chunk: int, other_servers: Collection[str] = ()
+    ) -> None:
         self.name = teacher.name
         self.teacher, self.labels, self.ledger, self.chunk = teacher, labels, ledger, chunk
         concurrency = teacher.settings.concurrency if isinstance(teacher, Endpoint) else 1
         self.max_parallel = 2 * concurrency if isinstance(teacher, Endpoint) else chunk
+        self._address = teacher.settings.address if isinstance(teacher, Endpoint) else ""
+        self._other_servers, self._notices = other_servers, set[str]()
         self._slots = threading.BoundedSemaphore(concurrency)
         self._digest = lru_cache(_DIGEST_CACHE_SIZE)(digest)
         self._lock = threading.Lock()
@@ -125,12 +132,39 @@ class CachedTeacher:
             future = self._in_flight.setdefault(ledger_key, Future())
         if is_first:
             try:
-                future.set_result(self.ledger.get(ledger_key) or self._request(ledger_key, message, query, stop))
+                future.set_result(self._paid_answer(ledger_key) or self._request(ledger_key, message, query, stop))
             except BaseException as error:  # noqa: BLE001 - raised in every thread that waits for the answer
                 future.set_exception(error)
             with self._lock:
                 del self._in_flight[ledger_key]
         return future.result()
+
+    def _paid_answer(self, ledger_key: str) -> Answer | None:
+        """The answer in the ledger: from the teacher's address, else from an unknown one, else from another one.
+
+        Servers move, so the same model name at another address is taken to be the same model and its answers are not
+        paid for again, unless `ledger_by_address` is set or the address is that of another server of the recipe.
+        """
+        answer = self.ledger.get(ledger_key, self._address)
+        if answer is not None or not isinstance(self.teacher, Endpoint):
+            return answer
+        usable = [address for address in self.ledger.addresses(ledger_key) if address not in self._other_servers]
+        if not usable:
+            return None
+        reuse = not self.teacher.settings.ledger_by_address
+        if usable[0] or self._other_servers or not reuse:
+            self._notify(usable[0] or "an unknown address", reuse)
+        return self.ledger.get(ledger_key, usable[0]) if reuse else None
+
+    def _notify(self, address: str, reuse: bool) -> None:
+        with self._lock:
+            if address in self._notices:
+                return
+            self._notices.add(address)
+        text = "%s has answers of %s from %s, which are used for %s; set ledger_by_address if it serves another model"
+        if not reuse:
+            text = "%s has answers of %s from %s; they are requested again from %s, because ledger_by_address is set"
+        log.warning(text, self.ledger.path, self.name, address, self._address)
 
     def _request(self, ledger_key: str, message: UserMessage, query: TeacherQuery, stop: threading.Event) -> Answer:
         assert isinstance(self.teacher, Endpoint)
@@ -149,6 +183,7 @@ class CachedTeacher:
         if answer.error is None:
             meta: dict[str, Any] = {"id": sample.id, "model": self.name, "version": prompts.VERSION}
             meta |= {"template": query.template, "temperature": query.sampling.temperature}
+            meta |= {"base_url": self._address} if self._address else {}
             self.ledger.put(ledger_key, meta | {"attempt": query.sampling.attempt}, answer)
         return answer
 
@@ -172,7 +207,7 @@ class CachedTeacher:
             except OSError as error:
                 yield index, _unreadable(error)
         for ledger_key in list(waiting):
-            if (answer := self.ledger.get(ledger_key)) is not None:
+            if (answer := self._paid_answer(ledger_key)) is not None:
                 for index in waiting.pop(ledger_key):
                     yield index, answer
         keys = list(waiting)

@@ -59,6 +59,9 @@ class PaidTotals:
 class Ledger:
     """An append-only JSONL file of answers. Thread-safe; one process can open it at a time.
 
+    An answer of a server is identified by its key and the server's address, because two servers may give one name to
+    different models. Answers of a model on this machine, and those that earlier versions wrote, have no address.
+
     Answers are not held in memory; an index has the offsets of their lines. `paid` counts the answers that were used
     since the ledger was opened, new or old, each once.
 
@@ -109,23 +112,30 @@ class Ledger:
                 os.close(self._file)
                 self._file = -1
 
-    def get(self, key: str) -> Answer | None:
-        """The answer of a key, read from the file; None for an unknown key."""
-        location = self._index.find(key.encode())
+    def get(self, key: str, address: str = "") -> Answer | None:
+        """The answer of a key from an address, read from the file; None if there is none."""
+        identity = _identity(key, address)
+        location = self._index.find(identity)
         if location is None:
             return None
         start, length = location
         _, answer = _read(os.pread(self._file, length, start))
         with self._lock:
-            if self._index.mark_used(key.encode()):
+            if self._index.mark_used(identity):
                 self.paid.add(answer)
         return answer
+
+    def addresses(self, key: str) -> list[str]:
+        """The addresses that gave an answer to a key, in order; the first is empty if one has no address."""
+        prefix, known = _identity(key, ""), self._index.find(key.encode()) is not None
+        found = self._index.starting_with(prefix + b" ")
+        return [""] * known + [identity[len(prefix) + 1 :].decode() for identity in found]
 
     def put(self, key: str, meta: Mapping[str, Any], answer: Answer) -> None:
         """Write one answer and wait until it is on disk. Threads that wait at the same time share one flush.
 
         Args:
-            meta: fields that describe the request to a reader of the file.
+            meta: fields that describe the request to a reader of the file. `base_url`: the address of the server.
 
         Raises:
             RunError: the disk is full or fails; the file then ends with its last complete line.
@@ -137,7 +147,7 @@ class Ledger:
         text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
         line = text.encode("utf-8", "replace") + b"\n"  # lone surrogates cannot be encoded
         try:
-            self._sync(self._append(key.encode(), line))
+            self._sync(self._append(_identity(key, meta.get("base_url", "")), line))
         except OSError as error:
             raise RunError(f"an answer could not be written to {self.path}: {error.strerror}") from error
         with self._lock:
@@ -210,6 +220,11 @@ class Ledger:
 
 
 def _read(line: bytes) -> tuple[bytes, Answer]:
-    """Key and answer of a line. Raises ValueError, KeyError or TypeError if it is malformed."""
+    """Identity and answer of a line. Raises ValueError, KeyError or TypeError if it is malformed."""
     entry = json.loads(line)
-    return str(entry["key"]).encode(), Answer(**entry["answer"])
+    return _identity(str(entry["key"]), str(entry.get("base_url", ""))), Answer(**entry["answer"])
+
+
+def _identity(key: str, address: str) -> bytes:
+    """Key of an answer in the index."""
+    return f"{key} {address}".encode() if address else key.encode()

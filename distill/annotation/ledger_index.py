@@ -49,6 +49,14 @@ class LedgerIndex:
             location = table.execute("SELECT start, length FROM line WHERE key = ?", (key,)).fetchone()
         return location and (int(location[0]), int(location[1]))
 
+    def starting_with(self, prefix: bytes) -> list[bytes]:
+        """The keys that start with a prefix, in order. Its last byte must be below 255."""
+        with self._table() as table:
+            end = prefix[:-1] + bytes([prefix[-1] + 1])
+            return [
+                bytes(row[0]) for row in table.execute("SELECT key FROM line WHERE key >= ? AND key < ?", (prefix, end))
+            ]
+
     def mark_used(self, key: bytes) -> bool:
         """Mark a key as used. Returns True the first time, False later or for an unknown key."""
         with self._table() as table:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -13,50 +13,39 @@ from distill.cascade.uncertainty import Measure, fit_error_map, fit_temperature
 from distill.errors import RunError, SettingsError
 from distill.evaluation.classification import calibration_error
 from distill.models.reasoner import ClassScores
+from distill.settings import Fraction, InnerFraction, Range, Settings
 from distill.task.labels import LabelSpace
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class CalibrateSettings:
+class CalibrateSettings(Settings):
     """How the thresholds of the cascade are fitted. Only the validation split is used."""
 
     by: Literal["budget", "risk", "fixed"] = "budget"
     """What the student's threshold is fitted to: budget (teacher calls), risk (the student's error rate), or fixed
     (given thresholds)."""
-    budget: float = 0.3
-    """Teacher calls per post, 0 to 2; a reviewed post costs two."""
-    risk: float = 0.05
+    budget: Annotated[float, Range(0, 2)] = 0.3
+    """Teacher calls per post; a reviewed post costs two."""
+    risk: InnerFraction = 0.05
     """Highest error rate among the posts that the student answers alone, guaranteed with `confidence`."""
-    confidence: float = 0.9
+    confidence: InnerFraction = 0.9
     """Probability, over validation sets, that the risk bound holds."""
-    student_threshold: float | None = None
+    student_threshold: Fraction | None = None
     """Highest uncertainty at which the student's answer is accepted; only with `by: fixed`."""
-    teacher_threshold: float | None = None
+    teacher_threshold: Fraction | None = None
     """Highest uncertainty at which the teacher's first answer is accepted; null: fitted from `review`."""
-    review: float = 0.1
+    review: Fraction = 0.1
     """Share of the teacher's answers to all validation posts that its threshold does not accept. They are reviewed if
     the student's polarity differs. Among deferred posts, which are harder, the share is larger."""
     measure: Measure = "entropy"
     """Uncertainty measure: entropy (of the paper, divided by ln K), max_probability or margin, each from 0 to 1."""
-    min_label_mass: float = 0.5
+    min_label_mass: Fraction = 0.5
     """Least total probability of the label tokens; an answer below it has uncertainty 1."""
 
     def __post_init__(self) -> None:
-        for name, valid, takes in (
-            ("budget", 0 <= self.budget <= 2, "0 to 2"),
-            ("risk", 0 < self.risk < 1, "above 0, below 1"),
-            ("confidence", 0 < self.confidence < 1, "above 0, below 1"),
-            ("review", 0 <= self.review <= 1, "0 to 1"),
-            ("min_label_mass", 0 <= self.min_label_mass <= 1, "0 to 1"),
-        ):
-            if not valid:
-                raise SettingsError(f"calibrate.{name} is {getattr(self, name)}; it takes {takes}")
-        for name in ("student_threshold", "teacher_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise SettingsError(f"calibrate.{name} is {value}; it takes 0 to 1")
+        super().__post_init__()
         if (self.by == "fixed") != (self.student_threshold is not None):
             raise SettingsError("calibrate.student_threshold must be set if calibrate.by is fixed, and only then")
 
@@ -68,6 +57,8 @@ def calibrate(
     names: tuple[str, str],
     labels: LabelSpace,
     settings: CalibrateSettings,
+    *,
+    reviews: bool = True,
 ) -> dict[str, Any]:
     """Fit both temperatures and both thresholds and return the content of `calibration.json`.
 
@@ -75,6 +66,7 @@ def calibrate(
         gold: label names or values on a scale, one for each validation post.
         student, teacher: scores of the same posts. Posts that a model did not answer are left out and counted.
         names: names of student and teacher.
+        reviews: whether the cascade has its third stage, whose posts cost a second call.
 
     Raises:
         SettingsError: the posts do not support the risk target; the message gives the smallest supported one.
@@ -97,7 +89,7 @@ def calibrate(
         teacher_threshold=0.0,
         min_label_mass=settings.min_label_mass,
     )
-    policy = CascadePolicy(labels, calibration)
+    policy = CascadePolicy(labels, calibration, reviews=reviews)
     predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
     student_uncertainty, teacher_uncertainty = (
         np.array([prediction.uncertainty for prediction in of_model]) for of_model in predictions
@@ -137,6 +129,7 @@ def calibrate(
     return asdict(calibration) | {
         "n": len(truth),
         "unanswered": int((~answered).sum()),
+        "reviews": reviews,
         "promise": promise,
         "assumes": "posts to come are like those of the validation split, on which temperatures and best epochs were "
         "chosen as well",

@@ -7,7 +7,7 @@ to a data set, with one batch per stage; the gateway in `serving/` applies the s
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from distill.cascade.uncertainty import Measure, temper, uncertainty
 from distill.errors import SettingsError
 from distill.files import read_json
 from distill.models.reasoner import ClassScores, Cost, Reasoner
+from distill.settings import Range, Settings
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
@@ -23,7 +24,7 @@ Stage = Literal["student", "teacher_first", "teacher_review"]
 
 
 @dataclass
-class CascadeSettings:
+class CascadeSettings(Settings):
     """The cascade on the test split; its temperatures and thresholds come from `calibrate`."""
 
     on_agreement: Literal["teacher", "average"] = "teacher"
@@ -31,7 +32,7 @@ class CascadeSettings:
     probabilities, weighted by certainty (first version of the paper)."""
     deferral_curve: bool = True
     """Classify every test post with the teacher, for the deferral curve; false: only the deferred posts."""
-    resamples: int = 1000
+    resamples: Annotated[int, Range(1, 1_000_000)] = 1000
     """Number of bootstrap resamples for each 95% interval."""
 
 
@@ -145,11 +146,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class CascadePolicy:
-    """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed."""
+    """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed.
+
+    `reviews` is false if the teacher was not trained on the *review* task: its first answer is then always final.
+    """
 
     labels: LabelSpace
     calibration: Calibration
     on_agreement: Literal["teacher", "average"] = "teacher"
+    reviews: bool = True
 
     def student_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The student's predictions on B samples."""
@@ -174,7 +179,9 @@ class CascadePolicy:
         if not student.answered:
             return Decision("teacher_first", "only the teacher answered", teacher.probabilities, student, teacher)
         if teacher.polarity != student.polarity:
-            return None
+            if self.reviews:
+                return None
+            return Decision("teacher_first", "the teacher does not review", teacher.probabilities, student, teacher)
         final = teacher.probabilities if self.on_agreement == "teacher" else self._average(student, teacher)
         return Decision("teacher_first", "both have one polarity", final, student, teacher)
 

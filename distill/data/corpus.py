@@ -2,27 +2,35 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
 from distill.data.images import ImageError, decode
-from distill.data.postcards import PostcardSettings, generate
+from distill.data.postcards import PostcardSettings, generate, is_generated
 from distill.data.split import stratified_split
+from distill.data.text import clean
+from distill.digests import Digests, combine
 from distill.errors import RunError, SettingsError
+from distill.settings import Count, Range, Seed, Settings
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
+Part = Annotated[float, Range(0, 1, below=True)]
 
 
 @dataclass
-class DataSettings:
+class DataSettings(Settings):
     """The data: source, files and splits."""
 
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
@@ -36,17 +44,23 @@ class DataSettings:
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
     """Files of the test split; empty: a stratified part of the training rows is used."""
-    validation_fraction: float = 0.1
+    validation_fraction: Part = 0.1
     """Fraction of the training rows used for validation if data.validation is empty."""
-    test_fraction: float = 0.1
+    test_fraction: Part = 0.1
     """Fraction of the training rows used for testing if data.test is empty."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the stratified split."""
     images: str = "images"
     """Folder of the images of source twitter, relative to data.root. Image names in jsonl and mosi rows are relative to
     data.root itself."""
-    max_pixels: int = 50_000_000
+    max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
+    max_tokens: int | None = None
+    """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
+    half of the model's context, at most 4,096."""
+    too_long: Literal["truncate", "quarantine"] = "truncate"
+    """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
+    ids."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus, used if data.source is postcards."""
 
@@ -63,18 +77,27 @@ class Dropped:
 
 @dataclass
 class Corpus:
-    """The three splits, the dropped rows, and the data root."""
+    """The three splits, the dropped rows, and the data root.
+
+    Attributes:
+        places: file and row of each post, by the split of the file and the id.
+    """
 
     train: list[Sample]
     validation: list[Sample]
     test: list[Sample]
     dropped: list[Dropped]
     root: Path
+    places: Mapping[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
 
 
 @dataclass
 class _Entry:
-    """A row with its sample, or with the reason to drop it."""
+    """A row with its sample, or with the reason to drop it.
+
+    Attributes:
+        replaced: number of characters of the row's texts that `clean` replaced.
+    """
 
     split: str
     file: str
@@ -82,6 +105,8 @@ class _Entry:
     sample: Sample | None
     id: str
     reason: str | None = None
+    encoding: str = "utf-8"
+    replaced: int = 0
 
 
 def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
@@ -99,12 +124,13 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
     root = Path(settings.root).resolve()
     entries = [_entry(split, file, row, settings, labels) for split, file, row in _rows(settings)]
     broken = _broken_images({image for entry in entries if entry.sample for image in entry.sample.images}, settings)
-    first_with_id: dict[str, _Entry] = {}
+    kept: dict[str, list[_Entry]] = defaultdict(list)
     for entry in entries:
         if entry.sample is not None:
-            entry.reason = _drop_reason(entry.split, entry.sample, broken, first_with_id)
+            entry.reason = _drop_reason(entry, entry.sample, broken, kept[entry.id])
             if entry.reason is None:
-                first_with_id[entry.id] = entry
+                kept[entry.id].append(entry)
+    _log_repairs(entries)
     _check_files(settings, entries)
     parts = {split: [e.sample for e in entries if e.split == split and e.sample and not e.reason] for split in SPLITS}
     if missing := _splits_to_draw(settings):
@@ -115,7 +141,8 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
                 f"data.{split}: data.train has too few labelled posts to draw this split from; name a file instead"
             )
     dropped = [Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason]
-    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root)
+    places = {(e.split, e.id): (e.file, e.row) for e in entries if not e.reason}
+    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root, places)
 
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
@@ -151,6 +178,28 @@ def data_fingerprint(settings: DataSettings) -> str:
     return digest.hexdigest()
 
 
+def data_digest(settings: DataSettings, digests: Digests) -> str | None:
+    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of postcards.
+
+    None if the postcards are not generated yet.
+
+    Raises:
+        SettingsError: a split file is missing.
+    """
+    root = Path(settings.root)
+    if settings.source == "postcards" and not is_generated(root, settings.postcards):
+        return None
+    rows, names = [], set()
+    for split, file, row in _rows(settings):
+        if settings.source == "postcards":
+            rows.append([split, file, row.number, row.fields, row.problem])
+        with suppress(ValueError):
+            names |= set(jsonl.image_names(row.fields))
+    found = digests.files(root / name for name in names)
+    images = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, images])
+
+
 def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:
     """Write the dropped rows as JSONL with file, row, id and reason. Raises RunError if the file cannot be written."""
     jsonl.write_rows(path, (asdict(row) for row in dropped))
@@ -161,8 +210,8 @@ def _check_settings(settings: DataSettings) -> None:
         raise SettingsError("data.train is empty; name at least one file")
     missing = _splits_to_draw(settings)
     for split, fraction in missing.items():
-        if not 0 < fraction < 1:
-            raise SettingsError(f"data.{split}_fraction is {fraction}; it takes a number above 0 and below 1")
+        if fraction == 0:
+            raise SettingsError(f"data.{split}_fraction is 0; it takes more than 0 if data.{split} is empty")
     if sum(missing.values()) >= 1:
         raise SettingsError("data.validation_fraction and data.test_fraction must sum to less than 1")
 
@@ -221,11 +270,36 @@ def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels
         try:
             sample = jsonl.to_sample(row.fields, Path(settings.root))
             if sample.label is not None:
+                sample = replace(sample, label=labels.from_data(sample.label))  # type: ignore[arg-type]
                 labels.index(sample.label)
         except ValueError as error:
             sample, reason = None, str(error)
-    identity = row.fields.get("id")
-    return _Entry(split, file, row.number, sample, "" if identity is None else str(identity), reason)
+    identity = row.fields.get("id", "") if sample is None else sample.id
+    identity = "" if identity is None else str(identity)
+    replaced = 0 if sample is None else sum(map(_replaced_characters, row.fields.values()))
+    return _Entry(split, file, row.number, sample, identity, reason, row.encoding, replaced)
+
+
+def _replaced_characters(value: Any) -> int:
+    """The number of characters of a field that `clean` replaces."""
+    return sum(a != b for a, b in zip(value, clean(value), strict=True)) if isinstance(value, str) else 0
+
+
+def _log_repairs(entries: list[_Entry]) -> None:
+    """Log the rows that are not UTF-8, the rows with replaced characters, and the rows that repeat another split."""
+    recoded = [entry for entry in entries if entry.encoding != "utf-8"]
+    repaired = [entry for entry in entries if entry.replaced]
+    leaked = [entry for entry in entries if (entry.reason or "").endswith(_LEAKED)]
+    counts = Counter(entry.encoding for entry in recoded).most_common()
+    encodings = ", ".join(f"{count} as {encoding}" for encoding, count in counts)
+    replaced = sum(entry.replaced for entry in repaired)
+    for rows, message in (
+        (recoded, f"{len(recoded)} texts are not UTF-8 and are read by their content: {encodings}"),
+        (repaired, f"{replaced} control, private-use or invalid characters in {len(repaired)} rows are replaced"),
+        (leaked, f"{len(leaked)} posts repeat a post of another split and are dropped from the later one"),
+    ):
+        if rows:
+            log.warning("data: %s; the first: %s row %d", message, rows[0].file, rows[0].row)
 
 
 def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]:
@@ -243,18 +317,32 @@ def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]
         return {path: error for path, error in zip(paths, pool.map(error_of, paths), strict=True) if error is not None}
 
 
-def _drop_reason(
-    split: str, sample: Sample, broken: Mapping[Path, str], first_with_id: Mapping[str, _Entry]
-) -> str | None:
-    """Why a well-formed row is dropped; None if it is kept."""
+_LEAKED = "with the same content"
+
+
+def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[Path, str], same_id: list[_Entry]) -> str | None:
+    """Why a well-formed row is dropped; None if it is kept.
+
+    Every split may number its posts from 1, so rows of two splits may have the same id unless they are the same post.
+
+    Args:
+        same_id: the rows with the same id that are kept.
+    """
     for image in sample.images:
         if image in broken:
             return broken[image]
-    if (first := first_with_id.get(sample.id)) is not None:
-        return f"id {sample.id!r} is already used by {first.file} row {first.row}"
-    if split != "train" and sample.label is None:
-        return f"has no label, which every row of the {split} split needs"
+    for first in same_id:
+        if first.split == entry.split:
+            return f"id {sample.id!r} is already used by {first.file} row {first.row}"
+        if _content(first.sample) == _content(sample):
+            return f"id {sample.id!r} is already used by {first.file} row {first.row} {_LEAKED}"
+    if entry.split != "train" and sample.label is None:
+        return f"has no label, which every row of the {entry.split} split needs"
     return None
+
+
+def _content(sample: Sample | None) -> tuple[Any, ...]:
+    return () if sample is None else (sample.text.split(), sample.images, sample.aspect)
 
 
 def _check_files(settings: DataSettings, entries: list[_Entry]) -> None:

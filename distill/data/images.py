@@ -24,6 +24,7 @@ class ImageError(ValueError):
     """An image that is unsafe or cannot be decoded. The message names the image."""
 
 
+_OPENING = threading.Lock()
 _DECODE_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # bounds the memory of concurrent decoding
 
 
@@ -43,6 +44,16 @@ def resolve(root: Path, name: str) -> Path:
     return path
 
 
+def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image without decoding it and without the pixel limit of Pillow: callers apply their own."""
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB: EXIF orientation applied, alpha composited on white, 16-bit grey scaled to 8 bits.
 
@@ -53,7 +64,7 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if not path.is_file():  # opening a named pipe would block
             raise ImageError(f"image {path.name} is missing")
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             _check_size(path, image, max_pixels)
             image.load()
             return _rgb(image)
@@ -61,8 +72,6 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"image {path.name} is none of {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the warning, if filters make it an error
-        raise ImageError(f"image {path.name} has far too many pixels") from None
     except Exception as error:  # decoders raise many types on corrupt files: SyntaxError, struct.error
         raise ImageError(f"image {path.name} is broken: {error or type(error).__name__}") from error
 
@@ -95,7 +104,7 @@ def _unmodified_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None
     if not path.is_file():
         return None
     try:
-        with Image.open(path, formats=("JPEG",)) as image:
+        with open_image(path, ("JPEG",)) as image:
             _check_size(path, image, max_pixels)
             width, height = image.size
             fits = image.mode == "RGB" and max(width, height) <= max_side

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.images import resolve
+from distill.data.text import clean, decode_lines
 from distill.errors import RunError
 from distill.files import atomic_write, finite
 from distill.task.sample import Sample
@@ -19,54 +20,66 @@ from distill.task.sample import Sample
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: its line number (1-based), its fields, and why it cannot be used (`problem`), if so."""
+    """One row of a file.
+
+    Attributes:
+        number: line number, 1-based.
+        problem: why the row cannot be used, if so.
+        encoding: encoding of its text.
+    """
 
     number: int
     fields: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    encoding: str = "utf-8"
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the non-blank lines with their 1-based numbers. Bytes that are not UTF-8 become lone surrogates."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").rstrip("\r\n")
-            if text.strip():
-                yield number, text
+def lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the non-blank lines with their 1-based numbers and their encodings (`data/text.py`)."""
+    for number, (line, encoding) in enumerate(decode_lines(path.read_bytes()), start=1):
+        if line.strip():
+            yield number, line, encoding
 
 
 def read(path: Path) -> Iterator[Row]:
     """Yield every row of a file. A line that is not a JSON object yields a row with a `problem`."""
-    for number, line in lines(path):
+    for number, line, encoding in lines(path):
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Row(number, problem=f"is not valid JSON: {error}" if _is_unicode(line) else "is not UTF-8")
+            yield Row(number, problem=f"is not valid JSON: {error}")
         else:
-            yield Row(number, fields) if isinstance(fields, dict) else Row(number, problem="is not a JSON object")
+            problem = None if isinstance(fields, dict) else "is not a JSON object"
+            yield Row(number, {} if problem else fields, problem, encoding)
 
 
 def image_names(fields: Mapping[str, Any]) -> list[str]:
-    """The image names of a row, from `images` or `image`. Raises ValueError for both, or for other types."""
-    one, many = fields.get("image"), fields.get("images")
+    """The image names of a row, from `images` or `image`; an empty name is no image.
+
+    Raises:
+        ValueError: both are given, or they have other types.
+    """
+    one, many = (fields.get(name) or None for name in ("image", "images"))
     if one is not None and many is not None:
         raise ValueError("image and images are both given")
     names = many if many is not None else [] if one is None else [one]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("images must be file names")
-    return names
+    return [name for name in names if name.strip()]
 
 
 def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     """Convert a row's fields to a sample. The label and the content of the images are not checked here.
 
+    Characters that no model accepts are replaced in its texts (`data/text.py`, `clean`).
+
     Raises:
-        ValueError: a field is missing, has the wrong type or is not valid Unicode, there is neither text nor image, or
-            an image is outside `root`.
+        ValueError: a field is missing or has the wrong type, the id or an image name is not valid Unicode, there is
+            neither text nor image, or an image is outside `root`.
     """
     identity = fields.get("id")
-    if isinstance(identity, int) and not isinstance(identity, bool):
-        identity = str(identity)
+    if isinstance(identity, int | float) and not isinstance(identity, bool) and identity % 1 == 0:
+        identity = str(int(identity))
     if not isinstance(identity, str) or not identity.strip():
         raise ValueError("id is missing" if identity in (None, "") else f"id must be text, not {identity!r}")
     names = image_names(fields)
@@ -79,9 +92,10 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     attributes = {name: value for name, value in attributes.items() if value is not None}
     if not all(isinstance(value, str) for value in attributes.values()):
         raise ValueError("attributes must be text")
+    attributes = {clean(name): clean(value) for name, value in attributes.items()}
     aspect, rationale = _text(fields, "aspect"), _text(fields, "rationale")
-    if not _is_unicode("".join([identity, text, aspect or "", rationale or "", *names, *attributes.values()])):
-        raise ValueError("is not UTF-8")  # or has a lone surrogate such as \ud83d, which tokenizers reject
+    if clean(identity) != identity or any(clean(name) != name for name in names):
+        raise ValueError("the id or an image name has control characters or is not valid Unicode")
     return Sample(
         id=identity,
         text=text,
@@ -129,12 +143,4 @@ def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {str(value)[:40]!r}")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return None if value is None else clean(value)

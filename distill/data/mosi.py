@@ -5,12 +5,15 @@ column, the same file can be given for all three splits: each split uses its own
 """
 
 import csv
+import io
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from distill.data import jsonl
 from distill.data.jsonl import Row
+from distill.data.text import decode_lines
 
 SPLIT_ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
 """Values of the `split` column that are accepted besides train, validation and test."""
@@ -28,7 +31,7 @@ def read(path: Path, split: str) -> Iterator[Row]:
             yield Row(row.number, row.fields, f"unknown split {own!r}; the splits are train, validation, test")
         elif own == split:
             try:
-                yield Row(row.number, {**row.fields, "label": _number(row.fields.get("label"))})
+                yield replace(row, fields={**row.fields, "label": _number(row.fields.get("label"))})
             except ValueError as error:
                 yield Row(row.number, row.fields, str(error))
 
@@ -49,21 +52,21 @@ def _number(value: object) -> float | None:
 
 def _csv(path: Path) -> Iterator[Row]:
     """Yield the rows of a CSV file, numbered by the line on which they start. An empty cell is None."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        header: list[str] = []
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(number, problem=f"is not valid CSV: {error}")
-                continue
-            if not header:
-                header = [name.strip() for name in cells]
-            elif cells:
-                fields = {name: cell or None for name, cell in zip(header, cells, strict=False)}
-                complete = len(cells) == len(header)
-                yield Row(number, fields, None if complete else f"has {len(cells)} cells instead of {len(header)}")
+    lines = decode_lines(path.read_bytes())
+    reader = csv.reader(io.StringIO("\n".join(line for line, _ in lines), newline=""))
+    header: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(number, problem=f"is not valid CSV: {error}")
+            continue
+        if not header:
+            header = [name.strip() for name in cells]
+        elif cells:
+            fields = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+            problem = None if len(cells) == len(header) else f"has {len(cells)} cells instead of {len(header)}"
+            yield Row(number, fields, problem, lines[min(number, len(lines)) - 1][1])

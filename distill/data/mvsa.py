@@ -5,27 +5,21 @@
 one label is from MultiSentiNet (Xu and Mao, CIKM 2017, table 1).
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.data.images import ImageError, resolve
 from distill.data.jsonl import Row, lines
-
-log = logging.getLogger(__name__)
+from distill.data.text import decode
 
 LABELS = ("negative", "neutral", "positive")
 
 
 def read(path: Path, root: Path) -> Iterator[Row]:
-    """Yield the posts of one label file. A post whose annotations do not determine a label has a `problem`.
-
-    Logs a warning with the number of texts that are not UTF-8 and are read as Windows-1252.
-    """
+    """Yield the posts of one label file. A post whose annotations do not determine a label has a `problem`."""
     folder = path.parent / "data"
-    recoded = 0
-    for number, line in lines(path):
+    for number, line, _ in lines(path):
         cells = [cell.strip() for cell in line.split("\t")]
         if number == 1 and cells[0].casefold() == "id":
             continue
@@ -41,11 +35,9 @@ def read(path: Path, root: Path) -> Iterator[Row]:
         except ValueError as error:
             yield Row(number, fields, str(error))
         else:
-            text, is_utf8 = _decode(raw)
-            recoded += not is_utf8
-            yield Row(number, {**fields, "text": text.strip(), "label": label, "images": [f"{name}.jpg"]})
-    if recoded:
-        log.warning("%s: %d texts are not UTF-8 and were read as Windows-1252", path.name, recoded)
+            text, encoding = decode(raw)
+            row = {**fields, "text": text.strip(), "label": label, "images": [f"{name}.jpg"]}
+            yield Row(number, row, encoding=encoding)
 
 
 def ground_truth(pairs: Sequence[tuple[str, str]]) -> str:
@@ -78,13 +70,3 @@ def _pair(cell: str) -> tuple[str, str]:
     if text not in LABELS or image not in LABELS:
         raise ValueError(f"label {cell[:40]!r} is not a text,image pair of {', '.join(LABELS)}")
     return text, image
-
-
-def _decode(raw: bytes) -> tuple[str, bool]:
-    """Decode a text as UTF-8, Windows-1252 or (for bytes undefined there) Latin-1; also return whether it is UTF-8."""
-    for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            return raw.decode(encoding), encoding == "utf-8-sig"
-        except UnicodeDecodeError:
-            continue
-    return raw.decode("latin-1"), False

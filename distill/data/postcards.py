@@ -12,11 +12,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, ImageDraw
 
 from distill.files import atomic_folder, read_json, write_json
+from distill.settings import Range, Seed, Settings
 from distill.task.rationale import Rationale, render
 
 TONES = ("cheerful", "plain", "gloomy")
@@ -62,21 +63,24 @@ GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
 
+Posts = Annotated[int, Range(1, 1_000_000)]
+
+
 @dataclass
-class PostcardSettings:
+class PostcardSettings(Settings):
     """Size and seed of the built-in corpus (`data.source: postcards`)."""
 
-    seed: int = 7
+    seed: Seed = 7
     """Seed of the texts and images."""
-    labelled: int = 300
+    labelled: Posts = 300
     """Number of training posts with a gold label and a gold rationale."""
-    unlabelled: int = 1100
+    unlabelled: Annotated[int, Range(0, 1_000_000)] = 1100
     """Number of training posts without label and rationale."""
-    validation: int = 198
+    validation: Posts = 198
     """Number of validation posts, all labelled."""
-    test: int = 450
+    test: Posts = 450
     """Number of test posts, all labelled."""
-    image_size: int = 56
+    image_size: Annotated[int, Range(16, 4096)] = 56
     """Width and height of the images, in pixels."""
 
 
@@ -95,7 +99,7 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
         FileExistsError: `root` contains files that were not generated here.
         OSError: `root` cannot be written.
     """
-    root = Path(root)
+    root = Path(root).resolve()  # of a link, the folder that it names is replaced
     if is_generated(root, settings):
         return
     if root.exists():

@@ -6,11 +6,15 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from distill.task.sample import Sample
 
+PLACEHOLDER_SHARE, PLACEHOLDER_MINIMUM = 0.1, 10
+"""An image or text of more than this share, and more than this number, of the samples says nothing about them."""
+
 
 def stratified_split(samples: Sequence[Sample], fractions: Mapping[str, float], seed: int) -> dict[str, list[Sample]]:
     """Split off a stratified part of the labelled samples for each name in `fractions`; the rest is `train`.
 
-    Samples that share an image or a text form a group and stay together, so that no part repeats one of `train`. A
+    Samples that share an image or a text form a group and stay together, so that no part repeats one of `train`. An
+    image or text of more than PLACEHOLDER_SHARE of the samples is a placeholder and forms no group. A
     group with an unlabelled sample stays in `train`. Groups are assigned in random order, each to the first part that
     still has room for all of it. The assignment depends on the seed and the ids, not on the order of the rows; each
     part keeps that order. Values on a continuous scale are stratified by the nearest integer.
@@ -41,11 +45,17 @@ def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
 
     images = {image for sample in samples for image in sample.images}
     digests = {image: hashlib.sha256(image.read_bytes()).digest() for image in images}
-    owner: dict[Hashable, int] = {}
-    for i, sample in enumerate(samples):
+    keys: list[set[Hashable]] = []
+    for sample in samples:
         text = " ".join(sample.text.casefold().split())
-        for key in [*(digests[image] for image in sample.images), *([text] if text else [])]:
-            parent[find(i)] = find(owner.setdefault(key, i))
+        keys.append({*(digests[image] for image in sample.images), *([text] if text else [])})
+    counts = Counter(key for found in keys for key in found)
+    most = max(PLACEHOLDER_MINIMUM, PLACEHOLDER_SHARE * len(samples))
+    owner: dict[Hashable, int] = {}
+    for i, found in enumerate(keys):
+        for key in found:
+            if counts[key] <= most:
+                parent[find(i)] = find(owner.setdefault(key, i))
     groups: dict[int, list[Sample]] = defaultdict(list)
     for i, sample in enumerate(samples):
         groups[find(i)].append(sample)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.data.jsonl import Row, lines
+from distill.errors import SettingsError
 
 LABELS = {"0": "negative", "1": "neutral", "2": "positive"}
 COLUMNS = 5
@@ -19,9 +20,13 @@ def read(path: Path, images: str) -> Iterator[Row]:
 
     Args:
         images: folder of the images, relative to the data root.
+
+    Raises:
+        SettingsError: the file numbers its labels from -1 or from 1.
     """
-    for number, line in lines(path):
-        cells = line.split("\t")
+    rows = [(number, line.split("\t"), encoding) for number, line, encoding in lines(path)]
+    _check_numbering(path, {cells[1].strip() for _, cells, _ in rows if len(cells) == COLUMNS})
+    for number, cells, encoding in rows:
         if number == 1 and cells[0].strip() == "index":
             continue
         fields = {"id": f"{path.stem}-{cells[0].strip()}"}
@@ -41,4 +46,13 @@ def read(path: Path, images: str) -> Iterator[Row]:
                 "label": LABELS.get(label, label),
                 "images": [f"{images}/{image}"] if image else [],
             },
+            encoding=encoding,
         )
+
+
+def _check_numbering(path: Path, labels: set[str]) -> None:
+    """Raise SettingsError for other numbers than 0 to 2: they would be read as another class, or dropped."""
+    if "-1" in labels or ("3" in labels and "0" not in labels):
+        found = ", ".join(sorted(labels & {"-1", "0", "1", "2", "3"}, key=int))
+        known = ", ".join(f"{number} ({name})" for number, name in LABELS.items())
+        raise SettingsError(f"{path.name} has the labels {found}; data.source twitter takes {known}; renumber them")

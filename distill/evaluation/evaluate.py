@@ -11,6 +11,7 @@ from distill.evaluation.classification import classification_metrics
 from distill.evaluation.reasoning import reasoning_metrics
 from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
+from distill.settings import Count, Settings
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
 from distill.task.rationale import InvalidRationale, Rationale, check
@@ -18,12 +19,12 @@ from distill.task.sample import Sample
 
 
 @dataclass
-class EvaluateSettings:
+class EvaluateSettings(Settings):
     """Evaluation of the roles on the test split."""
 
     teacher: bool = True
     """Evaluate the teacher, too, if it can be called; an endpoint receives two requests per test post."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """Maximum number of tokens of a rationale."""
     similarity_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Folder or hub name of the sentence embedding model for the metric `similarity`."""

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from huggingface_hub import constants
-from urllib3.exceptions import HTTPError
 
-from distill.connections import connection_pool
+from distill.connections import hub_reachable
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 
@@ -129,7 +127,7 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
         with hide_progress_bars():
-            encoder = SentenceTransformer(model, local_files_only=offline or not _hub_reachable())
+            encoder = SentenceTransformer(model, local_files_only=offline or not hub_reachable())
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         remedy = "download it once with a connection, or set the folder of a copy"
@@ -140,16 +138,6 @@ def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
         for column in (texts, references)
     ]
     return [float(one @ other) for one, other in zip(*embedded, strict=True)]
-
-
-@cache
-def _hub_reachable() -> bool:
-    """Whether the model hub is reachable; checked once, because the hub's client retries each file for minutes."""
-    try:
-        connection_pool(constants.ENDPOINT, 1).request("HEAD", constants.ENDPOINT, timeout=5, redirect=False)
-    except HTTPError:
-        return False
-    return True
 
 
 @cache

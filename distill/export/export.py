@@ -7,15 +7,18 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 
 from distill.errors import RunError
 from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars
+from distill.models.hub import load_from_hub
+from distill.settings import Natural, Settings
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
 
@@ -26,15 +29,21 @@ _BATCH = 8
 
 
 @dataclass
-class ExportSettings:
+class ExportSettings(Settings):
     """Export of the student."""
 
-    check_samples: int = 32
+    check_samples: Natural = 32
     """Number of test posts on which the reloaded export must give the student's logits and labels."""
 
 
 def export(
-    student: Backbone, samples: Sequence[Sample], folder: Path, adapter: Path, card: str, settings: ExportSettings
+    student: Backbone,
+    samples: Sequence[Sample],
+    folder: Path,
+    adapter: Path,
+    card: str,
+    settings: ExportSettings,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write `folder` atomically: merged weights as safetensors, processor, chat template, model card, and `adapter/`.
 
@@ -44,6 +53,7 @@ def export(
         samples: the first `settings.check_samples` are used for the check.
         adapter: folder of the adapter; copied if it holds one.
         card: text of the model card.
+        keep: files of an earlier folder, relative to it, that stay.
 
     Returns:
         The result of `check`.
@@ -53,7 +63,7 @@ def export(
     """
     dtype = student.model.dtype
     model = student.merged().eval()
-    with atomic_folder(folder) as new:
+    with atomic_folder(folder, keep) as new:
         with hide_progress_bars():
             model.save_pretrained(new)  # type: ignore[operator]
             student.processor.save_pretrained(new)
@@ -182,8 +192,11 @@ def base_licence(path: str, revision: str) -> str:
     if not path:
         return "apache-2.0"
     try:
-        source = Path(path) / "README.md" if Path(path).is_dir() else None
-        card = ModelCard.load(source if source else path)
+        if Path(path).is_dir():
+            source: str | Path = Path(path) / "README.md"
+        else:
+            source = load_from_hub(partial(hf_hub_download, filename="README.md"), path, revision=revision)
+        card = ModelCard.load(source)
         return str(card.data.get("license") or "other")
     except Exception:  # noqa: BLE001 - offline, no card, or an invalid card: the licence is unknown
         return "other"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -17,9 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens
-from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_mask, tree_positions
+from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens, save_processor
+from distill.models.hub import load_from_hub
+from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
+from distill.models.tree_attention import attention_mask
+from distill.settings import Count, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -32,14 +35,14 @@ __all__ = [
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     """LoRA adapter of a pretrained model."""
 
-    r: int = 16
+    r: Count = 16
     """Rank of the adapter."""
-    alpha: int = 32
+    alpha: Count = 32
     """Scaling of the adapter: its update is multiplied by alpha / r."""
-    dropout: float = 0.05
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
     """Dropout before the adapter."""
     targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
     """Regular expression over module names; the default matches the projections of the language model only."""
@@ -48,7 +51,7 @@ class LoraSettings:
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """Choice and loading of a model."""
 
     path: str = ""
@@ -59,13 +62,13 @@ class ModelSettings:
     """Size of the tiny model that is built if `path` is empty."""
     lora: LoraSettings | None = None
     """LoRA adapter trained on top of `path`; null: train all weights."""
-    image_size: int = 280
+    image_size: Annotated[int, Range(0, 8192)] = 280
     """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; `trainer.precision` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples per batch of label scoring and generation."""
 
 
@@ -180,10 +183,7 @@ class Backbone:
             cache: stores the keys and values of all columns, for generation.
         """
         if "ends" in inputs:
-            mask = tree_mask(inputs["ends"])
-            if self.settings.attention == "eager":  # which adds the mask to the scores
-                zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-                mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
+            mask = attention_mask(inputs["ends"], self.settings.attention)
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
         output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
@@ -207,7 +207,7 @@ class Backbone:
         """Write the trained weights (with LoRA only the adapter) and the processor."""
         with hide_progress_bars():
             self.model.save_pretrained(folder)  # type: ignore[operator]
-            self.processor.save_pretrained(folder)
+            save_processor(self.processor, folder)
 
     @property
     def _base_model(self) -> Any:
@@ -278,7 +278,7 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
             return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
         try:
-            config = AutoConfig.from_pretrained(settings.path, revision=settings.revision)
+            config = load_from_hub(AutoConfig.from_pretrained, settings.path, revision=settings.revision)
             return AutoModelForImageTextToText.from_config(config)
         except (OSError, ValueError) as error:
             raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
@@ -297,18 +297,16 @@ def hide_progress_bars():  # type: ignore[no-untyped-def]
 
 
 def _pretrained(settings: ModelSettings, path: str) -> Any:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "revision": settings.revision if path == settings.path else "main",
+        "dtype": getattr(torch, settings.dtype),
+        "attn_implementation": settings.attention,
+    }
     if settings.lora is not None and settings.lora.quantize:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            return AutoModelForImageTextToText.from_pretrained(
-                path,
-                revision=settings.revision if path == settings.path else "main",
-                dtype=getattr(torch, settings.dtype),
-                attn_implementation=settings.attention,
-                **options,
-            )
+            return load_from_hub(AutoModelForImageTextToText.from_pretrained, path, **options)
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
 
@@ -337,7 +335,7 @@ def _quantization_config(settings: ModelSettings) -> Any:
 
 def _processor(model: Any, path: str, revision: str) -> Any:
     try:
-        processor = tiny.processor_class(model.config).from_pretrained(path, revision=revision)
+        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from distill.data.images import decode
+from distill.data.text import clean
 from distill.errors import SettingsError
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.task.labels import LabelSpace
@@ -44,7 +45,7 @@ class Encoder:
     def __init__(self, processor: Any, image_size: int) -> None:
         self.processor = processor
         self.image_size = image_size
-        self._control_tokens = _control_tokens(processor)
+        self._control_tokens = control_tokens(processor)
 
     def encode(
         self,
@@ -165,8 +166,7 @@ class Encoder:
         return bool(bos) and text.startswith(bos)
 
     def _escape(self, text: str) -> str:
-        """Insert a space into control tokens, so that `<|im_end|>` in a post does not end the message."""
-        return self._control_tokens.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+        return escape(clean(text), self._control_tokens)
 
 
 def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
@@ -194,8 +194,37 @@ def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
     return [[*suffix, tokenizer.eos_token_id] for suffix in names]
 
 
-def _control_tokens(processor: Any) -> re.Pattern[str]:
+def escape(text: str, tokens: re.Pattern[str]) -> str:
+    """Insert a space into control tokens, so that `<|im_end|>` in a post does not end the message."""
+    return tokens.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
+
+
+USUAL_CONTROL_TOKENS = re.compile(
+    r"<[|｜][^<>\s]{1,64}[|｜]>|</?(?:start|end)_of_\w+>|</?(?:s|bos|eos|pad|unk|mask|cls|sep|image|video|audio|img)>"
+    r"|<\w*(?:image|img|video|audio|row_\d|global-img|fake_token|patch)[\w-]*>|\[/?(?:INST|IMG|IMG_\w+|CLS|SEP|PAD|MASK)\]",
+    re.IGNORECASE,
+)
+"""The control tokens of common model families, for a text whose tokenizer is not known."""
+
+_MARKED = re.compile(r"<[|｜].*[|｜]>|</?\w+_\w+>|</?think>")
+"""Added tokens that are control tokens although the tokenizer does not call them special."""
+
+
+def control_tokens(processor: Any) -> re.Pattern[str]:
     """Pattern of the strings that the tokenizer or the processor treats as control tokens anywhere in a text."""
-    tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {getattr(processor, name) for name in ("image_token", "video_token") if hasattr(processor, name)}
+    tokenizer = processor.tokenizer
+    tokens = {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special or _MARKED.match(str(token))
+    }
+    tokens |= {str(token) for token in tokenizer.all_special_tokens}
+    named = {name for name in (*vars(processor), "image_token", "video_token") if name.endswith(("_token", "_tag"))}
+    tokens |= {str(value) for name in named if (value := getattr(processor, name, None))}
+    tokens = {token for token in tokens if len(token.strip()) > 1}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a processor. The files do not depend on whether a batch was padded before."""
+    if processor.tokenizer.is_fast:
+        processor.tokenizer.backend_tokenizer.no_padding()
+    processor.save_pretrained(folder)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from transformers import DynamicCache, DynamicLayer, LogitsProcessor, LogitsProc
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
+from distill.models.memory import memory_errors
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling, classify_then_reason
 from distill.models.scoring import (
     ScoredPrefill,
@@ -79,8 +81,9 @@ class Local:
         for first, batch in self._batches(samples):
             begin = time.perf_counter()
             batch_earlier = None if earlier is None else earlier[first : first + len(batch)]
-            features = self.backbone.encode(batch, template, earlier=batch_earlier)
-            parts.append(score_labels(self.backbone, self._to_device(features)))
+            with _naming(batch):
+                features = self.backbone.encode(batch, template, earlier=batch_earlier)
+                parts.append(score_labels(self.backbone, self._to_device(features)))
             seconds = (time.perf_counter() - begin) / len(batch)
             costs += [Cost(1, length, 0, seconds) for length in features["attention_mask"].sum(1).tolist()]
         if not parts:
@@ -94,8 +97,9 @@ class Local:
         """Generate answers batch by batch, in the order of the samples; the same seed gives the same answers."""
         for first, batch in self._batches(samples):
             begin = time.perf_counter()
-            features = self.backbone.encode(batch, template, padding_side="left")
-            completions = self._generate(self._to_device(features), sampling, first)
+            with _naming(batch):
+                features = self.backbone.encode(batch, template, padding_side="left")
+                completions = self._generate(self._to_device(features), sampling, first)
             seconds = (time.perf_counter() - begin) / len(batch)
             for index, c in enumerate(completions, first):
                 yield index, Answer(c.text, c.finished, c.prompt_tokens, c.completion_tokens, seconds=seconds)
@@ -149,9 +153,10 @@ class Local:
     ) -> list[tuple[int, ClassScores, Answer]]:
         """One batch of `classify_and_reason`."""
         begin = time.perf_counter()
-        prefill = self._score_and_prefill(batch, template)
-        scored = time.perf_counter()
-        completions = self._generate(prefill.prompt, sampling, first)
+        with _naming(batch):
+            prefill = self._score_and_prefill(batch, template)
+            scored = time.perf_counter()
+            completions = self._generate(prefill.prompt, sampling, first)
         scoring_seconds, seconds = (scored - begin) / len(batch), (time.perf_counter() - scored) / len(batch)
         costs = [Cost(1, length, 0, scoring_seconds) for length in prefill.classify_lengths.tolist()]
         scores = _class_scores([prefill.probabilities], [prefill.mass], costs)
@@ -261,6 +266,12 @@ class _LogprobRecorder(LogitsProcessor):
             ids = torch.cat([sequences[:, -1:], top, self._token_ids.expand(len(top), -1)], 1)
             self._steps.append((ids.cpu(), self._pending.gather(1, ids).cpu()))
             self._pending = None
+
+
+def _naming(batch: Sequence[Sample]) -> AbstractContextManager[None]:
+    """Name the posts of a batch in an out-of-memory error."""
+    remedy = "reduce model.batch_size, data.max_tokens or model.image_size"
+    return memory_errors([sample.id for sample in batch], remedy)
 
 
 def _class_scores(

@@ -6,7 +6,7 @@ They use the same transformers classes as pretrained models, so that the whole c
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -19,12 +19,15 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
-from distill.errors import SettingsError
+from distill.settings import Range, Settings
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>",
 )  # fmt: skip
+
+CONTEXT = 4096
+"""Number of positions of a tiny model."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -36,28 +39,19 @@ CHAT_TEMPLATE = (
 
 
 @dataclass
-class TinySettings:
+class TinySettings(Settings):
     """Size of a tiny model."""
 
-    hidden: int = 128
+    hidden: Annotated[int, Range(32, 8192, step=32)] = 128
     """Hidden size of the language model; a multiple of 32."""
-    layers: int = 2
+    layers: Annotated[int, Range(1, 128)] = 2
     """Number of layers of the language model."""
-    vision_hidden: int = 64
+    vision_hidden: Annotated[int, Range(16, 8192, step=16)] = 64
     """Hidden size of the vision tower; a multiple of 16."""
-    vision_depth: int = 1
+    vision_depth: Annotated[int, Range(1, 128)] = 1
     """Number of layers of the vision tower."""
-    vocabulary: int = 2048
-    """Size of the byte-pair vocabulary trained on the corpus, including the special tokens."""
-
-    def __post_init__(self) -> None:
-        for name, step in (("hidden", 32), ("layers", 1), ("vision_hidden", 16), ("vision_depth", 1)):
-            value = getattr(self, name)
-            if value < 1 or value % step:
-                raise SettingsError(f"{name} is {value}; it takes a positive multiple of {step}")
-        least = 256 + len(SPECIAL_TOKENS)
-        if self.vocabulary < least:
-            raise SettingsError(f"vocabulary is {self.vocabulary}; it takes {least} or more (bytes and special tokens)")
+    vocabulary: Annotated[int, Range(256 + len(SPECIAL_TOKENS), 1_000_000)] = 2048
+    """Size of the byte-pair vocabulary trained on the corpus, including the 256 bytes and the special tokens."""
 
 
 class ImageOnlyProcessor(Qwen2_5_VLProcessor):
@@ -115,7 +109,7 @@ def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> 
             "num_hidden_layers": settings.layers,
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": CONTEXT,
             "initializer_range": initializer_std,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": None,

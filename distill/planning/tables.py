@@ -158,6 +158,8 @@ def _notes(forecast: ChainForecast, trainings: Sequence[TrainingForecast]) -> li
     ]
     if any(forecast.tokenizer(teacher) is None for _, teacher in forecast.teacher_requests()):
         notes.append("teacher requests: no tokenizer is available; tokens are estimated as one per four characters.")
+    if forecast.recipe.cascade is not None and not forecast.recipe.reviews:
+        notes.append("cascade: stage 3 is skipped, because teacher.tasks has no review.")
     if any(not t.exact for t in trainings):
         notes += [
             "up to: rationales that are not written yet are assumed, one per post, as long as those in the data, or",

@@ -10,19 +10,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
-
 from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
 from distill.annotation.ledger import Ledger
-from distill.data.corpus import read_corpus
+from distill.data.images import open_image
 from distill.data.postcards import is_generated
 from distill.errors import SettingsError
 from distill.models import backbone
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
+from distill.models.text_limit import CHARACTERS_PER_TOKEN
 from distill.planning.teacher_requests import RequestForecast, rationale_request_bounds
-from distill.recipe import Recipe
+from distill.recipe import Recipe, TeacherSettings
 from distill.stages.context import Context
 from distill.task import prompts
 from distill.task.prompts import Template
@@ -35,9 +34,6 @@ SAMPLE_SIZE = 64
 
 TOKEN_SIDE, MIN_IMAGE_TOKENS = 28, 4
 """Qwen2.5-VL: side in pixels of the square that becomes one token, and the tokens of the smallest images."""
-
-CHARACTERS_PER_TOKEN = 4
-"""Estimate used without a tokenizer."""
 
 _FILLER = " ".join(["What the post says, what its picture shows and which of them prevails is weighed here."] * 3)
 
@@ -62,8 +58,8 @@ class ChainForecast:
         data = recipe.data
         if data.source == "postcards" and not is_generated(Path(data.root), data.postcards):
             data = replace(data, root=str(scratch / "data"))
-        self.corpus = read_corpus(data, self.labels)
-        self.context = Context(replace(recipe, runs=str(scratch)), {})
+        self.context = Context(replace(recipe, runs=str(scratch), data=data), {})
+        self.corpus = self.context.posts
         self._run_context = Context(recipe, {})
         self.context.corpus = self._run_context.corpus = self.corpus
         self._models: dict[str, Backbone | SettingsError] = {}
@@ -135,15 +131,9 @@ class ChainForecast:
     # ---- teacher requests ----
 
     def teacher(self, *, for_cascade: bool = False) -> Teacher | None:
-        """Return the teacher that `Context.teacher` would return; None for recorded rationales."""
-        recipe = self.recipe
-        if for_cascade and recipe.calibrate is not None:
-            own = recipe.calibrate.endpoint or recipe.calibrate.model
-            if own is not None:
-                return own
-        if recipe.teacher is not None:
-            return recipe.teacher.model
-        return None if recipe.annotate is None else recipe.annotate.endpoint or recipe.annotate.model
+        """Return the server or model of the recipe's teacher; None for recorded rationales."""
+        settings = self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher
+        return settings.model if isinstance(settings, TeacherSettings) else settings
 
     def teacher_requests(self) -> Iterator[tuple[RequestForecast, Teacher]]:
         """Yield the teacher requests of the stages that would run, each with its teacher."""
@@ -171,7 +161,8 @@ class ChainForecast:
             ):  # otherwise the ledger has the labels from evaluate
                 optional = not recipe.cascade.deferral_curve
                 yield self._labels("cascade", corpus.test, cascade_teacher, optional=optional), cascade_teacher
-            yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
+            if recipe.reviews:
+                yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
 
     def _labels(
         self,
@@ -240,7 +231,7 @@ def sample_by_length(rows: Iterable[Sample]) -> list[Sample]:
 
 def _image_tokens(path: Path, teacher: Teacher) -> float:
     """Estimate the tokens of an image from its size in pixels."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         width, height = image.size
     if isinstance(teacher, ModelSettings):
         width, height = (teacher.image_size, teacher.image_size) if teacher.image_size else (width, height)

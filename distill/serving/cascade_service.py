@@ -15,6 +15,7 @@ from distill.models.endpoint import Endpoint
 from distill.models.local import Completion, Local
 from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
 from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
+from distill.serving.breaker import CircuitBreaker
 from distill.serving.metrics import Metrics
 from distill.serving.settings import ServeSettings
 from distill.task.prompts import EarlierAnswers
@@ -87,7 +88,13 @@ class CascadeService:
         self._models = (student, teacher)
         self._student = self._batcher(student, self._run_student, "student", metrics)
         self._teacher = self._batcher(teacher, self._run_teacher, "teacher") if teacher is not None else None
+        self.breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_retry_s) if teacher else None
+        metrics.watch(self.breaker)
         self._teacher_available = True
+        patience_s = settings.answer_s
+        if isinstance(teacher, Endpoint):
+            patience_s = min(patience_s, teacher.settings.timeout_s)
+        self._long_s = patience_s / 2  # a request that is unanswered after this has waited in vain
 
     @property
     def vocabulary(self) -> int:
@@ -169,24 +176,29 @@ class CascadeService:
 
         The prediction is None if the teacher did not receive the request.
         """
-        assert self._teacher is not None
-        begin = time.monotonic()
-        future = self._teacher.submit("classify" if earlier is None else "review", (sample, earlier))
+        assert self._teacher is not None and self.breaker is not None
+        admitted = self.breaker.admit()
+        if admitted is None:
+            return None, "the teacher is suspended"
+        begin, prediction, begun = time.monotonic(), None, True
         reason = "the teacher did not answer"
         try:
-            prediction: Prediction = await wait_for_result(future, deadline)
+            future = self._teacher.submit("classify" if earlier is None else "review", (sample, earlier))
+            prediction = await wait_for_result(future, deadline)
         except DeadlineExceeded as error:
-            if not error.begun:
-                return None, "the teacher is busy"
-            reason = "the teacher was late"
+            begun = error.begun
+            reason = "the teacher was late" if begun else "the teacher is busy"
         except Exception as error:  # noqa: BLE001 - whatever the error, the student's answer is final
             if self._teacher_available:
                 log.warning("the teacher failed: %s", error)
-        else:
-            self._teacher_available = prediction.answered
-            return prediction, "" if prediction.answered else reason
-        self._teacher_available = False
-        return self._unanswered(Cost(1, seconds=time.monotonic() - begin)), reason
+        finally:
+            seconds = time.monotonic() - begin
+            answered = prediction is not None and prediction.answered
+            self.breaker.report(admitted, answered, begun and seconds >= self._long_s)
+        if not begun:
+            return None, reason
+        self._teacher_available = answered
+        return prediction or self._unanswered(Cost(1, seconds=seconds)), "" if answered else reason
 
     async def _reason(self, sample: Sample, deadline: float) -> Answer | None:
         """The student's generated rationale; None if it fails, because the label does not depend on it."""

@@ -95,9 +95,7 @@ class Gateway:
         """`POST /v1/chat/completions`."""
         async with self.admission.admit(request) as admitted:
             body = protocol.read(ChatRequest, admitted.body)
-            if body.model not in self.models:
-                message = f"{body.model[:100]} is not a model; the models are {', '.join(self.models)}"
-                raise RequestError(404, message, param="model", code="model_not_found")
+            self._check_model(body.model)
             complete = self._cascade_completion if body.model == self.name else self._student_completion
             completion, pieces = await complete(body, admitted.deadline)
         if not body.stream:
@@ -121,14 +119,22 @@ class Gateway:
         self.admission.check_token(request)
         return JSONResponse(protocol.models(self.models, self.created))
 
+    async def show_model(self, request: Request, model: str) -> Response:
+        """`GET /v1/models/{model}`."""
+        self.admission.check_token(request)
+        self._check_model(model)
+        return JSONResponse(protocol.model(model, self.created))
+
     async def live(self) -> Response:
         """`GET /health/live`."""
         return JSONResponse({"status": "alive"})
 
     async def readiness(self) -> Response:
-        """`GET /health/ready`."""
+        """`GET /health/ready` and `GET /health`."""
         status = "stopping" if self.stopping else "ready" if self.warm else "warming up"
-        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+        breaker = self.cascade.breaker
+        content = {"status": status, "teacher_breaker": breaker.state if breaker else None}
+        return JSONResponse(content, 200 if status == "ready" else 503)
 
     async def show_metrics(self) -> Response:
         """`GET /metrics`."""
@@ -138,6 +144,11 @@ class Gateway:
         """`GET /`."""
         headers = {"Content-Security-Policy": self.page_policy, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(self.page, headers=headers | {"Referrer-Policy": "no-referrer"})
+
+    def _check_model(self, name: str) -> None:
+        if name not in self.models:
+            message = f"{name[:100]} is not a model; the models are {', '.join(self.models)}"
+            raise RequestError(404, message, param="model", code="model_not_found")
 
     async def _classify(
         self, text: str, images: Sequence[str], aspect: str | None, with_rationale: bool | None, deadline: float
@@ -247,10 +258,12 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics)
     for method, path, handler in (
         ("GET", "/", gateway.show_page),
+        ("GET", "/health", gateway.readiness),
         ("GET", "/health/live", gateway.live),
         ("GET", "/health/ready", gateway.readiness),
         ("GET", "/metrics", gateway.show_metrics),
         ("GET", "/v1/models", gateway.list_models),
+        ("GET", "/v1/models/{model:path}", gateway.show_model),
         ("POST", "/v1/sentiment", gateway.sentiment),
         ("POST", "/v1/chat/completions", gateway.chat),
         ("POST", "/tokenize", gateway.tokenize),

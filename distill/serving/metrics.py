@@ -3,9 +3,11 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from distill.cascade.cascade import Decision
+from distill.serving.breaker import CircuitBreaker
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 
 
 class Metrics:
@@ -31,7 +33,16 @@ class Metrics:
             "distill_student_batch_size", "Batch sizes of the student, by kind of work.", ("question",),
             buckets=_SIZES, registry=registry,
         )  # fmt: skip
+        self._breaker = Gauge(
+            "distill_teacher_breaker", "Circuit breaker of the teacher: 0 closed, 1 half-open, 2 open.",
+            registry=registry,
+        )  # fmt: skip
         self._n_posts = self._n_calls = 0
+
+    def watch(self, breaker: CircuitBreaker | None) -> None:
+        """Show the state of the teacher's circuit breaker; without a teacher it stays 0."""
+        if breaker is not None:
+            self._breaker.set_function(lambda: _BREAKER[breaker.state])
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Record one answered request."""

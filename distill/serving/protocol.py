@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill.models.local import Completion
 
@@ -45,17 +45,22 @@ class SentimentRequest(_Request):
     rationale: bool | None = None
 
 
-class TextPart(_Request):
+class _Lenient(_Request):
+    """A part of a message. Clients add fields of their own (`cache_control`, `annotations`); they have no effect."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class TextPart(_Lenient):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Request):
+class ImageUrl(_Lenient):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Request):
+class ImagePart(_Lenient):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -63,11 +68,9 @@ class ImagePart(_Request):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(_Request):
-    role: Literal["system", "developer", "user", "assistant"]
+class Message(_Lenient):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
-    name: str | None = None
-    refusal: None = None
 
     @property
     def text(self) -> str:
@@ -121,6 +124,22 @@ class ChatRequest(_Request):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_not_read(cls, content: Json) -> Json:
+        """Leave out fields that are null, and of all messages but the post, the last one of the user, the content."""
+        content = {name: value for name, value in content.items() if value is not None}
+        if isinstance(messages := content.get("messages"), list):
+            history = [message if isinstance(message, dict) else {} for message in messages]
+            post = max((n for n, message in enumerate(history) if message.get("role") == "user"), default=-1)
+            content["messages"] = [
+                {name: value for name, value in message.items() if name == "role"}
+                if n != post and isinstance(message, dict)
+                else message
+                for n, message in enumerate(messages)
+            ]
+        return content
 
     @property
     def limit(self) -> int | None:
@@ -186,10 +205,14 @@ def _validation_error(kind: type[_Request], content: Json, error: ValidationErro
     return RequestError(400, f"{path}: {deepest['msg'][0].lower()}{deepest['msg'][1:]}", param=path)
 
 
+def model(name: str, created: int) -> Json:
+    """The entry of one model in OpenAI's format."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "distill"}
+
+
 def models(names: Sequence[str], created: int) -> Json:
     """The list of models in OpenAI's format."""
-    entries = [{"id": name, "object": "model", "created": created, "owned_by": "distill"} for name in names]
-    return {"object": "list", "data": entries}
+    return {"object": "list", "data": [model(name, created) for name in names]}
 
 
 def completion(

@@ -1,5 +1,6 @@
-"""The server process of the gateway: listening, and graceful shutdown on SIGTERM and SIGINT."""
+"""The server process of the gateway: listening, slow connections, and graceful shutdown on SIGTERM and SIGINT."""
 
+import asyncio
 import logging
 import math
 import signal
@@ -7,6 +8,7 @@ import socket
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from distill.errors import SettingsError
 from distill.serving.gateway import Gateway, create_app
@@ -50,6 +52,8 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 backlog=_BACKLOG,
                 log_level="warning",
+                http=_protocol(settings.header_timeout_s),
+                ws="none",
                 access_log=False,
                 log_config=None,
                 server_header=False,
@@ -62,6 +66,43 @@ class Server(uvicorn.Server):
         """Handle a stop signal."""
         self.gateway.stopping = True
         super().handle_exit(sig, frame)
+
+
+def _protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, which closes a connection whose request headers are not complete within the limit.
+
+    The limit counts from the opening of the connection and, where the connection is reused, from the first byte of the
+    next request; a connection that is idle between requests is closed by uvicorn.
+    """
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        header_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.watch_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch_headers()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            super().connection_lost(error)
+            self.stop_timer()
+
+        def watch_headers(self) -> None:
+            """Start the timer if a request is expected and the timer is not running; stop it if a request runs."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.stop_timer()
+            elif self.header_timer is None and not self.transport.is_closing():
+                self.header_timer = self.loop.call_later(header_timeout_s, self.transport.abort)
+
+        def stop_timer(self) -> None:
+            if self.header_timer is not None:
+                self.header_timer.cancel()
+                self.header_timer = None
+
+    return Protocol
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -3,41 +3,49 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from distill.errors import SettingsError
 from distill.models.endpoint import EndpointSettings
+from distill.settings import Count, Range, Seconds, Settings, Variable
 
 MARGIN_S = 0.5
 """Seconds of the deadline that are reserved for writing the response; at most a tenth of the deadline."""
 
 
 @dataclass
-class ServeSettings:
+class ServeSettings(Settings):
     """The HTTP gateway of student and teacher."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: all network interfaces."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     """Port to listen on; 0: any free port."""
-    api_key_env: str = ""
+    api_key_env: Variable = ""
     """Environment variable with the bearer token that clients must send; empty: no token is required."""
-    deadline_s: float = 30.0
+    deadline_s: Seconds = 30.0
     """Seconds within which every request is answered; if the teacher exceeds them, the student's answer is returned."""
-    queue: int = 64
+    header_timeout_s: Seconds = 10.0
+    """Seconds within which a client must have sent the headers of its request; slower connections are closed."""
+    breaker_failures: Count = 3
+    """Number of deferred requests in a row that wait for the teacher in vain before it is suspended."""
+    breaker_retry_s: Seconds = 30.0
+    """Seconds until a suspended teacher receives one request again; meanwhile the student's answers are returned."""
+    queue: Count = 64
     """Most requests in flight; further requests get status 429 with Retry-After."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Largest batch of the student, and of a teacher in this process."""
-    batch_wait_ms: float = 5.0
+    batch_wait_ms: Annotated[float, Range(0, 60_000)] = 5.0
     """Longest wait for a batch to fill, in milliseconds."""
-    teacher_concurrency: int = 8
+    teacher_concurrency: Count = 8
     """Most requests in flight to a teacher behind an endpoint."""
-    max_body_mb: float = 10.0
+    max_body_mb: Annotated[float, Range(0, 2000, above=True)] = 10.0
     """Largest request body, and largest image fetched from a URL, in megabytes."""
-    max_text_tokens: int = 2048
+    max_text_tokens: Count = 2048
     """Longest post with its aspect, in tokens of the student."""
     image_hosts: list[str] = field(default_factory=list)
     """Hosts (host or host:port) from which images may be fetched by http(s) URL; empty: no images are fetched."""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Token limit of the student's rationales and of completions by the student alone."""
     rationale: bool = True
     """Generate rationales with the student; a request can turn them off."""
@@ -45,16 +53,7 @@ class ServeSettings:
     """Endpoint that serves the student; null: the recipe's student runs in this process."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "deadline_s", "queue", "batch_size", "teacher_concurrency", "max_body_mb", "max_text_tokens",
-            "max_new_tokens",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it takes a number above 0")
-        if not self.batch_wait_ms >= 0:
-            raise SettingsError(f"batch_wait_ms is {self.batch_wait_ms}; it takes 0 or more")
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}; it takes 0 to 65535")
+        super().__post_init__()
         for host in self.image_hosts:
             if not re.fullmatch(r"[\w.-]+(:\d+)?", host):
                 raise SettingsError(f"image_hosts names {host!r}; it takes host names such as images.example.org")

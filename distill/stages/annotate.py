@@ -24,13 +24,14 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
-    samples, teacher, tally = context.corpus.train, context.teacher(), AnnotationCounts()
+    samples, tally = context.corpus.train, AnnotationCounts()
+    teacher, other_servers = context.teacher(context.recipe.annotating_teacher), context.recipe.other_servers()
     with (
         Ledger(folder / "ledger.jsonl") as ledger,
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
-        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show)) as results,
+        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show, other_servers)) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine))
     summary = tally.summary

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from dataclasses import replace
 
 from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
@@ -13,6 +14,8 @@ from distill.models.reasoner import Cost
 from distill.stages.context import Context
 from distill.tracking import StageRun
 
+log = logging.getLogger(__name__)
+
 
 def run(context: Context, tracked: StageRun) -> None:
     settings, samples, labels = context.recipe.cascade, context.corpus.test, context.labels
@@ -21,7 +24,9 @@ def run(context: Context, tracked: StageRun) -> None:
     student = context.reasoner("student")
     path = context.folder / "calibrate" / "calibration.json"
     calibration = Calibration.read(path, student.name)
-    policy = CascadePolicy(labels, calibration, settings.on_agreement)
+    policy = CascadePolicy(labels, calibration, settings.on_agreement, context.recipe.reviews)
+    if not policy.reviews:
+        log.warning("stage 3 of the cascade is skipped: teacher.tasks has no review, so the teacher did not learn it")
     gold = [sample.label for sample in samples if sample.label is not None]
     student_scores, teacher_scores = student.classify(samples), None
     with context.cached_teacher(for_cascade=True) as teacher:
@@ -41,7 +46,7 @@ def run(context: Context, tracked: StageRun) -> None:
         after["teacher"] = policy.teacher_predictions(teacher_scores)
         before["teacher"] = uncalibrated.teacher_predictions(teacher_scores)
     metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
-    metrics["measure"] = calibration.measure
+    metrics["measure"], metrics["reviews"] = calibration.measure, policy.reviews
     metrics["promise"] = read_json(path)["promise"]["says"]
     metrics["selective"] = {
         role: selective_metrics(before[role], after[role], gold, labels) 

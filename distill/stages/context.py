@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,14 +19,15 @@ from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger, digest
 from distill.data import jsonl
 from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
+from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
 from distill.errors import SettingsError
 from distill.files import atomic_folder
-from distill.models import backbone, tiny
+from distill.models import backbone, text_limit, tiny
 from distill.models.backbone import Backbone, ModelSettings
-from distill.models.endpoint import Endpoint
+from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
-from distill.recipe import AnnotateStageSettings, CalibrateStageSettings, Recipe
+from distill.recipe import Recipe, Teacher, TeacherSettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
@@ -39,6 +40,9 @@ from distill.training.fit import fit, should_train, with_defaults, worker_folder
 
 log = logging.getLogger(__name__)
 
+_FITS = 256
+"""A text of so many bytes fits the context of every model."""
+
 _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
 
@@ -47,11 +51,15 @@ class Context:
     """The state that the stages of one chain share.
 
     Attributes:
-        fingerprints: of the stages, as `chain.fingerprints` returns them; they are part of model names.
+        fingerprints: identities of the stages; they are part of model names.
+        foreign: files in the folder of the running stage that are not the stage's, relative to it.
+        variants: digests of weights that replaced others in the same folder, by the folder.
     """
 
     recipe: Recipe
     fingerprints: dict[str, str]
+    foreign: list[str] = field(default_factory=list)
+    variants: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -66,7 +74,7 @@ class Context:
     @cached_property
     def corpus(self) -> Corpus:
         """The data, read and validated once. Dropped rows are written to `quarantine.jsonl` in the run's folder."""
-        corpus = read_corpus(self.recipe.data, self.labels)
+        corpus = self.posts
         if worker_folder() is None:  # workers of a distributed training do not write it
             report = self.folder / "quarantine.jsonl"
             write_quarantine(report, corpus.dropped)
@@ -75,6 +83,25 @@ class Context:
                 summary = f"{len(corpus.dropped)} rows are dropped and listed in {report}; the first:"
                 log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
         return corpus
+
+    @cached_property
+    def posts(self) -> Corpus:
+        """The data with texts of at most `data.max_tokens`, counted by the model that the recipe trains."""
+        corpus, data, recipe = self._as_read, self.recipe.data, self.recipe
+        if (longest := longest_text(corpus)) <= (data.max_tokens or _FITS):  # the usual case: no model is loaded
+            return corpus
+        trained = [section.model for section in (recipe.student, recipe.assistant, recipe.teacher) if section]
+        model = trained[0] if trained else None
+        limit = data.max_tokens or text_limit.default_limit(model, MAX_TOKENS)
+        if longest <= limit:
+            return corpus
+        tokenizer = text_limit.tokenizer(model, self.tokenizer(model)) if model else None
+        return limit_lengths(corpus, data, limit, lambda text, limit: text_limit.cut(text, limit, tokenizer))
+
+    @cached_property
+    def _as_read(self) -> Corpus:
+        """The data with texts of any length, on which the tokenizer of tiny models is trained."""
+        return read_corpus(self.recipe.data, self.labels)
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
@@ -93,7 +120,7 @@ class Context:
 
     def _texts(self) -> list[str]:
         """Training texts of the tokenizer: posts, rationales, prompts and answers."""
-        posts = self.corpus.train
+        posts = self._as_read.train
         texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
@@ -171,36 +198,30 @@ class Context:
         """Load the model that a stage trained, for inference. Its name contains the stage's fingerprint."""
         return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
 
-    def teacher(self, *, for_cascade: bool = False) -> Reasoner | None:
-        """The teacher that annotates: the trained one, an endpoint or a pretrained model; None for a recording.
-
-        Args:
-            for_cascade: return the teacher of the cascade, which is the same unless `calibrate` sets another one.
-        """
-        recipe = self.recipe
-        section: CalibrateStageSettings | AnnotateStageSettings | None = recipe.calibrate if for_cascade else None
-        if section is None or (section.endpoint is None and section.model is None):
-            if recipe.teacher is not None:
-                return self.reasoner("teacher")
-            section = recipe.annotate
-        if section is not None and section.endpoint is not None:
-            return Endpoint(section.endpoint, self.labels, recipe.data.max_pixels)
-        if section is not None and section.model is not None:
-            settings = section.model
+    def teacher(self, settings: Teacher | None) -> Reasoner | None:
+        """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None."""
+        if isinstance(settings, TeacherSettings):
+            return self.reasoner("teacher")
+        if isinstance(settings, EndpointSettings):
+            return Endpoint(settings, self.labels, self.recipe.data.max_pixels)
+        if isinstance(settings, ModelSettings):
             model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
+            if settings.path in self.variants:
+                name += f" {self.variants[settings.path]}"
             return Local(model, name, self.device)
         return None
 
     @contextmanager
     def cached_teacher(self, *, for_cascade: bool = False) -> Iterator[CachedTeacher | None]:
         """The teacher for evaluate, calibrate and cascade, which share a ledger: no request is paid for twice."""
-        teacher = self.teacher(for_cascade=for_cascade)
+        teacher = self.teacher(self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher)
         if teacher is None:
             yield None
             return
         with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
-            yield CachedTeacher(teacher, self.labels, ledger, chunk=256)
+            others = self.recipe.other_servers(for_cascade=for_cascade)
+            yield CachedTeacher(teacher, self.labels, ledger, chunk=256, other_servers=others)
 
     @property
     def device(self) -> str:
@@ -224,10 +245,28 @@ class Context:
         jsonl.write_rows(self.folder / stage / "rationales.jsonl", rows)
 
     def rationales(self, *stages: str) -> list[Sample]:
-        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped."""
+        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped.
+
+        Raises:
+            SettingsError: a row, edited by hand perhaps, cannot be used.
+        """
         present = [stage for stage in stages if getattr(self.recipe, stage) is not None]
-        paths = [self.folder / stage / "rationales.jsonl" for stage in present]
-        return [jsonl.to_sample(row.fields, self.corpus.root) for path in paths for row in jsonl.read(path)]
+        return [sample for stage in present for sample in self._read(self.folder / stage / "rationales.jsonl")]
+
+    def _read(self, path: Path) -> Iterator[Sample]:
+        for row in jsonl.read(path):
+            try:
+                if row.problem is not None:
+                    raise ValueError(row.problem)
+                sample = jsonl.to_sample(row.fields, self.corpus.root)
+                self.labels.index(sample.label if sample.label is not None else "")
+                if sample.rationale is None:
+                    raise ValueError("has no rationale")
+            except ValueError as error:
+                raise SettingsError(
+                    f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
+                ) from None
+            yield sample
 
     def training_samples(self, *stages: str) -> list[Sample]:
         """Training data of assistant and student: reasoning data, or labelled posts without an annotate section."""

@@ -28,6 +28,8 @@ def run(context: Context, tracked: StageRun) -> None:
         example, student, "reason" in recipe.student.tasks,
     )  # fmt: skip
     folder = context.folder / "export"
-    result = export(student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export)
+    result = export(
+        student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export, context.foreign
+    )
     tracked.log(result)
     tracked.log_artifact("export", "model", folder)

@@ -13,6 +13,10 @@ from distill.recipe import Recipe, to_yaml
 from distill.stages.student import HARD_LABELS
 
 _GALLERY = 24
+_SOURCES = (
+    "annotate/summary.json", "evaluate/metrics.json", "evaluate/predictions.jsonl", "cascade/metrics.json",
+    "cascade/deferral_curve.csv",
+)  # fmt: skip
 
 
 def run(recipe: Recipe) -> None:
@@ -43,6 +47,13 @@ def run(recipe: Recipe) -> None:
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)
+
+
+def is_current(recipe: Recipe) -> bool:
+    """Whether `report.html` is newer than the files that it shows."""
+    report, sources = recipe.folder / "report.html", [recipe.folder / name for name in _SOURCES]
+    times = [path.stat().st_mtime_ns for path in sources if path.exists()]
+    return report.exists() and report.stat().st_mtime_ns >= max(times, default=0)
 
 
 def summary(recipe: Recipe) -> str:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from distill.errors import SettingsError
+from distill.settings import NonNegative, Range, check_limits
 from distill.task import reply
 
 
@@ -16,29 +19,25 @@ class Scale:
     nearest centre. Seven bins on [-3, 3] are the classes of Acc-7.
 
     Raises:
-        ValueError: `low` is not below `high`, there are fewer than two bins, or `dead_zone` or `spread` is negative.
+        SettingsError: a number is out of its range, or `low` is not below `high`.
     """
 
-    low: float = -3.0
+    low: Annotated[float, Range(-1e6, 1e6)] = -3.0
     """Lowest label."""
-    high: float = 3.0
+    high: Annotated[float, Range(-1e6, 1e6)] = 3.0
     """Highest label."""
-    bins: int = 7
+    bins: Annotated[int, Range(2, 100)] = 7
     """Number of bins, K."""
-    dead_zone: float = 0.0
+    dead_zone: NonNegative = 0.0
     """Values with an absolute value of at most this have polarity 0."""
-    spread: float = 0.75
+    spread: Annotated[float, Range(0, 1000)] = 0.75
     """Standard deviation, in bin widths, of the Gaussian over the bins that is the training target; 0: one-hot target
     of the nearest bin."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if not self.low < self.high:
-            raise ValueError(f"low is {self.low:g}; it takes a number below high, {self.high:g}")
-        if self.bins < 2:
-            raise ValueError(f"bins is {self.bins}; it takes 2 or more")
-        for name in ("dead_zone", "spread"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; it takes 0 or more")
+            raise SettingsError(f"low is {self.low}; it takes a number below high, {self.high}")
 
     @property
     def centres(self) -> np.ndarray:
@@ -48,7 +47,7 @@ class Scale:
     def bin(self, value: float) -> int:
         """Index of the bin with the nearest centre; the lower one on a tie. Raises ValueError outside the scale."""
         if not self.low <= value <= self.high:
-            raise ValueError(f"label {value:g} is outside the scale from {self.low:g} to {self.high:g}")
+            raise ValueError(f"label {float(value)!r} is outside the scale from {self.low:g} to {self.high:g}")
         return int(np.abs(self.centres - value).argmin())
 
     def targets(self, values: Sequence[float]) -> np.ndarray:
@@ -110,6 +109,18 @@ class LabelSpace:
         if label not in self.names:
             raise ValueError(f"unknown label {label!r}; the labels are {', '.join(self.names)}")
         return self.names.index(label)
+
+    def from_data(self, label: object) -> object:
+        """A label as found in data: a whole number becomes text (2 and 2.0 are the label '2') unless there is a scale.
+
+        Raises:
+            ValueError: the label is true or false.
+        """
+        if isinstance(label, bool):
+            raise ValueError(f"label must be text, not {str(label).lower()}")
+        if self.scale is None and isinstance(label, int | float) and label % 1 == 0:
+            return str(int(label))
+        return label
 
     def name(self, label: object) -> str:
         """Name of a label, or of the bin of a value. Raises ValueError as `index` does."""

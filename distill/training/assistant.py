@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -11,37 +11,38 @@ from sklearn.metrics import f1_score
 
 from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
+from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
 from distill.training.batches import Batch, check_compatibility, encode
 from distill.training.fused_loss import AnswerLoss, answer_loss
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(Settings):
     """Settings of one training."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     """The model to train."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
     """Tasks and their loss weights: reason, classify; for a teacher also predict, explain and review."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Samples per step and process."""
     packing: bool = True
     """true: all tasks of a sample share one sequence, in which the images and the common prompt prefix occur once;
     false: one sequence per task, required for flash_attention_2."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """Weight decay of AdamW."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up of the learning rate from zero."""
-    patience: int = 2
+    patience: Natural = 2
     """Validations without improvement before the learning rate is reduced."""
-    factor: float = 0.5
+    factor: InnerFraction = 0.5
     """Factor by which the learning rate is reduced."""
-    min_learning_rate: float = 1e-6
+    min_learning_rate: NonNegative = 1e-6
     """Lower bound of the learning rate."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     """DataLoader worker processes."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of lightning.Trainer for this stage; they override those of the recipe's `trainer`."""
@@ -62,6 +63,7 @@ class AssistantModule(L.LightningModule):
         self.strict_loading = False  # checkpoints contain the trainable weights only
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
+        self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
@@ -70,6 +72,9 @@ class AssistantModule(L.LightningModule):
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         check_compatibility(self.backbone, data.train, list(self.settings.tasks), self.settings.packing)  # type: ignore[arg-type]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.current_ids = batch.ids if isinstance(batch, Batch) else ()
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self.loss(batch)
@@ -93,8 +98,8 @@ class AssistantModule(L.LightningModule):
         """Return the last hidden states [N, D] at the positions that predict an answer token."""
         return self.backbone.hidden_states(batch.inputs).flatten(0, 1)[batch.positions]
 
-    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor], _: int) -> None:
-        features, gold, values = batch
+    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor, Sequence[str]], _: int) -> None:
+        features, gold, values, self.current_ids = batch
         probabilities = score_labels(self.backbone, features)[0]
         errors = (self._expected_values(probabilities) - values).abs()
         self._validated.append((probabilities.argmax(-1), gold, errors))

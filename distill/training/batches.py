@@ -11,6 +11,7 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
+from distill.settings import LARGEST
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
@@ -28,6 +29,7 @@ class Batch(NamedTuple):
         tasks: [N], index of each token's task in the order of the settings.
         sizes: [B], number of answer tokens of each sample; the tokens are in the order of the samples.
         soft_targets: cached soft targets of the N tokens by name; empty if the assistant runs during training.
+        ids: ids of the B samples.
     """
 
     inputs: Features
@@ -37,6 +39,7 @@ class Batch(NamedTuple):
     tasks: torch.Tensor
     sizes: torch.Tensor
     soft_targets: Features
+    ids: tuple[str, ...] = ()
 
 
 SYNTHETIC_ACCURACY = 0.6
@@ -88,6 +91,7 @@ def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Templat
         torch.tensor(indices)[packed.answers],
         torch.tensor(sizes),
         {},
+        tuple(sample.id for sample in samples),
     )
 
 
@@ -228,7 +232,7 @@ def synthetic_answers(sample: Sample, labels: LabelSpace) -> EarlierAnswers:
 def check_tasks(tasks: Mapping[str, float], field: str) -> None:
     """Raise SettingsError if a task is unknown, a weight is not positive, or there is no task."""
     for name, weight in tasks.items():
-        if name not in get_args(Template) or weight <= 0:
+        if name not in get_args(Template) or not 0 < weight <= LARGEST:
             known = ", ".join(get_args(Template))
             raise SettingsError(f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {known}")
     if not tasks:

@@ -68,7 +68,7 @@ class ReasoningDataModule(L.LightningDataModule):
     """Training and validation loaders of one training.
 
     A training batch is `encode` applied to B samples. A validation batch holds the *classify* prompts of B samples, the
-    gold label indices [B] and the gold values [B] on the label scale (NaN without a scale).
+    gold label indices [B], the gold values [B] on the label scale (NaN without a scale), and the ids.
 
     Training samples without an answer to any of the tasks are dropped. The others are shuffled by seed and epoch,
     batched by length and divided among the processes. The training loader is stateful: a resumed run continues within
@@ -139,8 +139,11 @@ class ReasoningDataModule(L.LightningDataModule):
         """Return the generator of a loader; the global generator is left to dropout."""
         return torch.Generator().manual_seed(self.seed)
 
-    def _validation_batch(self, items: Sequence[tuple[Sample, int]]) -> tuple[Features, torch.Tensor, torch.Tensor]:
+    def _validation_batch(
+        self, items: Sequence[tuple[Sample, int]]
+    ) -> tuple[Features, torch.Tensor, torch.Tensor, list[str]]:
         samples, gold = zip(*items, strict=True)
         values = [sample.label if isinstance(sample.label, float) else math.nan for sample in samples]
         features = self.backbone.encode(samples, "classify")
-        return features, torch.tensor(gold), torch.tensor(values, dtype=torch.float32)
+        ids = [sample.id for sample in samples]
+        return features, torch.tensor(gold), torch.tensor(values, dtype=torch.float32), ids

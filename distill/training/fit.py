@@ -3,8 +3,11 @@
 import csv
 import inspect
 import os
+import pickle
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import SettingsError
 from distill.files import atomic_write
+from distill.models.memory import memory_errors
+from distill.settings import Range
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 
@@ -32,6 +37,39 @@ DEFAULTS: dict[str, Any] = {
 _RESERVED = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
 """Trainer arguments that `fit` sets itself."""
 
+_MEMORY_REMEDY = (
+    "reduce the stage's batch_size and raise trainer.accumulate_grad_batches by the same factor, "
+    "or reduce data.max_tokens or model.image_size"
+)
+_RANGES = {
+    "max_epochs": Range(1),
+    "max_steps": Range(1),
+    "min_epochs": Range(0),
+    "min_steps": Range(0),
+    "devices": Range(1, 1024),
+    "num_nodes": Range(1, 100_000),
+    "accumulate_grad_batches": Range(1),
+    "check_val_every_n_epoch": Range(1),
+    "val_check_interval": Range(0, above=True),
+    "limit_train_batches": Range(0, above=True),
+    "limit_val_batches": Range(0, above=True),
+    "limit_test_batches": Range(0),
+    "limit_predict_batches": Range(0),
+    "overfit_batches": Range(0),
+    "fast_dev_run": Range(0),
+    "log_every_n_steps": Range(0),
+    "gradient_clip_val": Range(0),
+    "num_sanity_val_steps": Range(0),
+    "reload_dataloaders_every_n_epochs": Range(0),
+}
+"""What Trainer arguments take. Lightning checks some of them only in `fit`, after other stages have run."""
+
+_UNLIMITED = {"max_epochs": -1, "max_steps": -1, "devices": -1, "num_sanity_val_steps": -1}
+"""Values of Trainer arguments that mean all or no limit."""
+
+_HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
+"""Trainer arguments that another machine may accept."""
+
 _ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
 """Environment variable that passes the folder of the running training to worker processes."""
 
@@ -42,6 +80,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path), "wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _readable(Path(path)):
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        # after a run's folder was moved or copied, the best checkpoint is beside this one, not in the old folder
+        for state in checkpoint.get("callbacks", {}).values():
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if state.get(name):
+                    state[name] = str(Path(path).with_name(Path(state[name]).name))
+            if "best_k_models" in state:
+                models = state["best_k_models"].items()
+                state["best_k_models"] = {str(Path(path).with_name(Path(best).name)): score for best, score in models}
+            if "dirpath" in state:
+                state["dirpath"] = os.path.abspath(Path(path).parent)
+        return checkpoint
 
 
 class LatestCheckpoint(Checkpoint):
@@ -65,10 +118,12 @@ class LatestCheckpoint(Checkpoint):
 def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
     """Merge Trainer arguments: later sections override earlier ones, all override DEFAULTS.
 
-    `max_steps` without `max_epochs` removes the epoch limit.
+    `max_steps` without `max_epochs` removes the epoch limit. A `max_epochs` of null is no value.
     """
     given = {name: value for section in sections for name, value in section.items()}
-    if "max_steps" in given:
+    if given.get("max_epochs", 0) is None:
+        del given["max_epochs"]
+    if given.get("max_steps", -1) != -1:
         given = {"max_epochs": -1} | given
     return DEFAULTS | given
 
@@ -98,6 +153,7 @@ def fit(
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
+        RunError: there is not enough memory for a step.
     """
     checkpoints = folder / "checkpoints"
     worker = _is_worker()
@@ -105,21 +161,20 @@ def fit(
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
     earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
+    extra = {"callbacks": [best, LatestCheckpoint(last)], "logger": [CSVLogger(folder, name="", version=""), *loggers]}
     try:
-        trainer = L.Trainer(
-            **with_defaults(arguments),
-            default_root_dir=folder,
-            callbacks=[best, LatestCheckpoint(last)],
-            plugins=[AtomicCheckpointIO()],
-            logger=[CSVLogger(folder, name="", version=""), *loggers],
-            use_distributed_sampler=False,
-        )
+        trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     try:
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+        with memory_errors(lambda: module.current_ids, _MEMORY_REMEDY):
+            trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     except SystemExit:  # raised by Lightning after Ctrl-C
         raise KeyboardInterrupt from None
+    except (ValueError, MisconfigurationException) as error:
+        if isinstance(error, ValueError) and "val_check_interval" not in str(error):
+            raise
+        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error  # more batches than there are
     if worker:
         sys.exit(0)
     _end_distributed()
@@ -130,11 +185,57 @@ def fit(
 
 
 def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
-    """Raise SettingsError for a name that is not an argument of lightning.Trainer, or that `fit` sets itself."""
+    """Raise SettingsError for an argument of lightning.Trainer that is unknown, set by `fit`, or out of its range."""
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name not in ("self", *_RESERVED)]
-    for name in arguments:
+    for name, value in arguments.items():
         if name not in known:
             raise SettingsError(f"{field}.{name} is not a setting of lightning.Trainer; it takes {', '.join(known)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value != _UNLIMITED.get(name):
+            problem = _RANGES.get(name, Range()).problem(value)
+            if problem and name in _UNLIMITED:
+                problem += f", or {_UNLIMITED[name]}"
+            if problem:
+                raise SettingsError(f"{field}.{name} {problem}")
+
+
+def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *, on_cpu: bool = False) -> None:
+    """Raise SettingsError naming the argument that lightning.Trainer refuses for the training of a stage.
+
+    Args:
+        shared: arguments in the recipe's `trainer`.
+        own: arguments in the stage's `trainer`.
+        on_cpu: replace the arguments that depend on the hardware, which may be that of another machine.
+    """
+    given = {name: value for name, value in {**shared, **own}.items() if not on_cpu or name not in _HARDWARE}
+    if (problem := _refusal(given, on_cpu)) is None:
+        return
+    culprits = [name for name in given if _refusal({n: v for n, v in given.items() if n != name}, on_cpu) is None]
+    culprits += [name for name in given if re.search(rf"\b{name}\b", problem)]
+    field = f"{stage}.trainer" if not culprits or culprits[0] in own else "trainer"
+    raise SettingsError(f"{'.'.join([field, *culprits[:1]])}: {problem}")
+
+
+def _refusal(given: Mapping[str, Any], on_cpu: bool) -> str | None:
+    """What lightning.Trainer says against arguments; None if it takes them."""
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    hardware = {"accelerator": "cpu", "devices": 1} if on_cpu else {}
+    try:
+        _trainer({**given, **hardware}, Path("unused"), callbacks=[ModelCheckpoint()], logger=[])
+    except Exception as error:  # noqa: BLE001 (of many types; each is the answer to a setting)
+        return " ".join(str(error).split()) or type(error).__name__
+    finally:
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+    return None
+
+
+def _trainer(arguments: Mapping[str, Any], folder: Path, **extra: Any) -> L.Trainer:
+    return L.Trainer(
+        **with_defaults(arguments),
+        default_root_dir=folder,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        **extra,
+    )
 
 
 def worker_folder() -> Path | None:
@@ -146,10 +247,23 @@ def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Raise SettingsError if a checkpoint is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        raise SettingsError(
+            f"{checkpoint} is damaged ({type(error).__name__}); delete its folder and run: distill run"
+        ) from error
+
+
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+        with _readable(path):
+            best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(best, strict=False)
 
 
 def _end_distributed() -> None:

@@ -24,6 +24,7 @@ from distill import files
 from distill.annotation.ledger import digest
 from distill.errors import RunError
 from distill.models.backbone import Backbone, Features
+from distill.models.memory import memory_errors
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
 from distill.task.sample import Sample
@@ -195,8 +196,9 @@ def _compute_shards(
     device = targets.assistant.device
     batch_size = min(targets.assistant.settings.batch_size, SHARD_SAMPLES)
     for batch in DataLoader(samples, batch_size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
-        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
+        with memory_errors(batch.ids, "reduce assistant.model.batch_size, data.max_tokens or model.image_size"):
+            inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+            hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
         sizes += batch.sizes.tolist()
         if not top_k:
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})

@@ -8,6 +8,7 @@ import torch
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
+from distill.settings import Fraction, Natural, Positive, Settings
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import Batch, encode_tasks
@@ -18,12 +19,12 @@ from distill.training.soft_targets import OnlineTargets
 
 
 @dataclass
-class DistillationSettings:
+class DistillationSettings(Settings):
     """How the student learns from the assistant's distribution."""
 
-    weight: float = 0.3
+    weight: Fraction = 0.3
     """Weight λ of the soft targets in the loss of each task; 0 trains on hard targets only."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """Temperature T of both distributions; the loss has no T² factor."""
     positions: Positions = "response"
     """Positions of the KL divergence: response (those that predict an answer token) or all (as in the published code:
@@ -31,13 +32,12 @@ class DistillationSettings:
     soft_targets: Literal["online", "cached"] | None = None
     """online: the assistant runs in every epoch; cached: it runs once before the first epoch, and its soft targets are
     stored on disk; null: cached if there is more than one epoch and the disk has space for twice their size."""
-    top_k: int = 0
+    top_k: Natural = 0
     """What is cached per answer token: k > 0 stores the log-probabilities of the k most likely tokens and the mass of
     all others; 0 stores the assistant's last hidden state in bfloat16, from which the full distribution is computed."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise SettingsError(f"student.distillation.top_k is {self.top_k}; it must be 0 or more")
+        super().__post_init__()
         if self.positions == "all" and (self.soft_targets == "cached" or self.top_k):
             raise SettingsError("student.distillation: positions all requires soft_targets online and top_k 0")
         if self.soft_targets == "online" and self.top_k:

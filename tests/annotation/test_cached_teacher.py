@@ -157,3 +157,61 @@ def test_an_unreadable_image_gives_an_error(tmp_path: Path) -> None:
         cached = CachedTeacher(Teacher(), LabelSpace(), ledger, chunk=64)
         answers = dict(cached.reason([Sample("s0", "a", (tmp_path / "gone.png",))], "predict", Sampling()))
     assert answers[0].error is not None and "gone.png" in answers[0].error
+
+
+# ---- two addresses ----
+
+
+def ask_at(server: Server, samples: list[Sample], ledger: Ledger, others: Sequence[str] = (), **settings: Any) -> int:
+    """Classify the samples at one server; returns how many requests it got."""
+    before = server.requests
+    teacher = endpoint(server.url.replace("http://", "http://me:secret@"), **settings)
+    CachedTeacher(teacher, LABELS, ledger, chunk=8, other_servers=others).classify(samples)
+    return server.requests - before
+
+
+def test_a_server_that_moved_is_not_paid_again_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples, path = posts(tmp_path, 6), tmp_path / "ledger.jsonl"
+    with Server() as old, Server() as new, Ledger(path) as ledger:
+        assert ask_at(old, samples[:5], ledger, agreement_samples=1) == 5
+        assert ask_at(old, samples[:5], ledger, agreement_samples=1) == 0 and not notices(caplog)
+        assert ask_at(new, samples, ledger, agreement_samples=1) == 1
+        expected = f"{path} has answers of big-vl from {old.url}, which are used for {new.url}; set ledger_by_address"
+        assert [text.startswith(expected) for text in notices(caplog)] == [True]
+        caplog.clear()
+        assert ask_at(new, samples, ledger, agreement_samples=1, ledger_by_address=True) == 5
+        expected = f"{path} has answers of big-vl from {old.url}; they are requested again from {new.url}"
+        assert [text.startswith(expected) for text in notices(caplog)] == [True]
+        assert ask_at(new, samples, ledger, agreement_samples=1, ledger_by_address=True) == 0
+        assert ledger.paid.answers == 11
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["base_url"] for line in lines] == [old.url] * 5 + [new.url] * 6 and "secret" not in path.read_text()
+
+
+def test_two_servers_of_one_recipe_do_not_share_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Both give their model the same name."""
+    samples = posts(tmp_path, 5)
+    with Server() as one, Server() as two, Ledger(tmp_path / "ledger.jsonl") as ledger:
+        for expected in (5, 0):
+            assert ask_at(one, samples, ledger, [two.url], agreement_samples=1) == expected
+            assert ask_at(two, samples, ledger, [one.url], agreement_samples=1) == expected
+    assert not notices(caplog)
+
+
+def test_answers_without_an_address_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Earlier versions did not record it."""
+    samples, path = posts(tmp_path, 5), tmp_path / "ledger.jsonl"
+    with Server() as server:
+        with Ledger(path) as ledger:
+            ask_at(server, samples, ledger, agreement_samples=1)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "base_url"}) + "\n" for e in lines))
+        with Ledger(path) as ledger:
+            assert ask_at(server, samples, ledger, agreement_samples=1) == 0 and not notices(caplog)
+            assert ask_at(server, samples, ledger, ["http://two/v1"], agreement_samples=1) == 0
+            assert len(notices(caplog)) == 1 and "from an unknown address" in notices(caplog)[0]
+            assert ask_at(server, samples, ledger, agreement_samples=1, ledger_by_address=True) == 5
+
+
+def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "distill.annotation.cached_teacher"]

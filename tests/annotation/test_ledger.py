@@ -35,6 +35,20 @@ def test_answers_are_read_back_from_the_file(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in lines] == ["s1", "s2"]
 
 
+def test_answers_of_one_key_from_several_addresses_are_kept_apart(tmp_path: Path) -> None:
+    path, old, new = tmp_path / "ledger.jsonl", "http://old/v1", "http://new/v1"
+    with Ledger(path) as ledger:
+        ledger.put("a", {"base_url": old}, ANSWER)
+        ledger.put("a", {"base_url": new}, CUT)
+        ledger.put("ab", {}, CUT)
+    for _ in range(2):
+        with Ledger(path) as ledger:
+            assert (ledger.get("a", old), ledger.get("a", new), ledger.get("a")) == (ANSWER, CUT, None)
+            assert (ledger.addresses("a"), ledger.addresses("ab"), ledger.addresses("c")) == ([new, old], [""], [])
+            assert ledger.paid.answers == 2
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "a", "ab"]
+
+
 @pytest.mark.parametrize("truncated", [b'{"key": "c", "answer": {"te', b"\x00\x00\x00", b"\xff\xfe", b'"'])
 def test_a_truncated_last_line_is_removed(tmp_path: Path, truncated: bytes) -> None:
     path = tmp_path / "ledger.jsonl"

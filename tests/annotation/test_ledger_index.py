@@ -25,6 +25,12 @@ def test_the_last_line_of_a_key_is_found() -> None:
     assert len(index) == 3
 
 
+def test_keys_are_found_by_their_start() -> None:
+    index = LedgerIndex()
+    index.load([(key, 0, 1) for key in (b"a", b"a y", b"a x", b"ab", b"b", b"A")])
+    assert index.starting_with(b"a ") == [b"a x", b"a y"] and index.starting_with(b"c") == []
+
+
 def test_mark_used_is_true_only_the_first_time() -> None:
     index = LedgerIndex()
     index.load([(b"a", 0, 10)])

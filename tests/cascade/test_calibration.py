@@ -69,6 +69,15 @@ def test_the_budget_is_kept_by_the_cascade(tmp_path: Path) -> None:
     assert promise["calls_low"] < realised < promise["calls_high"]
 
 
+def test_without_reviews_each_deferred_post_costs_one_call() -> None:
+    gold, student, teacher = validation()
+    settings = CalibrateSettings(budget=0.4)
+    content = calibrate(gold, student, teacher, NAMES, LABELS, settings, reviews=False)
+    assert content["reviews"] is False and calibrate(gold, student, teacher, NAMES, LABELS, settings)["reviews"] is True
+    calls = content["validation"]["teacher_calls_per_sample"]
+    assert calls == content["validation"]["deferred"] == pytest.approx(0.4, abs=0.01)
+
+
 def test_the_share_of_reviews_is_bounded() -> None:
     gold, student, teacher = validation()
     policy = CascadePolicy(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -74,7 +75,6 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
     (root / "short.png").write_bytes((root / "good.png").read_bytes()[:50])
     cases: list[tuple[Any, str, str]] = [
         (b'{"id": "a",', "", "is not valid JSON"),
-        (json.dumps(post("latin", text="é"), ensure_ascii=False).encode("latin-1"), "latin", "is not UTF-8"),
         ({"text": "x", "label": "neutral"}, "", "id is missing"),
         (post("empty", text=" "), "empty", "there is neither text nor image"),
         (post("odd", label="Neutral"), "odd", "unknown label 'Neutral'; the labels are negative, neutral, positive"),
@@ -87,7 +87,8 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
         (post("svg", image="drawing.svg"), "svg", "image drawing.svg is none of JPEG"),
         (post("short", images=["good.png", "short.png"]), "short", "image short.png is broken"),
         (post("first"), "first", "id 'first' is already used by train.jsonl row 1"),
-        (post("\ud83d"), "\\ud83d", "is not UTF-8"),
+        (post("\ud83d"), "\\ud83d", "the id or an image name has control characters"),
+        (post("true", label=True), "true", "label must be text, not true"),
         (post("long", label="x" * 10_000), "long", "unknown label 'xxx"),
     ]
     write(root / "train.jsonl", [post("first", image="good.png"), *(row for row, _, _ in cases), post("last")])
@@ -102,11 +103,65 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
     assert [Dropped(**json.loads(line)) for line in lines] == corpus.dropped
 
 
-def test_ids_are_unique_across_splits(tmp_path: Path) -> None:
-    write(tmp_path / "test.jsonl", [post("train", text="other"), post("new")])
-    corpus = read_corpus(valid_settings(tmp_path), LABELS)
-    assert names(corpus)["test"] == ["new"]
-    assert corpus.dropped == [Dropped("test.jsonl", 1, "train", "id 'train' is already used by train.jsonl row 1")]
+def test_splits_may_number_their_posts_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train.jsonl", [post("1"), post("2"), post("2", text="again")])
+    write(tmp_path / "test.jsonl", [post("1", text="other"), post("2", text="text  of 2"), post("3")])
+    with caplog.at_level(logging.WARNING):
+        corpus = read_corpus(valid_settings(tmp_path), LABELS)
+    assert names(corpus) == {"train": ["1", "2"], "validation": ["validation"], "test": ["1", "3"]}
+    assert corpus.test[0].text == "other"
+    assert corpus.dropped == [
+        Dropped("train.jsonl", 3, "2", "id '2' is already used by train.jsonl row 2"),
+        Dropped("test.jsonl", 2, "2", "id '2' is already used by train.jsonl row 2 with the same content"),
+    ]
+    assert caplog.messages == [
+        "data: 1 posts repeat a post of another split and are dropped from the later one; the first: test.jsonl row 2"
+    ]
+
+
+def test_encodings_and_replaced_characters_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [post("a", text="a\0b\ue000"), post("b"), post("c", text="\ud83d"), post("d", text="2024-01-05")]
+    write(tmp_path / "train.jsonl", rows)
+    chinese, western = post("e", text="今天真开心，朋友都来了"), post("f", text="café")
+    write(tmp_path / "test.jsonl", [json.dumps(chinese, ensure_ascii=False).encode("gb18030")])
+    write(tmp_path / "validation.jsonl", [json.dumps(western, ensure_ascii=False).encode("cp1252")])
+    with caplog.at_level(logging.WARNING):
+        corpus = read_corpus(valid_settings(tmp_path), LABELS)
+    assert [sample.text for sample in corpus.train] == ["a b\ufffd", "text of b", "\ufffd", "2024-01-05"]
+    assert (corpus.validation[0].text, corpus.test[0].text) == ("café", "今天真开心，朋友都来了")
+    assert caplog.messages == [
+        "data: 2 texts are not UTF-8 and are read by their content: 1 as cp1252, 1 as gb18030; the first: "
+        "validation.jsonl row 1",
+        "data: 3 control, private-use or invalid characters in 2 rows are replaced; the first: train.jsonl row 1",
+    ]
+
+
+def test_whole_numbers_are_label_names(tmp_path: Path) -> None:
+    labels = LabelSpace.from_names(["0", "1", "2"])
+    rows = [post(f"p{i}", label=label) for i, label in enumerate([2, 1.0, "0", 0, 1.5, True, 7])]
+    for split in corpus_module.SPLITS:
+        write(tmp_path / f"{split}.jsonl", rows if split == "train" else [post(split, label=0)])
+    corpus = read_corpus(valid_settings(tmp_path), labels)
+    assert [sample.label for sample in corpus.train] == ["2", "1", "0", "0"]
+    assert [row.reason for row in corpus.dropped] == [
+        "unknown label 1.5; the labels are 0, 1, 2",
+        "label must be text, not true",
+        "unknown label '7'; the labels are 0, 1, 2",
+    ]
+
+
+def test_a_linked_data_folder_is_read(tmp_path: Path) -> None:
+    save_image(tmp_path / "disk" / "images" / "a.png")
+    write(tmp_path / "disk" / "train.jsonl", [post("a", image="images/a.png")])
+    settings = valid_settings(tmp_path / "disk")
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    corpus = read_corpus(dataclasses.replace(settings, root=str(tmp_path / "data")), LABELS)
+    assert corpus.dropped == [] and corpus.train[0].images == ((tmp_path / "disk/images/a.png").resolve(),)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cards").symlink_to(tmp_path / "empty")
+    cards = PostcardSettings(labelled=9, unlabelled=0, validation=9, test=9)
+    read_corpus(DataSettings("postcards", str(tmp_path / "cards"), postcards=cards), LABELS)
+    assert (tmp_path / "cards").is_symlink() and (tmp_path / "empty" / "train.jsonl").exists()
 
 
 def test_the_id_of_a_dropped_row_can_be_used_by_another_row(tmp_path: Path) -> None:

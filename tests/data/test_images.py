@@ -164,6 +164,17 @@ def test_a_decompression_bomb_warning_raised_as_an_error_is_an_image_error(tmp_p
         decode(tmp_path / "a.png", LIMIT)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_limit_may_be_above_that_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp"):
+        photo(40, 30).save(tmp_path / name)  # more than twice the limit
+        assert decode(tmp_path / name, 1200).size == (40, 30)
+        with pytest.raises(ImageError, match="40 x 30 pixels, more than 1,199"):
+            decode(tmp_path / name, 1199)
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
 def test_a_gif_frame_larger_than_its_canvas_is_rejected(tmp_path: Path) -> None:
     Image.new("P", (8, 8)).save(tmp_path / "a.gif")
     data = bytearray((tmp_path / "a.gif").read_bytes())

@@ -37,7 +37,7 @@ def test_reads_every_row_with_its_line_number(tmp_path: Path) -> None:
         (b"null", "is not a JSON object"),
         (b"[" * 100_000, "is not valid JSON"),
         (b'{"id": ' + b"9" * 5000 + b"}", "is not valid JSON"),
-        ('{"id": "a", "text": "é"}'.encode("utf-16"), "is not UTF-8"),
+        (b'\xff\xfe{"id": "a"}', "is not valid JSON"),
     ],
 )
 def test_an_invalid_row_does_not_affect_the_others(tmp_path: Path, line: bytes, problem: str) -> None:
@@ -84,13 +84,12 @@ def test_optional_fields(tmp_path: Path) -> None:
         ({"id": "a", "text": "x", "rationale": {}}, "rationale must be text"),
         ({"id": "a", "text": "x", "attributes": [1]}, "attributes must be an object"),
         ({"id": "a", "text": "x", "attributes": {"k": 1}}, "attributes must be text"),
-        ({"id": "a", "text": "x", "image": ""}, "images must be file names"),
         ({"id": "a", "text": "x", "images": "a.jpg"}, "images must be file names"),
         ({"id": "a", "text": "x", "images": [None]}, "images must be file names"),
         ({"id": "a", "text": "x", "image": "a.jpg", "images": ["a.jpg"]}, "both given"),
         ({"id": "a", "text": "x", "image": "../a.jpg"}, "outside the data root"),
-        ({"id": "a", "text": "\ud83d"}, "is not UTF-8"),
-        ({"id": "a", "text": "x", "rationale": "\udce9"}, "is not UTF-8"),
+        ({"id": "\ud83d", "text": "x"}, "the id or an image name has control characters or is not valid Unicode"),
+        ({"id": "a", "text": "x", "image": "a\ue000.jpg"}, "the id or an image name has control characters"),
     ],
 )
 def test_invalid_fields_are_named(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
@@ -98,11 +97,30 @@ def test_invalid_fields_are_named(tmp_path: Path, fields: dict[str, Any], reason
         jsonl.to_sample(fields, tmp_path)
 
 
-def test_strings_with_bytes_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('{"id": "a", "text": "café"}'.encode("latin-1"))
+def test_files_in_other_encodings_are_read(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.jsonl").write_bytes('{"id": "a", "text": "café"}\n{"id": "b", "text": "x"}'.encode(encoding))
+        rows = list(jsonl.read(tmp_path / "a.jsonl"))
+        assert [jsonl.to_sample(row.fields, tmp_path).text for row in rows] == ["café", "x"]
+    assert [row.encoding for row in rows] == ["utf-16-le"] * 2
+
+
+def test_an_empty_image_name_is_no_image(tmp_path: Path) -> None:
+    root = tmp_path.resolve()
+    for empty in ({"image": ""}, {"images": ""}, {"images": [""]}, {"image": "", "images": []}, {"image": " "}):
+        assert jsonl.to_sample({"id": "a", "text": "Glad we came", **empty}, root).images == ()
+    assert jsonl.to_sample({"id": "a", "image": "a.jpg", "images": []}, root).images == (root / "a.jpg",)
+
+
+def test_unusable_characters_are_replaced_in_every_text(tmp_path: Path) -> None:
+    fields = {"id": "a", "text": "a\0b", "aspect": "\ud83dx", "rationale": "\ue000", "attributes": {"k": "\x01v"}}
+    assert jsonl.to_sample(fields, tmp_path) == Sample("a", "a b", (), "\ufffdx", None, "\ufffd", {"k": " v"})
+
+
+def test_dates_stay_texts_and_whole_numbers_are_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 7.0, "text": "2024-01-05", "label": "neutral"}')
     (row,) = jsonl.read(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        jsonl.to_sample(row.fields, tmp_path)
+    assert jsonl.to_sample(row.fields, tmp_path) == Sample("7", "2024-01-05", label="neutral")
 
 
 def test_to_sample_inverts_to_row(tmp_path: Path) -> None:

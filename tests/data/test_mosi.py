@@ -18,6 +18,15 @@ def test_csv_with_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
     assert all(isinstance(row.fields["label"], float) for row in rows[:2])
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-8-sig"])
+def test_csv_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes('id,text,label\r\n1,"今天真开心,\n朋友都来了",1\r\n2,2024-01-05,0\r\n'.encode(encoding))
+    rows = list(mosi.read(path, "train"))
+    assert [row.fields["text"] for row in rows] == ["今天真开心,\n朋友都来了", "2024-01-05"]
+    assert {row.encoding for row in rows} == {{"utf-16": "utf-16-le", "utf-8-sig": "utf-8"}.get(encoding, encoding)}
+
+
 def test_each_split_uses_its_own_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,text,label,split\n1,a,1,train\n2,b,1,dev\n3,c,1,Test\n4,d,1,\n5,e,1,valid\n6,f,1,other\n")

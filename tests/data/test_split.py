@@ -57,6 +57,19 @@ def test_posts_that_share_a_text_or_an_image_stay_together(tmp_path: Path) -> No
     assert len(parts["validation"]) >= 15 and len(parts["test"]) >= 30
 
 
+def test_a_placeholder_does_not_decide_the_split(tmp_path: Path) -> None:
+    (tmp_path / "none.jpg").write_bytes(b"grey")
+    (tmp_path / "real.jpg").write_bytes(b"photo")
+    samples = [
+        Sample(f"p{i}", f"text {i}" if i % 3 else "[deleted]", (tmp_path / ("real.jpg" if i < 4 else "none.jpg"),),
+               label="ab"[i % 2])
+        for i in range(200)
+    ]  # fmt: skip
+    parts = stratified_split(samples, PARTS, seed=0)
+    assert (len(parts["validation"]), len(parts["test"])) == (20, 40)
+    assert len({part for part, members in ids(parts).items() if members & {"p0", "p1", "p2", "p3"}}) == 1
+
+
 def test_small_groups_reach_the_exact_split_sizes() -> None:
     samples = [Sample(f"p{i}", f"text {i // 3}" if i < 600 else f"single {i}", label="ab"[i % 2]) for i in range(1000)]
     parts = stratified_split(samples, PARTS, seed=0)

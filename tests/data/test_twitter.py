@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from distill.data import twitter
+from distill.errors import SettingsError
 
 HEADER = "index\t#1 Label\t#2 ImageID\t#3 String\t#3 String\n"
 
@@ -58,3 +61,12 @@ def test_invalid_rows_have_a_problem(tmp_path: Path) -> None:
 def test_a_file_without_header_keeps_its_first_row(tmp_path: Path) -> None:
     path = write(tmp_path / "dev.tsv", "1\t0\t1.jpg\tof $T$\tHull", header="")
     assert [(row.number, row.fields["id"]) for row in twitter.read(path, "images")] == [(1, "dev-1")]
+
+
+@pytest.mark.parametrize(("labels", "found"), [((-1, 0, 1), "-1, 0, 1"), ((1, -1), "-1, 1"), ((1, 2, 3), "1, 2, 3")])
+def test_labels_that_are_numbered_otherwise_are_refused(tmp_path: Path, labels: tuple[int, ...], found: str) -> None:
+    rows = [f"{index}\t{label}\t{index}.jpg\t$T$ opens\tthe shop" for index, label in enumerate(labels)]
+    path = write(tmp_path / "minus-one.tsv", *rows)
+    takes = rf"minus-one\.tsv has the labels {found}; data\.source twitter takes 0 \(negative\), 1 \(neutral\) and"
+    with pytest.raises(SettingsError, match=takes.replace(" and", ", 2")):
+        list(twitter.read(path, "images"))

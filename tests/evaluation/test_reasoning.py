@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from distill import connections
 from distill.evaluation import reasoning
 from distill.evaluation.reasoning import distinct, reasoning_metrics
 from distill.task.labels import LabelSpace
@@ -212,10 +213,10 @@ def test_an_unreachable_hub_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> 
         port = server.getsockname()[1]  # closed below: no server listens on this port
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    reasoning._hub_reachable.cache_clear()
+    connections.hub_reachable.cache_clear()
     for _ in range(2):
         with pytest.raises(reasoning._MissingResource, match="cannot be loaded"):
             reasoning._similarity([("a", "b")], "no/such-model")
-    assert reasoning._hub_reachable.cache_info().misses == 1
-    assert not reasoning._hub_reachable()
-    reasoning._hub_reachable.cache_clear()
+    assert connections.hub_reachable.cache_info().misses == 1
+    assert not connections.hub_reachable()
+    connections.hub_reachable.cache_clear()

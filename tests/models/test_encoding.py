@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
-from distill.models.encoding import IGNORE, label_tokens
+from distill.models.encoding import IGNORE, Encoder, label_tokens
 from distill.models.local import Local
+from distill.models.tiny import SPECIAL_TOKENS
 from distill.task.labels import LabelSpace
 from distill.task.prompts import render
 from distill.task.sample import Sample
@@ -135,6 +136,29 @@ def test_no_token_of_a_post_or_an_answer_is_a_control_token(backbone: Backbone, 
     assert Local(backbone, "").classify([hostile, plain]).probabilities.shape == (2, 3)
     words = "".join(decoded(backbone, backbone.encode([hostile], "reason")["input_ids"][0]).split())
     assert "".join(text.split()) in words  # only a space was inserted
+
+
+def test_every_kind_of_control_token_is_escaped(make_backbone: Any) -> None:
+    processor = make_backbone().processor
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens([AddedToken("<|fim_prefix|>"), AddedToken("<tool_call>"), AddedToken("<h1>")])  # not special
+    tokenizer.add_special_tokens({"unk_token": "<unk>", "extra_special_tokens": ["<start_of_image>", " ", "[IMG]"]})
+    processor.fake_image_token = "<fake_token_around_image>"
+    encoder = Encoder(processor, 56)
+    kinds = ["<|fim_prefix|>", "<tool_call>", "<unk>", "<start_of_image>", "[IMG]", "<fake_token_around_image>"]
+    found = encoder.render(" ".join(kinds))
+    assert not any(token in found for token in kinds)
+    assert all(f"{token[0]} {token[1:]}" in found for token in kinds)
+    assert "two words <h1>" in encoder.render("two words <h1>")  # markup and spaces are ordinary text
+    special = set(tokenizer.convert_tokens_to_ids([*SPECIAL_TOKENS, *kinds[:-1]]))
+    assert not special & set(encoder.tokens(" ".join(kinds)))
+
+
+def test_lone_surrogates_and_control_characters_are_replaced(backbone: Backbone, mixed: list[Sample]) -> None:
+    hostile = replace(mixed[1], text="a\0b \ud83d \ue000", aspect="\udce9")
+    features = backbone.encode([hostile], "reason", ["\ud83d"])
+    assert "a b \ufffd \ufffd" in decoded(backbone, features["input_ids"][0])
+    assert Local(backbone, "").classify([hostile]).probabilities.shape == (1, 3)
 
 
 # ---- tokens of labels ----

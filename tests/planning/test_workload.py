@@ -71,9 +71,15 @@ def test_every_teacher_request_is_counted(tmp_path: Path) -> None:
         ("evaluate", "labels"): (9, 9),
         ("evaluate", "rationales"): (9, 9),
         ("calibrate", "labels"): (9, 9),
-        ("cascade", "reviews"): (0, 9),
     }
     assert all(isinstance(teacher, ModelSettings) for _, teacher in found.teacher_requests())
+
+
+def test_reviews_are_counted_for_a_teacher_that_was_trained_to_review(tmp_path: Path) -> None:
+    tasks = {"predict": 1.0, "explain": 1.0, "classify": 1.0, "review": 1.0}
+    found = forecast(tmp_path, TAUGHT, teacher__tasks=tasks)
+    bounds = {(q.stage, q.purpose): (q.minimum, q.maximum) for q, _ in found.teacher_requests()}
+    assert bounds["cascade", "reviews"] == (0, 9)
 
 
 def test_agreement_samples_raise_the_maximum_of_label_requests(tmp_path: Path) -> None:

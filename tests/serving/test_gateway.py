@@ -144,6 +144,15 @@ def test_the_official_client_lists_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["cascade", "cascade-student"]
 
 
+def test_a_model_is_described_by_its_name(client: openai.OpenAI, gateway: httpx.Client) -> None:
+    assert client.models.retrieve("cascade-student") == client.models.list().data[1]
+    for name in ("cascade-teacher", "org/model", "情感"):
+        with pytest.raises(openai.NotFoundError, match="the models are cascade, cascade-student") as caught:
+            client.models.retrieve(name)
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+        assert f"{name} is not a model" in message(gateway.get(f"/v1/models/{name}"), 404)
+
+
 def test_the_official_client_recognises_the_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="cascade-student"):
         client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "a"}])
@@ -187,6 +196,46 @@ def test_tokenize_responses_have_vllms_format(gateway: httpx.Client, student: Lo
     assert gateway.post("/tokenize", json=body).json() == {"tokens": tokens, "count": len(tokens)}
 
 
+# ---- what clients add to a conversation ----
+
+EARLIER: list[dict[str, Any]] = [
+    {"role": "system", "content": None, "name": None},
+    {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
+    {"role": "assistant", "content": "neutral", "refusal": None, "annotations": [], "audio": None,
+     "function_call": None, "tool_calls": None},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]},
+    {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "12 degrees"}]},
+    {"role": "function", "name": "weather", "content": {"degrees": 12}},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "reasoning_content": "..."},
+]  # fmt: skip
+
+
+def test_the_history_and_unknown_fields_of_messages_have_no_effect(gateway: httpx.Client) -> None:
+    def label(messages: list[dict[str, Any]], **fields: Any) -> Any:
+        body = {"model": "cascade", "messages": messages} | fields
+        reply = gateway.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["distill"]["probabilities"]
+
+    post = "So glad we came"
+    alone = label([{"role": "user", "content": post}])
+    cached = {"type": "text", "text": post, "cache_control": {"type": "ephemeral"}, "annotations": None}
+    assert label([{"role": "user", "content": [cached]}]) == pytest.approx(alone, abs=1e-5)
+    assert label([*EARLIER, {"role": "user", "content": post, "refusal": None}]) == pytest.approx(alone, abs=1e-5)
+    after = [*EARLIER, {"role": "user", "content": [cached]}, *EARLIER[2:]]
+    nulls = dict.fromkeys(("tools", "tool_choice", "functions", "logit_bias", "stream", "aspect"))
+    assert label(after, **nulls) == pytest.approx(alone, abs=1e-5)
+    image = {"type": "image_url", "image_url": {"url": uri(png()), "detail": "original", "format": None}, "id": 1}
+    assert label([{"role": "user", "content": [image]}])
+
+
+def test_an_answer_can_be_sent_back_as_it_was_received(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "hello"}]
+    earlier = client.chat.completions.create(model="cascade", messages=messages).choices[0].message
+    messages += [earlier.model_dump(), {"role": "user", "content": "So glad we came"}]
+    assert client.chat.completions.create(model="cascade", messages=messages).choices[0].message.content
+
+
 # ---- invalid requests ----
 
 USER = {"role": "user", "content": "words"}
@@ -227,10 +276,15 @@ def test_an_invalid_post_is_refused_with_a_message(gateway: httpx.Client, body: 
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "system", "content": "a"}]}, "user"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "role"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "user"),
+        ({"messages": [{"role": "critic", "content": "a"}, USER]}, "role"),
+        ({"messages": [{"content": "a"}, USER]}, "messages.0.role"),
+        ({"messages": ["a", USER]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": []}]}, "empty"),
+        ({"messages": [{"role": "user", "content": None}]}, "empty"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "input_audio"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "text"),
-        ({"messages": [USER | {"tool_calls": []}]}, "tool_calls"),
+        ({"messages": None}, "messages is required"),
         ({"n": 2}, "n:"),
         ({"tools": []}, "tools"),
         ({"audio": {}}, "audio"),
@@ -245,6 +299,7 @@ def test_an_invalid_post_is_refused_with_a_message(gateway: httpx.Client, body: 
         ({"model": "cascade-student", "stop": ["a"]}, "stop"),
         ({"model": "cascade-student", "messages": [USER, USER]}, "one user message"),
         ({"model": "cascade-student", "messages": [{"role": "user", "content": None}]}, "empty"),
+        ({"model": "cascade-student", "messages": [{"role": "user", "content": []}]}, "empty"),
         ({"model": "cascade-student", "top_logprobs": 2}, "logprobs"),
         ({"model": "cascade-student", "logprobs": True, "logprob_token_ids": [10**6]}, "logprob_token_ids"),
         ({"model": "cascade-student", "logprobs": True, "logprob_token_ids": [-1]}, "logprob_token_ids"),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.recipe import Recipe
+
 KEYS = {
     "accuracy", "weighted_f1", "macro_f1", "stage_fractions", "teacher_calls_per_sample", "cost_ratio",
     "student_accuracy", "teacher_accuracy", "review_flips",
@@ -46,6 +48,17 @@ def test_a_decision_has_its_stage_reason_and_predictions(decisions: list[dict], 
         assert (row["teacher"] is None) == certain
         assert sum(row["probabilities"]) == pytest.approx(1)
         assert row["cost"]["calls"] == 1 + row["teacher_calls"]
+
+
+def test_a_teacher_that_did_not_learn_to_review_is_not_asked_to(
+    finished: Recipe, folder: Path, metrics: dict, decisions: list[dict]
+) -> None:
+    assert finished.teacher is not None and "review" not in finished.teacher.tasks
+    assert metrics["reviews"] is False and metrics["stage_fractions"]["teacher_review"] == 0
+    assert json.loads((folder / "calibrate" / "calibration.json").read_text())["reviews"] is False
+    assert all(row["review"] is None and row["teacher_calls"] <= 1 and not row["degraded"] for row in decisions)
+    lines = (folder / "evaluate" / "ledger.jsonl").read_text().splitlines()
+    assert "review" not in {json.loads(line)["template"] for line in lines}
 
 
 def test_the_deferral_curve_is_a_table(folder: Path, metrics: dict) -> None:

@@ -1,5 +1,6 @@
 """The context of the stages: data, tokenizers, models, teachers and training samples."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from distill.chain import fingerprints
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
+from distill.models.reasoner import Reasoner
 from distill.models.tiny import load_tokenizer
 from distill.recipe import Recipe
 from distill.stages.context import Context, progress
@@ -39,6 +41,29 @@ def test_the_corpus_is_read_once_and_dropped_rows_are_reported(
         assert len(again.corpus.train) == 35
     assert image.name in (again.folder / "quarantine.jsonl").read_text()
     assert "1 rows are dropped and listed in" in caplog.text and "train.jsonl row 4" in caplog.text
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "quarantine"])
+def test_long_posts_are_cut_or_dropped_by_the_trained_models_tokenizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, too_long: str
+) -> None:
+    posts = [{"id": f"p{i}", "text": "Glad we came", "label": "positive"} for i in range(3)]
+    posts.append({"id": "huge", "text": "so " * 20_000, "label": "neutral"})
+    lines = [json.dumps(post) + "\n" for post in posts]
+    for name in ("train", "validation", "test"):
+        other = json.dumps(posts[0] | {"text": f"Here at the {name}"})
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines) if name == "train" else other)
+    data = {"source": "jsonl", "root": str(tmp_path), "validation": ["validation.jsonl"], "too_long": too_long}
+    context = new_context(tmp_path, data=data)
+    with caplog.at_level(logging.WARNING, logger="distill"):
+        train = context.corpus.train
+    quarantine = (context.folder / "quarantine.jsonl").read_text()
+    if too_long == "quarantine":
+        assert len(train) == 3 and '"id": "huge"' in quarantine and "more than 2048 tokens" in quarantine
+        return
+    tokens = load_tokenizer(context.tokenizer(context.recipe.student.model))(train[3].text)["input_ids"]  # type: ignore[union-attr]
+    assert 2000 < len(tokens) <= 2048 and quarantine == ""
+    assert "1 posts are cut to 2048 tokens (data.max_tokens, data.too_long): huge" in caplog.text
 
 
 def test_workers_of_a_distributed_training_do_not_write_the_report_of_dropped_rows(
@@ -79,19 +104,30 @@ def test_the_name_of_a_trained_model_depends_on_stage_part_and_fingerprint(conte
 
 
 def test_the_teacher_is_the_one_that_the_recipe_sets(context: Context, tmp_path: Path) -> None:
-    teacher = context.teacher()
+    def annotates(context: Context) -> Reasoner | None:
+        return context.teacher(context.recipe.annotating_teacher)
+
+    def cascades(context: Context) -> Reasoner | None:
+        return context.teacher(context.recipe.cascade_teacher)
+
+    teacher = annotates(context)
     assert teacher is not None and teacher.name.startswith("teacher-")
-    assert new_context(tmp_path).teacher() is None  # a recording
+    assert annotates(new_context(tmp_path)) is None  # a recording
     endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "big-vl"}
-    remote = new_context(tmp_path, annotate={"endpoint": endpoint}).teacher()
+    remote = annotates(new_context(tmp_path, annotate={"endpoint": endpoint}))
     assert isinstance(remote, Endpoint) and remote.name == "big-vl"
-    ready = new_context(tmp_path, annotate={"model": micro.MODEL | {"path": str(context.folder / "export")}}).teacher()
+    model = micro.MODEL | {"path": str(context.folder / "export")}
+    ready = annotates(new_context(tmp_path, annotate={"model": model}))
     assert ready is not None and ready.name.startswith(str(context.folder / "export"))
-    other = new_context(tmp_path, calibrate={"endpoint": endpoint | {"model": "another"}})
-    partner = other.teacher(for_cascade=True)
-    assert other.teacher() is None and isinstance(partner, Endpoint) and partner.name == "another"
-    assert (same := context.teacher(for_cascade=True)) is not None and same.name == teacher.name
     assert ready.classify(context.corpus.test[:2]).probabilities.shape == (2, 3)
+    assert (same := cascades(context)) is not None and same.name == teacher.name
+    another = {"endpoint": endpoint | {"model": "another"}}
+    for sections in ({"calibrate": {}, "cascade": {"teacher": another}}, {"calibrate": another}):
+        other = new_context(tmp_path, **sections)
+        partner = cascades(other)
+        assert annotates(other) is None and isinstance(partner, Endpoint) and partner.name == "another"
+    local = new_context(tmp_path, calibrate={}, cascade={"teacher": {"model": model}})
+    assert (name := cascades(local).name) == ready.name, name  # type: ignore[union-attr]
 
 
 def test_training_samples_match_the_corpus(context: Context) -> None:

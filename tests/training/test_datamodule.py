@@ -107,7 +107,7 @@ def test_validation_has_every_sample_once_and_the_same_number_in_every_process(
     golds = []
     for rank in range(world_size):
         loader = as_process(module(backbone, postcards), rank, world_size).val_dataloader()
-        golds.append(torch.cat([gold for _, gold, _ in loader]).tolist())
+        golds.append(torch.cat([gold for _, gold, _, _ in loader]).tolist())
     assert {len(gold) for gold in golds} == {-(-7 // world_size)}
     found = [label for gold in golds for label in gold if label >= 0]
     expected = [backbone.labels.index(sample.label) for sample in postcards.validation[:7]]
@@ -116,7 +116,7 @@ def test_validation_has_every_sample_once_and_the_same_number_in_every_process(
 
 
 def test_validation_batches_are_classify_prompts_without_answers(backbone: Backbone, postcards: Corpus) -> None:
-    features, gold, values = next(iter(module(backbone, postcards).val_dataloader()))
+    features, gold, values, _ = next(iter(module(backbone, postcards).val_dataloader()))
     assert "labels" not in features and len(gold) == 7
     assert values.isnan().all(), "named labels have no values"
     expected = backbone.encode(postcards.validation[:7], "classify")

@@ -231,3 +231,32 @@ def test_two_processes_equal_one_process_with_twice_the_batch_size(runs: Runs, t
 
 def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([value.flatten() for value in weights.values()])
+
+
+@pytest.mark.parametrize("limits", [("max_epochs", 2, 4), ("max_steps", 9, 16)], ids=lambda value: value[0])
+def test_a_longer_training_goes_on_from_the_last_checkpoint(
+    limits: tuple[str, int, int], runs: Runs, tmp_path: Path
+) -> None:
+    name, first, longer = limits
+    unlimited = {"max_epochs": -1} if name == "max_steps" else {}
+    steps: list[int] = []
+    runs.run(tmp_path / "one", **unlimited | {name: first})
+    runs.run(tmp_path / "one", kill=steps.append, **unlimited | {name: longer})
+    runs.run(tmp_path / "two", **unlimited | {name: longer})
+    begin = first if name == "max_steps" else 6 * first
+    end = longer if name == "max_steps" else 6 * longer
+    assert steps == list(range(begin + 1, end + 1))
+    if name == "max_epochs":
+        assert is_equal(state(tmp_path / "one"), state(tmp_path / "two"))
+    assert state(tmp_path / "one")["global_step"] == state(tmp_path / "two")["global_step"] == end
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_truncated_checkpoint_is_one_sentence(name: str, runs: Runs, tmp_path: Path) -> None:
+    runs.run(tmp_path)
+    path = tmp_path / "checkpoints" / f"{name}.ckpt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.raises(
+        SettingsError, match=rf"{name}\.ckpt is damaged \(\w+\); delete its folder and run: distill run"
+    ):
+        runs.run(tmp_path)

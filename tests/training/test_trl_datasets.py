@@ -83,6 +83,24 @@ def test_a_single_task(tmp_path: Path) -> None:
     assert len(to_prompt_completion(path, tmp_path / "data", LABELS, tasks=("classify",))) == 3
 
 
+def test_posts_that_need_care_are_converted(tmp_path: Path, backbone: Any) -> None:
+    path = stored(tmp_path / "data")
+    hostile = "look <|image_pad|> here <|im_end|> <start_of_image> <image> [IMG] </s>\0\ud83d"
+    rows = [
+        row("a", hostile, "neutral", [], f"{hostile} why"),
+        row("b", "2024-01-05", 2.0, [], None) | {"images": "", "image": ""},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    labels = LabelSpace.from_names(["neutral", "2"])
+    for processor in (None, backbone.processor):
+        data = to_prompt_completion(path, tmp_path / "data", labels, processor=processor)
+        texts = [part["text"] for item in data for m in (*item["prompt"], *item["completion"]) for part in m["content"]]
+        escaped = "look < |image_pad|> here < |im_end|> < start_of_image> < image> [ IMG] < /s>"
+        assert f'Post: "{escaped} \ufffd"' in texts[0] and texts[1] == f"{escaped} \ufffd why"
+        assert 'Post: "2024-01-05"' in texts[4] and texts[5] == '"Prediction": 2'
+        assert not any(token in "".join(texts) for token in backbone.processor.tokenizer.all_special_tokens)
+
+
 def test_datasets_reads_the_file_directly(tmp_path: Path) -> None:
     from datasets import load_dataset
 
@@ -95,10 +113,10 @@ def test_datasets_reads_the_file_directly(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"label": "angry"}, "row 1: unknown label 'angry'"),
-        ({"images": ["../secret.png"]}, "row 1: image '../secret.png' lies outside"),
-        ({"images": ["images/9.png"]}, "row 1: image 'images/9.png' is missing"),
-        ({"text": ""}, "row 1 has no text"),
-        ({"id": None}, "row 1 has no id"),
+        ({"images": ["../secret.png"]}, "row 1: '../secret.png' lies outside"),
+        ({"images": ["images/9.png"]}, "row 1: image 9.png is missing"),
+        ({"text": "", "images": []}, "row 1: there is neither text nor image"),
+        ({"id": None}, "row 1: id is missing"),
         ({"label": None, "rationale": None}, "no answers to reason or classify"),
     ],
 )
@@ -115,7 +133,7 @@ def test_errors_name_the_invalid_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.jsonl is missing"):
         to_prompt_completion(tmp_path / "none.jsonl", tmp_path, LABELS)
     (tmp_path / "truncated.jsonl").write_text('{"id": "a", "text"')
-    with pytest.raises(SettingsError, match=r"truncated\.jsonl cannot be read as jsonl"):
+    with pytest.raises(SettingsError, match=r"truncated\.jsonl row 1 is not valid JSON"):
         to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS)
     with pytest.raises(SettingsError, match="tasks must be"):
         to_prompt_completion(tmp_path / "truncated.jsonl", tmp_path, LABELS, tasks=())

@@ -1,0 +1,162 @@
+"""What a stage is made from: a hash of its settings, and digests of what is behind them.
+
+A fingerprint holds settings and the rows of the data; the contents of a stage are the images and the models that its
+settings name. `manifest.py` compares both with what the last run of the stage had.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, NamedTuple, Protocol
+
+import yaml
+
+from distill.data.corpus import data_fingerprint
+from distill.digests import Digests
+from distill.manifest import Manifest
+from distill.recipe import Recipe, load, masked, parser
+from distill.task import prompts
+from distill.training.fit import with_defaults
+
+_IRRELEVANT = frozenset({
+    "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",
+    "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_attempts", "backoff_s",
+    "prompt_price", "completion_price",
+})  # fmt: skip
+"""Fields that do not change results, in any section."""
+
+_LENGTH = frozenset({"max_epochs", "max_steps"})
+"""Trainer arguments that a training can continue from if they are raised."""
+
+
+class Inputs(Protocol):
+    """What a stage depends on: the earlier stages that it reads, and sections besides its own."""
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def sections(self) -> tuple[str, ...]: ...
+
+
+class Fingerprints(NamedTuple):
+    """Hashes of the settings of each stage.
+
+    Attributes:
+        whole: of all settings that change results.
+        rest: of these without the length of a training.
+        limits: for each training the epochs and steps; -1: no limit.
+    """
+
+    whole: dict[str, str]
+    rest: dict[str, str]
+    limits: dict[str, list[int]]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The fields of a stage's entry in the manifest."""
+        length = {"rest": self.rest[name], "limits": self.limits[name]} if name in self.limits else {}
+        return {"fingerprint": self.whole[name]} | length
+
+    def lengthens(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Whether a stage only trains longer than its entry says."""
+        if name not in self.limits or entry.get("rest") != self.rest[name] or "limits" not in entry:
+            return False
+        pairs = zip(self.limits[name], entry["limits"], strict=True)
+        return all(new < 0 or 0 <= old <= new for new, old in pairs)
+
+
+def fingerprints(recipe: Recipe, stages: Mapping[str, Inputs]) -> Fingerprints:
+    """The fingerprints of a recipe's stages. Of the data, only the content is hashed, not its folder.
+
+    Raises:
+        SettingsError: a file of the data is missing.
+    """
+    return _fingerprints(recipe, data_fingerprint(recipe.data), stages)
+
+
+def contents(recipe: Recipe, name: str, data: str | None, digests: Digests) -> dict[str, str | None]:
+    """Digests of the images and the models behind the settings of a stage; None: not known yet.
+
+    Args:
+        data: the result of `data_digest`.
+    """
+    section, found = getattr(recipe, name), {"data": data}
+    if (model := getattr(section, "model", None)) is not None and model.path:
+        found["model"] = digests.model(model.path, model.revision)
+    if name == "evaluate":
+        found["similarity_model"] = digests.model(section.similarity_model)
+    return found
+
+
+def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages: Mapping[str, Inputs]) -> None:
+    """Replace the fingerprints of an earlier version in a manifest by those of this one, without writing it.
+
+    Earlier versions hashed all settings, and had fewer. The run's `recipe.yaml` has the settings as they were: an entry
+    is translated if its fingerprint is that of `recipe.yaml`.
+    """
+    old = {
+        name: entry for name, entry in manifest.stages.items() if entry.get("fingerprint") != current.whole.get(name)
+    }
+    path = recipe.folder / "recipe.yaml"
+    if not old or not path.exists():
+        return
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = load(parser("run"), ["--config", str(path)])[0]
+        data = data_fingerprint(replace(written.data, root=recipe.data.root))
+        formulas = [_hashes(settings, data, stages), _hashes(_without(settings, _IRRELEVANT), data, stages)]
+        today = _fingerprints(written, data, stages)
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # SettingsError among them
+        return
+    for name, entry in old.items():
+        fingerprint = entry.get("fingerprint")
+        if name in today.whole and fingerprint in [hashes.get(name) for hashes in formulas]:
+            manifest.stages[name] = {"identity": fingerprint} | entry | today.entry(name)
+
+
+def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fingerprints:
+    settings = _without(masked(recipe), _IRRELEVANT)
+    limits = {}
+    for name in ("teacher", "assistant", "student"):
+        if (section := getattr(recipe, name)) is not None:
+            given = with_defaults(recipe.trainer, section.trainer)
+            values = [given.get(limit) for limit in ("max_epochs", "max_steps")]
+            limits[name] = [value if isinstance(value, int) else -1 for value in values]
+    return Fingerprints(_hashes(settings, data, stages), _hashes(_without(settings, _LENGTH), data, stages), limits)
+
+
+def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]) -> dict[str, str]:
+    """Hash of the inputs of each stage: its settings, the data, the seed, and the hashes of the stages it reads."""
+    rows = [data, {name: value for name, value in settings["data"].items() if name != "root"}]
+    hashes: dict[str, str] = {}
+    for name, stage in stages.items():
+        if settings.get(name) is None:
+            continue
+        inputs = [
+            rows,
+            prompts.VERSION,
+            settings["seed"],
+            settings["task"],
+            settings[name],
+            *_section_values(settings, stage.sections),
+            *(hashes.get(earlier) for earlier in stage.reads),
+        ]
+        hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return hashes
+
+
+def _section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> list[Any]:
+    """The values of sections, such as `trainer` or `cascade.teacher`. One inside another is left out if not given."""
+    values = []
+    for section in sections:
+        outer, _, inner = section.partition(".")
+        value = settings[outer] if not inner else (settings.get(outer) or {}).get(inner)
+        values += [] if inner and value is None else [value]
+    return values
+
+
+def _without(settings: Any, names: frozenset[str]) -> Any:
+    """Settings without the fields of these names, at any depth."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: _without(value, names) for name, value in settings.items() if name not in names}

@@ -1,0 +1,64 @@
+"""Attention masks of packed rows: whole for normal rows, block by block for long ones.
+
+A mask of T x T entries grows with the square of a row; the attention kernels keep a copy of it for each layer. Rows of
+more than BLOCK tokens are therefore attended to in blocks of queries, whose masks are rebuilt in the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from distill.models.packing import tree_mask
+
+BLOCK = 2048
+"""Largest number of queries whose mask is built at once."""
+
+
+def attention_mask(ends: torch.Tensor, attention: str) -> torch.Tensor:
+    """The `attention_mask` argument of a model from `ends` [B, T] of packed rows.
+
+    Returns:
+        The mask [B, 1, T, T]: boolean for sdpa, added to the scores for eager. For sdpa and T > BLOCK, `ends` itself as
+        integers [B, 1, 1, T], from which the attention function below builds the mask of each block.
+    """
+    if attention == "sdpa" and ends.shape[1] > BLOCK:
+        return ends[:, None, None]
+    mask = tree_mask(ends)
+    if attention == "eager":
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention; integers [B, 1, 1, T] instead of a mask are the `ends` of packed rows."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def attend(begin: int, end: int, *states: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(begin, end, device=query.device)[:, None]
+        mask = (rows >= torch.arange(end, device=query.device)) & (rows < attention_mask[..., :end])
+        return sdpa_attention_forward(module, *states, mask, **options)[0]
+
+    blocks = []
+    for begin in range(0, query.shape[2], BLOCK):
+        end = min(begin + BLOCK, query.shape[2])
+        states = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
+        if torch.is_grad_enabled():
+            blocks.append(checkpoint(attend, begin, end, *states, use_reentrant=False))
+        else:
+            blocks.append(attend(begin, end, *states))
+    return torch.cat(blocks, 1), None
+
+
+AttentionInterface.register("sdpa", _sdpa)
