@@ -263,7 +263,9 @@ def unknown_field_message(root: type, path: str) -> str:
 def _not_a_section_message(root: type, path: str, value: object) -> str:
     section: Any = root
     for part in path.split("."):
-        section = section_of(fields(section)[part])
+        section = section_of(fields(section).get(part)) if section else None
+    if section is None:
+        return f"{path}: {_short(value)} is not a value that it takes"
     return f"{path}: {_short(value)} is not a section; its fields are {', '.join(fields(section))}"
 
 
