@@ -54,10 +54,10 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d
 def label_responses() -> dict[str, bytes]:
     """The HTTP response of the server for each label."""
     fields = (
-        "The words are those of one who has made up their mind.",
+        "The words are those of an author with a clear opinion.",
         "It shows a scene in soft and even light.",
-        "Words and picture tell the same, and neither has to yield.",
-        "The post says what it seems to say.",
+        "Text and image agree, and neither has to be weighted more.",
+        "The post has no second meaning here.",
     )
     responses = {}
     for name in LABELS.names:

@@ -34,7 +34,8 @@ commands:
 {commands}
 
 Any field of the recipe can be overridden by its dotted name: --student.distillation.weight 0.5
-`distill COMMAND --help` documents all fields; --print_config prints the resolved recipe.
+`distill COMMAND --help` documents the fields, `distill COMMAND --student.help` those of one stage;
+--print_config prints the resolved recipe.
 """
 
 

@@ -173,7 +173,7 @@ def _model_metrics(
 
 
 def _promise_text(promise: Mapping[str, Any], n: int) -> str:
-    """The promise in words, for the report."""
+    """The guarantee in words, for the report."""
     if promise["by"] == "budget":
         return (
             f"From {n} validation posts: {promise['calls']:.3f} teacher calls per post expected, "
@@ -181,7 +181,7 @@ def _promise_text(promise: Mapping[str, Any], n: int) -> str:
         )
     if promise["by"] == "risk":
         return (
-            f"From {n} validation posts: of what the student answers alone at most {promise['risk']:.1%} is wrong, "
-            f"at a confidence of {promise['confidence']:.0%}."
+            f"From {n} validation posts: at most {promise['risk']:.1%} of the posts that the student answers alone are "
+            f"wrong, at a confidence of {promise['confidence']:.0%}."
         )
-    return "The thresholds were given; they promise nothing."
+    return "The thresholds are set in the recipe; nothing is guaranteed."

@@ -81,7 +81,7 @@ def fit_temperature(probabilities: np.ndarray, gold: np.ndarray) -> float:
     # the loss is convex in 1 / T, so it is unimodal in log T
     bounds = tuple(np.log(TEMPERATURES))
     found = minimize_scalar(lambda log: loss(np.exp(log)), bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    # the bounded search never reaches the limits; 1 comes first, so it wins if all temperatures are equally good
+    # the bounded search never reaches the limits; 1 comes first, so it is chosen if all temperatures are equally good
     return min((1.0, *TEMPERATURES, float(np.exp(found.x))), key=loss)
 
 

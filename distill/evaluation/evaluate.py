@@ -1,5 +1,6 @@
 """Evaluation of one role on the test split: label scoring, generation of rationales, and the metrics of both."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class RoleOutputs:
     scores: ClassScores
     texts: list[str] | None
     rationales: list[Rationale | None] | None
+
+    def label_mass(self, index: int | None = None) -> float | None:
+        """The label mass of a sample, or of all on average; None if the model does not return it."""
+        mass = float(np.mean(self.scores.label_mass if index is None else self.scores.label_mass[index]))
+        return None if math.isnan(mass) else mass  # JSON has no NaN
 
     def label(self, index: int, labels: LabelSpace) -> str:
         """The most probable label of a sample."""
@@ -115,7 +121,7 @@ def role_metrics(
     if labels.scale is not None:
         predicted = labels.scale.expectation(outputs.scores.probabilities)
         metrics |= regression_metrics(gold_values(samples), predicted, labels.scale)
-    metrics["label_mass"] = float(np.mean(outputs.scores.label_mass))
+    metrics["label_mass"] = outputs.label_mass()
     if outputs.rationales is None:
         return metrics
     classified = [outputs.label(index, labels) for index in range(len(samples))]

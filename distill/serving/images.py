@@ -5,9 +5,10 @@ import base64
 import binascii
 import re
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -26,7 +27,7 @@ MAX_SIDE = 2048
 """Longest side of a stored image, in pixels; larger images are scaled down."""
 
 _FETCH_S = 10.0
-_MAX_FETCHES = 8  # concurrent
+_IDLE_CONNECTIONS = 256  # per host
 _PORTS = {"http": 80, "https": 443}
 _DATA = re.compile(r"data:[\w/+.-]*(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -45,14 +46,12 @@ class RequestImages:
         self._hosts = {host.lower() for host in hosts}
         self._max_bytes, self._max_pixels = max_bytes, max_pixels
         self._pools: dict[tuple[str | None, str], urllib3.PoolManager] = {}  # one for each scheme and allowed host
-        self._fetchers = ThreadPoolExecutor(_MAX_FETCHES, "fetch")
         self._decoders = ThreadPoolExecutor(2, "decode")  # few, because a decoded image may need much memory
 
     async def close(self) -> None:
-        """Close the connections and end the threads."""
-        for executor in (self._fetchers, self._decoders):
-            executor.shutdown(wait=False, cancel_futures=True)
-        for pool in self._pools.values():
+        """Close the idle connections and end the decoders."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for pool in list(self._pools.values()):  # threads may add one
             pool.clear()
 
     @asynccontextmanager
@@ -108,9 +107,12 @@ class RequestImages:
         if host.lower() not in self._hosts or url.auth:
             raise RequestError(400, f"image: images from {host[:100]} are refused; send a data: URI", param="image")
         end = min(deadline, time.monotonic() + _FETCH_S)
-        fetched = asyncio.get_running_loop().run_in_executor(self._fetchers, self._get, source, url, host, end)
+        fetched: Future[bytes] = Future()
+        fetched.set_running_or_notify_cancel()  # from here on only the thread ends it
+        # One thread per fetch, so that a slow host delays no other fetch; a daemon, so that it does not delay the exit.
+        threading.Thread(target=self._get, args=(fetched, source, url, host, end), name="fetch", daemon=True).start()
         try:
-            return await asyncio.wait_for(fetched, max(end - time.monotonic(), 0))
+            return await asyncio.wait_for(asyncio.wrap_future(fetched), max(end - time.monotonic(), 0))
         except BodyTooLarge:
             message = f"image has more than {self._max_bytes:,} bytes; send a smaller one"
             raise RequestError(413, message, param="image") from None
@@ -120,11 +122,18 @@ class RequestImages:
             reason = "takes too long" if slow else "cannot be reached"
             raise RequestError(400, f"image: {host} {reason}; send the image itself", param="image") from None
 
-    def _get(self, source: str, url: Url, host: str, deadline: float) -> bytes:
-        """Fetch one image within the deadline. Runs on a thread."""
+    def _get(self, fetched: "Future[bytes]", source: str, url: Url, host: str, deadline: float) -> None:
+        """Set `fetched` to the content of an image. Runs on a thread of its own."""
+        try:
+            fetched.set_result(self._download(source, url, host, deadline))
+        except BaseException as error:  # noqa: BLE001 - raised where the fetch is awaited
+            fetched.set_exception(error)
+
+    def _download(self, source: str, url: Url, host: str, deadline: float) -> bytes:
+        """The content of an image. May take longer than the deadline if the host sends its headers byte by byte."""
         key = (url.scheme, host)
         if key not in self._pools:
-            self._pools[key] = connection_pool(source, _MAX_FETCHES)
+            self._pools[key] = connection_pool(source, _IDLE_CONNECTIONS)
         pool = self._pools[key]
         seconds, accept = max(deadline - time.monotonic(), 0.001), {"Accept": "image/*"}
         with pool.urlopen(

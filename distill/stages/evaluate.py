@@ -86,7 +86,7 @@ def _answer(context: Context, outputs: RoleOutputs, index: int) -> dict[str, Any
         "label": outputs.label(index, context.labels),
         **({} if value is None else {"value": value}),
         "probabilities": outputs.scores.probabilities[index].tolist(),
-        "label_mass": float(outputs.scores.label_mass[index]),
+        "label_mass": outputs.label_mass(index),
         "rationale": None if outputs.texts is None else outputs.texts[index],
     }
 

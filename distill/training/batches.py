@@ -45,7 +45,7 @@ SYNTHETIC_ACCURACY = 0.6
 
 
 def target_answer(template: Template, sample: Sample, labels: LabelSpace) -> str | None:
-    """Return the answer to learn: the rationale, or the prediction line if the task asks for the label only.
+    """Return the answer to learn: the rationale, or the prediction line if the task has only the label as its answer.
 
     None if the sample has no rationale or no label for the task.
     """

@@ -92,8 +92,8 @@ def test_a_risk_target_is_kept_or_refused_with_the_smallest_supported_one() -> N
     gold, student, teacher = validation(400)
     content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(by="risk", risk=0.25))
     assert content["validation"]["student_risk"] < 0.25 and content["promise"]["confidence"] == 0.9
-    assert "at most 25.0% is wrong" in content["promise"]["says"]
-    with pytest.raises(SettingsError, match=r"^calibrate\.risk: .*cannot support.*smallest") as refused:
+    assert "at most 25.0% of the posts that the student answers alone are wrong" in content["promise"]["says"]
+    with pytest.raises(SettingsError, match=r"calibrate\.risk: .*cannot support.*smallest") as refused:
         calibrate(
             gold[:40], _first(student, 40), _first(teacher, 40), NAMES, LABELS, CalibrateSettings(by="risk", risk=0.001)
         )
@@ -131,7 +131,7 @@ def test_fixed_thresholds_are_used_as_given_without_a_guarantee() -> None:
     settings = CalibrateSettings(by="fixed", student_threshold=0.25, teacher_threshold=0.5)
     content = calibrate(*validation(60), NAMES, LABELS, settings)
     assert (content["student_threshold"], content["teacher_threshold"]) == (0.25, 0.5)
-    assert content["promise"] == {"by": "fixed", "says": "The thresholds were given; they promise nothing."}
+    assert content["promise"] == {"by": "fixed", "says": "The thresholds are set in the recipe; nothing is guaranteed."}
 
 
 def test_on_a_scale_an_error_is_a_wrong_polarity() -> None:

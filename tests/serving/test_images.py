@@ -2,8 +2,11 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -104,6 +107,13 @@ class ImageHost(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/slow.png":
             time.sleep(1)
+        if self.path == "/dripping-header.png":
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                for _ in range(600):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            return
         content = {"/large.png": b"x" * 200_000, "/trickle.png": b"x" * 10}.get(self.path, png())
         self.send_response({"/moved.png": 302, "/none.png": 404}.get(self.path, 200))
         self.send_header("Location", "/a.png")
@@ -152,6 +162,46 @@ def test_images_from_other_hosts_are_refused(host: str) -> None:
 def test_invalid_responses_of_a_host_are_refused(host: str, path: str, status: int, expected: str) -> None:
     found, text = refused(f"http://{host}/{path}", hosts=(host,), seconds=0.4)
     assert found == status and expected in text
+
+
+def test_a_slow_host_delays_no_other_fetch(host: str) -> None:
+    async def run() -> None:
+        images = RequestImages((host,), 100_000, 1_000_000)
+
+        async def fetch(path: str, seconds: float) -> str:
+            try:
+                async with images.stored((f"http://{host}/{path}",), time.monotonic() + seconds):
+                    return "stored"
+            except RequestError as error:
+                return error.message
+
+        slow = [asyncio.create_task(fetch("dripping-header.png", 0.5)) for _ in range(20)]
+        assert await asyncio.gather(*(fetch("a.png", 5.0) for _ in range(20))) == ["stored"] * 20
+        assert all("too long" in text for text in await asyncio.gather(*slow))
+        assert await fetch("a.png", 5.0) == "stored"
+        await images.close()
+
+    asyncio.run(run())
+
+
+def test_a_fetch_in_progress_does_not_delay_the_exit(host: str) -> None:
+    """The host sends a header for a minute; the time limit of the request is half a second."""
+    script = (
+        "import asyncio, sys, time\n"
+        "from distill.serving.images import RequestImages\n"
+        "async def run():\n"
+        "    images = RequestImages((sys.argv[1],), 100_000, 1_000_000)\n"
+        "    try:\n"
+        "        async with images.stored((f'http://{sys.argv[1]}/dripping-header.png',), time.monotonic() + 0.5):\n"
+        "            pass\n"
+        "    finally:\n"
+        "        await images.close()\n"
+        "        print(time.time(), flush=True)\n"
+        "asyncio.run(run())\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script, host], capture_output=True, text=True, check=False)
+    assert "too long" in process.stderr
+    assert time.time() - float(process.stdout) < 30
 
 
 def test_an_unreachable_host_is_named() -> None:

@@ -16,6 +16,7 @@ from distill.recipe import Recipe
 from distill.stages import report
 from distill.task.rationale import InvalidRationale, parse
 from tests import micro
+from tests.models.openai_server import Server
 
 ROLES = ("teacher", "assistant", "student", "student_hard_labels")
 CLASSIFICATION = {"n", "accuracy", "weighted_f1", "macro_f1", "confusion", "ece", "aurc"}
@@ -108,6 +109,33 @@ def test_grounded_is_the_share_of_attributes_that_the_rationales_name(
         named += [value in words for value in attributes[row["id"]]]
     assert metrics["teacher"]["grounded"] == pytest.approx(sum(named) / len(named), abs=1 / 9)
     assert 0 < metrics["teacher"]["grounded"] < 1
+
+
+def test_an_endpoint_without_log_probabilities_has_no_label_mass(tmp_path: Path) -> None:
+    """The files are strict JSON, which has no NaN."""
+    names = ("name", "seed", "data", "trainer", "tracking")
+    student = micro.LEARNER | {
+        "tasks": {"classify": 1.0},
+        "distillation": {"weight": 0.0},
+        "trainer": {"max_epochs": 1},
+    }
+    stages = {"student": student | {"hard_labels_baseline": False}, "evaluate": {}}
+    with Server() as server:
+        endpoint = {"base_url": server.url, "model": "big-vl"}
+        content = {name: micro.RECORDED[name] for name in names} | stages
+        path = micro.write(tmp_path, content, annotate={"recorded": True, "endpoint": endpoint})
+        recipe = micro.read(path)
+        assert chain.run(recipe) == ["annotate", "student", "evaluate"]
+
+    def strict(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    texts = {name: (recipe.folder / "evaluate" / name).read_text() for name in ("metrics.json", "predictions.jsonl")}
+    metrics = json.loads(texts["metrics.json"], parse_constant=strict)
+    assert metrics["teacher"]["label_mass"] is None and 0 < metrics["student"]["label_mass"] <= 1
+    for row in (json.loads(line, parse_constant=strict) for line in texts["predictions.jsonl"].splitlines()):
+        assert row["roles"]["teacher"]["label_mass"] is None
+        assert 0 < row["roles"]["student"]["label_mass"] <= 1
 
 
 # ---- labels on a scale, posts with and without images ----

@@ -124,7 +124,7 @@ class RequestFailed(Exception):
     """A request that failed and may succeed on a retry.
 
     Attributes:
-        retry_after_s: seconds that the server asks to wait; 0 if it does not say.
+        retry_after_s: seconds to wait that the server requests; 0 if it requests none.
         unreachable: no connection to a server was established.
         busy: the server replied that it is overloaded.
     """
@@ -137,7 +137,7 @@ class RequestFailed(Exception):
 
 
 class RequestRefused(Exception):
-    """A request that the server rejects for good; `reply` is the text of its reply."""
+    """A request that the server rejects, so that a retry cannot succeed; `reply` is the text of its reply."""
 
     def __init__(self, why: str, reply: str) -> None:
         super().__init__(why)
