@@ -1,13 +1,12 @@
-"""The plan of a chain: figures against counts by hand, and its text with missing models, prices or limits."""
+"""The trainings of a chain before it runs: figures against counts by hand."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.models import tiny
-from distill.planning import plan, tables
+from distill.planning import plan
 from distill.planning.workload import ChainForecast
 from distill.training.batches import encode, encode_tasks
 from tests import micro
@@ -60,25 +59,12 @@ def test_steps_follow_from_the_arguments_of_the_trainer(tmp_path: Path) -> None:
     assert (found["student"].epochs, found["student"].steps) == (1.0, 7)
 
 
-def test_a_training_without_an_epoch_limit_is_planned(tmp_path: Path) -> None:
-    content = micro.RECORDED | {"data": ALONE["data"]}
-    content["student"] = content["student"] | {"trainer": {"max_epochs": -1}}
-    text = tables.plan_text(micro.read(micro.write(tmp_path, content)))
-    row = next(line for line in text.splitlines() if line.startswith("epochs"))
-    assert row.split()[2] == "?"
-
-
 @pytest.mark.parametrize(
     ("devices", "count"), [(2, 2), ([0, 1], 2), ("0,1", 2), ("2", 2), (-1, 1), ("auto", 1), (None, 1)]
 )
 def test_processes_are_counted_as_by_lightning(devices: Any, count: int) -> None:
     arguments = {"accelerator": "cpu"} | ({} if devices is None else {"devices": devices})
     assert plan._process_count(arguments) == count
-
-
-def test_figures_have_three_digits_and_an_si_prefix() -> None:
-    found = [tables._si_prefix(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
-    assert found == ["0", "999", "999 k", "1 M", "1 T", "3.2e+03 E"]
 
 
 def test_with_one_epoch_or_positions_all_the_assistant_runs_online(tmp_path: Path) -> None:
@@ -91,51 +77,6 @@ def test_with_one_epoch_or_positions_all_the_assistant_runs_online(tmp_path: Pat
     assert student.source == "online" and student.tokens is not None and student.flops is not None
     assert student.tokens[1].logits == student.tokens[1].tokens
     assert student.flops[1] / student.flops[0] > 0.8  # only the padding is saved
-
-
-def test_the_plan_writes_nothing(tmp_path: Path) -> None:
-    path = micro.write(tmp_path, micro.RECORDED)
-    text = tables.plan_text(micro.read(path))
-    assert [file.name for file in tmp_path.iterdir()] == ["recipe.yaml"]
-    assert "would run   annotate, assistant, augment, student, evaluate, export" in text
-    assert "No teacher requests." in text and "up to date" not in text
-    assert "train        36        27              27" in text
-    assert max(map(len, text.splitlines()[1:])) < 121
-
-
-def test_prices_give_a_range_of_costs(tmp_path: Path) -> None:
-    content = ALONE | {"annotate": {"endpoint": SERVER | {"prompt_price": 1.0, "completion_price": 10.0}}}
-    recipe = micro.read(micro.write(tmp_path, content, annotate__retries=0))
-    (tmp_path / "scratch").mkdir()
-    (request, _), *_ = ChainForecast(recipe, tmp_path / "scratch").teacher_requests()
-    low, high = request.answer_tokens
-    assert (request.minimum, request.maximum, high) == (9, 18, 1024)
-    costs = [n * (request.prompt_tokens + 10 * tokens) / 1e6 for n, tokens in ((9, low), (18, high))]
-    line = next(line for line in tables.plan_text(recipe).splitlines() if line.startswith("annotate"))
-    assert line.endswith(f"{costs[0]:,.2f} to {costs[1]:,.2f}")
-    unpriced = replace(recipe, annotate=replace(recipe.annotate, endpoint=None, recorded=True))  # type: ignore[type-var]
-    assert "cost" not in tables.plan_text(unpriced)
-
-
-def test_answers_in_the_ledgers_are_counted(tmp_path: Path) -> None:
-    recipe = micro.read(micro.write(tmp_path, ALONE | {"annotate": {"endpoint": SERVER}}))
-    (recipe.folder / "annotate").mkdir(parents=True)
-    (recipe.folder / "annotate" / "ledger.jsonl").write_text("{}\n{}\n{}\n")
-    assert "3 answers are in the ledgers of earlier runs" in tables.plan_text(recipe)
-
-
-def test_figures_of_a_model_that_cannot_be_loaded_are_unknown(tmp_path: Path) -> None:
-    model = {"path": "no/such-model", "lora": {}, "image_size": 28}
-    learner = {"model": model, "batch_size": 8, "trainer": {"max_epochs": 2}}
-    text = tables.plan_text(
-        micro.read(micro.write(tmp_path, micro.RECORDED | {"data": ALONE["data"], "assistant": learner}))
-    )
-    lines = text.splitlines()
-    assert sum(line.startswith("assistant: model.path: no/such-model cannot be loaded") for line in lines) == 1
-    cells = {line.split("  ")[0]: line.split()[3:] for line in lines}
-    assert cells["tokens per post"][0] == "?" and "?" not in cells["tokens per post"][1:]
-    assert cells["FLOP per post"][:2] == ["?", "?"], "the student's FLOP include the assistant's"
-    assert any(line.startswith("hard labels  tiny 64 x 1") for line in lines)
 
 
 def test_a_published_model_is_planned_without_its_weights(tmp_path: Path) -> None:
