@@ -236,10 +236,12 @@ def parse_error_message(root: type, error: BaseException) -> str:
         return f"{path} is a number with too many digits"
     given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
     value = next(filter(None, given.groups()), "") if given else ""
-    if re.search("dot import path|Not a valid subclass|Unable to load config", text):
+    if re.search("import path|nested key|Not a valid subclass|Unable to load config", text):
         return _not_a_section_message(root, path, value)
     kinds = dict.fromkeys(re.findall(r"Expected an? (\w+(?:\[.*?\])?)", text))
     kinds.pop("NoneType", None)
+    if not kinds and "Union subtypes" in text:
+        return f"{path}: {_short(value)} is not a value that it takes"
     if not kinds:
         return f"{dot and path + ': '}{' '.join(text.split())}"
     return f"{path}: {_short(value)} is not {' or '.join(map(_type_name, kinds))}"
@@ -263,7 +265,9 @@ def unknown_field_message(root: type, path: str) -> str:
 def _not_a_section_message(root: type, path: str, value: object) -> str:
     section: Any = root
     for part in path.split("."):
-        section = section_of(fields(section)[part])
+        section = section_of(fields(section).get(part)) if section else None
+    if section is None:
+        return f"{path}: {_short(value)} is not a value that it takes"
     return f"{path}: {_short(value)} is not a section; its fields are {', '.join(fields(section))}"
 
 

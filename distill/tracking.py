@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from distill.data.images import ImageError, decode
 from distill.files import finite
 from distill.masking import mask
+from distill.settings import Settings
 
 _THUMBNAIL_SIDE = 256
 _INIT_SECONDS, _FINISH_SECONDS = 30, 300
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class TrackingSettings:
+class TrackingSettings(Settings):
     """Experiment tracking with Weights & Biases (wandb)."""
 
     project: str = "distill"

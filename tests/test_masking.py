@@ -94,7 +94,8 @@ def test_a_chain_with_a_password_leaves_it_nowhere(distill: Command, tmp_path: P
         assert "nothing to do" in distill(*arguments).stdout
         saved = tmp_path / "runs/micro/recipe.yaml"
         assert "nothing to do" in distill("run", "--config", saved, "--until", "annotate").stdout
-    failed = distill(*arguments, "--annotate.endpoint.model", "other", "--annotate.endpoint.max_attempts", "1")
+    failed = distill(*arguments, "--annotate.endpoint.model", "other", "--annotate.endpoint.max_attempts", "1",
+                     "--tracking.mode", "disabled")  # fmt: skip
     assert failed.status == 1 and failed.error.startswith("no server answers at base_url http://***@127.0.0.1")
     assert "s3cret" not in first.stderr + failed.stdout + failed.stderr
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -43,7 +43,7 @@ NUMBERS = st.one_of(
     st.integers(-3, 5), st.integers(), st.just(10**30), st.floats(), st.floats(0, 1), st.sampled_from([1e400, 1e-320])
 )
 ANYTHING = st.one_of(
-    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1"]),
+    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1", "1e"]),
     st.lists(st.one_of(NUMBERS, st.text(max_size=3)), max_size=3),
     st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2), st.just({}),
 )  # fmt: skip
@@ -56,9 +56,10 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
         if typing.get_origin(kind) is typing.Literal:
             fitting.append(st.sampled_from(typing.get_args(kind)))
-        fitting += [{int: st.integers(0, 40), float: st.floats(0, 1), bool: st.booleans()}[kind]] * (
-            kind in (int, float, bool)
-        )
+        plain: dict[Any, st.SearchStrategy[Any]] = {
+            int: st.integers(0, 40), float: st.floats(0, 1), bool: st.booleans(), str: st.text(max_size=12),
+        }  # fmt: skip
+        fitting += [strategy for type_, strategy in plain.items() if kind is type_]
     if isinstance(limit := limit_of(annotation), Range):
         fitting.append(st.sampled_from([limit.low, limit.high, limit.low - 1, limit.high + 1]))
     return st.one_of(fitting)

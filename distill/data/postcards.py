@@ -63,7 +63,7 @@ GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
 
-Posts = Annotated[int, Range(1, 1_000_000)]
+Posts = Annotated[int, Range(0, 1_000_000)]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class PostcardSettings(Settings):
     """Seed of the texts and images."""
     labelled: Posts = 300
     """Number of training posts with a gold label and a gold rationale."""
-    unlabelled: Annotated[int, Range(0, 1_000_000)] = 1100
+    unlabelled: Posts = 1100
     """Number of training posts without label and rationale."""
     validation: Posts = 198
     """Number of validation posts, all labelled."""

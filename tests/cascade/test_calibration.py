@@ -158,12 +158,12 @@ def test_on_a_scale_an_error_is_a_wrong_polarity() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": 2.5}, r"calibrate\.budget is 2\.5; it takes 0 to 2"),
-        ({"risk": 0.0}, r"calibrate\.risk is 0\.0"),
-        ({"confidence": 1.0}, r"calibrate\.confidence"),
+        ({"budget": 2.5}, r"^budget is 2\.5; it takes 0 to 2"),
+        ({"risk": 0.0}, r"^risk is 0\.0"),
+        ({"confidence": 1.0}, r"^confidence"),
         ({"by": "fixed"}, r"calibrate\.student_threshold must be set if"),
         ({"student_threshold": 0.5}, r"calibrate\.student_threshold must be set if"),
-        ({"teacher_threshold": 1.5}, r"calibrate\.teacher_threshold is 1\.5"),
+        ({"teacher_threshold": 1.5}, r"^teacher_threshold is 1\.5"),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict, message: str) -> None:
