@@ -133,8 +133,8 @@ class Gateway:
         """`GET /health/ready` and `GET /health`."""
         status = "stopping" if self.stopping else "ready" if self.warm else "warming up"
         breaker = self.cascade.breaker
-        content = {"status": status, "teacher_breaker": breaker.state if breaker else None}
-        return JSONResponse(content, 200 if status == "ready" else 503)
+        teacher = {"teacher_breaker": breaker.state} if breaker else {}
+        return JSONResponse({"status": status} | teacher, 200 if status == "ready" else 503)
 
     async def show_metrics(self) -> Response:
         """`GET /metrics`."""
