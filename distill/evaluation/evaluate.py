@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distill.evaluation.classification import classification_metrics
-from distill.evaluation.reasoning import reasoning_metrics
+from distill.evaluation.reasoning import published_metrics, reasoning_metrics
 from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.task.labels import LabelSpace
@@ -99,6 +99,7 @@ def role_metrics(
     references: Sequence[Rationale | None],
     labels: LabelSpace,
     settings: EvaluateSettings,
+    reference_texts: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """The metrics of one role on N samples, as written to `metrics.json`.
 
@@ -108,6 +109,7 @@ def role_metrics(
 
     Args:
         references: N reference rationales; None for samples without one.
+        reference_texts: N reference rationales as generated, for the published metrics; None: there are none.
     """
     gold = [labels.name(sample.label) for sample in samples]
     metrics = classification_metrics(gold, outputs.scores.probabilities, labels)
@@ -121,6 +123,9 @@ def role_metrics(
     metrics |= reasoning_metrics(
         outputs.rationales, references, gold, classified, labels, similarity_model=settings.similarity_model
     )
+    if outputs.texts is not None:
+        others = reference_texts if reference_texts is not None else [None] * len(samples)
+        metrics |= published_metrics(outputs.texts, others, settings.similarity_model)
     named = [
         rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")
         for sample, rationale in zip(samples, outputs.rationales, strict=True)
