@@ -131,6 +131,17 @@ class ReasoningDataModule(L.LightningDataModule):
             generator=self._generator(),
         )
 
+    def batch_ids(self, batches: Sequence[int], training: bool) -> list[str]:
+        """Return the ids of the samples in batches of this process, of the current epoch if it is training."""
+        world_size, rank = self._processes()
+        if training:
+            loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
+            samples = [self.train[n] for n in loader.sampler._epoch_order()[rank::world_size]]
+            size = self.batch_size
+        else:
+            samples, size = self.validation[rank::world_size], self.backbone.settings.batch_size
+        return [sample.id for n in dict.fromkeys(batches) for sample in samples[n * size : (n + 1) * size]]
+
     def _processes(self) -> tuple[int, int]:
         """Return the number of processes and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

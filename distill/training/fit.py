@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from distill.errors import SettingsError
+from distill.errors import NonFiniteError, SettingsError
 from distill.files import atomic_write
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
@@ -120,6 +120,14 @@ def fit(
         trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     except SystemExit:  # raised by Lightning after Ctrl-C
         raise KeyboardInterrupt from None
+    except NonFiniteError:
+        if worker:  # the main process raises the same error; a failed worker would kill it first
+            sys.exit(0)
+        raise
+    except torch.multiprocessing.ProcessRaisedException as error:  # ddp_spawn
+        if "NonFiniteError: " not in str(error):
+            raise
+        raise _from_worker(str(error)) from None
     if worker:
         sys.exit(0)
     _end_distributed()
@@ -146,10 +154,20 @@ def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+def _from_worker(traceback: str) -> NonFiniteError:
+    """The error that a worker process of ddp_spawn raised, from its traceback."""
+    error = NonFiniteError("")
+    error.args = (traceback.rpartition("NonFiniteError: ")[2].strip(),)
+    return error
+
+
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
         module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    for name, weights in module.named_parameters():  # a step after the last validation may have broken them
+        if weights.requires_grad and not weights.isfinite().all():
+            raise NonFiniteError(f"after the last step, the weights {name} are")
 
 
 def _end_distributed() -> None:

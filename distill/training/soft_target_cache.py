@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from distill import files
 from distill.annotation.ledger import digest
-from distill.errors import RunError
+from distill.errors import NonFiniteError, RunError
 from distill.models.backbone import Backbone, Features
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
@@ -192,12 +192,21 @@ def _compute_shards(
     """Yield for each shard the soft targets of its answer tokens by name, and the number of tokens of each sample."""
     parts: list[Features] = []
     sizes: list[int] = []
+    done = 0
     device = targets.assistant.device
     batch_size = min(targets.assistant.settings.batch_size, SHARD_SAMPLES)
     for batch in DataLoader(samples, batch_size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
+        if not hidden.isfinite().all():
+            broken = [not part.isfinite().all() for part in hidden.split(batch.sizes.tolist())]
+            raise NonFiniteError(
+                "the assistant's soft targets are",
+                [sample.id for sample, bad in zip(samples[done:], broken, strict=False) if bad],
+                "train the assistant again",
+            )
         sizes += batch.sizes.tolist()
+        done += len(batch.sizes)
         if not top_k:
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})
         else:
