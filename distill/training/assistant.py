@@ -1,5 +1,6 @@
 """Multitask fine-tuning of one model on reasoning and classification (MulCoT-RD, arXiv 2508.05234)."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.task.sample import Sample
 from distill.training.batches import Batch, check_compatibility, encode
+from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -203,9 +207,17 @@ class AssistantModule(L.LightningModule):
         checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resume_state = {name: checkpoint[name] for name in ("gradients", "generators")}
+        processes, earlier = self.trainer.world_size, checkpoint.get("processes", self.trainer.world_size)
+        if processes != earlier:  # the places in the epoch and the accumulated gradients are those of other batches
+            begun = restart_epoch(checkpoint["loops"]["fit_loop"])
+            self._resume_state["gradients"] = {}
+            if self.trainer.is_global_zero:
+                message = "the training ran in %d process(es) and is resumed in %d%s"
+                log.warning(message, earlier, processes, ": the current epoch begins anew" if begun else "")
 
     def on_train_start(self) -> None:
         if self._resume_state is None:

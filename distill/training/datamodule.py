@@ -155,3 +155,17 @@ class ReasoningDataModule(L.LightningDataModule):
         values = [sample.label if isinstance(sample.label, float) else math.nan for sample in samples]
         features = self.backbone.encode(samples, "classify")
         return features, torch.tensor(gold), torch.tensor(values, dtype=torch.float32)
+
+
+def restart_epoch(fit_loop: dict[str, Any]) -> bool:
+    """Change the saved state of Lightning's fit loop so that the epoch in progress begins anew; steps stay counted.
+
+    Returns:
+        Whether an epoch was in progress; between epochs only the places of the loaders are dropped.
+    """
+    fit_loop["state_dict"]["combined_loader"] = []
+    batches = fit_loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"]:
+        return False
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    return True

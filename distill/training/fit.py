@@ -13,12 +13,14 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from distill.errors import NonFiniteError, SettingsError
 from distill.files import atomic_write
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
+from distill.training.shutdown import end_on_sigterm
 
 DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -34,6 +36,9 @@ _RESERVED = ("logger", "callbacks", "plugins", "default_root_dir", "use_distribu
 
 _ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
 """Environment variable that passes the folder of the running training to worker processes."""
+
+_MAIN_PROCESS = "DISTILL_MAIN_PROCESS"
+"""Environment variable that passes the id of the main process to worker processes."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -102,6 +107,9 @@ def fit(
     checkpoints = folder / "checkpoints"
     worker = _is_worker()
     os.environ[_ACTIVE_FOLDER] = str(folder)
+    parent = int(os.environ[_MAIN_PROCESS]) if worker else None
+    if not worker:
+        os.environ[_MAIN_PROCESS] = str(os.getpid())
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
     earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
@@ -116,9 +124,13 @@ def fit(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+    if isinstance(trainer.strategy, DDPStrategy) and any(not sample.images for sample in data.train):
+        # weights that a batch does not use, such as those of the vision tower, would be waited for forever
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     try:
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except SystemExit:  # raised by Lightning after Ctrl-C
+        with end_on_sigterm(lambda: _children(trainer), parent):
+            trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except SystemExit:  # raised by Lightning after Ctrl-C or SIGTERM
         raise KeyboardInterrupt from None
     except NonFiniteError:
         if worker:  # the main process raises the same error; a failed worker would kill it first
@@ -154,6 +166,11 @@ def _is_worker() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
+def _children(trainer: L.Trainer) -> list[int]:
+    """Ids of the worker processes that the Trainer has started."""
+    return [process.pid for process in getattr(trainer.strategy.launcher, "procs", ())]
+
+
 def _from_worker(traceback: str) -> NonFiniteError:
     """The error that a worker process of ddp_spawn raised, from its traceback."""
     error = NonFiniteError("")
@@ -174,7 +191,7 @@ def _end_distributed() -> None:
     """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for name in (_ACTIVE_FOLDER, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (_ACTIVE_FOLDER, _MAIN_PROCESS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 
 
