@@ -17,6 +17,5 @@ class NonFiniteError(RunError):
     def __init__(self, what: str, posts: Sequence[str] = (), remedy: str = "") -> None:
         """Args: what is not finite, the ids of the posts, and what to change."""
         shown = ", ".join(posts[:5]) + (f" and {len(posts) - 5} more" if len(posts) > 5 else "")
-        super().__init__(
-            f"{what} not finite (NaN or infinite)" + (f"; posts {shown}" if posts else "") + (f"; {remedy}" * bool(remedy))
-        )
+        details = [*([f"posts {shown}"] if posts else []), *([remedy] if remedy else [])]
+        super().__init__("; ".join([f"{what} not finite (NaN or infinite)", *details]))

@@ -69,9 +69,7 @@ def reasoning_metrics(
     metrics["distinct1"], metrics["distinct2"] = distinct(texts, 1), distinct(texts, 2)
     pairs = [(_contents(p), _contents(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
     similarity = partial(_similarity, model=similarity_model)
-    return metrics | _means(
-        pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity}
-    )
+    return metrics | _means(pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity})
 
 
 def published_metrics(
@@ -114,9 +112,7 @@ def published_metrics(
     return metrics
 
 
-def _means(
-    pairs: Pairs, scores: dict[str, Callable[[Pairs], Sequence[float]]], prefix: str = ""
-) -> dict[str, float]:
+def _means(pairs: Pairs, scores: dict[str, Callable[[Pairs], Sequence[float]]], prefix: str = "") -> dict[str, float]:
     """Mean scores of the pairs by name; metrics that cannot be computed are left out with a warning."""
     metrics: dict[str, float] = {}
     for name, score in scores.items() if pairs else ():

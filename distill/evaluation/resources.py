@@ -30,7 +30,7 @@ noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relat
 noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption
 verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative
 verb.weather adj.ppl
-""".split()
+""".split()  # noqa: SIM905
 _PARTS_OF_SPEECH = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 
 

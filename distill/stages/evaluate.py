@@ -71,9 +71,7 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
 
 
-def _references(
-    context: Context, teacher: RoleOutputs | None
-) -> tuple[list[Rationale | None], Sequence[str | None]]:
+def _references(context: Context, teacher: RoleOutputs | None) -> tuple[list[Rationale | None], Sequence[str | None]]:
     """Reference rationales of the test samples, parsed and as text: those recorded in the data if the recipe uses
     recordings or the teacher generated none, otherwise those of the teacher."""
     annotate, recorded = context.recipe.annotate, [sample.rationale for sample in context.corpus.test]

@@ -57,8 +57,8 @@ class TrainSettings:
 class AssistantModule(L.LightningModule):
     """Multitask fine-tuning: L = Σ_k w_k L_k over the tasks, with the loss on answer and end tokens only.
 
-    The best epoch is the one with the highest validation accuracy, ties broken by the F1 of `tie_break`; for labels on a
-    scale, the one with the lowest mean absolute error. A loss, gradient or probability that is not finite ends the
+    The best epoch is the one with the highest validation accuracy, ties broken by the F1 of `tie_break`; for labels on
+    a scale, the one with the lowest mean absolute error. A loss, gradient or probability that is not finite ends the
     training with NonFiniteError, in all processes at once.
     """
 
@@ -118,7 +118,9 @@ class AssistantModule(L.LightningModule):
         gradients = [w.grad for w in self.parameters() if w.grad is not None]
         self._require_finite("the gradient is", torch.nn.utils.get_total_norm(gradients), batches)
 
-    def _require_finite(self, what: str, values: torch.Tensor, batches: Sequence[int], *, training: bool = True) -> None:
+    def _require_finite(
+        self, what: str, values: torch.Tensor, batches: Sequence[int], *, training: bool = True
+    ) -> None:
         """Raise NonFiniteError in all processes if a value is not finite in one of them.
 
         Args:

