@@ -65,7 +65,7 @@ def _debian_wordnet() -> Any:
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    class Reader(WordNetCorpusReader):  # type: ignore[misc]
+    class Reader(WordNetCorpusReader):
         def open(self, file: str) -> Any:
             if file == "lexnames":
                 rows = (f"{n:02}\t{name}\t{_PARTS_OF_SPEECH[name.split('.')[0]]}" for n, name in enumerate(_LEXNAMES))
