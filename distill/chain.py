@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill.data.corpus import data_fingerprint
-from distill.errors import RunError, SettingsError
+from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import read_json, write_json, write_text
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
@@ -214,6 +214,8 @@ def _run_stage(name: str, context: Context, tracker: Tracker, manifest: "_Manife
         with tracker.stage(name, masked(recipe)) as tracked:
             stage.run(context, tracked)
         status = "done"
+    except NonFiniteError as error:
+        raise RunError(f"{name}: {error}") from None
     finally:
         entry |= {"status": status, "seconds": round(previous + time.monotonic() - began, 1)}
         manifest.write(name, entry | {"peak_memory_mb": _peak_memory_mb()})

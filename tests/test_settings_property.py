@@ -23,7 +23,8 @@ from distill.settings import LARGEST, Range, fields, limit_of, section_of
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 TRAINER = ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "val_check_interval",
            "check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
-           "gradient_clip_val", "max_time", "profiler", "num_sanity_val_steps", "log_every_n_steps", "typo")  # fmt: skip
+           "gradient_clip_val", "max_time", "profiler", "num_sanity_val_steps", "log_every_n_steps",
+           "typo")  # fmt: skip
 
 
 def leaves(section: type = Recipe, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -42,7 +43,7 @@ NUMBERS = st.one_of(
     st.integers(-3, 5), st.integers(), st.just(10**30), st.floats(), st.floats(0, 1), st.sampled_from([1e400, 1e-320])
 )
 ANYTHING = st.one_of(
-    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1", "1e"]),
+    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1"]),
     st.lists(st.one_of(NUMBERS, st.text(max_size=3)), max_size=3),
     st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2), st.just({}),
 )  # fmt: skip
