@@ -37,7 +37,7 @@ class Scale:
     def __post_init__(self) -> None:
         check_limits(self)
         if not self.low < self.high:
-            raise SettingsError(f"low is {self.low}; it takes a number below high, {self.high}")
+            raise SettingsError(f"low is {self.low:g}; it takes a number below high, {self.high:g}")
 
     @property
     def centres(self) -> np.ndarray:
@@ -47,7 +47,8 @@ class Scale:
     def bin(self, value: float) -> int:
         """Index of the bin with the nearest centre; the lower one on a tie. Raises ValueError outside the scale."""
         if not self.low <= value <= self.high:
-            raise ValueError(f"label {float(value)!r} is outside the scale from {self.low:g} to {self.high:g}")
+            shown = repr(float(value)).removesuffix(".0")  # all digits, so that a value next to an end differs from it
+            raise ValueError(f"label {shown} is outside the scale from {self.low:g} to {self.high:g}")
         return int(np.abs(self.centres - value).argmin())
 
     def targets(self, values: Sequence[float]) -> np.ndarray:

@@ -130,14 +130,20 @@ def test_polarity_is_the_sign_outside_the_dead_zone() -> None:
     ("settings", "message"),
     [
         ({"low": 1.0, "high": 1.0}, "low is 1; it takes a number below high, 1"),
-        ({"bins": 1}, "bins is 1; it takes 2 or more"),
+        ({"bins": 1}, "bins is 1; it takes 2 to 100"),
         ({"dead_zone": -0.1}, "dead_zone is -0.1; it takes 0 or more"),
-        ({"spread": math.nan}, "spread is nan; it takes 0 or more"),
+        ({"spread": math.nan}, "spread is nan; it takes 0 to 1000"),
     ],
 )
 def test_an_invalid_scale_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Scale(**settings)
+
+
+def test_a_label_next_to_the_end_of_a_scale_is_shown_with_all_digits() -> None:
+    for value, shown in ((3.0000001, "3.0000001"), (math.nextafter(3, 4), "3.0000000000000004"), (7.0, "7")):
+        with pytest.raises(ValueError, match=rf"^label {shown} is outside the scale from -3 to 3$"):
+            Scale().bin(value)
 
 
 def test_bins_can_be_named_with_one_name_each() -> None:

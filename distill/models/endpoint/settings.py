@@ -52,7 +52,6 @@ class EndpointSettings(Settings):
         except LocationParseError:
             url = Url()
         if url.scheme not in ("http", "https") or not url.host or "@" in (url.request_uri or ""):
-            shown = (
-                f"is {self.base_url!r}" if "@" not in self.base_url else "is not an address"
-            )  # a password may follow
-            raise SettingsError(f"base_url {shown}; it takes an address such as http://localhost:8000/v1")
+            if "@" in self.base_url:  # it may hold a password
+                raise SettingsError("base_url is not an address; it takes an address such as http://localhost:8000/v1")
+            raise SettingsError(f"base_url is {self.base_url!r}; it takes an address such as http://localhost:8000/v1")
