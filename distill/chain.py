@@ -21,7 +21,7 @@ import torch
 
 from distill.data.corpus import data_digest
 from distill.digests import Digests, combine
-from distill.errors import RunError, SettingsError
+from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import write_text
 from distill.fingerprints import contents, translate
 from distill.fingerprints import fingerprints as stage_fingerprints
@@ -288,6 +288,8 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
         with tracker.stage(name, masked(recipe)) as tracked:
             stage.run(context, tracked)
         status = "done"
+    except NonFiniteError as error:
+        raise RunError(f"{name}: {error}") from None
     finally:
         entry |= {"status": status, "seconds": round(previous + time.monotonic() - began, 1)}
         entry["peak_memory_mb"] = _peak_memory_mb()

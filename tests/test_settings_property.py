@@ -43,7 +43,7 @@ NUMBERS = st.one_of(
     st.integers(-3, 5), st.integers(), st.just(10**30), st.floats(), st.floats(0, 1), st.sampled_from([1e400, 1e-320])
 )
 ANYTHING = st.one_of(
-    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1", "1e"]),
+    NUMBERS, st.booleans(), st.none(), st.text(max_size=8), st.sampled_from(["", " ", "null", "é☃", "a\0b", "-1"]),
     st.lists(st.one_of(NUMBERS, st.text(max_size=3)), max_size=3),
     st.dictionaries(st.text(max_size=3), NUMBERS, max_size=2), st.just({}),
 )  # fmt: skip

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from distill.evaluation.selective import aurc
+from distill.evaluation.selective import aurc, reliability
 from distill.task.labels import LabelSpace
 
 ECE_BINS = 15
@@ -37,8 +35,6 @@ def classification_metrics(gold: Sequence[str], probabilities: np.ndarray, label
     sums = probabilities.sum(axis=1)
     if not (np.isfinite(sums).all() and (probabilities >= -1e-6).all() and (np.abs(sums - 1) < 1e-3).all()):
         raise ValueError("every row of probabilities must be non-negative and sum to 1")
-    # torchmetrics treats values above 1, such as from rounding, as logits
-    probabilities = probabilities.clip(0.0, 1.0)
     predicted = probabilities.argmax(axis=1)
     return {
         **_label_metrics(truth, predicted, len(labels)),
@@ -47,17 +43,17 @@ def classification_metrics(gold: Sequence[str], probabilities: np.ndarray, label
     }
 
 
-def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Expected calibration error of the highest probability over 15 equal bins (Guo et al., arXiv 1706.04599).
+def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error of the highest probability over equal bins (Guo et al., arXiv 1706.04599).
 
     Args:
         probabilities: [B, K], in [0, 1].
         truth: [B] indices of the gold labels.
+        bins: number of bins; the last one contains a confidence of 1.
     """
-    error = multiclass_calibration_error(
-        torch.from_numpy(probabilities), torch.from_numpy(truth), num_classes=probabilities.shape[1], n_bins=ECE_BINS
-    )
-    return float(error)
+    diagram = reliability(probabilities, truth, bins)
+    rows = zip(diagram["count"], diagram["accuracy"], diagram["confidence"], strict=True)
+    return sum(n * abs(accuracy - confidence) for n, accuracy, confidence in rows if n) / len(truth)
 
 
 def majority_baseline(train_gold: Sequence[str], test_gold: Sequence[str], labels: LabelSpace) -> dict[str, Any]:

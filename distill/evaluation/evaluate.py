@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distill.evaluation.classification import classification_metrics
-from distill.evaluation.reasoning import reasoning_metrics
+from distill.evaluation.reasoning import published_metrics, reasoning_metrics
 from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.settings import Count, Settings
@@ -106,6 +106,7 @@ def role_metrics(
     references: Sequence[Rationale | None],
     labels: LabelSpace,
     settings: EvaluateSettings,
+    reference_texts: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """The metrics of one role on N samples, as written to `metrics.json`.
 
@@ -116,6 +117,7 @@ def role_metrics(
 
     Args:
         references: N reference rationales; None for samples without one.
+        reference_texts: N reference rationales as generated, for the published metrics; None: there are none.
     """
     gold = [labels.name(sample.label) for sample in samples]
     answered: list[int] = np.flatnonzero(outputs.scores.answered).tolist()
@@ -132,6 +134,11 @@ def role_metrics(
             [outputs.label(index, labels) or "" for index in reasoned],
             labels,
             similarity_model=settings.similarity_model,
+        )
+        metrics |= published_metrics(
+            [outputs.texts[index] for index in reasoned],
+            [None if reference_texts is None else reference_texts[index] for index in reasoned],
+            settings.similarity_model,
         )
     named = [
         rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")

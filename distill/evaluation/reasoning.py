@@ -5,24 +5,26 @@ left out with a warning; there are no approximations.
 """
 
 import logging
-import os
 import re
-from collections.abc import Sequence
-from functools import cache
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from functools import cache, partial
 
 import numpy as np
 
-from distill.connections import hub_reachable
+from distill.evaluation import resources, rouge
+from distill.evaluation.resources import SIMILARITY_MODEL, MissingResource
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 
-SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
 _log = logging.getLogger(__name__)
 
+Pairs = Sequence[tuple[str, str]]
+"""Texts with their references."""
 
-class _MissingResource(Exception):
-    """A corpus or model that a metric needs is missing; the message says how to get it."""
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts that put no spaces between words, as the names of their characters begin."""
 
 
 def reasoning_metrics(
@@ -46,9 +48,9 @@ def reasoning_metrics(
         `parse_rate`; `reasoned_accuracy` of the rationale's prediction, where an answer that does not parse is wrong;
         `consistency`, share of parsed predictions that equal the classified label; `distinct1` and `distinct2` of the
         predictions (Li et al., arXiv 1510.03055: distinct n-grams / all n-grams, over all texts together); and the
-        means, over samples with both texts, of `bleu4` (sentence BLEU, 13a), `meteor`, `rouge_l` (F1) and
-        `similarity` (cosine of sentence embeddings). The compared texts are in canonical form with field names, as in
-        the published evaluation. Metrics that cannot be computed are absent.
+        means, over samples with both texts, of `bleu4` (sentence BLEU), `meteor`, `rouge_l` (F1) and `similarity`
+        (cosine of sentence embeddings). They compare the contents of the fields without the fields' names; all but the
+        similarity compare `words`. Metrics that cannot be computed are absent.
 
     Raises:
         ValueError: no samples, sequences of different lengths, or an unknown label.
@@ -65,79 +67,145 @@ def reasoning_metrics(
     texts = [render(p) for p, _ in parsed]
     metrics["consistency"] = float(np.mean([p.prediction == c for p, c in parsed]))
     metrics["distinct1"], metrics["distinct2"] = distinct(texts, 1), distinct(texts, 2)
-    pairs = [(render(p), render(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
-    if not pairs:
+    pairs = [(_contents(p), _contents(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
+    similarity = partial(_similarity, model=similarity_model)
+    return metrics | _means(pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity})
+
+
+def published_metrics(
+    texts: Sequence[str | None], references: Sequence[str | None], similarity_model: str = SIMILARITY_MODEL
+) -> dict[str, float]:
+    """Metrics of B generated texts as the published MulCoT-RD code (arXiv 2508.05234) defines them.
+
+    They are computed on raw texts, field names included, whether or not they parse. Distinct-n is computed on the
+    generated texts; the published script passes the references instead.
+
+    Args:
+        texts: B generated answers, None if there is no answer.
+        references: B rationales of the teacher as generated, None if there is none.
+
+    Returns:
+        `published_distinct1` and `published_distinct2`, the means of each text's distinct n-grams / all n-grams; and
+        the means, over samples with both texts, of `published_bleu4` (unsmoothed sentence BLEU, 13a),
+        `published_meteor`, `published_rouge_l` (`rouge.rouge_l`) and `published_similarity`.
+    """
+    answers = [text for text in texts if text is not None]
+    pairs = [(text, other) for text, other in zip(texts, references, strict=True) if text is not None and other]
+    metrics = _means(
+        pairs,
+        {
+            "bleu4": _published_bleu4,
+            "meteor": _published_meteor,
+            "rouge_l": lambda pairs: [rouge.rouge_l(text, reference) for text, reference in pairs],
+            "similarity": partial(_similarity, model=similarity_model),
+        },
+        "published_",
+    )
+    try:
+        from nltk.tokenize import TreebankWordTokenizer
+    except ImportError:  # METEOR has warned
         return metrics
-    for name, scores in (
-        ("bleu4", _bleu4),
-        ("meteor", _meteor),
-        ("rouge_l", _rouge_l),
-        ("similarity", lambda pairs: _similarity(pairs, similarity_model)),
-    ):
+    tokenize = TreebankWordTokenizer().tokenize
+    for n in (1, 2) if answers else ():
+        grams = [_ngrams(tokenize(text.lower()), n) for text in answers]
+        metrics[f"published_distinct{n}"] = float(np.mean([len(set(g)) / len(g) if g else 0.0 for g in grams]))
+    return metrics
+
+
+def _means(pairs: Pairs, scores: dict[str, Callable[[Pairs], Sequence[float]]], prefix: str = "") -> dict[str, float]:
+    """Mean scores of the pairs by name; metrics that cannot be computed are left out with a warning."""
+    metrics: dict[str, float] = {}
+    for name, score in scores.items() if pairs else ():
         try:
-            metrics[name] = float(np.mean(scores(pairs)))
+            metrics[prefix + name] = float(np.mean(score(pairs)))
         except ImportError as error:
             _warn_once(f"{name} is left out: {error.name} is not installed (pip install 'distill[metrics]')")
-        except _MissingResource as error:
+        except MissingResource as error:
             _warn_once(f"{name} is left out: {error}")
     return metrics
 
 
+def words(text: str) -> list[str]:
+    """Lower-case words of a text in any script; in scripts without spaces, such as Chinese or Thai, its characters.
+
+    A word is a run of letters, digits and the marks on them.
+    """
+    spaced = "".join(
+        f" {c} " if _is_unspaced(c) else c if unicodedata.category(c)[0] in "LMN" else " "
+        for c in unicodedata.normalize("NFKC", text).lower()
+    )
+    return spaced.split()
+
+
+@cache
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _contents(rationale: Rationale) -> str:
+    """The contents of the fields, without their names."""
+    return "\n".join(astuple(rationale))
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams / all n-grams, over the words and punctuation marks of all texts; 0 if there are no n-grams."""
-    words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
-    grams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    grams = [gram for text in texts for gram in _ngrams(re.findall(r"\w+|[^\w\s]", text.lower()), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _bleu4(pairs: Sequence[tuple[str, str]]) -> list[float]:
+def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _bleu4(pairs: Pairs) -> list[float]:
     from sacrebleu.metrics.bleu import BLEU
 
-    bleu = BLEU(tokenize="13a", effective_order=True)
-    return [bleu.sentence_score(text, [reference]).score / 100 for text, reference in pairs]
+    bleu = BLEU(tokenize="none", effective_order=True)
+    return [bleu.sentence_score(" ".join(words(t)), [" ".join(words(r))]).score / 100 for t, r in pairs]
 
 
-def _meteor(pairs: Sequence[tuple[str, str]]) -> list[float]:
-    from nltk.corpus import wordnet
-    from nltk.tokenize import TreebankWordTokenizer
+def _published_bleu4(pairs: Pairs) -> list[float]:
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(tokenize="13a", smooth_method="none")
+    return [bleu.corpus_score([text], [[reference]]).score / 100 for text, reference in pairs]
+
+
+def _meteor(pairs: Pairs) -> list[float]:
     from nltk.translate.meteor_score import single_meteor_score
 
-    try:
-        wordnet.ensure_loaded()
-    except LookupError:
-        raise _MissingResource("nltk's wordnet corpus is missing (python -m nltk.downloader wordnet)") from None
-    words = TreebankWordTokenizer().tokenize
+    wordnet = resources.wordnet()
     return [single_meteor_score(words(reference), words(text), wordnet=wordnet) for text, reference in pairs]
 
 
-def _rouge_l(pairs: Sequence[tuple[str, str]]) -> list[float]:
+def _published_meteor(pairs: Pairs) -> list[float]:
+    from nltk.tokenize import TreebankWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+
+    wordnet, tokenize = resources.wordnet(), TreebankWordTokenizer().tokenize
+    return [
+        single_meteor_score(tokenize(reference.lower()), tokenize(text.lower()), wordnet=wordnet)
+        for text, reference in pairs
+    ]
+
+
+class _Words:
+    """`words` as the tokenizer of rouge-score, whose own drops all but ASCII letters and digits."""
+
+    tokenize = staticmethod(words)
+
+
+def _rouge_l(pairs: Pairs) -> list[float]:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
 
 
-def _similarity(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
-    from sentence_transformers import SentenceTransformer
-
-    from distill.models.backbone import hide_progress_bars
-
-    if not model:
-        raise _MissingResource("similarity_model is empty")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    try:
-        with hide_progress_bars():
-            encoder = SentenceTransformer(model, local_files_only=offline or not hub_reachable())
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        remedy = "download it once with a connection, or set the folder of a copy"
-        raise _MissingResource(f"the model {model!r} cannot be loaded ({remedy}): {reason}") from error
+def _similarity(pairs: Pairs, model: str) -> list[float]:
     texts, references = zip(*pairs, strict=True)
-    embedded = [
-        encoder.encode(list(column), normalize_embeddings=True, show_progress_bar=False)
-        for column in (texts, references)
-    ]
-    return [float(one @ other) for one, other in zip(*embedded, strict=True)]
+    embedded = zip(resources.embed(texts, model), resources.embed(references, model), strict=True)
+    return [float(one @ other) for one, other in embedded]
 
 
 @cache

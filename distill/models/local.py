@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, DynamicLayer, LogitsProcessor, LogitsProcessorList
 
-from distill.errors import SettingsError
+from distill.errors import NonFiniteError, SettingsError
 from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
 from distill.models.memory import memory_errors
@@ -84,6 +84,7 @@ class Local:
             with _naming(batch):
                 features = self.backbone.encode(batch, template, earlier=batch_earlier)
                 parts.append(score_labels(self.backbone, self._to_device(features)))
+                self._require_finite(parts[-1][0], batch)
             seconds = (time.perf_counter() - begin) / len(batch)
             costs += [Cost(1, length, 0, seconds) for length in features["attention_mask"].sum(1).tolist()]
         if not parts:
@@ -99,7 +100,7 @@ class Local:
             begin = time.perf_counter()
             with _naming(batch):
                 features = self.backbone.encode(batch, template, padding_side="left")
-                completions = self._generate(self._to_device(features), sampling, first)
+                completions = self._generate(self._to_device(features), sampling, first, posts=batch)
             seconds = (time.perf_counter() - begin) / len(batch)
             for index, c in enumerate(completions, first):
                 yield index, Answer(c.text, c.finished, c.prompt_tokens, c.completion_tokens, seconds=seconds)
@@ -155,8 +156,9 @@ class Local:
         begin = time.perf_counter()
         with _naming(batch):
             prefill = self._score_and_prefill(batch, template)
+            self._require_finite(prefill.probabilities, batch)
             scored = time.perf_counter()
-            completions = self._generate(prefill.prompt, sampling, first)
+            completions = self._generate(prefill.prompt, sampling, first, posts=batch)
         scoring_seconds, seconds = (scored - begin) / len(batch), (time.perf_counter() - scored) / len(batch)
         costs = [Cost(1, length, 0, scoring_seconds) for length in prefill.classify_lengths.tolist()]
         scores = _class_scores([prefill.probabilities], [prefill.mass], costs)
@@ -191,17 +193,23 @@ class Local:
 
     @torch.inference_mode()
     def _generate(
-        self, features: dict[str, Any], sampling: Sampling, first: int, recorder: "_LogprobRecorder | None" = None
+        self,
+        features: dict[str, Any],
+        sampling: Sampling,
+        first: int,
+        recorder: "_LogprobRecorder | None" = None,
+        posts: Sequence[Sample] = (),
     ) -> list[Completion]:
         """Answers to B left-padded prompts.
 
         Args:
             first: index of the first prompt among all prompts of the call; part of the seed.
+            posts: the B samples of the prompts, which an error names.
         """
         tokenizer, stops = self.backbone.processor.tokenizer, _end_tokens(self.backbone)
         options = _options(sampling) | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        if recorder is not None:
-            options["logits_processor"] = LogitsProcessorList([recorder])
+        check = _FiniteLogits(lambda logits: self._require_finite(logits, posts))
+        options["logits_processor"] = LogitsProcessorList([check] if recorder is None else [check, recorder])
         # isolate the random state: callers may draw random numbers between two batches
         with torch.random.fork_rng(_devices(self.backbone.device)):
             torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
@@ -217,12 +225,30 @@ class Local:
             completions.append(Completion(text, bool(len(ends)), prompts[index], generated, tokens))
         return completions
 
+    def _require_finite(self, values: torch.Tensor, posts: Sequence[Sample]) -> None:
+        """Raise NonFiniteError if a row of probabilities or logits [B, K] has a NaN or no finite value."""
+        broken = values.isnan().any(-1) | ~values.isfinite().any(-1)
+        if broken.any():
+            ids = [post.id for post, bad in zip(posts, broken.tolist(), strict=False) if bad]
+            raise NonFiniteError(f"the probabilities of {self.name} are", ids, "its weights or precision are at fault")
+
     def _batches(self, items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
         size = self.backbone.settings.batch_size
         return ((first, items[first : first + size]) for first in range(0, len(items), size))
 
     def _to_device(self, features: Features) -> Features:
         return {name: value.to(self.backbone.device) for name, value in features.items()}
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Calls `check` with the logits of each generation step: a NaN would otherwise give arbitrary tokens."""
+
+    def __init__(self, check: Callable[[torch.Tensor], None]) -> None:
+        self._check = check
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._check(scores)
+        return scores
 
 
 class _LogprobRecorder(LogitsProcessor):

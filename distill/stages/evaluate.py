@@ -1,6 +1,6 @@
 """Stage `evaluate`: evaluates every role on the test split; writes `metrics.json` and `predictions.jsonl`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,13 +38,14 @@ def run(context: Context, tracked: StageRun) -> None:
     if recipe.student.hard_labels_baseline:
         evaluate("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
 
-    references = _references(context, outputs.get("teacher"))
-    none: list[Rationale | None] = [None] * len(samples)
+    references, texts = _references(context, outputs.get("teacher"))
+    none: list[Any] = [None] * len(samples)
     metrics: dict[str, Any] = {}
     for role, output in outputs.items():
         # the teacher is not compared with its own rationales
-        compared = none if output.rationales is references else references
-        metrics[role] = role_metrics(output, samples, compared, labels, settings)
+        own = output.rationales is references
+        compared = (none, none) if own else (references, texts)
+        metrics[role] = role_metrics(output, samples, compared[0], labels, settings, compared[1])
     gold = [labels.name(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [labels.name(sample.label) for sample in samples], labels)
     if labels.scale is not None:
@@ -70,13 +71,14 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
 
 
-def _references(context: Context, teacher: RoleOutputs | None) -> list[Rationale | None]:
-    """Reference rationales of the test samples: those recorded in the data if the recipe uses recordings or the teacher
-    generated none, otherwise those of the teacher."""
-    annotate = context.recipe.annotate
+def _references(context: Context, teacher: RoleOutputs | None) -> tuple[list[Rationale | None], Sequence[str | None]]:
+    """Reference rationales of the test samples, parsed and as text: those recorded in the data if the recipe uses
+    recordings or the teacher generated none, otherwise those of the teacher."""
+    annotate, tests = context.recipe.annotate, context.corpus.test
     if (annotate is not None and annotate.recorded) or teacher is None or teacher.rationales is None:
-        return [parse_or_none(sample.rationale, context.labels, post=sample.text) for sample in context.corpus.test]
-    return teacher.rationales
+        parsed = [parse_or_none(sample.rationale, context.labels, post=sample.text) for sample in tests]
+        return parsed, [sample.rationale for sample in tests]
+    return teacher.rationales, teacher.texts or []
 
 
 def _answer(context: Context, outputs: RoleOutputs, index: int) -> dict[str, Any]:

@@ -1,20 +1,25 @@
 """Multitask fine-tuning of one model on reasoning and classification (MulCoT-RD, arXiv 2508.05234)."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from sklearn.metrics import f1_score
 
+from distill.errors import NonFiniteError
 from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
 from distill.training.batches import Batch, check_compatibility, encode
+from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,6 +47,8 @@ class TrainSettings(Settings):
     """Factor by which the learning rate is reduced."""
     min_learning_rate: NonNegative = 1e-6
     """Lower bound of the learning rate."""
+    tie_break: Literal["macro_f1", "weighted_f1"] = "macro_f1"
+    """Which validation F1 decides between epochs of equal accuracy. Ignored with task.scale."""
     workers: Annotated[int, Range(0, 1024)] = 0
     """DataLoader worker processes."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -51,8 +58,9 @@ class TrainSettings(Settings):
 class AssistantModule(L.LightningModule):
     """Multitask fine-tuning: L = Σ_k w_k L_k over the tasks, with the loss on answer and end tokens only.
 
-    The best epoch is the one with the highest validation accuracy, ties broken by macro F1; for labels on a scale, the
-    one with the lowest mean absolute error.
+    The best epoch is the one with the highest validation accuracy, ties broken by the F1 of `tie_break`; for labels on
+    a scale, the one with the lowest mean absolute error. A loss, gradient or probability that is not finite ends the
+    training with NonFiniteError, in all processes at once.
     """
 
     def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
@@ -64,6 +72,7 @@ class AssistantModule(L.LightningModule):
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
+        self._accumulated: list[int] = []  # batches since the last optimizer step
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
@@ -76,8 +85,9 @@ class AssistantModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.current_ids = batch.ids if isinstance(batch, Batch) else ()
 
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         loss = self.loss(batch)
+        self._check_loss(loss, index)
         weights = batch.loss_weights
         weighted = torch.stack([weights * loss.hard, weights * loss.soft, weights])
         sums = weighted.new_zeros(3, len(self.settings.tasks)).index_add(1, batch.tasks, weighted)
@@ -98,9 +108,52 @@ class AssistantModule(L.LightningModule):
         """Return the last hidden states [N, D] at the positions that predict an answer token."""
         return self.backbone.hidden_states(batch.inputs).flatten(0, 1)[batch.positions]
 
-    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor, Sequence[str]], _: int) -> None:
+    def _check_loss(self, loss: Any, index: int) -> None:
+        """Raise NonFiniteError if the loss of a batch is not finite; `loss` has the fields of AnswerLoss."""
+        self._accumulated.append(index)
+        soft = bool(loss.hard.isfinite().all() and not loss.soft.isfinite().all())
+        what = "the loss on the assistant's soft targets is" if soft else "the loss is"
+        self._require_finite(what, loss.total.detach(), [index])
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        batches, self._accumulated = self._accumulated, []
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
+            return
+        gradients = [w.grad for w in self.parameters() if w.grad is not None]
+        self._require_finite("the gradient is", torch.nn.utils.get_total_norm(gradients), batches)
+
+    def _require_finite(
+        self, what: str, values: torch.Tensor, batches: Sequence[int], *, training: bool = True
+    ) -> None:
+        """Raise NonFiniteError in all processes if a value is not finite in one of them.
+
+        Args:
+            batches: indices of the batches of this process that the values come from.
+        """
+        trainer = self._trainer
+        distributed = trainer is not None and trainer.world_size > 1
+        finite = values.isfinite().all()
+        if distributed:
+            finite = torch.as_tensor(self.all_gather(finite.int())).min()
+        if finite:
+            return
+        posts: list[str] = []
+        if trainer is not None and trainer.datamodule is not None:  # type: ignore[attr-defined]
+            posts = trainer.datamodule.batch_ids(batches, training)  # type: ignore[attr-defined]
+        if distributed and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * trainer.world_size  # type: ignore[union-attr]
+            torch.distributed.all_gather_object(parts, posts)
+            posts = [post for part in parts for post in part]
+        step = f"step {trainer.global_step}: " if trainer is not None else ""
+        raise NonFiniteError(
+            step + what, posts, "lower the learning rate, or set trainer.precision to bf16-mixed or 32-true"
+        )
+
+    def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor, Sequence[str]], index: int) -> None:
         features, gold, values, self.current_ids = batch
         probabilities = score_labels(self.backbone, features)[0]
+        self._require_finite("the label probabilities in validation are", probabilities, [index], training=False)
         errors = (self._expected_values(probabilities) - values).abs()
         self._validated.append((probabilities.argmax(-1), gold, errors))
 
@@ -110,10 +163,14 @@ class AssistantModule(L.LightningModule):
         predicted, gold, errors = (torch.as_tensor(self.all_gather(part)).flatten().cpu() for part in parts)
         valid = gold >= 0  # -1 marks the padding samples that even out the processes
         accuracy = float((predicted == gold)[valid].float().mean())
-        macro_f1 = float(f1_score(gold[valid], predicted[valid], average="macro", zero_division=0))
-        # macro F1 contributes less than half a sample of accuracy, so it only breaks ties
-        monitored, selection = accuracy, accuracy + macro_f1 / (2 * int(valid.sum()))
-        metrics = {"val/accuracy": accuracy, "val/macro_f1": macro_f1}
+        f1 = {
+            f"val/{name}": float(f1_score(gold[valid], predicted[valid], average=name[:-3], zero_division=0))
+            for name in dict.fromkeys(("macro_f1", self.settings.tie_break))
+        }
+        # F1 contributes less than half a sample of accuracy, so it only breaks ties
+        tie_break = f1[f"val/{self.settings.tie_break}"]
+        monitored, selection = accuracy, accuracy + tie_break / (2 * int(valid.sum()))
+        metrics = {"val/accuracy": accuracy, **f1}
         if self.backbone.labels.scale is not None:
             metrics["val/mae"] = float(errors[valid].mean())
             monitored = selection = -metrics["val/mae"]
@@ -157,9 +214,17 @@ class AssistantModule(L.LightningModule):
         checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resume_state = {name: checkpoint[name] for name in ("gradients", "generators")}
+        processes, earlier = self.trainer.world_size, checkpoint.get("processes", self.trainer.world_size)
+        if processes != earlier:  # the places in the epoch and the accumulated gradients are those of other batches
+            begun = restart_epoch(checkpoint["loops"]["fit_loop"])
+            self._resume_state["gradients"] = {}
+            if self.trainer.is_global_zero:
+                message = "the training ran in %d process(es) and is resumed in %d%s"
+                log.warning(message, earlier, processes, ": the current epoch begins anew" if begun else "")
 
     def on_train_start(self) -> None:
         if self._resume_state is None:

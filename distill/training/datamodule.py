@@ -131,6 +131,17 @@ class ReasoningDataModule(L.LightningDataModule):
             generator=self._generator(),
         )
 
+    def batch_ids(self, batches: Sequence[int], training: bool) -> list[str]:
+        """Return the ids of the samples in batches of this process, of the current epoch if it is training."""
+        world_size, rank = self._processes()
+        if training:
+            loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
+            samples = [self.train[n] for n in loader.sampler._epoch_order()[rank::world_size]]
+            size = self.batch_size
+        else:
+            samples, size = self.validation[rank::world_size], self.backbone.settings.batch_size
+        return [sample.id for n in dict.fromkeys(batches) for sample in samples[n * size : (n + 1) * size]]
+
     def _processes(self) -> tuple[int, int]:
         """Return the number of processes and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -147,3 +158,17 @@ class ReasoningDataModule(L.LightningDataModule):
         features = self.backbone.encode(samples, "classify")
         ids = [sample.id for sample in samples]
         return features, torch.tensor(gold), torch.tensor(values, dtype=torch.float32), ids
+
+
+def restart_epoch(fit_loop: dict[str, Any]) -> bool:
+    """Change the saved state of Lightning's fit loop so that the epoch in progress begins anew; steps stay counted.
+
+    Returns:
+        Whether an epoch was in progress; between epochs only the places of the loaders are dropped.
+    """
+    fit_loop["state_dict"]["combined_loader"] = []
+    batches = fit_loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"]:
+        return False
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    return True

@@ -16,14 +16,16 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from distill.errors import SettingsError
+from distill.errors import NonFiniteError, SettingsError
 from distill.files import atomic_write
 from distill.models.memory import memory_errors
 from distill.settings import Range
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
+from distill.training.shutdown import end_on_sigterm
 
 DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -72,6 +74,9 @@ _HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sy
 
 _ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
 """Environment variable that passes the folder of the running training to worker processes."""
+
+_MAIN_PROCESS = "DISTILL_MAIN_PROCESS"
+"""Environment variable that passes the id of the main process to worker processes."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -146,8 +151,8 @@ def fit(
 ) -> L.Trainer:
     """Train to the end and load the best weights into the module; resumes from `folder/checkpoints/last.ckpt`.
 
-    Writes `checkpoints/` and `metrics.csv`. The best weights have the highest validation accuracy, ties broken by macro
-    F1; for labels on a scale, the lowest mean absolute error.
+    Writes `checkpoints/` and `metrics.csv`. The best weights have the highest validation accuracy, ties broken by
+    the F1 of `tie_break`; for labels on a scale, the lowest mean absolute error.
 
     In a worker process started by the Trainer, this function exits the process after training and does not return.
 
@@ -158,6 +163,9 @@ def fit(
     checkpoints = folder / "checkpoints"
     worker = _is_worker()
     os.environ[_ACTIVE_FOLDER] = str(folder)
+    parent = int(os.environ[_MAIN_PROCESS]) if worker else None
+    if not worker:
+        os.environ[_MAIN_PROCESS] = str(os.getpid())
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
     earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
@@ -166,15 +174,29 @@ def fit(
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+    if isinstance(trainer.strategy, DDPStrategy) and any(not sample.images for sample in data.train):
+        # weights that a batch does not use, such as those of the vision tower, would be waited for forever
+        trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     try:
-        with memory_errors(lambda: module.current_ids, _MEMORY_REMEDY):
+        with (
+            end_on_sigterm(lambda: _children(trainer), parent),
+            memory_errors(lambda: module.current_ids, _MEMORY_REMEDY),
+        ):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except SystemExit:  # raised by Lightning after Ctrl-C
+    except SystemExit:  # raised by Lightning after Ctrl-C or SIGTERM
         raise KeyboardInterrupt from None
+    except NonFiniteError:
+        if worker:  # the main process raises the same error; a failed worker would kill it first
+            sys.exit(0)
+        raise
     except (ValueError, MisconfigurationException) as error:
         if isinstance(error, ValueError) and "val_check_interval" not in str(error):
             raise
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error  # more batches than there are
+    except torch.multiprocessing.ProcessRaisedException as error:  # ddp_spawn
+        if "NonFiniteError: " not in str(error):
+            raise
+        raise _from_worker(str(error)) from None
     if worker:
         sys.exit(0)
     _end_distributed()
@@ -258,19 +280,34 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
+def _children(trainer: L.Trainer) -> list[int]:
+    """Ids of the worker processes that the Trainer has started."""
+    return [process.pid for process in getattr(trainer.strategy.launcher, "procs", ())]
+
+
+def _from_worker(traceback: str) -> NonFiniteError:
+    """The error that a worker process of ddp_spawn raised, from its traceback."""
+    error = NonFiniteError("")
+    error.args = (traceback.rpartition("NonFiniteError: ")[2].strip(),)
+    return error
+
+
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
         with _readable(path):
             best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(best, strict=False)
+    for name, weights in module.named_parameters():  # a step after the last validation may have broken them
+        if weights.requires_grad and not weights.isfinite().all():
+            raise NonFiniteError(f"after the last step, the weights {name} are")
 
 
 def _end_distributed() -> None:
     """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for name in (_ACTIVE_FOLDER, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (_ACTIVE_FOLDER, _MAIN_PROCESS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 
 

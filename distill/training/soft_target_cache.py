@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from distill import files
 from distill.annotation.ledger import digest
-from distill.errors import RunError
+from distill.errors import NonFiniteError, RunError
 from distill.models.backbone import Backbone, Features
 from distill.models.memory import memory_errors
 from distill.task.labels import LabelSpace
@@ -199,6 +199,13 @@ def _compute_shards(
         with memory_errors(batch.ids, "reduce assistant.model.batch_size, data.max_tokens or model.image_size"):
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
             hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
+        if not hidden.isfinite().all():
+            broken = [not part.isfinite().all() for part in hidden.split(batch.sizes.tolist())]
+            raise NonFiniteError(
+                "the assistant's soft targets are",
+                [post for post, bad in zip(batch.ids, broken, strict=False) if bad],
+                "train the assistant again",
+            )
         sizes += batch.sizes.tolist()
         if not top_k:
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})

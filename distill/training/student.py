@@ -104,6 +104,7 @@ class StudentModule(AssistantModule):
         samples = max(len(features["input_ids"]) for features in batch.values())
         for task, features in batch.items():
             loss = self.published_loss(features)
+            self._check_loss(loss, index)
             self.log(f"train/{task}_loss", loss.hard, batch_size=samples)
             self.log(f"train/{task}_kl", loss.soft, batch_size=samples)
             total = total + self.settings.tasks[task] * loss.total * len(features["input_ids"]) / samples

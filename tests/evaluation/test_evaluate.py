@@ -109,6 +109,15 @@ def test_reasoning_metrics_count_answers_that_do_not_parse() -> None:
     assert "grounded" not in metrics  # these posts have no gold attributes
 
 
+def test_published_metrics_are_those_of_the_answered_posts_and_their_own_references() -> None:
+    """The post in the middle has no rationale; its reference must not shift those of the others."""
+    texts = [rationale("negative"), None, rationale("positive")]
+    outputs = RoleOutputs(Role([]).classify(POSTS), texts, [None] * 3)
+    metrics = role_metrics(outputs, POSTS, [None] * 3, LABELS, SETTINGS, [texts[0], "another text", texts[2]])
+    assert metrics["published_rouge_l"] == pytest.approx(1.0)
+    assert metrics["parse_rate"] == 0.0, "published metrics are of raw texts"
+
+
 def test_grounded_is_the_share_of_attributes_that_the_rationales_name(postcards: Corpus) -> None:
     posts = postcards.test[:9]
     gold = [parse_or_none(post.rationale, LABELS) for post in posts]

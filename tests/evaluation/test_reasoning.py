@@ -2,7 +2,9 @@
 
 import builtins
 import logging
+import re
 import socket
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +14,10 @@ import pytest
 from huggingface_hub import constants
 
 from distill import connections
-from distill.evaluation import reasoning
-from distill.evaluation.reasoning import distinct, reasoning_metrics
+from distill.evaluation import reasoning, resources
+from distill.evaluation.reasoning import distinct, reasoning_metrics, words
 from distill.task.labels import LabelSpace
-from distill.task.rationale import Rationale, render
+from distill.task.rationale import Rationale
 
 LABELS = LabelSpace()
 MISSING = "/nowhere/all-MiniLM-L6-v2"
@@ -27,6 +29,10 @@ def rationale(words: str, prediction: str = "positive") -> Rationale:
     )
 
 
+def contents(rationale: Rationale) -> str:
+    return "\n".join(astuple(rationale))
+
+
 PREDICTIONS = [
     rationale("cheer loudly"),
     rationale("mock the view", "negative"),
@@ -36,12 +42,13 @@ PREDICTIONS = [
 REFERENCES = [rationale("cheer"), rationale("mock the sad view", "negative"), rationale("cheer"), None]
 GOLD = ["positive", "positive", "positive", "neutral"]
 CLASSIFIED = ["positive", "negative", "positive", "positive"]
-PAIRS = [(render(p), render(r)) for p, r in zip(PREDICTIONS, REFERENCES, strict=True) if p and r]
+PAIRS = [(contents(p), contents(r)) for p, r in zip(PREDICTIONS, REFERENCES, strict=True) if p and r]
 
 
 @pytest.fixture(autouse=True)
 def reset_warnings() -> None:
-    reasoning._warn_once.cache_clear()
+    for cached in (reasoning._warn_once, resources.wordnet, resources._encoder, connections.hub_reachable):
+        cached.cache_clear()
 
 
 class Wordnet:
@@ -70,7 +77,8 @@ def test_bleu_and_rouge_equal_the_libraries() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     rouge = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     measured = measure()
-    bleu = [sacrebleu.sentence_bleu(p, [r], tokenize="13a", use_effective_order=True).score / 100 for p, r in PAIRS]
+    plain = [tuple(" ".join(re.findall(r"[a-z]+", text.lower())) for text in pair) for pair in PAIRS]
+    bleu = [sacrebleu.sentence_bleu(p, [r], tokenize="none", use_effective_order=True).score / 100 for p, r in plain]
     assert len(PAIRS) == 2
     assert measured["bleu4"] == pytest.approx(np.mean(bleu))
     assert measured["rouge_l"] == pytest.approx(np.mean([rouge.score(r, p)["rougeL"].fmeasure for p, r in PAIRS]))
@@ -82,11 +90,9 @@ def test_bleu_and_rouge_equal_the_libraries() -> None:
 
 def test_meteor_equals_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = pytest.importorskip("nltk.corpus")
-    from nltk.tokenize import TreebankWordTokenizer
     from nltk.translate.meteor_score import meteor_score
 
     monkeypatch.setattr(corpus, "wordnet", Wordnet())
-    words = TreebankWordTokenizer().tokenize
     expected = [meteor_score([words(r)], words(p), wordnet=Wordnet()) for p, r in PAIRS]
     assert measure()["meteor"] == pytest.approx(np.mean(expected))
     applauds = [rationale("applaud"), *PREDICTIONS[1:]]
@@ -104,11 +110,15 @@ def test_meteor_without_its_corpus_is_left_out(
             raise LookupError("Resource wordnet not found")
 
     monkeypatch.setattr(corpus, "wordnet", Absent())
+    monkeypatch.setattr(resources, "DEBIAN_WORDNET", Path("/nowhere"))
     with caplog.at_level(logging.WARNING):
         first, second = measure(), measure()
     assert "meteor" not in first and "meteor" not in second
     warnings = [record.message for record in caplog.records if "meteor" in record.message]
-    assert warnings == ["meteor is left out: nltk's wordnet corpus is missing (python -m nltk.downloader wordnet)"]
+    assert warnings == [
+        "meteor is left out: WordNet is missing (apt install wordnet-base wordnet-sense-index, or python -m "
+        "nltk.downloader wordnet)"
+    ]
 
 
 def test_similarity_of_a_tiny_model(tmp_path: Path) -> None:
@@ -215,7 +225,7 @@ def test_an_unreachable_hub_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     connections.hub_reachable.cache_clear()
     for _ in range(2):
-        with pytest.raises(reasoning._MissingResource, match="cannot be loaded"):
+        with pytest.raises(resources.MissingResource, match="cannot be loaded"):
             reasoning._similarity([("a", "b")], "no/such-model")
     assert connections.hub_reachable.cache_info().misses == 1
     assert not connections.hub_reachable()
