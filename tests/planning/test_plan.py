@@ -107,11 +107,3 @@ def test_a_published_model_is_planned_without_its_weights(tmp_path: Path) -> Non
     layers = 2 * 2.775e9 * student.tokens[1].tokens  # all but the head of the 3B model, forward
     assert 2 * layers < student.flops[1] < 3 * layers < student.flops[0]
     assert student.source == "cached" and student.disk > 7168 * student.tokens[1].logits * student.rows
-
-
-def test_the_plan_says_that_the_third_stage_is_skipped(tmp_path: Path) -> None:
-    note = "cascade: stage 3 is skipped, because teacher.tasks has no review."
-    assert note in tables.plan_text(micro.read(micro.write(tmp_path, micro.WITH_TEACHER))).splitlines()
-    tasks = {"predict": 1.0, "classify": 1.0, "review": 1.0}
-    text = tables.plan_text(micro.read(micro.write(tmp_path, micro.WITH_TEACHER, teacher__tasks=tasks)))
-    assert note not in text and "reviews" in text

@@ -65,3 +65,11 @@ def test_figures_of_a_model_that_cannot_be_loaded_are_unknown(tmp_path: Path) ->
     assert cells["tokens per post"][0] == "?" and "?" not in cells["tokens per post"][1:]
     assert cells["FLOP per post"][:2] == ["?", "?"], "the student's FLOP include the assistant's"
     assert any(line.startswith("hard labels  tiny 64 x 1") for line in lines)
+
+
+def test_the_plan_says_that_the_third_stage_is_skipped(tmp_path: Path) -> None:
+    note = "cascade: stage 3 is skipped, because teacher.tasks has no review."
+    assert note in tables.plan_text(micro.read(micro.write(tmp_path, micro.WITH_TEACHER))).splitlines()
+    tasks = {"predict": 1.0, "classify": 1.0, "review": 1.0}
+    text = tables.plan_text(micro.read(micro.write(tmp_path, micro.WITH_TEACHER, teacher__tasks=tasks)))
+    assert note not in text and "reviews" in text
