@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distill.data.corpus import data_digest
+from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import write_text

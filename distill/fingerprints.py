@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import yaml
 
-from distill.data.corpus import data_fingerprint
+from distill.data.source import data_fingerprint
 from distill.digests import Digests
 from distill.manifest import Manifest
 from distill.recipe import Recipe, load, masked, parser

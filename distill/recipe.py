@@ -18,7 +18,8 @@ from distill.annotation.annotate import AnnotateSettings
 from distill.annotation.augment import AugmentSettings
 from distill.cascade.calibration import CalibrateSettings
 from distill.cascade.cascade import CascadeSettings
-from distill.data.corpus import DataSettings, check_labels
+from distill.data.corpus import check_labels
+from distill.data.source import DataSettings
 from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
@@ -37,7 +38,7 @@ from distill.settings import (
     parse_error_message,
     read_yaml,
 )
-from distill.task.labels import LabelSpace, Scale
+from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
@@ -47,22 +48,6 @@ from distill.training.student import StudentSettings
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 log = logging.getLogger(__name__)
-
-_NAME_BYTES = 255  # limit of file systems
-
-
-@dataclass
-class TaskSettings(Settings):
-    """The prediction task: label names or a continuous scale."""
-
-    labels: list[str] | None = None
-    """Label names, from the most negative to the most positive; null: negative, neutral and positive, or the bin
-    centres of task.scale."""
-    polarity: list[int] | None = None
-    """Polarity of each label (-1, 0 or 1); null: -1 for the first half of the labels, 1 for the second half and 0 for a
-    label in the middle. Ignored with task.scale."""
-    scale: Scale | None = None
-    """Scale of continuous labels and its division into bins; null: labels are names."""
 
 
 @dataclass
@@ -198,10 +183,7 @@ class Recipe(Settings):
     @property
     def labels(self) -> LabelSpace:
         """The label space. Raises ValueError for labels that do not form one."""
-        task = self.task
-        if task.scale is not None:
-            return LabelSpace.from_scale(task.scale, task.labels)
-        return LabelSpace.from_names(task.labels or LabelSpace().names, task.polarity)
+        return self.task.label_space
 
 
 class RecipeParser(jsonargparse.ArgumentParser):
@@ -272,8 +254,8 @@ def check(recipe: Recipe) -> None:
     """Validate combinations of settings before any model is loaded. Raises SettingsError."""
     if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name.startswith("."):
         raise SettingsError(f"name is {recipe.name!r}; it takes letters, digits, '-', '_' and '.'")
-    if (size := len(recipe.name.encode())) > _NAME_BYTES:
-        raise SettingsError(f"name has {size} bytes; it takes at most {_NAME_BYTES}, because it names a folder")
+    if (size := len(recipe.name.encode())) > 255:
+        raise SettingsError(f"name has {size} bytes; it takes at most 255, because it names a folder")
     try:
         recipe.labels  # noqa: B018
     except ValueError as error:

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from distill.data.corpus import SPLITS, Corpus, DataSettings, Dropped
+from distill.data.corpus import Corpus, Dropped
+from distill.data.source import SPLITS, DataSettings
 from distill.errors import SettingsError
 from distill.task.sample import Sample
 

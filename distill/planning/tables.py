@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from distill.data.corpus import SPLITS
+from distill.data.source import SPLITS
 from distill.models.endpoint import EndpointSettings
 from distill.planning.plan import TrainingForecast, forecast_trainings
 from distill.planning.teacher_requests import RequestForecast

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
 from distill.annotation.ledger import Ledger
-from distill.data.corpus import SPLITS
+from distill.data.source import SPLITS
 from distill.files import atomic_write, write_json
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger, digest
 from distill.data import jsonl
-from distill.data.corpus import Corpus, data_fingerprint, read_corpus, write_quarantine
+from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
+from distill.data.source import data_fingerprint
 from distill.errors import SettingsError
 from distill.files import atomic_folder
 from distill.models import backbone, text_limit, tiny

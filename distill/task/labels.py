@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from distill.errors import SettingsError
-from distill.settings import NonNegative, Range, check_limits
+from distill.settings import NonNegative, Range, Settings, check_limits
 from distill.task import reply
 
 
@@ -161,3 +161,24 @@ class LabelSpace:
         """A label space of the bins of a scale, named after their centres unless `names` are given."""
         names = names if names is not None else [f"{round(centre, 6):g}" for centre in scale.centres]
         return cls(tuple(names), tuple(int(sign) for sign in scale.polarity(scale.centres)), scale)
+
+
+@dataclass
+class TaskSettings(Settings):
+    """The prediction task: label names or a continuous scale."""
+
+    labels: list[str] | None = None
+    """Label names, from the most negative to the most positive; null: negative, neutral and positive, or the bin
+    centres of task.scale."""
+    polarity: list[int] | None = None
+    """Polarity of each label (-1, 0 or 1); null: -1 for the first half of the labels, 1 for the second half and 0 for a
+    label in the middle. Ignored with task.scale."""
+    scale: Scale | None = None
+    """Scale of continuous labels and its division into bins; null: labels are names."""
+
+    @property
+    def label_space(self) -> LabelSpace:
+        """The label space. Raises ValueError for labels that do not form one."""
+        if self.scale is not None:
+            return LabelSpace.from_scale(self.scale, self.labels)
+        return LabelSpace.from_names(self.labels or LabelSpace().names, self.polarity)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from PIL import Image
 
 from distill.data import corpus as corpus_module
 from distill.data import images
-from distill.data.corpus import Corpus, DataSettings, Dropped, data_fingerprint, read_corpus, write_quarantine
+from distill.data.corpus import Corpus, DataSettings, Dropped, read_corpus, write_quarantine
 from distill.data.postcards import PostcardSettings
 from distill.errors import RunError, SettingsError
 from distill.task.labels import LabelSpace, Scale
@@ -55,9 +53,8 @@ def names(corpus: Corpus) -> dict[str, list[str]]:
 
 def test_reads_three_files(tmp_path: Path) -> None:
     save_image(tmp_path / "images" / "a.png")
-    write(
-        tmp_path / "train.jsonl", [post("a", image="images/a.png"), post("b", label=None), post("c", label="positive")]
-    )
+    rows = [post("a", image="images/a.png"), post("b", label=None), post("c", label="positive")]
+    write(tmp_path / "train.jsonl", rows)
     corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus) == {"train": ["a", "b", "c"], "validation": ["validation"], "test": ["test"]}
     assert corpus.train[0].images == (tmp_path.resolve() / "images" / "a.png",)
@@ -325,46 +322,6 @@ def test_postcards_are_generated_and_read(tmp_path: Path) -> None:
         read_corpus(dataclasses.replace(settings, root=str(tmp_path / "mine")), LABELS)
     with pytest.raises(RunError, match="cannot write the postcards"):
         read_corpus(dataclasses.replace(settings, root=str(tmp_path / "mine" / "train.jsonl" / "below")), LABELS)
-
-
-def test_the_fingerprint_depends_on_the_data_only(tmp_path: Path) -> None:
-    root = tmp_path / "a"
-    save_image(root / "a.png")
-    write(root / "train.jsonl", [post("a", image="a.png"), post("b", image="gone.png"), post("c", image=3), b"broken"])
-    settings = valid_settings(root)
-    before = data_fingerprint(settings)
-    assert before == data_fingerprint(settings)
-    (root / "unrelated").write_text("x")
-    os.utime(root / "train.jsonl", (0, 0))
-    assert data_fingerprint(settings) == before
-    shutil.copytree(root, tmp_path / "b")
-    assert data_fingerprint(dataclasses.replace(settings, root=str(tmp_path / "b"))) == before
-
-    seen = {before}
-    Image.new("RGB", (40, 40), "blue").save(root / "a.png")
-    seen.add(data_fingerprint(settings))
-    save_image(root / "gone.png")
-    seen.add(data_fingerprint(settings))
-    write(root / "test.jsonl", [post("test", label="positive")])
-    seen.add(data_fingerprint(settings))
-    seen.add(data_fingerprint(dataclasses.replace(settings, validation=["test.jsonl"], test=["validation.jsonl"])))
-    assert len(seen) == 5
-    (root / "test.jsonl").unlink()
-    with pytest.raises(SettingsError, match=r"data\.test: cannot read"):
-        data_fingerprint(settings)
-
-
-def test_the_fingerprint_covers_the_texts_of_mvsa_and_the_settings_of_postcards(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "1.txt").write_text("one")
-    (tmp_path / "labels.txt").write_text("ID\ttext,image\n1\tneutral,neutral\n")
-    settings = DataSettings("mvsa", str(tmp_path), ["labels.txt"], test=[])
-    before = data_fingerprint(settings)
-    (tmp_path / "data" / "1.txt").write_text("two")
-    assert data_fingerprint(settings) != before
-    cards = [DataSettings("postcards", "nowhere", postcards=PostcardSettings(seed=seed)) for seed in (1, 1, 2)]
-    fingerprints = [data_fingerprint(card) for card in cards]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 @needs_shared

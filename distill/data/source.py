@@ -1,0 +1,140 @@
+"""The files of a recipe's `data` section: their rows, and digests of their content."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from distill.data import jsonl, mosi, mvsa, twitter
+from distill.data.postcards import PostcardSettings, is_generated
+from distill.digests import Digests, combine
+from distill.errors import SettingsError
+from distill.settings import Count, Range, Seed, Settings
+
+SPLITS = ("train", "validation", "test")
+Part = Annotated[float, Range(0, 1, below=True)]
+
+
+@dataclass
+class DataSettings(Settings):
+    """The data: source, files and splits."""
+
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), or postcards
+    (the built-in corpus, generated into data.root)."""
+    root: str = "data"
+    """Folder of the data. Images outside it are rejected."""
+    train: list[str] = field(default_factory=lambda: ["train.jsonl"])
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Ignored for postcards."""
+    validation: list[str] = field(default_factory=list)
+    """Files of the validation split; empty: a stratified part of the training rows is used."""
+    test: list[str] = field(default_factory=lambda: ["test.jsonl"])
+    """Files of the test split; empty: a stratified part of the training rows is used."""
+    validation_fraction: Part = 0.1
+    """Fraction of the training rows used for validation if data.validation is empty."""
+    test_fraction: Part = 0.1
+    """Fraction of the training rows used for testing if data.test is empty."""
+    seed: Seed = 42
+    """Seed of the stratified split."""
+    images: str = "images"
+    """Folder of the images of source twitter, relative to data.root. Image names in jsonl and mosi rows are relative to
+    data.root itself."""
+    max_pixels: Count = 50_000_000
+    """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
+    max_tokens: int | None = None
+    """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
+    half of the model's context, at most 4,096."""
+    too_long: Literal["truncate", "quarantine"] = "truncate"
+    """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
+    ids."""
+    postcards: PostcardSettings = field(default_factory=PostcardSettings)
+    """The built-in corpus, used if data.source is postcards."""
+
+
+def split_files(settings: DataSettings) -> dict[str, list[str]]:
+    """The files of each split, relative to the root."""
+    if settings.source == "postcards":
+        return {split: [f"{split}.jsonl"] for split in SPLITS}
+    return {"train": settings.train, "validation": settings.validation, "test": settings.test}
+
+
+def read_rows(settings: DataSettings) -> Iterator[tuple[str, str, jsonl.Row]]:
+    """Every row with its split and file."""
+    for split, files in split_files(settings).items():
+        for file in files:
+            try:
+                for row in _read(settings, split, file):
+                    yield split, file, row
+            except OSError as error:
+                path = Path(settings.root, file)
+                raise SettingsError(f"data.{split}: cannot read {path}: {error.strerror or error}") from error
+
+
+def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
+    root = Path(settings.root).resolve()
+    match settings.source:
+        case "twitter":
+            return twitter.read(root / file, settings.images)
+        case "mvsa":
+            return mvsa.read(root / file, root)
+        case "mosi":
+            return mosi.read(root / file, split)
+        case "jsonl" | "postcards":
+            return jsonl.read(root / file)
+
+
+def data_fingerprint(settings: DataSettings) -> str:
+    """Hash of the data: every row of every split file, and the names and sizes of the images.
+
+    The same data in another folder has the same fingerprint. The fingerprint of postcards is that of their settings.
+
+    Raises:
+        SettingsError: a split file is missing.
+    """
+    if settings.source == "postcards":
+        return hashlib.sha256(repr(settings.postcards).encode()).hexdigest()
+    digest = hashlib.sha256()
+    sizes: dict[str, int] = {}
+    for split, file, row in read_rows(settings):
+        try:
+            names = jsonl.image_names(row.fields)
+        except ValueError:
+            names = []
+        for name in names:
+            if name not in sizes:
+                sizes[name] = _size(Path(settings.root, name))
+        content = [split, file, row.number, row.fields, row.problem, [sizes[name] for name in names]]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def data_digest(settings: DataSettings, digests: Digests) -> str | None:
+    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of postcards.
+
+    None if the postcards are not generated yet.
+
+    Raises:
+        SettingsError: a split file is missing.
+    """
+    root = Path(settings.root)
+    if settings.source == "postcards" and not is_generated(root, settings.postcards):
+        return None
+    rows, names = [], set()
+    for split, file, row in read_rows(settings):
+        if settings.source == "postcards":
+            rows.append([split, file, row.number, row.fields, row.problem])
+        with suppress(ValueError):
+            names |= set(jsonl.image_names(row.fields))
+    found = digests.files(root / name for name in names)
+    images = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, images])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
