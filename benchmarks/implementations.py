@@ -274,4 +274,6 @@ def _packed_cost(batch: Batch, student: Backbone) -> dict[str, Any]:
 
 
 def _to(device: str, value: Any) -> Any:
-    return {name: _to(device, part) for name, part in value.items()} if isinstance(value, dict) else value.to(device)
+    if isinstance(value, dict):
+        return {name: _to(device, part) for name, part in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value

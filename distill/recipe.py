@@ -81,7 +81,7 @@ class CalibrateStageSettings(CalibrateSettings):
 
 
 @dataclass
-class CascadeTeacherSettings:
+class CascadeTeacherSettings(Settings):
     """The teacher of the cascade, for calibrate, cascade and serve. Empty: the teacher that annotates."""
 
     endpoint: EndpointSettings | None = None

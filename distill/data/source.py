@@ -44,7 +44,7 @@ class DataSettings(Settings):
     data.root itself."""
     max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
     half of the model's context, at most 4,096."""
     too_long: Literal["truncate", "quarantine"] = "truncate"

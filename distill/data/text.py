@@ -36,7 +36,8 @@ def decode_lines(raw: bytes) -> list[tuple[str, str]]:
     that a line in another encoding does not affect the others.
     """
     text, encoding = decode(raw)
-    if encoding in ("cp1252", "latin-1"):
+    wide = encoding.startswith("utf-16") and b"\n" in raw and "\n" not in text  # two marked bytes before a line
+    if wide or encoding in ("cp1252", "latin-1"):
         return [decode(line.rstrip(b"\r")) for line in raw.removeprefix(BOM_UTF8).split(b"\n")]
     return [(line.rstrip("\r"), encoding) for line in text.split("\n")]
 

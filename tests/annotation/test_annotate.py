@@ -201,7 +201,7 @@ def test_an_unknown_label_is_an_error_that_names_the_sample(tmp_path: Path, labe
 
 @pytest.mark.parametrize("field", ["retries", "temperature", "confidence", "chunk", "max_new_tokens"])
 def test_invalid_settings(field: str) -> None:
-    with pytest.raises(SettingsError, match=f"annotate.{field}"):
+    with pytest.raises(SettingsError, match=f"^{field} is -1; it takes"):
         AnnotateSettings(**{field: -1})
 
 

@@ -15,7 +15,7 @@ def test_the_calibration_is_of_the_student_and_the_validation_split(finished: Re
     content = json.loads(path.read_text())
     assert content["n"] == content["promise"]["n"] == 9
     chain = json.loads((folder / "chain.json").read_text())["stages"]
-    student = f"student-{chain['student']['fingerprint']}"
+    student = f"student-{chain['student']['identity']}"
     found = Calibration.read(path, student)
     assert 0 < found.student_temperature <= 20 and found.measure == "entropy"
     assert set(content["models"]) == {"student", "teacher"}
