@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from jinja2 import Environment, TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import SettingsError
@@ -103,7 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def damage(path: Path) -> str | None:
-    """Why a JSON, JSONL, CSV or safetensors file cannot be read; None if it can, or if it is a file of another kind.
+    """Why a JSON, JSONL, CSV, Jinja or safetensors file cannot be read; None if it can or is of another kind.
 
     Raises:
         OSError: the file cannot be opened.
@@ -123,12 +124,23 @@ def damage(path: Path) -> str | None:
                     return f"row {short} has {len(rows[short - 1])} columns instead of {len(rows[0])}"
                 if rows and not path.read_bytes().endswith(b"\n"):
                     return "the last row has no end"
+            case ".jinja":
+                _check_template(path.read_text(encoding="utf-8"))
             case ".safetensors":
                 with safe_open(path, "numpy"):
                     pass
     except (ValueError, RecursionError, csv.Error, SafetensorError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
+
+
+def _check_template(text: str) -> None:
+    """Raise ValueError for a chat template that cannot be parsed."""
+    known = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)  # a tag of transformers
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
+    except TemplateSyntaxError as error:
+        raise ValueError(error.message) from None
 
 
 def _is_object(line: bytes) -> bool:

@@ -36,7 +36,7 @@ OUTPUTS = {
     "export": ("README.md", *ADAPTER, "export.json"),
 }
 FILES = [(stage, file) for stage, files in OUTPUTS.items() for file in files]
-TEXTS = (".jinja", ".md")  # cut anywhere, they are still texts
+TEXTS = (".md",)  # cut anywhere, it is still a text
 
 
 @pytest.fixture
