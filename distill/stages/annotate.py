@@ -3,16 +3,15 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
 
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
-from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger
 from distill.data.corpus import SPLITS
-from distill.errors import RunError
+from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
@@ -26,7 +25,8 @@ def run(context: Context, tracked: StageRun) -> None:
     """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage.
 
     Raises:
-        RunError: no post has a valid rationale, or the first answers are all invalid; only the ledger is written then.
+        RunError, SettingsError: no post has a valid rationale, or the teacher's first answers are all invalid. Only the
+            ledger is written then.
     """
     settings = context.recipe.annotate
     assert settings is not None
@@ -34,6 +34,15 @@ def run(context: Context, tracked: StageRun) -> None:
     samples, tally = context.corpus.train, AnnotationCounts()
     teacher, other_servers = context.teacher(context.recipe.annotating_teacher), context.recipe.other_servers()
     first = context.first_answers("annotate")
+
+    def nothing_kept() -> Exception:
+        first.end()
+        unlabelled = tally.unlabelled["seen"] - tally.unlabelled["quarantined"]
+        counts = tally.quarantined + Counter({"without a label": unlabelled, "without a recording": tally.unannotated})
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        kind = SettingsError if teacher is None else RunError
+        return kind(f"annotate: none of the {tally.n} posts has a valid rationale ({reasons})")
+
     with (
         Ledger(folder / "ledger.jsonl") as ledger,
         atomic_write(folder / "quarantine.jsonl") as quarantine,
@@ -43,7 +52,7 @@ def run(context: Context, tracked: StageRun) -> None:
             annotate(samples, context.labels, teacher, settings, ledger, tally, show, other_servers, first)
         ) as results,
     ):
-        context.write_rationales("annotate", _kept(results, quarantine, tally, first))
+        context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
     summary = tally.summary
     if unanswered := tally.quarantined["unanswered"]:
         log.warning(
@@ -63,12 +72,12 @@ def run(context: Context, tracked: StageRun) -> None:
 
 
 def _kept(
-    results: Iterator[Kept | Quarantined], quarantine: IO[str], tally: AnnotationCounts, first: FirstAnswers
+    results: Iterator[Kept | Quarantined], quarantine: IO[str], nothing_kept: Callable[[], Exception]
 ) -> Iterator[tuple[Sample, Rationale, dict[str, Any]]]:
     """Yield the kept rationales in order of arrival; write the others to the quarantine file.
 
-    Raises:
-        RunError: none is kept.
+    Args:
+        nothing_kept: returns the error to raise if there are none.
     """
     is_empty = True
     for item in results:
@@ -79,8 +88,4 @@ def _kept(
         else:
             quarantine.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
     if is_empty:
-        first.end()
-        unlabelled = tally.unlabelled["seen"] - tally.unlabelled["quarantined"]
-        counts = tally.quarantined + Counter({"without a label": unlabelled, "without a recording": tally.unannotated})
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        raise RunError(f"annotate: none of the {tally.n} posts has a valid rationale ({reasons})")
+        raise nothing_kept()
