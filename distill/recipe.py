@@ -28,6 +28,7 @@ from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import (
+    Natural,
     SectionHelp,
     Seed,
     Settings,
@@ -112,6 +113,9 @@ class Recipe(Settings):
     """Parent folder of all chains."""
     seed: Seed = 42
     """Random seed of weight initialisation, data order and sampling."""
+    stop_after_invalid: Natural = 50
+    """A stage stops if the first answers of a teacher or of the assistant are all invalid, and this is their number;
+    retries and sampled answers count. 0: never."""
     task: TaskSettings = field(default_factory=TaskSettings)
     """The prediction task: label names or a continuous scale."""
     data: DataSettings = field(default_factory=DataSettings)

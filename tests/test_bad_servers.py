@@ -20,7 +20,7 @@ from distill.stages import annotate, calibrate, cascade, evaluate
 from distill.stages.context import Context
 from distill.tracking import Tracker, TrackingSettings
 from tests import micro
-from tests.models.bad_server import MODES, error
+from tests.models.bad_server import MODES, completion, error
 from tests.models.openai_server import COLOURS, ChatRequest, Server, token
 
 STAGES = {"annotate": annotate, "evaluate": evaluate, "calibrate": calibrate, "cascade": cascade}
@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {name: micro.RECORDED[name] for name in ("name", "seed",
         "postcards": {"labelled": 24, "unlabelled": 0, "validation": 12, "test": 12, "image_size": 28},
     },
     "annotate": {"retries": 1},
+    "stop_after_invalid": 20,
     "student": CLASSIFIER,
     "evaluate": {},
     "calibrate": {"budget": 0.5, "min_label_mass": 0.0},
@@ -44,8 +45,8 @@ SMALL: dict[str, Any] = {name: micro.RECORDED[name] for name in ("name", "seed",
 LOGPROBS = ("max_tokens", "seed", "nothing can route it")  # modes with log-probabilities
 
 
-def recipe_for(folder: Path, url: str) -> Recipe:
-    section = {"base_url": url, "model": "big-vl", "backoff_s": 0.005, "concurrency": 4}
+def recipe_for(folder: Path, url: str, **endpoint: Any) -> Recipe:
+    section = {"base_url": url, "model": "big-vl", "backoff_s": 0.005, "concurrency": 4} | endpoint
     return micro.read(micro.write(folder, SMALL, annotate__endpoint=section, annotate__max_new_tokens=300))
 
 
@@ -109,13 +110,18 @@ def strict(path: Path) -> Any:
 def test_a_bad_server_ends_in_a_table_or_in_a_sentence(folder: Path, name: str, capsys: Any) -> None:
     mode = MODES[name]
     with Server(script=mode.script(), logprobs=logprobs if name in LOGPROBS else lambda request: None) as server:
-        recipe = recipe_for(folder, server.url)
+        recipe = recipe_for(folder, server.url, **mode.endpoint)
         if mode.ends:
             with pytest.raises(RunError, match=mode.ends) as caught:
                 run_stages(recipe)
             assert "\n" not in str(caught.value)
             assert server.requests < 50, "before the fiftieth question"
-            assert (recipe.folder / "annotate" / "ledger.jsonl").read_text() == ""
+            paid = len(strict(recipe.folder / "annotate" / "ledger.jsonl"))
+            assert paid == (server.requests if mode.paid else 0)
+            if mode.paid:
+                with pytest.raises(RunError) as again:
+                    run_stages(recipe)
+                assert str(again.value) == str(caught.value) and server.requests == paid, "nothing is asked again"
             return
         run_stages(recipe)
         keys, requests = ledger_keys(recipe), server.requests
@@ -202,3 +208,44 @@ def test_posts_that_a_filter_refuses_on_test_data_have_no_label(folder: Path) ->
     for row in strict(recipe.folder / "cascade" / "decisions.jsonl"):
         if row["teacher"] is not None and not row["teacher"]["answered"]:
             assert row["teacher"]["label"] is row["teacher"]["probabilities"] is None and row["degraded"]
+
+
+@pytest.mark.parametrize(("name", "model"), [("drops connections", "big-vl"), ("an apology", "better-vl")])
+def test_a_chain_that_a_bad_server_ended_goes_on_with_a_good_one(
+    tmp_path: Path, distill: Any, name: str, model: str
+) -> None:
+    """Unanswered questions are asked again; invalid answers are not, so another model is needed."""
+    run = ("run", "--config", tmp_path / "recipe.yaml")
+    with Server(script=MODES[name].script()) as bad:
+        recipe = recipe_for(tmp_path, bad.url, max_attempts=2)
+        results = [distill(*run)]
+        asked = bad.requests
+        results += [distill(*run)] if MODES[name].paid else []
+        assert bad.requests == asked < 50
+    for result in results:
+        assert result.status == 1 and re.search(MODES[name].ends, result.error)
+    assert [path.name for path in (recipe.folder / "annotate").iterdir()] == ["ledger.jsonl"]
+    paid = strict(recipe.folder / "annotate" / "ledger.jsonl")
+    with Server() as good:
+        changes = ("--annotate.endpoint.base_url", good.url, "--annotate.endpoint.model", model)
+        result = distill(*run, *changes)
+        assert result.status == 0, result.stderr
+        asked = good.requests
+        assert distill(*run, *changes).status == 0 and good.requests == asked
+    assert strict(recipe.folder / "annotate" / "ledger.jsonl")[: len(paid)] == paid
+    check_files(recipe, 0, has_logprobs=False)
+
+
+def test_labels_that_are_none_end_the_evaluation(folder: Path) -> None:
+    """The teacher reasons in the format and names no label when it classifies."""
+
+    def script(request: ChatRequest) -> Any:
+        return completion("Who knows?") if request.text.endswith("<label>") else None
+
+    with Server(script=script) as server:
+        recipe = recipe_for(folder, server.url)
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"^evaluate: the first 20 answers .* 'Who knows\?.*none names a label"):
+                run_stages(recipe)
+            assert server.requests <= 24 + 20 + 8 * 5
+    assert not (folder / "evaluate" / "metrics.json").exists()

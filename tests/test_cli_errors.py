@@ -93,7 +93,7 @@ def test_invalid_rows_are_dropped_with_a_warning(
 def test_a_recording_without_rationales(distill: Command, tmp_path: Path) -> None:
     result = distill("run", "--config", rows_recipe(tmp_path, train=ROWS))
     assert result.status == 2
-    assert result.error.startswith("assistant: no training rows are left; ")
+    assert result.error == "annotate: none of the 30 posts has a valid rationale (30 without a recording)"
 
 
 # ---- invalid models: status 2 ----

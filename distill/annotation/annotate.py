@@ -8,9 +8,11 @@ from collections.abc import Collection, Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery, read_scores
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
+from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, PaidTotals
 from distill.annotation.scheduler import Progress, run_conversations
+from distill.annotation.scores import read_scores
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -131,6 +133,7 @@ def annotate(
     counts: AnnotationCounts,
     progress: Progress | None = None,
     other_servers: Collection[str] = (),
+    first_answers: FirstAnswers | None = None,
 ) -> Generator[Kept | Quarantined, None, None]:
     """Annotate samples with valid rationales.
 
@@ -141,18 +144,20 @@ def annotate(
         teacher: the teacher; None to use only the rationales in the data set.
         ledger: answers in the ledger are not requested again; every new answer is written to it.
         counts: updated with each sample; complete after the last result.
-        other_servers: see `CachedTeacher`.
+        other_servers, first_answers: see `CachedTeacher`.
 
     Raises:
         SettingsError: the label of a sample is not in the label space.
-        RunError: the teacher no longer answers, or the ledger cannot be written.
+        RunError: the teacher no longer answers, its first answers are all invalid, or the ledger cannot be written.
     """
 
     def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, _SampleState]:
         state = _SampleState(sample, _label(sample, labels))
         return _conversation(state, labels, settings, teacher is not None)
 
-    teacher_cache = None if teacher is None else CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers)
+    teacher_cache = None
+    if teacher is not None:
+        teacher_cache = CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers, first_answers)
     for state in run_conversations(samples, conversation, teacher_cache, progress):
         counts.add(state)
         if state.result is not None:
@@ -200,7 +205,7 @@ class _SampleState:
         self.result = Kept(self.sample, rationale, source, self.label, self.teacher_label)
 
     def quarantine(self, reason: str, detail: str, answer: str) -> None:
-        self.result = Quarantined(self.sample.id, reason, detail.removeprefix(f"{reason}: "), answer)
+        self.result = Quarantined(self.sample.id, reason, detail, answer)
 
 
 def _label(sample: Sample, labels: LabelSpace) -> str | None:
@@ -236,7 +241,7 @@ def _use_recorded(state: _SampleState, labels: LabelSpace, has_teacher: bool) ->
     except InvalidRationale as invalid:
         state.defect, state.template = invalid.reason, "explain"
         if not has_teacher:
-            state.quarantine(invalid.reason, str(invalid), state.sample.rationale)
+            state.quarantine(invalid.reason, invalid.detail, state.sample.rationale)
 
 
 def _label_if_confident(state: _SampleState, answer: Answer, labels: LabelSpace, settings: AnnotateSettings) -> None:
@@ -267,7 +272,7 @@ def _advance(state: _SampleState, answer: Answer, labels: LabelSpace, settings: 
         elif state.attempt < settings.retries:
             state.attempt, state.retried = state.attempt + 1, True
         else:
-            state.quarantine(invalid.reason, str(invalid), answer.text)
+            state.quarantine(invalid.reason, invalid.detail, answer.text)
     else:
         correct = True
         state.keep(rationale, "predicted" if state.template == "predict" else "explained")

@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
+from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger
 from distill.annotation.scheduler import Progress, run_conversations
 from distill.models.reasoner import Answer, Reasoner, Sampling
@@ -34,6 +35,7 @@ def augment(
     ledger: Ledger,
     dropped: Counter[str],
     progress: Progress | None = None,
+    first_answers: FirstAnswers | None = None,
 ) -> Iterator[tuple[Sample, Rationale]]:
     """Generate one rationale per sample, without giving the assistant the label.
 
@@ -41,9 +43,10 @@ def augment(
 
     Args:
         dropped: updated with the number of dropped rationales by the rule that they break.
+        first_answers: see `CachedTeacher`.
 
     Raises:
-        RunError: the assistant fails, or the ledger cannot be written.
+        RunError: the assistant fails, its first answers are all invalid, or the ledger cannot be written.
     """
     sampling = Sampling(settings.temperature, settings.max_new_tokens)
 
@@ -54,7 +57,7 @@ def augment(
         except InvalidRationale as invalid:
             return sample, invalid.reason
 
-    teacher_cache = CachedTeacher(assistant, labels, ledger, settings.chunk)
+    teacher_cache = CachedTeacher(assistant, labels, ledger, settings.chunk, first_answers=first_answers)
     for sample, result in run_conversations(samples, conversation, teacher_cache, progress):
         if isinstance(result, Rationale):
             yield sample, result

@@ -1,21 +1,21 @@
 """A teacher with a ledger: requests only those answers that the ledger does not have."""
 
 import contextlib
-import json
 import logging
-import math
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import numpy as np
 
+from distill.annotation.first_answers import FirstAnswers, GivenAnswer
 from distill.annotation.ledger import Ledger, PaidTotals, digest, key
+from distill.annotation.scores import read_scores, scores_text
 from distill.data.images import ImageError
-from distill.files import finite
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.endpoint.pool import as_completed
 from distill.models.endpoint.reasoner import UserMessage
@@ -27,17 +27,9 @@ from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _DIGEST_CACHE_SIZE = 4096  # image digests
-
-
-def read_scores(answer: Answer) -> tuple[list[float], float]:
-    """Probabilities [K] and label mass of a classification, which the ledger stores as JSON text; NaN if unknown."""
-    probabilities, mass = json.loads(answer.text)
-    return probabilities, math.nan if mass is None else mass
-
-
-def _scores_text(probabilities: np.ndarray, mass: float) -> str:
-    return json.dumps(finite([probabilities.tolist(), float(mass)]))
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,10 @@ class TeacherQuery:
     earlier: EarlierAnswers | None = None
 
 
+Conversation = Generator[TeacherQuery, Answer, T]
+"""About one sample: it yields a query, is sent the answer, and returns its result."""
+
+
 class CachedTeacher:
     """A `Reasoner` that takes answers from its ledger and requests the others from `teacher`. Thread-safe.
 
@@ -58,10 +54,17 @@ class CachedTeacher:
 
     Args:
         other_servers: addresses of servers that give another model the same name; their answers are not used.
+        first_answers: counts the answers, and ends the stage if the first ones are all invalid; None: nothing does.
     """
 
     def __init__(
-        self, teacher: Reasoner, labels: LabelSpace, ledger: Ledger, chunk: int, other_servers: Collection[str] = ()
+        self,
+        teacher: Reasoner,
+        labels: LabelSpace,
+        ledger: Ledger,
+        chunk: int,
+        other_servers: Collection[str] = (),
+        first_answers: FirstAnswers | None = None,
     ) -> None:
         self.name = teacher.name
         self.teacher, self.labels, self.ledger, self.chunk = teacher, labels, ledger, chunk
@@ -69,6 +72,7 @@ class CachedTeacher:
         self.max_parallel = 2 * concurrency if isinstance(teacher, Endpoint) else chunk
         self._address = teacher.settings.address if isinstance(teacher, Endpoint) else ""
         self._other_servers, self._notices = other_servers, set[str]()
+        self._first_answers = first_answers or FirstAnswers("", labels, 0)
         self._slots = threading.BoundedSemaphore(concurrency)
         self._digest = lru_cache(_DIGEST_CACHE_SIZE)(digest)
         self._lock = threading.Lock()
@@ -83,7 +87,7 @@ class CachedTeacher:
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()
     ) -> Iterator[tuple[int, Answer]]:
         """See `Reasoner.reason`. A new answer is in the ledger before it is yielded."""
-        return self.answers(samples, [TeacherQuery(template, sampling)] * len(samples))
+        return self._recalled_answers(samples, [TeacherQuery(template, sampling)] * len(samples))
 
     def classify(self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None) -> ClassScores:
         """See `Reasoner.classify`. A sample without an answer has uniform probabilities and a label mass of 0.
@@ -111,8 +115,46 @@ class CachedTeacher:
     ) -> Iterator[tuple[int, Answer]]:
         """Yield (sample index, answer) in completion order; `read_scores` reads an answer."""
         if earlier is None:
-            return self.answers(samples, [TeacherQuery("classify")] * len(samples))
-        return self.answers(samples, [TeacherQuery("review", earlier=item) for item in earlier])
+            return self._recalled_answers(samples, [TeacherQuery("classify")] * len(samples))
+        return self._recalled_answers(samples, [TeacherQuery("review", earlier=item) for item in earlier])
+
+    def recall(
+        self, samples: Iterable[Sample], conversation: Callable[[Sample], Conversation[Any]]
+    ) -> Iterator[Sample]:
+        """Follow the conversations about the first samples as far as the ledger has the answers, before any request.
+
+        They are so many that a run which ended because its first answers were all invalid ends again for nothing.
+
+        Returns:
+            All the samples.
+
+        Raises:
+            RunError: the answers in the ledger are all invalid; see `FirstAnswers`.
+        """
+        remaining, given = iter(samples), list[GivenAnswer]()
+        if not self._first_answers.limit or not len(self.ledger):
+            return remaining
+        first = list(islice(remaining, self._first_answers.limit + self.max_parallel))
+        for sample in first:
+            with contextlib.suppress(StopIteration, OSError):
+                steps = conversation(sample)
+                query = next(steps)
+                while (answer := self._paid_answer(self._key(sample, query))) is not None:
+                    given.append((sample, query.template, answer))
+                    query = steps.send(answer)
+        self._first_answers.recall(*given)
+        return chain(first, remaining)
+
+    def _recalled_answers(
+        self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]
+    ) -> Iterator[tuple[int, Answer]]:
+        remaining = iter(queries)
+
+        def conversation(_: Sample) -> Conversation[None]:
+            yield next(remaining)
+
+        self.recall(samples, conversation)
+        yield from self.answers(samples, queries)
 
     def ask(self, message: UserMessage, query: TeacherQuery, stop: threading.Event) -> Answer:
         """One answer of an endpoint. Threads with the same query share one request.
@@ -137,7 +179,10 @@ class CachedTeacher:
                 future.set_exception(error)
             with self._lock:
                 del self._in_flight[ledger_key]
-        return future.result()
+        answer = future.result()
+        if is_first:
+            self._first_answers.add((message.sample, query.template, answer))
+        return answer
 
     def _paid_answer(self, ledger_key: str) -> Answer | None:
         """The answer in the ledger: from the teacher's address, else from an unknown one, else from another one.
@@ -173,7 +218,7 @@ class CachedTeacher:
         with self._slots:
             if query.template in prompts.SCORED:
                 score = self.teacher.score(message, query.earlier, stop)
-                text = _scores_text(score.probabilities, score.label_mass)
+                text = scores_text(score.probabilities, score.label_mass, score.answer.text)
                 answer = replace(score.answer, text=text)
             else:
                 answer = self.teacher.ask(message, query.template, query.sampling, stop)
@@ -208,13 +253,17 @@ class CachedTeacher:
                 yield index, _unreadable(error)
         for ledger_key in list(waiting):
             if (answer := self._paid_answer(ledger_key)) is not None:
+                first = waiting[ledger_key][0]
+                self._first_answers.add((samples[first], queries[first].template, answer))
                 for index in waiting.pop(ledger_key):
                     yield index, answer
         keys = list(waiting)
         for chunk in (keys[begin : begin + self.chunk] for begin in range(0, len(keys), self.chunk)):
-            first = [waiting[ledger_key][0] for ledger_key in chunk]
-            for position, answer in self._ask_chunk([samples[i] for i in first], [queries[i] for i in first]):
-                self._store(chunk[position], samples[first[position]], queries[first[position]], answer)
+            firsts = [waiting[ledger_key][0] for ledger_key in chunk]
+            for position, answer in self._ask_chunk([samples[i] for i in firsts], [queries[i] for i in firsts]):
+                sample, query = samples[firsts[position]], queries[firsts[position]]
+                self._store(chunk[position], sample, query, answer)
+                self._first_answers.add((sample, query.template, answer))
                 for index in waiting[chunk[position]]:
                     yield index, answer
 
@@ -229,7 +278,7 @@ class CachedTeacher:
         costs = scores.costs or (Cost(calls=1),) * len(samples)
         for index, (row, mass, cost) in enumerate(zip(scores.probabilities, scores.label_mass, costs, strict=True)):
             error = None if mass != 0 else "the model gave no answer"
-            yield index, Answer(_scores_text(row, mass), True, error=error, **asdict(cost))
+            yield index, Answer(scores_text(row, mass), True, error=error, **asdict(cost))
 
     def _key(self, sample: Sample, query: TeacherQuery) -> str:
         text = prompts.render(query.template, sample, self.labels, query.earlier)

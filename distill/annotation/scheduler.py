@@ -1,15 +1,12 @@
-"""Runs many conversations with one teacher in parallel and yields their results in sample order.
-
-A conversation is a generator about one sample: it yields a query, is sent the answer, and returns its result.
-"""
+"""Runs many conversations with one teacher in parallel and yields their results in sample order."""
 
 import operator
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
+from distill.annotation.cached_teacher import CachedTeacher, Conversation, TeacherQuery
 from distill.models.endpoint import Endpoint
 from distill.models.endpoint.pool import as_completed
 from distill.models.reasoner import Answer
@@ -17,8 +14,6 @@ from distill.task import prompts
 from distill.task.sample import Sample
 
 T = TypeVar("T")
-
-Conversation = Generator[TeacherQuery, Answer, T]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and the total number of samples (0 if it is unknown)."""
@@ -43,11 +38,14 @@ def run_conversations(
         teacher_cache: the teacher; None if no conversation yields a query.
 
     Raises:
-        RunError: the teacher no longer answers, or the ledger cannot be written; paid answers are kept.
+        RunError: the teacher no longer answers, its first answers are all invalid, or the ledger cannot be written.
+            Paid answers are kept.
     """
     window: deque[_OpenConversation[T]] = deque()
     max_window = _WINDOW * (1 if teacher_cache is None else teacher_cache.max_parallel)
     total = operator.length_hint(samples)
+    if teacher_cache is not None:
+        samples = teacher_cache.recall(samples, conversation)
 
     def opened() -> Iterator[_OpenConversation[T]]:
         for sample in samples:

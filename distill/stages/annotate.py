@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
@@ -10,6 +11,7 @@ from typing import IO, Any
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
 from distill.annotation.ledger import Ledger
 from distill.data.source import SPLITS
+from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
@@ -20,23 +22,43 @@ log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage."""
+    """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage.
+
+    Raises:
+        RunError, SettingsError: no post has a valid rationale, or the teacher's first answers are all invalid. Only the
+            ledger is written then.
+    """
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
     samples, tally = context.corpus.train, AnnotationCounts()
     teacher, other_servers = context.teacher(context.recipe.annotating_teacher), context.recipe.other_servers()
+    first = context.first_answers("annotate")
+
+    def nothing_kept() -> Exception:
+        first.end()
+        unlabelled = tally.unlabelled["seen"] - tally.unlabelled["quarantined"]
+        counts = tally.quarantined + Counter({"without a label": unlabelled, "without a recording": tally.unannotated})
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        kind = SettingsError if teacher is None else RunError
+        return kind(f"annotate: none of the {tally.n} posts has a valid rationale ({reasons})")
+
     with (
         Ledger(folder / "ledger.jsonl") as ledger,
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
-        closing(annotate(samples, context.labels, teacher, settings, ledger, tally, show, other_servers)) as results,
+        closing(
+            annotate(samples, context.labels, teacher, settings, ledger, tally, show, other_servers, first)
+        ) as results,
     ):
-        context.write_rationales("annotate", _kept(results, quarantine))
+        context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
     summary = tally.summary
     if unanswered := tally.quarantined["unanswered"]:
-        log.warning("%d posts got no answer; the reasons are in %s", unanswered, folder / "quarantine.jsonl")
+        log.warning(
+            "%d posts got no answer; the reasons are in %s; to ask for them again, delete %s and run: distill run",
+            unanswered, folder / "quarantine.jsonl", folder / "summary.json",
+        )  # fmt: skip
     if filtered := tally.quarantined["filtered"]:
         log.warning(
             "%d posts were refused by a content filter; they are listed in %s", filtered, folder / "quarantine.jsonl"
@@ -50,12 +72,20 @@ def run(context: Context, tracked: StageRun) -> None:
 
 
 def _kept(
-    results: Iterator[Kept | Quarantined], quarantine: IO[str]
+    results: Iterator[Kept | Quarantined], quarantine: IO[str], nothing_kept: Callable[[], Exception]
 ) -> Iterator[tuple[Sample, Rationale, dict[str, Any]]]:
-    """Yield the kept rationales in order of arrival; write the others to the quarantine file."""
+    """Yield the kept rationales in order of arrival; write the others to the quarantine file.
+
+    Args:
+        nothing_kept: returns the error to raise if there are none.
+    """
+    is_empty = True
     for item in results:
         if isinstance(item, Kept):
+            is_empty = False
             extra = {"source": item.source, "teacher_label": item.teacher_label}
             yield replace(item.sample, label=item.label), item.rationale, extra
         else:
             quarantine.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+    if is_empty:
+        raise nothing_kept()

@@ -1,5 +1,6 @@
 """Stage `augment`: rationales by the assistant on the training posts; those with the correct label are kept."""
 
+import logging
 from collections import Counter
 
 from distill.annotation.augment import augment
@@ -7,6 +8,8 @@ from distill.annotation.ledger import Ledger
 from distill.files import write_json
 from distill.stages.context import Context, progress
 from distill.tracking import StageRun
+
+log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
@@ -19,14 +22,18 @@ def run(context: Context, tracked: StageRun) -> None:
     folder = context.folder / "augment"
     assistant = context.reasoner("assistant")
     dropped: Counter[str] = Counter()
+    first = context.first_answers("augment")
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
-        kept = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show)
+        kept = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show, first)
         rows = (
             (post, rationale, {"source": "augmented", "teacher_label": post.id not in labelled})
             for post, rationale in kept
         )
         context.write_rationales("augment", rows)
     summary = {"n": len(posts), "kept": len(posts) - dropped.total(), "dropped": dict(dropped)}
+    if not summary["kept"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        log.warning("augment: none of the assistant's %d rationales is kept (%s)", len(posts), reasons)
     write_json(folder / "summary.json", summary)
     tracked.log({key: value for key, value in summary.items() if isinstance(value, int)})
     tracked.log_artifact("augmented-rationales", "dataset", folder / "rationales.jsonl")

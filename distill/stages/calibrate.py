@@ -11,16 +11,17 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     student = context.reasoner("student")
     scores = student.classify(samples)
-    with context.cached_teacher(for_cascade=True) as teacher:
+    with context.cached_teacher("calibrate") as teacher:
         assert teacher is not None  # guaranteed by the validation of the recipe
-        content = calibrate(
-            [sample.label for sample in samples if sample.label is not None],
-            scores,
-            teacher.classify(samples),
-            (student.name, teacher.name),
-            context.labels,
-            settings,
-            reviews=context.recipe.reviews,
-        )
+        teacher_scores = teacher.classify(samples)
+    content = calibrate(
+        [sample.label for sample in samples if sample.label is not None],
+        scores,
+        teacher_scores,
+        (student.name, teacher.name),
+        context.labels,
+        settings,
+        reviews=context.recipe.reviews,
+    )
     write_json(context.folder / "calibrate" / "calibration.json", content)
     tracked.log({f"calibrate/{name}": value for name, value in content.items() if isinstance(value, int | float)})

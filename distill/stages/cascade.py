@@ -29,7 +29,7 @@ def run(context: Context, tracked: StageRun) -> None:
         log.warning("stage 3 of the cascade is skipped: teacher.tasks has no review, so the teacher did not learn it")
     gold = [sample.label for sample in samples if sample.label is not None]
     student_scores, teacher_scores = student.classify(samples), None
-    with context.cached_teacher(for_cascade=True) as teacher:
+    with context.cached_teacher("cascade") as teacher:
         assert teacher is not None  # guaranteed by the validation of the recipe
         decisions = run_cascade(samples, student_scores, teacher, policy)
         if settings.deferral_curve:

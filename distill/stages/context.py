@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from distill.annotation.cached_teacher import CachedTeacher
+from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
 from distill.data import jsonl
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
@@ -214,15 +215,27 @@ class Context:
         return None
 
     @contextmanager
-    def cached_teacher(self, *, for_cascade: bool = False) -> Iterator[CachedTeacher | None]:
-        """The teacher for evaluate, calibrate and cascade, which share a ledger: no request is paid for twice."""
+    def cached_teacher(self, stage: str) -> Iterator[CachedTeacher | None]:
+        """The teacher for evaluate, calibrate and cascade, which share a ledger: no request is paid for twice.
+
+        Raises:
+            RunError: the answers of an endpoint are all invalid. Those of a model on this machine are a result.
+        """
+        for_cascade = stage != "evaluate"
         teacher = self.teacher(self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher)
         if teacher is None:
             yield None
             return
         with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
             others = self.recipe.other_servers(for_cascade=for_cascade)
-            yield CachedTeacher(teacher, self.labels, ledger, chunk=256, other_servers=others)
+            first = self.first_answers(stage) if isinstance(teacher, Endpoint) else None
+            yield CachedTeacher(teacher, self.labels, ledger, 256, others, first)
+            if first is not None:
+                first.end()
+
+    def first_answers(self, stage: str) -> FirstAnswers:
+        """A check of the first answers that a stage gets."""
+        return FirstAnswers(stage, self.labels, self.recipe.stop_after_invalid)
 
     @property
     def device(self) -> str:

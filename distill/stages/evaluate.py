@@ -28,7 +28,7 @@ def run(context: Context, tracked: StageRun) -> None:
         with progress(f"evaluate {role}") as show:
             outputs[role] = evaluate_role(reasoner, samples, labels, settings, template, show)
 
-    with context.cached_teacher() if settings.teacher else nullcontext() as teacher:
+    with context.cached_teacher("evaluate") if settings.teacher else nullcontext() as teacher:
         if teacher is not None:
             evaluate("teacher", teacher, "predict" if recipe.annotate is not None else None)
     del teacher  # frees the memory of a local teacher

@@ -31,11 +31,12 @@ _LEAKS = (
 
 
 class InvalidRationale(ValueError):
-    """A teacher's answer that is not used for training; `reason` is the rule that it violates."""
+    """A teacher's answer that is not used for training: the rule that it violates, and what is wrong."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason: Reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True)

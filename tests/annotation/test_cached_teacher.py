@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery, read_scores
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.ledger import Ledger
+from distill.annotation.scores import read_scores
 from distill.errors import RunError
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling
 from distill.task.labels import LabelSpace

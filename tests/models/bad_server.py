@@ -1,12 +1,14 @@
 """A server with the faults of real ones: each mode is a script for `openai_server.Server`."""
 
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from tests.models.openai_server import ChatRequest, answer
+from tests.models.openai_server import DROPPED, ChatRequest, answer, rationale
 
 Reply = tuple[int, Any]
 Script = Callable[[ChatRequest], Reply | None]
@@ -19,12 +21,16 @@ class Mode:
     Attributes:
         script: creates the script of one server.
         ends: a pattern of the message that ends the run; empty if the run gets its answers.
+        paid: whether the run that ends has paid answers.
         filtered: the number of posts that are refused by a filter; the first ones.
+        endpoint: settings of the endpoint.
     """
 
     script: Callable[[], Script]
     ends: str = ""
+    paid: bool = False
     filtered: int = 0
+    endpoint: dict[str, Any] = field(default_factory=dict)
 
 
 def completion(content: Any, finish: str = "stop", **message: Any) -> Reply:
@@ -86,6 +92,23 @@ def filtering(reply: Reply, count: int) -> Callable[[], Script]:
                 if len(refused) < count:
                     refused.add(post)
                 return reply if post in refused else None
+
+        return script
+
+    return create
+
+
+def slow(seconds: float, count: float = math.inf) -> Callable[[], Script]:
+    """The usual answer, late for the first requests."""
+
+    def create() -> Script:
+        late, lock = list[bool](), threading.Lock()
+
+        def script(request: ChatRequest) -> None:
+            with lock:
+                late.append(len(late) < count)
+                is_late = late[-1]
+            time.sleep(seconds * is_late)
 
         return script
 
@@ -168,4 +191,26 @@ MODES: dict[str, Mode] = {
     "an unknown model": Mode(
         always(error("The model `big-vl` does not exist", 404)), r"does not serve big-vl .*does not exist"
     ),
+    "prose without fields": Mode(
+        wrapped(lambda text: completion("This post is " + text.rpartition(" ")[2])),
+        r"^annotate: the first 20 answers are all invalid, .*'This post is negative' \(Text_analysis is missing\)",
+        paid=True,
+    ),
+    "a label outside the set": Mode(
+        always(completion(rationale("happy"))), r"all invalid.*\(Prediction is 'happy', not one label\)", paid=True
+    ),
+    "an apology": Mode(
+        always(completion("I'm sorry, but I can't help with that.")),
+        r'such as "I\'m sorry, but I can\'t help with that." \(Text_analysis is missing\)',
+        paid=True,
+    ),
+    "cut answers": Mode(
+        wrapped(lambda text: completion(text[:40], "length")), r"all invalid.*raise annotate\.max_new_tokens", paid=True
+    ),
+    "slow": Mode(slow(0.6), r"in a row unanswered: .*[Tt]imed out", endpoint={"timeout_s": 0.3, "max_attempts": 2}),
+    "slow at first": Mode(slow(1.5, 6), endpoint={"timeout_s": 1.0}),
+    "drops connections": Mode(
+        always((DROPPED, None)), r"in a row unanswered: .*closed connection", endpoint={"max_attempts": 2}
+    ),
+    "drops connections at first": Mode(first_attempts((DROPPED, None))),
 }

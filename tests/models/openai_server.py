@@ -28,6 +28,9 @@ LABELS = LabelSpace()
 COLOURS = {"negative": (200, 30, 30), "neutral": (30, 30, 200), "positive": (30, 200, 30)}
 """Mean image colour of each label."""
 
+DROPPED = 0
+"""Instead of a status: the connection is closed without a reply."""
+
 
 @dataclass
 class ChatRequest:
@@ -190,6 +193,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind, status, content = server.reply(request)
         with server.lock:
             server.in_flight -= 1
+        if status == DROPPED:
+            self.close_connection = True
+            return
         try:
             path = urlsplit(self.path).path  # a proxy receives the whole URL
             self.send_response(status if path == "/v1/chat/completions" else 404)

@@ -14,6 +14,7 @@ from distill.errors import RunError
 from distill.recipe import Recipe
 from distill.task.rationale import check
 from tests import micro
+from tests.models.bad_server import error
 from tests.models.openai_server import ChatRequest, Server, rationale
 
 
@@ -129,3 +130,36 @@ def test_image_names_are_relative_to_the_data_root(stage: str, finished: Recipe,
     kept = rows(folder / stage / "rationales.jsonl")
     assert all((Path(finished.data.root) / name).is_file() for row in kept for name in row["images"])
     assert all(row["images"] and row["attributes"]["face"] for row in kept)
+
+
+def test_without_any_rationale_the_stage_fails_and_only_the_ledger_remains(tmp_path: Path) -> None:
+    """A content filter refuses every post."""
+    with Server(script=lambda request: error("filtered", code="content_filter")) as server:
+        endpoint = {"base_url": server.url, "model": "big-vl"}
+        recipe = micro.read(micro.write(tmp_path, micro.RECORDED | {"annotate": {"endpoint": endpoint}}))
+        message = r"^annotate: none of the 36 posts has a valid rationale \(27 filtered, 9 without a label\)$"
+        with pytest.raises(RunError, match=message):
+            chain.run(recipe)
+    assert [path.name for path in (recipe.folder / "annotate").iterdir()] == ["ledger.jsonl"]
+
+
+def test_unanswered_posts_are_named_with_the_command_that_asks_them_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Server() as server:
+        server.refuse = lambda body: (400, "not this one") if server.requests in (3, 6) else None
+        endpoint = {"base_url": server.url, "model": "big-vl", "concurrency": 1, "json_schema": False}
+        recipe = micro.read(micro.write(tmp_path, micro.RECORDED | {"annotate": {"endpoint": endpoint}}))
+        with caplog.at_level("WARNING", logger="distill"):
+            chain.run(recipe, until="annotate")
+        summary = recipe.folder / "annotate" / "summary.json"
+        unanswered = json.loads(summary.read_text())["quarantined"]["by_reason"]["unanswered"]
+        quarantine = recipe.folder / "annotate" / "quarantine.jsonl"
+        assert f"{unanswered} posts got no answer; the reasons are in {quarantine}; to ask for them again, delete " in (
+            caplog.text
+        )
+        server.refuse, paid = lambda body: None, server.paid
+        summary.unlink()
+        chain.run(recipe, until="annotate")
+        assert unanswered == 2 and server.paid >= paid + 2
+    assert len(rows(recipe.folder / "annotate" / "rationales.jsonl")) == 27

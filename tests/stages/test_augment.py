@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from distill import chain
 from distill.data.corpus import read_corpus
+from distill.errors import RunError
 from distill.recipe import Recipe
 from distill.task.rationale import check
+from tests import micro
 
 
 def test_kept_rationales_are_correct_and_dropped_ones_are_counted(finished: Recipe, folder: Path) -> None:
@@ -30,3 +35,21 @@ def test_each_post_gets_one_reason_prompt_without_its_label(folder: Path) -> Non
     summary = json.loads((folder / "augment" / "summary.json").read_text())
     assert {(entry["template"], entry["temperature"]) for entry in ledger} == {("reason", 0.7)}
     assert len({entry["key"] for entry in ledger}) == len(ledger) == summary["n"]
+
+
+def test_an_assistant_without_a_usable_rationale_is_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained for two epochs, it does not keep the format; the student then learns from the teacher alone."""
+    recipe = micro.read(micro.write(tmp_path, micro.RECORDED, stop_after_invalid=10))
+    with pytest.raises(RunError, match=r"^augment: the first 10 answers are all invalid"):
+        chain.run(recipe, until="augment")
+    lines = (recipe.folder / "augment" / "ledger.jsonl").read_bytes().count(b"\n")
+    assert 10 <= lines <= 27
+    recipe = micro.read(micro.write(tmp_path, micro.RECORDED, stop_after_invalid=0))
+    with caplog.at_level("WARNING", logger="distill"):
+        assert chain.run(recipe, until="augment") == ["augment"]
+    summary = json.loads((recipe.folder / "augment" / "summary.json").read_text())
+    assert summary["kept"] == 0 and sum(summary["dropped"].values()) == 27
+    reason, count = max(summary["dropped"].items(), key=lambda item: item[1])
+    assert f"augment: none of the assistant's 27 rationales is kept ({count} {reason}" in caplog.text
