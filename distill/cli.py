@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"distill: {arguments[0]} is not a command; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    logs.configure()
+    is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
+    logs.configure(main=is_main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         _command(arguments[0], arguments[1:])
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distill: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt as interruption:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # not in the other processes of a training
+        if is_main:
             print(INTERRUPTED, file=sys.stderr)
         return 143 if isinstance(interruption, Terminated) else 130
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it

@@ -6,13 +6,17 @@ import warnings
 from distill.masking import mask
 
 
-def configure() -> None:
-    """Show info messages of distill; hide the routine messages and warnings of the libraries."""
+def configure(*, main: bool = True) -> None:
+    """Show info messages of distill; hide the routine messages and warnings of the libraries.
+
+    Args:
+        main: False in the other processes of a training, whose messages are those of the main process again.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, _MaskingFormatter):
             handler.setFormatter(_MaskingFormatter(handler.formatter))
-    logging.getLogger("distill").setLevel(logging.INFO)
+    logging.getLogger("distill").setLevel(logging.INFO if main else logging.ERROR)
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.ERROR)
     for name in ("rank_zero", "distributed"):

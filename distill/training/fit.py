@@ -134,6 +134,8 @@ class _Process(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         handle_sigterm(self.main_process)
+        if not trainer.is_global_zero:
+            logs.configure(main=False)
 
 
 def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,6 +275,8 @@ def _expected_errors() -> Iterator[None]:
     except Exception as error:
         if (failure := processes.expected_failure(error)) is not None:
             raise failure from error
+        if isinstance(error, torch.multiprocessing.ProcessRaisedException):  # its message is a whole traceback
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         refused = isinstance(error, MisconfigurationException) or "val_check_interval" in str(error)
         if refused and isinstance(error, ValueError | MisconfigurationException):  # more batches than there are
             raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error

@@ -111,8 +111,13 @@ def _ended(children: Sequence[Any]) -> str | None:
     for rank, child in enumerate(children, start=1):
         poll = getattr(child, "poll", None)  # the processes of ddp_spawn are watched by torch
         if poll is not None and (status := poll()):
-            reason = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            return f"process {rank} of the training {reason}; run the same command again to continue"
+            if status > 0:
+                return (
+                    f"process {rank} of the training ended with status {status}; run the same command again to continue"
+                )
+            return (
+                f"process {rank} of the training was killed by signal {-status}; run the same command again to continue"
+            )
     return None
 
 
