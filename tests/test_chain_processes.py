@@ -108,10 +108,10 @@ def start(path: Path, *flags: str, what: str = "runs") -> "subprocess.Popen[str]
 
 
 def run(path: Path, *flags: str, what: str = "runs") -> tuple[int, str, str]:
-    """Exit status, output and messages of a command that must end within two minutes."""
+    """Exit status, output and messages of a command that must end within four minutes."""
     process = start(path, *flags, what=what)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, out, err
@@ -137,7 +137,7 @@ def pids(path: Path, count: int = 2) -> list[int]:
     """The process ids of all processes, as soon as they hang."""
     files, begin = [path.with_name(f"pid{rank}") for rank in range(count)], time.monotonic()
     while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() - begin < 120
+        assert time.monotonic() - begin < 240
         time.sleep(0.1)
     return [int(file.read_text()) for file in files]
 
