@@ -1,14 +1,14 @@
 """The command line: `distill COMMAND --config RECIPE`."""
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
+from distill import logs
 from distill.errors import RunError, SettingsError
-from distill.masking import mask
+from distill.masking import describe, mask
+from distill.training.shutdown import INTERRUPTED, Terminated, raise_on_sigterm
 
 COMMANDS = {
     "run": "run all stages that are not up to date; resumes after an interruption",
@@ -40,7 +40,11 @@ Any field of the recipe can be overridden by its dotted name: --student.distilla
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted)."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted), 143 (SIGTERM).
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     listed = "\n".join(f"  {name:<10} {description}" for name, description in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -54,22 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"distill: {arguments[0]} is not a command; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    _configure_logging()
+    is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
+    logs.configure(main=is_main)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         _command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except (SettingsError, RunError) as error:
-        print(f"distill: {_one_line(error)}", file=sys.stderr)
+        print(f"distill: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
-    except KeyboardInterrupt:
-        print("distill: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        if is_main:
+            print(INTERRUPTED, file=sys.stderr)
+        return 143 if isinstance(interruption, Terminated) else 130
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - a bug: print the traceback and one line
         print(mask(traceback.format_exc()), file=sys.stderr, end="")
-        print(f"distill: unexpected {type(error).__name__}: {mask(str(error))}", file=sys.stderr)
+        print(f"distill: {describe(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -94,7 +101,8 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     if command == "serve":
         serve.run(settings, chain.input_fingerprints(settings, command, ("teacher", "student", "calibrate")))
         return
-    ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)
+    with raise_on_sigterm():
+        ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)
     if not ran:
         print(f"{settings.folder}: nothing to do, all stages are up to date")
     elif command == "run":
@@ -103,30 +111,3 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         if ran or not report.is_current(settings):
             report.run(settings)
         print(report.summary(settings))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(mask(str(error))).splitlines())
-
-
-class _MaskingFormatter(logging.Formatter):
-    """Masks passwords in the lines of another formatter."""
-
-    def __init__(self, inner: logging.Formatter | None) -> None:
-        super().__init__()
-        self._inner = inner or logging.Formatter()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return str(mask(self._inner.format(record)))
-
-
-def _configure_logging() -> None:
-    """Show info messages of distill; hide the routine messages and warnings of the libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for handler in logging.getLogger().handlers:
-        if not isinstance(handler.formatter, _MaskingFormatter):
-            handler.setFormatter(_MaskingFormatter(handler.formatter))
-    logging.getLogger("distill").setLevel(logging.INFO)
-    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchdata|transformers|peft)\..*")

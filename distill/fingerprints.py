@@ -5,7 +5,7 @@ settings name. `manifest.py` compares both with what the last run of the stage h
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ from distill.manifest import Manifest
 from distill.recipe import Recipe, load, masked, parser
 from distill.task import prompts
 from distill.training.fit import with_defaults
+from distill.training.processes import process_count
 
 _IRRELEVANT = frozenset({
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",
@@ -25,6 +26,14 @@ _IRRELEVANT = frozenset({
     "prompt_price", "completion_price",
 })  # fmt: skip
 """Fields that do not change results, in any section."""
+
+_DEVICES = frozenset({"accelerator", "devices", "num_nodes", "strategy"})
+"""Trainer arguments that say where a training runs. With more devices a step has more posts, but a training that was
+begun on some devices is continued on others, and what it has trained is kept."""
+
+_ACCUMULATION = "accumulate_grad_batches"
+
+_TRAININGS = ("teacher", "assistant", "student")
 
 _LENGTH = frozenset({"max_epochs", "max_steps"})
 """Trainer arguments that a training can continue from if they are raised."""
@@ -92,7 +101,8 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
     """Replace the fingerprints of an earlier version in a manifest by those of this one, without writing it.
 
     Earlier versions hashed all settings, and had fewer. The run's `recipe.yaml` has the settings as they were: an entry
-    is translated if its fingerprint is that of `recipe.yaml`.
+    is translated if its fingerprint is that of `recipe.yaml`. Other numbers of devices and of accumulated batches that
+    make the same number of posts per step are the same settings.
     """
     old = {
         name: entry for name, entry in manifest.stages.items() if entry.get("fingerprint") != current.whole.get(name)
@@ -104,8 +114,9 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         written = load(parser("run"), ["--config", str(path)])[0]
         data = data_fingerprint(replace(written.data, root=recipe.data.root))
-        formulas = [_hashes(settings, data, stages), _hashes(_without(settings, _IRRELEVANT), data, stages)]
-        today = _fingerprints(written, data, stages)
+        ignored: list[frozenset[str]] = [frozenset(), _IRRELEVANT, _IRRELEVANT | _DEVICES]  # by version, today's last
+        formulas = [_hashes(_without(settings, names), data, stages) for names in ignored]
+        today = _fingerprints(_same_steps(written, recipe), data, stages)
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # SettingsError among them
         return
     for name, entry in old.items():
@@ -114,10 +125,35 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
             manifest.stages[name] = {"identity": fingerprint} | entry | today.entry(name)
 
 
+def _same_steps(written: Recipe, recipe: Recipe) -> Recipe:
+    """`written` with the accumulation of `recipe`, if every training has the same number of posts per step in both."""
+    if _posts_per_step(written) != _posts_per_step(recipe):
+        return written
+    sections: dict[str, Any] = {"trainer": _with_accumulation(written.trainer, recipe.trainer)}
+    for name in _TRAININGS:
+        if (section := getattr(written, name)) is not None:
+            trainer = _with_accumulation(section.trainer, getattr(recipe, name).trainer)
+            sections[name] = replace(section, trainer=trainer)
+    return replace(written, **sections)
+
+
+def _posts_per_step(recipe: Recipe) -> dict[str, int]:
+    steps = {}
+    for name in _TRAININGS:
+        if (section := getattr(recipe, name)) is not None:
+            given = with_defaults(recipe.trainer, section.trainer)
+            steps[name] = section.batch_size * process_count(given) * given.get(_ACCUMULATION, 1)
+    return steps
+
+
+def _with_accumulation(written: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    return _without(written, {_ACCUMULATION}) | {k: value for k, value in current.items() if k == _ACCUMULATION}
+
+
 def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fingerprints:
-    settings = _without(masked(recipe), _IRRELEVANT)
+    settings = _without(masked(recipe), _IRRELEVANT | _DEVICES)
     limits = {}
-    for name in ("teacher", "assistant", "student"):
+    for name in _TRAININGS:
         if (section := getattr(recipe, name)) is not None:
             given = with_defaults(recipe.trainer, section.trainer)
             values = [given.get(limit) for limit in ("max_epochs", "max_steps")]
@@ -155,7 +191,7 @@ def _section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> lis
     return values
 
 
-def _without(settings: Any, names: frozenset[str]) -> Any:
+def _without(settings: Any, names: Set[str]) -> Any:
     """Settings without the fields of these names, at any depth."""
     if not isinstance(settings, Mapping):
         return settings

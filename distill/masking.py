@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distill.errors import RunError, SettingsError
+
 MASK = "***"
 
 _LOGIN = re.compile(r"(?<=://)[^\s/?#]*@")
@@ -34,3 +36,9 @@ def mask(value: Any) -> Any:
 def is_variable_name(text: str) -> bool:
     """Whether a text can be the name of an environment variable, and does not look like a key."""
     return bool(re.fullmatch(r"[A-Za-z_]\w*", text, re.ASCII)) and (text in os.environ or not _KEY.search(text))
+
+
+def describe(error: BaseException) -> str:
+    """One masked line about an error; one that is not expected, a bug, is named as such."""
+    line = " ".join(str(mask(str(error))).splitlines())
+    return line if isinstance(error, SettingsError | RunError) else f"unexpected {type(error).__name__}: {line}"

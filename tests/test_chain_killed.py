@@ -20,6 +20,7 @@ from distill import cli
 from distill.chain import STAGES, run, stages_of
 from distill.recipe import Recipe
 from tests import micro
+from tests.models.openai_server import Server
 
 
 def command(path: Path) -> None:
@@ -124,14 +125,38 @@ def test_a_chain_killed_in_every_stage_completes_without_paying_for_a_request_tw
 
 
 @pytest.mark.slow
-def test_an_interrupted_training_exits_with_130_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_ends_and_keeps_its_checkpoint(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     path = micro.write(tmp_path, micro.RECORDED, assistant__trainer={"max_epochs": 200})
     recipe = micro.read(path)
     process = start(path)
     wait_until_in_progress(process, "assistant", recipe)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    assert process.exitcode == 130
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == status
     assert micro.manifest(recipe)["assistant"]["status"] == "failed"
     last = torch.load(recipe.folder / "assistant" / "checkpoints" / "last.ckpt", weights_only=True)
     assert 0 < last["global_step"] < 200 * 4
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_annotation_keeps_the_answers_on_their_way(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    with Server(delay_s=0.5) as server:
+        endpoint = {"base_url": server.url, "model": "m", "concurrency": 3}
+        path = micro.write(tmp_path, micro.RECORDED, annotate={"endpoint": endpoint})
+        process = start(path)
+        wait_until_in_progress(process, "annotate", micro.read(path))
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode == status
+        asked = server.requests
+        ledger = micro.read(path).folder / "annotate" / "ledger.jsonl"
+        assert len(ledger.read_text().splitlines()) == asked < 27
+        server.delay_s = 0.0
+        run(micro.read(path), until="annotate")
+    questions = [json.dumps(request.body["messages"]) for request in server.received]
+    assert len(questions) == len(set(questions)) > asked

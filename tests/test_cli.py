@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill import __version__, cli
+from distill import __version__, logs
 from distill.cli import COMMANDS, main
 from tests import micro
 from tests.commands import Command, Result
@@ -73,7 +73,7 @@ def test_an_unexpected_error_prints_a_traceback_and_one_line(
 
 
 def test_routine_messages_of_lightning_are_hidden() -> None:
-    cli._configure_logging()
+    logs.configure()
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         assert not logging.getLogger(f"lightning.pytorch.{name}").isEnabledFor(logging.INFO)
 

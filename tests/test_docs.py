@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill import chain, cli, recipe, settings_reference
+from distill import chain, cli, logs, recipe, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import PostcardSettings
 from distill.planning import tables
@@ -40,7 +40,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(tables, "plan_text", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr(logs, "configure", lambda **_: None)
     monkeypatch.chdir(ROOT)
     return seen
 

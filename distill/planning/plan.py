@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.planning.training_cost import (
@@ -20,6 +18,7 @@ from distill.planning.training_cost import (
 from distill.planning.workload import ChainForecast, TrainingRows, sample_by_length
 from distill.training.assistant import TrainSettings
 from distill.training.batches import target_answer
+from distill.training.processes import process_count, uses_cuda
 from distill.training.soft_target_cache import disk_space
 from distill.training.student import StudentSettings
 
@@ -118,7 +117,7 @@ def _forecast_training(
         source = "cached" if use_cache else "online"
     module = None if assistant is None else assistant.model
     arguments = forecast.context.trainer_arguments(settings)
-    half, cuda = "16" in str(arguments.get("precision", "")), _uses_cuda(arguments)
+    half, cuda = "16" in str(arguments.get("precision", "")), uses_cuda(arguments)
     return replace(
         training,
         flops=training_flops(model.model, settings, published, ours, assistant=module, source=source, epochs=epochs),
@@ -135,7 +134,7 @@ def _epochs_and_steps(
 ) -> tuple[float, float]:
     """Return the number of epochs and optimizer steps; infinite if neither is limited."""
     arguments = forecast.context.trainer_arguments(settings)
-    batches = math.ceil(math.ceil(rows / _process_count(arguments)) / settings.batch_size)
+    batches = math.ceil(math.ceil(rows / process_count(arguments)) / settings.batch_size)
     limit = arguments.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit if isinstance(limit, int) else int(batches * limit))
@@ -147,18 +146,3 @@ def _epochs_and_steps(
         return max_steps / steps, max_steps
     epochs = math.inf if max_epochs < 0 else max_epochs * epoch_factor
     return epochs, epochs * steps if steps else 0
-
-
-def _process_count(arguments: dict[str, Any]) -> int:
-    """Return the number of processes that Lightning would start; `auto` is resolved for this machine."""
-    devices, nodes = arguments.get("devices", "auto"), arguments.get("num_nodes", 1)
-    if isinstance(devices, str) and devices != "auto":
-        devices = [part for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
-    if devices in ("auto", -1):
-        devices = torch.cuda.device_count() if _uses_cuda(arguments) else 1
-    return max(len(devices) if isinstance(devices, list) else devices, 1) * nodes
-
-
-def _uses_cuda(arguments: dict[str, Any]) -> bool:
-    accelerator = arguments.get("accelerator", "auto")
-    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

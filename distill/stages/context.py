@@ -38,7 +38,8 @@ from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import fit, should_train, with_defaults, worker_folder
+from distill.training.fit import fit, with_defaults
+from distill.training.processes import should_train, worker_folder
 
 log = logging.getLogger(__name__)
 

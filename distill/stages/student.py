@@ -14,7 +14,7 @@ from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training import soft_target_cache
 from distill.training.batches import encode, prompts_and_answers
-from distill.training.fit import worker_folder
+from distill.training.processes import worker_folder
 from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import OnlineTargets
 from distill.training.student import StudentModule, StudentSettings

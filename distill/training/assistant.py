@@ -223,8 +223,9 @@ class AssistantModule(L.LightningModule):
             begun = restart_epoch(checkpoint["loops"]["fit_loop"])
             self._resume_state["gradients"] = {}
             if self.trainer.is_global_zero:
-                message = "the training ran in %d process(es) and is resumed in %d%s"
-                log.warning(message, earlier, processes, ": the current epoch begins anew" if begun else "")
+                epoch = checkpoint["epoch"]
+                goes_on = f"epoch {epoch} begins anew" if begun else f"epoch {epoch} was complete and is kept"
+                log.warning("the training ran on %d device(s) and goes on with %d: %s", earlier, processes, goes_on)
 
     def on_train_start(self) -> None:
         if self._resume_state is None:

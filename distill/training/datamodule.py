@@ -1,6 +1,7 @@
 """Lightning datamodule of all trainings: multitask training batches and labelled validation samples."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
@@ -71,8 +72,9 @@ class ReasoningDataModule(L.LightningDataModule):
     gold label indices [B], the gold values [B] on the label scale (NaN without a scale), and the ids.
 
     Training samples without an answer to any of the tasks are dropped. The others are shuffled by seed and epoch,
-    batched by length and divided among the processes. The training loader is stateful: a resumed run continues within
-    the epoch at the next batch. Validation samples are padded with gold index -1 to the same number in every process.
+    batched by length and divided among the processes; if they cannot be divided equally, a few of them, others in each
+    epoch, are trained twice. The training loader is stateful: a resumed run continues within the epoch at the next
+    batch. Validation samples are padded with gold index -1 to the same number in every process.
 
     Raises:
         SettingsError: no training sample has an answer.
@@ -115,6 +117,7 @@ class ReasoningDataModule(L.LightningDataModule):
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,
+            multiprocessing_context=self._workers_context,
             collate_fn=self.encode,
             generator=self._generator(),
         )
@@ -127,6 +130,7 @@ class ReasoningDataModule(L.LightningDataModule):
             items[rank::world_size],  # type: ignore[arg-type]
             self.backbone.settings.batch_size,
             num_workers=self.workers,
+            multiprocessing_context=self._workers_context,
             collate_fn=self._validation_batch,
             generator=self._generator(),
         )
@@ -145,6 +149,11 @@ class ReasoningDataModule(L.LightningDataModule):
     def _processes(self) -> tuple[int, int]:
         """Return the number of processes and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    @property
+    def _workers_context(self) -> str | None:
+        """How workers start. In the processes of ddp_spawn they would be spawned too, and a loader has no copy."""
+        return "fork" if self.workers and sys.platform == "linux" else None
 
     def _generator(self) -> torch.Generator:
         """Return the generator of a loader; the global generator is left to dropout."""

@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import logging
 import os
 import pickle
 import re
@@ -19,13 +20,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from distill import logs
 from distill.errors import NonFiniteError, SettingsError
 from distill.files import atomic_write
 from distill.models.memory import memory_errors
 from distill.settings import Range
+from distill.training import processes
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.shutdown import end_on_sigterm
+from distill.training.shutdown import end_together, handle_sigterm, kill
+
+log = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -72,11 +77,8 @@ _UNLIMITED = {"max_epochs": -1, "max_steps": -1, "devices": -1, "num_sanity_val_
 _HARDWARE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "sync_batchnorm")
 """Trainer arguments that another machine may accept."""
 
-_ACTIVE_FOLDER = "DISTILL_ACTIVE_FIT"
-"""Environment variable that passes the folder of the running training to worker processes."""
-
-_MAIN_PROCESS = "DISTILL_MAIN_PROCESS"
-"""Environment variable that passes the id of the main process to worker processes."""
+_FAILURE = ".worker.part"
+"""File in a training's folder in which a worker process describes its failure."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -120,6 +122,22 @@ class LatestCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+class _Process(L.Callback):
+    """Sets up each process of a training: logging in those that ddp_spawn starts, and the handler of SIGTERM."""
+
+    def __init__(self, main_process: int) -> None:
+        self.main_process = main_process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        logs.configure()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        handle_sigterm(self.main_process)
+        if not trainer.is_global_zero:
+            logs.configure(main=False)
+
+
 def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
     """Merge Trainer arguments: later sections override earlier ones, all override DEFAULTS.
 
@@ -131,15 +149,6 @@ def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("max_steps", -1) != -1:
         given = {"max_epochs": -1} | given
     return DEFAULTS | given
-
-
-def should_train(folder: Path) -> bool:
-    """Whether this process takes part in the training in `folder`.
-
-    A strategy that starts worker processes by running the command again (ddp) makes them reach every earlier training
-    as well; a worker skips all trainings except the one that started it.
-    """
-    return not _is_worker() or os.environ.get(_ACTIVE_FOLDER) == str(folder)
 
 
 def fit(
@@ -158,18 +167,16 @@ def fit(
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
-        RunError: there is not enough memory for a step.
+        RunError: there is not enough memory for a step, an image cannot be read, or a process of the training ended.
     """
     checkpoints = folder / "checkpoints"
-    worker = _is_worker()
-    os.environ[_ACTIVE_FOLDER] = str(folder)
-    parent = int(os.environ[_MAIN_PROCESS]) if worker else None
-    if not worker:
-        os.environ[_MAIN_PROCESS] = str(os.getpid())
+    main_process = processes.begin(folder)
+    worker = main_process is not None
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
     earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
-    extra = {"callbacks": [best, LatestCheckpoint(last)], "logger": [CSVLogger(folder, name="", version=""), *loggers]}
+    callbacks = [_Process(main_process or os.getpid()), best, LatestCheckpoint(last)]
+    extra = {"callbacks": callbacks, "logger": [CSVLogger(folder, name="", version=""), *loggers]}
     try:
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -177,29 +184,29 @@ def fit(
     if isinstance(trainer.strategy, DDPStrategy) and any(not sample.images for sample in data.train):
         # weights that a batch does not use, such as those of the vision tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+    if (twice := -len(data.train) % trainer.world_size) and not worker:
+        message = "%d of %d posts are trained twice in each epoch, so that all %d devices have as many"
+        log.info(message, twice, len(data.train), trainer.world_size)
+
+    def children() -> Sequence[Any]:
+        return getattr(trainer.strategy.launcher, "procs", ())
+
     try:
         with (
-            end_on_sigterm(lambda: _children(trainer), parent),
+            end_together(children, main_process, folder / _FAILURE),
+            _expected_errors(),
             memory_errors(lambda: module.current_ids, _MEMORY_REMEDY),
         ):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-    except SystemExit:  # raised by Lightning after Ctrl-C or SIGTERM
-        raise KeyboardInterrupt from None
-    except NonFiniteError:
-        if worker:  # the main process raises the same error; a failed worker would kill it first
+    except SystemExit as interruption:  # raised by Lightning after Ctrl-C or SIGTERM
+        if worker:
             sys.exit(0)
-        raise
-    except (ValueError, MisconfigurationException) as error:
-        if isinstance(error, ValueError) and "val_check_interval" not in str(error):
-            raise
-        raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error  # more batches than there are
-    except torch.multiprocessing.ProcessRaisedException as error:  # ddp_spawn
-        if "NonFiniteError: " not in str(error):
-            raise
-        raise _from_worker(str(error)) from None
+        kill(children())
+        cause = interruption.__context__  # Lightning exits when it handles a KeyboardInterrupt
+        raise (type(cause) if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
     if worker:
         sys.exit(0)
-    _end_distributed()
+    processes.end()
     if earlier is not None:
         _merge_metrics(earlier, folder / "metrics.csv")
     _load_best(module, checkpoints)
@@ -260,13 +267,20 @@ def _trainer(arguments: Mapping[str, Any], folder: Path, **extra: Any) -> L.Trai
     )
 
 
-def worker_folder() -> Path | None:
-    """Return the folder of the training that started this worker process; None in the process that the user started."""
-    return Path(os.environ[_ACTIVE_FOLDER]) if _is_worker() else None
-
-
-def _is_worker() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+@contextmanager
+def _expected_errors() -> Iterator[None]:
+    """Raise SettingsError or RunError for what a training may fail with, in this or another process."""
+    try:
+        yield
+    except Exception as error:
+        if (failure := processes.expected_failure(error)) is not None:
+            raise failure from error
+        if isinstance(error, torch.multiprocessing.ProcessRaisedException):  # its message is a whole traceback
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
+        refused = isinstance(error, MisconfigurationException) or "val_check_interval" in str(error)
+        if refused and isinstance(error, ValueError | MisconfigurationException):  # more batches than there are
+            raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+        raise
 
 
 @contextmanager
@@ -280,18 +294,6 @@ def _readable(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def _children(trainer: L.Trainer) -> list[int]:
-    """Ids of the worker processes that the Trainer has started."""
-    return [process.pid for process in getattr(trainer.strategy.launcher, "procs", ())]
-
-
-def _from_worker(traceback: str) -> NonFiniteError:
-    """The error that a worker process of ddp_spawn raised, from its traceback."""
-    error = NonFiniteError("")
-    error.args = (traceback.rpartition("NonFiniteError: ")[2].strip(),)
-    return error
-
-
 def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     path = checkpoints / "best.ckpt"
     if path.exists():  # fast_dev_run writes no checkpoint
@@ -301,14 +303,6 @@ def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     for name, weights in module.named_parameters():  # a step after the last validation may have broken them
         if weights.requires_grad and not weights.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
-
-
-def _end_distributed() -> None:
-    """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    for name in (_ACTIVE_FOLDER, _MAIN_PROCESS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def _move_earlier_metrics(path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from distill.models import tiny
 from distill.planning import plan
 from distill.planning.workload import ChainForecast
 from distill.training.batches import encode, encode_tasks
+from distill.training.processes import process_count
 from tests import micro
 from tests.test_recipes import qwen_config
 
@@ -64,7 +65,7 @@ def test_steps_follow_from_the_arguments_of_the_trainer(tmp_path: Path) -> None:
 )
 def test_processes_are_counted_as_by_lightning(devices: Any, count: int) -> None:
     arguments = {"accelerator": "cpu"} | ({} if devices is None else {"devices": devices})
-    assert plan._process_count(arguments) == count
+    assert process_count(arguments) == count
 
 
 def test_with_one_epoch_or_positions_all_the_assistant_runs_online(tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from distill.data.corpus import DataSettings, read_corpus
-from distill.training.fit import fit, should_train
+from distill.training.fit import fit
+from distill.training.processes import should_train
 from tests.training.training_runs import LABELS, QUIET, Runs
 from distill.training.datamodule import ReasoningDataModule
 

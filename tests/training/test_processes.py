@@ -123,7 +123,7 @@ def test_a_training_killed_in_two_processes_is_resumed_in_one(
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(AssistantModule, "encode", encoded)
         train(str(model_folder), postcards, tmp_path)
-    said = "the training ran in 2 process(es) and is resumed in 1: the current epoch begins anew"
+    said = "the training ran on 2 device(s) and goes on with 1: epoch 0 begins anew"
     assert said in caplog.text
     assert state(tmp_path)["global_step"] == 3 + 2 * 12
     assert state(tmp_path)["epoch"] == 1 and len(set(seen[:12])) == 12 == len(set(seen[12:24])), "two whole epochs"
