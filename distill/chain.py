@@ -31,8 +31,8 @@ from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
 from distill.stages.context import Context
 from distill.tracking import Tracker
-from distill.training.fit import try_trainer
 from distill.training.processes import worker_folder
+from distill.training.trainer_arguments import try_trainer
 
 log = logging.getLogger(__name__)
 

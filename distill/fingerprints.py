@@ -17,8 +17,8 @@ from distill.digests import Digests
 from distill.manifest import Manifest
 from distill.recipe import Recipe, load, masked, parser
 from distill.task import prompts
-from distill.training.fit import with_defaults
 from distill.training.processes import process_count
+from distill.training.trainer_arguments import with_defaults
 
 _IRRELEVANT = frozenset({
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",

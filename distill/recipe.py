@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import lightning as L
 import yaml
 
 from distill.annotation.annotate import AnnotateSettings
@@ -43,8 +41,8 @@ from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
-from distill.training.fit import check_trainer, try_trainer
 from distill.training.student import StudentSettings
+from distill.training.trainer_arguments import check_trainer, try_trainer
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -264,12 +262,12 @@ def check(recipe: Recipe) -> None:
         recipe.labels  # noqa: B018
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    _check_trainer(recipe.trainer, "trainer")
+    check_trainer(recipe.trainer, "trainer")
     for stage in ("teacher", "assistant", "student"):
         settings: TrainSettings | None = getattr(recipe, stage)
         if settings is not None:
             check_tasks(settings.tasks, f"{stage}.tasks")
-            _check_trainer(settings.trainer, f"{stage}.trainer")
+            check_trainer(settings.trainer, f"{stage}.trainer")
             try_trainer(recipe.trainer, settings.trainer, stage, on_cpu=True)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
@@ -329,22 +327,6 @@ def _check_teachers(recipe: Recipe) -> None:
         raise SettingsError(
             "calibrate needs a teacher: a teacher section, or the endpoint or model of annotate or cascade.teacher"
         )
-
-
-def _check_trainer(arguments: Mapping[str, Any], field: str) -> None:
-    """Raise SettingsError for an argument name or value that lightning.Trainer does not accept."""
-    check_trainer(arguments, field)
-    try:
-        _trainer_options().parse_object({"trainer": dict(arguments)})
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise SettingsError(parse_error_message(Recipe, error).replace("trainer", field, 1)) from None
-
-
-@functools.cache
-def _trainer_options() -> jsonargparse.ArgumentParser:
-    options = jsonargparse.ArgumentParser(exit_on_error=False)
-    options.add_class_arguments(L.Trainer, "trainer")
-    return options
 
 
 def to_yaml(recipe: Recipe) -> str:

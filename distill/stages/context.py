@@ -38,8 +38,9 @@ from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import fit, with_defaults
+from distill.training.fit import fit
 from distill.training.processes import should_train, worker_folder
+from distill.training.trainer_arguments import with_defaults
 
 log = logging.getLogger(__name__)
 

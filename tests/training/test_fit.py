@@ -16,7 +16,7 @@ from distill.data.corpus import Corpus
 from distill.errors import SettingsError
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.fit import check_trainer, fit
+from distill.training.fit import fit
 from tests.training.training_runs import QUIET, Killed, Runs, is_equal, metrics, state
 
 
@@ -137,15 +137,6 @@ def test_a_truncated_row_of_the_metrics_does_not_stop_the_next_run(runs: Runs, t
 
 
 # ---- arguments of the Trainer ----
-
-
-def test_unknown_and_reserved_trainer_arguments_are_rejected() -> None:
-    check_trainer({"max_epochs": 3, "precision": "bf16-mixed", "strategy": "ddp", "val_check_interval": 0.1}, "trainer")
-    with pytest.raises(SettingsError, match=r"student\.trainer\.epochs is not a setting of lightning\.Trainer"):
-        check_trainer({"epochs": 3}, "student.trainer")
-    for reserved in ("logger", "callbacks", "plugins", "enable_checkpointing", "self"):
-        with pytest.raises(SettingsError, match=rf"trainer\.{reserved} "):
-            check_trainer({reserved: True}, "trainer")
 
 
 @pytest.mark.parametrize("arguments", [{"precision": "13"}, {"accelerator": "abacus"}, {"strategy": "none_such"}])
