@@ -141,12 +141,22 @@ def build(section: type, values: Any, path: str = "") -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number and a date as text, and tells a blank value from null."""
+    """Reads 1e-4 as a number and a date as text, tells a blank value from null, and refuses a name given twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 _BLANK = object()

@@ -131,6 +131,9 @@ def test_an_invalid_file_is_named(tmp_path: Path) -> None:
     for content, problem in (
         ("name: [x\n  foo: }", "is not valid YAML"),
         ("name: q\n\tseed: 1\n", "line 2"),
+        ("seed: 1\nname: q\nseed: 2\n", "seed is given twice"),
+        ("student: {batch_size: 1, 'batch_size': 2}\n", "batch_size is given twice"),
+        ("student: {}\nname: q\nstudent:\n", "student is given twice"),
         ("", "has no fields"),
         ("- a\n- b\n", "has no fields"),
     ):
@@ -164,6 +167,7 @@ def test_an_error_of_a_section_has_its_dotted_name(name: str, value: Any, messag
         ({"name": "a/b"}, "name is 'a/b'; it takes letters"),
         ({"name": "../up"}, "name is '../up'; it takes letters"),
         ({"name": ".hidden"}, "name is '.hidden'; it takes letters"),
+        ({"task.labels": []}, "task.labels needs at least two names"),
         ({"task.labels": ["one"]}, "task.labels needs at least two names"),
         ({"task.labels": ["a", "A"]}, "task.labels has a label twice"),
         ({"task.polarity": [1]}, "task.polarity needs one of -1, 0 and 1 for each label"),

@@ -118,8 +118,9 @@ def test_numbers_and_text_of_a_file_keep_their_types(path: Path) -> None:
         yaml.safe_dump(content)
         .replace("name: 1e3", "name: '1e3'")
         .replace("learning_rate: 0.005", "learning_rate: 5e-3")
+        .replace("mode: disabled", "group: 2026-11-26")
     )
-    path.write_text(text + "tracking: {group: 2026-11-26}\n")
+    path.write_text(text)
     recipe = loaded("--config", str(path))
     assert (recipe.name, recipe.tracking.group) == ("1e3", "2026-11-26")
     assert recipe.assistant is not None and recipe.assistant.learning_rate == 5e-3

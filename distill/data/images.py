@@ -24,6 +24,7 @@ class ImageError(ValueError):
     """An image that is unsafe or cannot be decoded. The message names the image."""
 
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _OPENING = threading.Lock()
 _DECODE_SLOTS = threading.BoundedSemaphore(os.cpu_count() or 1)  # bounds the memory of concurrent decoding
 
@@ -32,8 +33,11 @@ def resolve(root: Path, name: str) -> Path:
     """Resolve `name` relative to `root`, following links. The file need not exist.
 
     Raises:
-        ImageError: the path is outside `root` (through `..`, an absolute path or a link), or is not a valid path.
+        ImageError: the path is outside `root` (through `..`, an absolute path or a link), is an address, or is not a
+            valid path.
     """
+    if _ADDRESS.match(name):
+        raise ImageError(f"{name[:80]!r} is an address; store the image in the data root and give its file name")
     try:
         base = root.resolve()
         path = (base / name).resolve()

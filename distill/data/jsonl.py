@@ -6,6 +6,7 @@ the inverse of `to_sample`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,21 @@ def read(path: Path) -> Iterator[Row]:
     """Yield every row of a file. A line that is not a JSON object yields a row with a `problem`."""
     for number, line, encoding in lines(path):
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             yield Row(number, problem=f"is not valid JSON: {error}")
         else:
             problem = None if isinstance(fields, dict) else "is not a JSON object"
             yield Row(number, {} if problem else fields, problem, encoding)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that is given twice: one of the values would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name} is given twice")
+    return fields
 
 
 def image_names(fields: Mapping[str, Any]) -> list[str]:
@@ -71,17 +81,21 @@ def image_names(fields: Mapping[str, Any]) -> list[str]:
 def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     """Convert a row's fields to a sample. The label and the content of the images are not checked here.
 
-    Characters that no model accepts are replaced in its texts (`data/text.py`, `clean`).
+    Characters that no model accepts are replaced in its texts (`data/text.py`, `clean`). NaN is how Python libraries
+    write a missing value.
 
     Raises:
         ValueError: a field is missing or has the wrong type, the id or an image name is not valid Unicode, there is
             neither text nor image, or an image is outside `root`.
     """
+    fields = {name: None if value != value else value for name, value in fields.items()}
     identity = fields.get("id")
     if isinstance(identity, int | float) and not isinstance(identity, bool) and identity % 1 == 0:
         identity = str(int(identity))
-    if not isinstance(identity, str) or not identity.strip():
-        raise ValueError("id is missing" if identity in (None, "") else f"id must be text, not {identity!r}")
+    if identity is None or (isinstance(identity, str) and not identity.strip()):
+        raise ValueError("id is missing")
+    if not isinstance(identity, str):
+        raise ValueError(f"id must be text, not {identity!r}")
     names = image_names(fields)
     text = _text(fields, "text") or ""
     if not text.strip() and not names:
@@ -93,7 +107,7 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     if not all(isinstance(value, str) for value in attributes.values()):
         raise ValueError("attributes must be text")
     attributes = {clean(name): clean(value) for name, value in attributes.items()}
-    aspect, rationale = _text(fields, "aspect"), _text(fields, "rationale")
+    aspect, rationale, label = _text(fields, "aspect"), _text(fields, "rationale"), fields.get("label")
     if clean(identity) != identity or any(clean(name) != name for name in names):
         raise ValueError("the id or an image name has control characters or is not valid Unicode")
     return Sample(
@@ -101,7 +115,7 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
         text=text,
         images=tuple(resolve(root, name) for name in names),
         aspect=(aspect or "").strip() or None,
-        label=fields.get("label"),
+        label=None if isinstance(label, str) and not label.strip() else label,
         rationale=rationale,
         attributes=attributes,
     )

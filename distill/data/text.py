@@ -1,9 +1,15 @@
 """Texts as found: bytes of unknown encoding, and characters that no model or file format accepts."""
 
 import re
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 
-_BOMS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16-le", BOM_UTF16_BE: "utf-16-be"}
+_BOMS = {
+    BOM_UTF8: "utf-8",
+    BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark it begins with
+    BOM_UTF32_BE: "utf-32-be",
+    BOM_UTF16_LE: "utf-16-le",
+    BOM_UTF16_BE: "utf-16-be",
+}
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _UNUSABLE = re.compile("[\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
@@ -12,17 +18,21 @@ _UNUSABLE = re.compile("[\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U00
 def decode(raw: bytes) -> tuple[str, str]:
     """Decode a text and return it with the name of its encoding.
 
-    The first of these that fits: a byte order mark (UTF-8, UTF-16); UTF-16 without one, where every second byte is
-    zero; strict UTF-8; strict GB18030, if most of its characters are common ones; Windows-1252; and, for bytes that are
-    undefined there, Latin-1. Some texts of MVSA were saved as GB18030, in which only quotes, dashes and emoji differ
-    from ASCII.
+    The first of these that fits: a byte order mark (UTF-8, UTF-16, UTF-32); UTF-16 without one, where every second byte
+    is zero; strict UTF-8; UTF-8 that ends within a character; strict GB18030, if most of its characters are common
+    ones; Windows-1252; and, for bytes that are undefined there, Latin-1. Some texts of MVSA were saved as GB18030, in
+    which only quotes, dashes and emoji differ from ASCII.
     """
     for mark, encoding in _BOMS.items():
         if raw.startswith(mark) and (text := _strict(raw[len(mark) :], encoding)) is not None:
             return text, encoding
     if (wide := _unmarked_utf16(raw)) and (text := _strict(raw, wide)) is not None:
         return text, wide
-    for encoding in ("utf-8", "gb18030", "cp1252"):
+    if (text := _strict(raw, "utf-8")) is not None:
+        return text, "utf-8"
+    if (text := _cut_utf8(raw)) is not None:
+        return text, "cut utf-8"
+    for encoding in ("gb18030", "cp1252"):
         text = _strict(raw, encoding)
         if text is not None and (encoding != "gb18030" or _is_plausible_gb18030(text)):
             return text, encoding
@@ -53,6 +63,17 @@ def _strict(raw: bytes, encoding: str) -> str | None:
         return raw.decode(encoding)
     except UnicodeDecodeError:
         return None
+
+
+def _cut_utf8(raw: bytes) -> str | None:
+    """UTF-8 that is invalid only because it ends within a character, after another one of several bytes."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        head = raw[: error.start].decode()
+        if error.reason == "unexpected end of data" and not head.isascii():
+            return f"{head}\ufffd"
+    return None
 
 
 def _unmarked_utf16(raw: bytes) -> str | None:

@@ -87,7 +87,7 @@ class Gateway:
         """`POST /v1/sentiment`."""
         async with self.admission.admit(request) as admitted:
             body = protocol.read(SentimentRequest, admitted.body)
-            images = [] if body.image is None else [body.image]
+            images = [image] if (image := body.image or "").strip() else []
             result = await self._classify(body.text, images, body.aspect, body.rationale, admitted.deadline)
         return JSONResponse(self._result_json(result))
 
@@ -263,12 +263,14 @@ def create_app(gateway: Gateway) -> FastAPI:
         ("GET", "/health/ready", gateway.readiness),
         ("GET", "/metrics", gateway.show_metrics),
         ("GET", "/v1/models", gateway.list_models),
+        ("GET", "/v1/models/", gateway.list_models),  # otherwise a model without a name
         ("GET", "/v1/models/{model:path}", gateway.show_model),
         ("POST", "/v1/sentiment", gateway.sentiment),
         ("POST", "/v1/chat/completions", gateway.chat),
         ("POST", "/tokenize", gateway.tokenize),
     ):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]  # monitors ask with HEAD
+        app.add_api_route(path, handler, methods=methods, response_model=None)
     app.add_exception_handler(RequestError, _error_response)
     app.add_exception_handler(HTTPException, _error_response)
     return app
@@ -278,7 +280,9 @@ async def _error_response(request: Request, error: Exception) -> Response:
     """Every error in OpenAI's format."""
     if isinstance(error, HTTPException):
         route = f"{request.method} {request.url.path[:100]}"
-        message = f"{route} is not a route of this server; docs/serving.md lists the routes"
+        methods = (error.headers or {}).get("Allow")
+        remedy = f"the path takes {methods}" if methods else "docs/serving.md lists the routes"
+        message = f"{route} is not a route of this server; {remedy}"
         return JSONResponse(RequestError(error.status_code, message).body(), error.status_code, headers=error.headers)
     assert isinstance(error, RequestError)
     return JSONResponse(error.body(), error.status, headers=error.headers)

@@ -21,6 +21,7 @@ class RequestError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str
     ) -> None:
+        message = " ".join(message.split())  # a name that the client sent may have line breaks
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -189,13 +190,13 @@ def _validation_error(kind: type[_Request], content: Json, error: ValidationErro
     names: list[str] = []
     value: Any = content
     for part in deepest["loc"]:  # pydantic's path contains the names of union variants, which are skipped
-        child = value[part] if isinstance(value, list) and isinstance(part, int) else None
-        if isinstance(value, dict) and (part in value or part == deepest["loc"][-1]):
-            child = value.get(part)
-        elif child is None:
+        if isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif isinstance(value, dict) and (part in value or deepest["type"] == "missing"):
+            value = value.get(part)
+        else:
             continue
         names.append(str(part))
-        value = child
     path = ".".join(names)[:200]
     if deepest["type"] == "missing":
         return RequestError(400, f"{path} is required", param=path)

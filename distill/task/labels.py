@@ -130,11 +130,11 @@ class LabelSpace:
     def find(self, answer: str | None) -> str | None:
         """The one label that an answer names, as its first line or after `"Prediction":`; None if there is none.
 
-        Thoughts, tags, code fences, case and surrounding punctuation are ignored. Anything else beside the label, such
-        as "not" or a second label, makes it no label.
+        Thoughts, tags, code fences, case, surrounding punctuation and a confidence in parentheses are ignored. Anything
+        else beside the label, such as "not" or a second label, makes it no label.
         """
         text = reply.final_text(answer)
-        return self._named(reply.first_line(text[reply.label_start(text, self.is_label) :]))
+        return self._named(reply.label_value(text[reply.label_start(text, self.is_label) :]))
 
     def is_label(self, text: str) -> bool:
         """Whether a text is a label up to case and surrounding punctuation."""
@@ -181,4 +181,4 @@ class TaskSettings(Settings):
         """The label space. Raises ValueError for labels that do not form one."""
         if self.scale is not None:
             return LabelSpace.from_scale(self.scale, self.labels)
-        return LabelSpace.from_names(self.labels or LabelSpace().names, self.polarity)
+        return LabelSpace.from_names(LabelSpace().names if self.labels is None else self.labels, self.polarity)

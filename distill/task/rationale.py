@@ -1,6 +1,6 @@
 """The five-field rationale of MulCoT-RD (arXiv 2508.05234): parsing, rendering and validation.
 
-Teachers write the fields in several formats: quoted lines, Markdown headings or JSON, with or without a code fence. A
+Teachers write the fields in several formats: quoted lines, Markdown headings or tables, XML or JSON, fenced or not. A
 field starts only where its name is at the start of a line and has the same markup as the first field. An answer may
 therefore quote a post that contains field names. If it is ambiguous which prediction belongs to the answer, the answer
 is malformed.
@@ -12,17 +12,19 @@ from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from distill.task.labels import LabelSpace
-from distill.task.reply import QUOTES, final_text
+from distill.task.reply import LEAD, QUOTES, final_text
 
 FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion", "Prediction")
 
 Reason = Literal["malformed", "contradicts", "unfinished", "leaks"]
 
 _NAME = {name: name.replace("_", r"(?:\\?_|[ -])?") for name in FIELDS}  # also "Text analysis" and "Text\\_analysis"
+_END = rf"(?:>|[{QUOTES}*_\])）】 \t\u00a0\u3000]*[:：|])"  # `>` of an XML tag, `|` of a table's cell
 _HEADER = re.compile(
-    rf"^([ \t>#*\-{{(\d.){QUOTES}]*)\b({'|'.join(_NAME.values())})\b[{QUOTES}* \t]*(?:[:：]|$)",
-    re.IGNORECASE | re.MULTILINE,
+    rf"^((?:{LEAD}|[{{<])*)({'|'.join(_NAME.values())})(?:{_END}|\b[{QUOTES}*_ \t]*$)", re.IGNORECASE | re.MULTILINE
 )
+_BLOCK = re.compile(r"[>|][+-]?[ \t]*\n")  # YAML's marks of a text on the next lines
+_CLOSING = re.compile(r"\s*(?:</\w+>|(?<=\s)\|)\s*$")
 _PLAIN_QUOTES = str.maketrans("“”„‟＂‘’‚＇", '"""""\'\'\'\'')
 _QUOTATION = re.compile(r"[\"“‘'「]([^\"“”‘’「」\n]+)[\"”’'」]")
 _LEAKS = (
@@ -59,7 +61,7 @@ def parse(answer: str, labels: LabelSpace) -> Rationale:
     """
     answer = final_text(answer)
     for name in FIELDS[:4]:
-        if len(re.findall(rf"{_NAME[name]}[\\{QUOTES}* \t]*[:：]", answer, re.IGNORECASE)) > 1:
+        if len(re.findall(rf"(?<!/){_NAME[name]}\\*{_END}", answer, re.IGNORECASE)) > 1:
             raise InvalidRationale("malformed", f"{name} is given twice")  # one is a quotation; ambiguous
     fields = _from_json(answer) or _from_lines(answer)
     for name in FIELDS:
@@ -155,6 +157,9 @@ def _from_lines(body: str) -> dict[str, list[str]]:
     fields: dict[str, list[str]] = {}
     for header, end in zip(headers, ends, strict=True):
         name, value = _field_name(header), body[header.end() : end].strip()
+        if block := _BLOCK.match(value):
+            value = value[block.end() :]
+        value = _CLOSING.sub("", value)
         if name == "Prediction":  # only the line of the label; the rest is commentary
             value = next((line for line in value.splitlines() if line.strip(" \t*_\"'`")), "")
         elif end < len(body):
@@ -183,4 +188,4 @@ def _canonical(name: str) -> str:
 
 def _markup(header: re.Match[str]) -> set[str]:
     """The markup of a field's name: quotes, heading or bold characters."""
-    return set(header.group(1).translate(_PLAIN_QUOTES)) & set("\"'`#*")
+    return set(header.group(1).translate(_PLAIN_QUOTES)) & set("\"'`#*|<[【_")

@@ -1,37 +1,53 @@
-"""Cleaning of a model's answer: thoughts, tags, code fences and the punctuation around a label.
+"""Cleaning of a model's answer: thoughts, tags, code fences, invisible characters and the punctuation around a label.
 
 Parser of rationales and readers of labels use these functions, so that both accept the same formats.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 
 QUOTES = "\"'`“”„‟‘’‚«»‹›「」『』＂＇"
-MARKUP = " \t\r\n\u00a0\u3000*_.,;:!{}[]()<>。．，、；：！（）【】《》〈〉…" + QUOTES
+INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+"""Characters without width: soft hyphens, spaces of width zero, marks of direction and of byte order."""
+MARKUP = " \t\r\n\u00a0\u3000*_.,;:!|${}[]()<>。．，、；：！（）【】《》〈〉…" + QUOTES + INVISIBLE
 """Characters around a label that are not part of it. A sign is (labels may be numbers), and so is a question mark."""
 
+LEAD = rf"[ \t\u00a0\u3000{QUOTES}{INVISIBLE}*_#>|(\[（【)\]）】•·–—.、\d①-⑩一二三四五\u0120\u2581-]"
+"""A character that may be before the name of a field: a quote, a bullet, a number or other markup."""
+
+
 _NAMES = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)"
-_OPEN = rf"(?:<{_NAMES}>|\[think\]|◁think▷|<\|channel\|>analysis<\|message\|>)"
-_CLOSE = rf"(?:</{_NAMES}>|\[/think\]|◁/think▷|<\|channel\|>final<\|message\|>)"
+_TURN = r"(?:<\|start\|>assistant)?<\|channel\|>"
+_OPEN = rf"(?:<{_NAMES}>|\[think\]|◁think▷|{_TURN}analysis<\|message\|>)"
+_CLOSE = rf"(?:</{_NAMES}>|\[/think\]|◁/think▷|{_TURN}final<\|message\|>)"
 _THOUGHT = re.compile(f"{_OPEN}.*?{_CLOSE}", re.IGNORECASE | re.DOTALL)
 _THOUGHT_END = re.compile(_CLOSE, re.IGNORECASE)
 _UNCLOSED = re.compile(rf"^[ \t]*{_OPEN}.*", re.IGNORECASE | re.DOTALL | re.MULTILINE)
 _STARTS_OPEN = re.compile(rf"\s*{_OPEN}", re.IGNORECASE)
 
 _ANSWER = re.compile(r"(?:\A[^\n]*|^[ \t]*)<answer>(?P<inside>.*?)(?:</answer>|\Z)", re.I | re.DOTALL | re.MULTILINE)
-_TAG = re.compile(r"</?answer>|<\|\w+\|>", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}{1,2}")
-_FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
+_TAG = re.compile(
+    r"</?answer>|<[|｜][\w▁]+[|｜]>|</?s>|<(?:[be]os|pad|(?:start|end)_of_(?:turn|utterance))>"
+    r"|</?(?:b|i|u|em|strong|code|p|li|ul|ol|div|span|h[1-6])>",
+    re.IGNORECASE,
+)
+_LINE_END = re.compile(r"\r\n?|<br[ ]?/?>", re.IGNORECASE)
+_BOXED = re.compile(r"\\(?:boxed|textbf)\{(?:\\text\{)?([^{}]*)\}{1,2}")
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)\w*[ \t]*$", re.MULTILINE)
+_CONFIDENCE = re.compile(r"(?<=[^\W\d_])[*\"'”’]*[ \t]*[(（\[](?:0?\.\d+|1\.0+|\d+(?:\.\d+)?[ ]?%)[)）\]]\W*$")
+_JSON_VALUE = re.compile(r"[ \t\n]*\"([^\"\n]*)\"\s*,\s*\"[^\"\n]*\"\s*:")
 
-_LEAD = r"(?:^|[{,])[ \t\"'“”‘’*#>(\d.)\u0120\u2581-]*"
+_REMOVED = dict.fromkeys(map(ord, INVISIBLE))
+
 _HEADERS = [
-    re.compile(rf"{_LEAD}{name}[\"'“”‘’*]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE)
+    re.compile(rf"(?:^|[{{,]){LEAD}*{name}[{QUOTES}*]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE)
     for name in (r"(?:final |the )?prediction", r"(?:final |the |my )?(?:answer|label|sentiment)")
 ]
 
 
 def final_text(reply: str | None) -> str:
-    """The answer in a reply: without thoughts, `<answer>` tags, special tokens and code fences.
+    """The answer in a reply: without thoughts, tags, special tokens, invisible characters and code fences.
 
     A thought may be closed, closed without having been opened (the chat template opened it), or not closed. In the last
     case there is no answer after it.
@@ -44,6 +60,7 @@ def final_text(reply: str | None) -> str:
     text = _UNCLOSED.sub("", text)
     if answers := list(_ANSWER.finditer(text)):
         text = answers[-1]["inside"]
+    text = _LINE_END.sub("\n", text).translate(_REMOVED)
     return _FENCE.sub("", _BOXED.sub(r"\1", _TAG.sub("", text)))
 
 
@@ -74,6 +91,13 @@ def first_line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip(MARKUP)), "")
 
 
+def label_value(text: str) -> str:
+    """The line of a label, or its value in a JSON object with further fields; without a confidence after a word."""
+    value = _JSON_VALUE.match(text)
+    return _CONFIDENCE.sub("", value[1] if value else first_line(text))
+
+
 def bare(text: str) -> str:
-    """A label without case and surrounding punctuation; a bullet before a word is punctuation, a sign is not."""
+    """A label without case, width and surrounding punctuation; a bullet before a word is punctuation, a sign is not."""
+    text = unicodedata.normalize("NFKC", text)
     return re.sub(r"^[-–—•>#]+\s+(?=[^\W\d])", "", text.strip(MARKUP)).strip(MARKUP).casefold()

@@ -16,6 +16,7 @@ from distill.errors import RunError
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.task.sample import Sample
 from tests.annotation.test_annotate import LABELS, ROOT, run
+from tests.models.bad_server import THOUGHT
 from tests.models.openai_server import COLOURS, ChatRequest, Server, token, write_image
 
 FAILURES = {"429": 0.10, "500": 0.05, "truncated": 0.05, "malformed": 0.03, "broken": 0.02}
@@ -128,3 +129,14 @@ def test_a_refused_classification_is_quarantined_and_not_paid(tmp_path: Path) ->
     assert [(item.id, item.reason) for item in done.quarantined] == [("s1", "unanswered")]
     assert summary["unlabelled"] == {"seen": 2, "kept": 1, "quarantined": 1, "below_threshold": 0}
     assert [line["id"] for line in ledger_lines(tmp_path)] == ["s0", "s0"]
+
+
+def test_a_post_that_is_thought_about_without_end_is_asked_again_and_quarantined(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 4)
+    with Server(script=lambda request: THOUGHT if "post 2" in request.text else None) as server:
+        done, _ = run(tmp_path, samples, remote(server.url, concurrency=1))
+        tried = [request.body for request in server.received if "post 2" in request.text]
+    assert [(item.id, item.reason) for item in done.quarantined] == [("s2", "unanswered")]
+    assert "thought and no answer" in done.quarantined[0].detail
+    assert "chat_template_kwargs" in tried[1] and max(body["max_tokens"] for body in tried) > tried[0]["max_tokens"]
+    assert {line["id"] for line in ledger_lines(tmp_path)} == {"s0", "s1", "s3"}

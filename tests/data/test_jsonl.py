@@ -36,6 +36,8 @@ def test_reads_every_row_with_its_line_number(tmp_path: Path) -> None:
         (b"[1, 2]", "is not a JSON object"),
         (b"null", "is not a JSON object"),
         (b"[" * 100_000, "is not valid JSON"),
+        (b'{"id": "a", "label": "x", "label": "y"}', "is not valid JSON: label is given twice"),
+        (b'{"id": "a", "attributes": {"k": "v", "k": "w"}}', "is not valid JSON: k is given twice"),
         (b'{"id": ' + b"9" * 5000 + b"}", "is not valid JSON"),
         (b'\xff\xfe{"id": "a"}', "is not valid JSON"),
     ],
@@ -75,6 +77,10 @@ def test_optional_fields(tmp_path: Path) -> None:
     [
         ({"text": "x"}, "id is missing"),
         ({"id": "", "text": "x"}, "id is missing"),
+        ({"id": None, "text": "x"}, "id is missing"),
+        ({"id": "  ", "text": "x"}, "id is missing"),
+        ({"id": ["a"], "text": "x"}, "id must be text"),
+        ({"id": float("inf"), "text": "x"}, "id must be text, not inf"),
         ({"id": True, "text": "x"}, "id must be text"),
         ({"id": 1.5, "text": "x"}, "id must be text"),
         ({"id": "a"}, "neither text nor image"),
@@ -85,6 +91,12 @@ def test_optional_fields(tmp_path: Path) -> None:
         ({"id": "a", "text": "x", "attributes": [1]}, "attributes must be an object"),
         ({"id": "a", "text": "x", "attributes": {"k": 1}}, "attributes must be text"),
         ({"id": "a", "text": "x", "images": "a.jpg"}, "images must be file names"),
+        ({"id": "a", "text": ["x", "y"]}, "text must be text"),
+        ({"id": "a", "text": "x", "image": {"path": "a.jpg", "bytes": None}}, "images must be file names"),
+        ({"id": "a", "text": "x", "image": "/a.jpg"}, "outside the data root"),
+        ({"id": "a", "text": "x", "image": "https://h/a.jpg"}, "is an address; store the image in the data root"),
+        ({"id": "a", "text": "x", "image": "data:image/png;base64,iVBORw0KGgo="}, "'data:image/png;.*' is an address"),
+        ({"id": "a", "text": "x", "image": "file:///a.jpg"}, "is an address"),
         ({"id": "a", "text": "x", "images": [None]}, "images must be file names"),
         ({"id": "a", "text": "x", "image": "a.jpg", "images": ["a.jpg"]}, "both given"),
         ({"id": "a", "text": "x", "image": "../a.jpg"}, "outside the data root"),
@@ -115,6 +127,13 @@ def test_an_empty_image_name_is_no_image(tmp_path: Path) -> None:
 def test_unusable_characters_are_replaced_in_every_text(tmp_path: Path) -> None:
     fields = {"id": "a", "text": "a\0b", "aspect": "\ud83dx", "rationale": "\ue000", "attributes": {"k": "\x01v"}}
     assert jsonl.to_sample(fields, tmp_path) == Sample("a", "a b", (), "\ufffdx", None, "\ufffd", {"k": " v"})
+
+
+def test_a_missing_value_may_be_nan_or_blank(tmp_path: Path) -> None:
+    lines = ['{"id": "a", "text": "x", "label": NaN, "aspect": NaN, "image": NaN, "rationale": NaN}',
+             '{"id": "a", "text": "x", "label": " ", "aspect": "", "image": ""}']  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [jsonl.to_sample(row.fields, tmp_path) for row in jsonl.read(tmp_path / "a.jsonl")] == [Sample("a", "x")] * 2
 
 
 def test_dates_stay_texts_and_whole_numbers_are_ids(tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ from distill.data.text import clean, decode, decode_lines
         ("no mark here".encode("utf-16-be"), "no mark here", "utf-16-be"),
         (b"caf\xe9 \x81", "café \x81", "latin-1"),
         (b"a\x00b", "a\x00b", "utf-8"),
+        ("zwölf".encode("utf-32"), "zwölf", "utf-32-le"),
+        (b"\x00\x00\xfe\xff" + "zwölf".encode("utf-32-be"), "zwölf", "utf-32-be"),
+        ("今天真开心".encode()[:-1], "今天真开\ufffd", "cut utf-8"),
+        ("今天 😀".encode()[:-3], "今天 \ufffd", "cut utf-8"),
+        (b"caf\xc3", "cafÃ", "cp1252"),
     ],
 )  # fmt: skip
 def test_an_encoding_is_found_in_a_strict_order(raw: bytes, text: str, encoding: str) -> None:
@@ -46,6 +51,18 @@ def test_gb18030_is_recognised(text: str) -> None:
 )  # fmt: skip
 def test_western_texts_are_not_read_as_chinese(text: str) -> None:
     assert decode(text.encode("cp1252")) == (text, "cp1252")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("今日はとても楽しかった", "shift-jis"), ("今日はとても楽しかった", "euc-jp"), ("今天真開心，朋友都來了", "big5"),
+     ("Отличный день", "koi8-r"), ("Отличный день", "cp1251"), ("오늘 정말 좋아요", "euc-kr"), ("يوم جميل", "cp1256"),
+     ("今天真开心", "utf-16-le"), ("Отлично", "utf-16-be"), ("great", "utf-32-le"), ("+AGE-", "utf-7")],
+)  # fmt: skip
+def test_other_encodings_raise_nothing(text: str, encoding: str) -> None:
+    """They may be read wrongly; the corpus logs the encoding that was taken."""
+    raw = text.encode(encoding)
+    assert decode(raw)[0] and decode_lines(raw + b"\n" + bytes(range(256)))
 
 
 def test_lines_of_a_file_share_an_encoding_and_a_foreign_line_affects_no_other() -> None:

@@ -63,8 +63,35 @@ def test_a_file_without_header_keeps_its_first_row(tmp_path: Path) -> None:
     assert [(row.number, row.fields["id"]) for row in twitter.read(path, "images")] == [(1, "dev-1")]
 
 
-@pytest.mark.parametrize(("labels", "found"), [((-1, 0, 1), "-1, 0, 1"), ((1, -1), "-1, 1"), ((1, 2, 3), "1, 2, 3")])
-def test_labels_that_are_numbered_otherwise_are_refused(tmp_path: Path, labels: tuple[int, ...], found: str) -> None:
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Index\tLabel\tImageID\tString\tString",
+        "id\tlabel\timage\ttext\taspect",
+        "\ufeff" + HEADER[:-1],
+        "\n" + HEADER[:-1],
+        '"index"\t"label"\t"image"\t"text"\t"aspect"',
+        "\t#1 Label\t#2 ImageID\t#3 String\t#3 String",
+    ],
+)
+def test_a_header_has_no_number(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path / "dev.tsv", "1\t0\t1.jpg\tof $T$\tHull\r", header=f"{header}\r\n")
+    assert [(row.fields["id"], row.fields["aspect"]) for row in twitter.read(path, "images")] == [("dev-1", "Hull")]
+
+
+def test_numbers_have_several_forms_and_words_are_kept(tmp_path: Path) -> None:
+    labels = ["0.0", "+1", "2.", " 2 ", "positive", ""]
+    path = write(tmp_path / "dev.tsv", *(f"{n}\t{label}\t1.jpg\tof $T$\tHull" for n, label in enumerate(labels)))
+    found = [row.fields["label"] for row in twitter.read(path, "images")]
+    assert found == ["negative", "neutral", "positive", "positive", "positive", ""]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [((-1, 0, 1), "-1, 0, 1"), ((1, -1), "-1, 1"), ((1, 2, 3), "1, 2, 3"), ((0, 1, 2, 3, 4), "0, 1, 2, 3, 4"),
+     (("-1.0", "0.0", "1.0"), "-1, 0, 1"), (("\u22121", "+1"), "-1, 1")],
+)  # fmt: skip
+def test_labels_that_are_numbered_otherwise_are_refused(tmp_path: Path, labels: tuple[object, ...], found: str) -> None:
     rows = [f"{index}\t{label}\t{index}.jpg\t$T$ opens\tthe shop" for index, label in enumerate(labels)]
     path = write(tmp_path / "minus-one.tsv", *rows)
     takes = rf"minus-one\.tsv has the labels {found}; data\.source twitter takes 0 \(negative\), 1 \(neutral\) and"

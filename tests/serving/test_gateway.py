@@ -72,6 +72,7 @@ def test_a_post_needs_a_text_or_an_image(gateway: httpx.Client) -> None:
     assert ask(gateway, text="", image=uri(png())).status_code == 200
     assert ask(gateway, image=uri(png()), aspect="the card").status_code == 200
     assert ask(gateway, text="words", aspect=None, image=None).status_code == 200
+    assert ask(gateway, text="words", aspect="", image="").status_code == 200
 
 
 def test_labels_on_a_scale_have_a_value(make_backbone: Callable[..., Any], tokenizer_folder: Any) -> None:
@@ -219,6 +220,10 @@ def test_unknown_routes_and_methods(gateway: httpx.Client) -> None:
     reply = gateway.get("/v1/sentiment")
     message(reply, 405)
     assert reply.headers["allow"] == "POST"
+    assert message(gateway.options("/v1/chat/completions"), 405).endswith("; the path takes POST")
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        assert (found := gateway.head(path)).status_code == 200 and not found.content
+    assert gateway.get("/v1/models/").json()["data"] == gateway.get("/v1/models").json()["data"]
 
 
 UNUSUAL_TEXTS = [

@@ -32,10 +32,22 @@ def test_errors_name_the_path_of_the_field() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": 3}}]
     found = refused(ChatRequest, CHAT | {"messages": [{"role": "user", "content": parts}]})
     assert found.param == "messages.0.content.1.image_url.url" and "valid string" in found.message
+    for messages, path in (
+        ([{"role": "user", "content": {"text": "a"}}], "messages.0.content"),
+        ([{"role": "user", "content": [None]}], "messages.0.content.0"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "messages.0.content.0"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0.text"),
+        ([None, CHAT["messages"][0]], "messages.0"),
+    ):
+        assert refused(ChatRequest, CHAT | {"messages": messages}).param == path
     found = refused(ChatRequest, {"messages": CHAT["messages"]})
     assert (found.param, found.message) == ("model", "model is required")
     found = refused(SentimentRequest, {"text": "a", "words": "b"})
     assert found.message == "words is not a field; the fields are text, image, aspect, rationale"
+
+
+def test_a_message_has_one_line() -> None:
+    assert RequestError(404, "a\nb is not a model").message == "a b is not a model"
 
 
 def test_texts_and_images_of_a_message_keep_their_order() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.task.labels import LabelSpace, Scale
+from distill.task.labels import LabelSpace, Scale, TaskSettings
 
 
 def test_names_keep_their_order_and_find_their_index() -> None:
@@ -150,3 +150,9 @@ def test_bins_can_be_named_with_one_name_each() -> None:
     assert LabelSpace.from_scale(Scale(bins=3), ["bad", "fair", "good"]).name(-2.0) == "bad"
     with pytest.raises(ValueError, match=r"one name for each of the 7 bins of task\.scale"):
         LabelSpace.from_scale(Scale(), ["bad", "fair", "good"])
+
+
+def test_an_empty_list_of_labels_is_not_the_default() -> None:
+    assert TaskSettings().label_space == LabelSpace()
+    with pytest.raises(ValueError, match=r"task\.labels needs at least two names"):
+        TaskSettings(labels=[]).label_space  # noqa: B018

@@ -1,5 +1,7 @@
 """Answers as teachers write them: thoughts, tags, fences, numbers, brackets and marks of other scripts."""
 
+import json
+
 import pytest
 
 from distill.task.labels import LabelSpace
@@ -16,9 +18,12 @@ PLAIN = FIELDS + "positive"
 QUOTED = PLAIN.replace("The words praise", 'The post says the jar "is labeled as fresh", which praises')
 
 
-def numbered(name: str) -> str:
-    lines = PLAIN.replace('"', "").splitlines()
-    return "\n".join(name.format(i, *line.split(": ")) for i, line in enumerate(lines, start=1))
+CONTENT = dict(line.replace('"', "").split(": ") for line in PLAIN.splitlines())
+MARKS = {"chinese": "一二三四五", "circled": "①②③④⑤"}
+
+
+def numbered(name: str, marks: str = "12345") -> str:
+    return "\n".join(name.format(mark, *field) for mark, field in zip(marks, CONTENT.items(), strict=True))
 
 
 RATIONALES: dict[str, tuple[str, str | None, bool]] = {
@@ -33,6 +38,42 @@ RATIONALES: dict[str, tuple[str, str | None, bool]] = {
     "numbered": (numbered("{0}. {1}: {2}"), "positive", True),
     "numbered and bold": (numbered("{0}) **{1}**: {2}"), "positive", True),
     "numbered headings": (numbered("### {0}. {1}\n{2}"), "positive", True),
+    "numbered as in Chinese": (numbered("{0}、{1}：{2}"), "positive", True),
+    "numbered in Chinese": (numbered("（{0}）{1}：{2}", MARKS["chinese"]), "positive", True),
+    "circled numbers": (numbered("{0} {1}: {2}", MARKS["circled"]), "positive", True),
+    "bullets": (numbered("• {1}: {2}"), "positive", True),
+    "brackets": (numbered("[{1}]: {2}"), "positive", True),
+    "lenticular brackets": (numbered("【{1}】：{2}"), "positive", True),
+    "underlined": (numbered("__{1}__: {2}"), "positive", True),
+    "a table": ("| Field | Value |\n|---|---|\n" + numbered("| **{1}** | {2} |"), "positive", True),
+    "XML": (numbered("<{1}>{2}</{1}>"), "positive", True),
+    "HTML": (numbered("<li><b>{1}</b>: {2}<br></li>"), "positive", True),
+    "YAML with blocks": (numbered("{1}: >\n  {2}"), "positive", True),
+    "YAML in a fence": ("~~~yaml\n" + numbered("{1}: |-\n  {2}") + "\n~~~", "positive", True),
+    "JSON in another order": (json.dumps(dict(reversed(CONTENT.items()))), "positive", True),
+    "JSON with trailing commas": ("{\n" + numbered('  "{1}": "{2}",') + "\n}", "positive", True),
+    "carriage returns": (PLAIN.replace("\n", "\r"), "positive", True),
+    "a byte order mark": ("\ufeff" + PLAIN, "positive", True),
+    "marks without width": (FIELDS.replace('"Text', '\u200b"Text') + "\u200fpositive\u200e", "positive", True),
+    "no-break spaces": (PLAIN.replace('":', '"\u00a0:'), "positive", True),
+    "end tokens": (FIELDS + "positive</s><end_of_turn><｜end▁of▁sentence｜>", "positive", True),
+    "a confidence": (FIELDS + "positive (0.92)", "positive", True),
+    "a bold confidence": (FIELDS + "**positive** (90%).", "positive", True),
+    "full-width letters": (FIELDS + "ｐｏｓｉｔｉｖｅ", "positive", True),
+    "nested thoughts": (f"<think>a <think>b</think> {FIELDS}negative</think>\n{PLAIN}", "positive", True),
+    "nested thoughts, one not closed": (f"<think>a <think>b</think>\n{PLAIN}", "positive", True),
+    "a turn of channels": (
+        "<|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{PLAIN}<|return|>",
+        "positive",
+        True,
+    ),
+    "fields in another order": ("\n".join(reversed(PLAIN.splitlines())), None, False),
+    "fields twice": (f"{PLAIN}\n\n{PLAIN}", None, False),
+    "another language": (FIELDS + "正面", None, False),
+    "a count": (FIELDS + "3/3 positive", None, False),
+    "a slash": (FIELDS + "positive/negative", None, False),
+    "two confidences": (FIELDS + "positive (0.5), negative (0.5)", None, False),
     "escaped underscores": (PLAIN.replace("_", "\\_"), "positive", True),
     "angle brackets of the prompt kept": (FIELDS + "<positive>", "positive", True),
     "full-width marks": (FIELDS + "“positive”。", "positive", True),
@@ -92,6 +133,21 @@ def test_rationales(name: str) -> None:
         ("<|begin_of_box|>positive<|end_of_box|>", "positive"),
         ("\\boxed{positive}", "positive"),
         ("positive\n\nThe words are glad.", "positive"),
+        ("POSITIVE!!", "positive"),
+        ("neutral (0.7)", "neutral"),
+        ("positive [95.5 %]", "positive"),
+        ('{"Prediction": "positive", "confidence": 0.9}', "positive"),
+        ('{"label": "positive", "reason": "negative?"}', "positive"),
+        ("{'Prediction': 'positive'}", "positive"),
+        ("['positive']", "positive"),
+        ("| positive |", "positive"),
+        ("<b>positive</b>", "positive"),
+        ("$\\boxed{\\text{positive}}$", "positive"),
+        ("\ufeffpositive\u200b", "positive"),
+        ("<s> positive</s>", "positive"),
+        ("positive<end_of_turn>", "positive"),
+        ("~~~\npositive\n~~~", "positive"),
+        ("ｐｏｓｉｔｉｖｅ", "positive"),
         ("", None),
         (None, None),
         ("<think>positive", None),
@@ -99,6 +155,14 @@ def test_rationales(name: str) -> None:
         ("not positive", None),
         ("positive or neutral", None),
         ("positive?", None),
+        ("1", None),
+        ("positive/negative", None),
+        ("positive | negative", None),
+        ("not positive (0.9)", None),
+        ("non-positive", None),
+        ("正面", None),
+        ('"Prediction": "positive", "negative"', None),
+        ('{"Prediction": "not positive", "confidence": 0.9}', None),
         ("Prediction: not positive", None),
     ],
 )
@@ -109,6 +173,16 @@ def test_labels(answer: str | None, label: str | None) -> None:
 def test_signs_of_numbers_are_kept() -> None:
     scale = LabelSpace(("-1", "0", "1"), (-1, 0, 1))
     assert [scale.find(text) for text in ("-1", "(-1)", "1.", "- 1", "+1")] == ["-1", "-1", "1", None, None]
+
+
+def test_numbers_in_parentheses_after_a_number_are_no_confidence() -> None:
+    scale = LabelSpace(("0", "0.5", "1"), (-1, 0, 1))
+    assert [scale.find(text) for text in ("1", "1 (0.5)", "0.5 (90%)")] == ["1", None, None]
+
+
+def test_letters_may_be_composed_or_not() -> None:
+    labels = LabelSpace(("n\u00e9gatif", "positif"), (-1, 1))
+    assert labels.find("Ne\u0301gatif.") == "n\u00e9gatif"
 
 
 def test_offsets_and_texts_agree() -> None:

@@ -38,6 +38,7 @@ _FILTERED = re.compile(
     re.IGNORECASE,
 )
 _FILTERED_FINISH = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
+_CUT_FINISH = ("length", "max_tokens", "max_output_tokens", "model_length")
 _ABOUT_KEY = re.compile(
     r"(?:api|access)[ _-]?(?:key|token)|unauthori[sz]ed|authenticat|credential|(?:invalid|missing|expired) token",
     re.IGNORECASE,
@@ -266,15 +267,18 @@ def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
     if not reply["choices"]:
         raise RequestFailed("the reply has no choices", generated=True)
     choice = reply["choices"][0]
-    message, finish = choice["message"], str(choice.get("finish_reason") or "").lower()
+    finish = str(choice.get("finish_reason") or "").lower()
+    filtered = finish.partition(":")[0] in _FILTERED_FINISH  # Gemini adds its own reason after a colon
+    message = choice.get("message") or {} if filtered else choice["message"]
     content = message.get("content") or ""
     if isinstance(content, list):
-        thinks = any("thinking" in part.get("type", "") for part in content)
-        content = "".join(part.get("text") or "" for part in content if part.get("type", "text") in _TEXT_PARTS)
-        message = message | {"thinking": thinks}
+        parts = [{"text": part} if isinstance(part, str) else part for part in content if part is not None]
+        kinds = [part.get("type") or "text" for part in parts]
+        message = message | {"thinking": any("thinking" in kind or "reasoning" in kind for kind in kinds)}
+        texts = zip(kinds, parts, strict=True)
+        content = "".join(part.get("text") or "" for kind, part in texts if kind in _TEXT_PARTS)
     text = content.encode("utf-8", "replace").decode()  # replaces lone surrogates
-    usage = reply.get("usage") or {}
-    if finish in _FILTERED_FINISH or (message.get("refusal") and not text.strip()):
+    if filtered or (message.get("refusal") and not text.strip()):
         why = message.get("refusal") or f"finish_reason {finish}"
         raise RequestFiltered(f"a content filter refuses the answer: {str(why)[:200]}")
     if finish == "error":
@@ -283,14 +287,23 @@ def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
         if text.strip() or any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking")):
             raise OnlyThought(f"the reply has a thought and no answer (finish_reason {finish or 'missing'})")
         raise RequestFailed(f"the reply is empty (finish_reason {finish or 'missing'})", generated=True)
-    answer = Answer(
-        text, finish != "length", int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    prompt_tokens, completion_tokens = (
+        _count(reply.get("usage"), name) for name in ("prompt_tokens", "completion_tokens")
     )
+    answer = Answer(text, finish not in _CUT_FINISH, prompt_tokens, completion_tokens)
     tokens = (choice.get("logprobs") or {}).get("content") or []
     top_tokens = [
         {_token_text(t): _logprob(t) for t in [token, *(token.get("top_logprobs") or [])]} for token in tokens
     ]
     return answer, [(_token_text(token), top) for token, top in zip(tokens, top_tokens, strict=True)]
+
+
+def _count(usage: Any, name: str) -> int:
+    """A token count of a reply; 0 if there is none. An answer is not lost because its count is unreadable."""
+    try:
+        return max(0, int(usage[name]))
+    except (ValueError, LookupError, TypeError, OverflowError):
+        return 0
 
 
 def _token_text(token: Mapping[str, Any]) -> str:

@@ -14,7 +14,9 @@ from distill.models.reasoner import Answer
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 from tests.models.bad_server import MODES, THOUGHT, completion, error, extra_field, unless
-from tests.models.openai_server import LABELS, ChatRequest, Server, answers, endpoint, posts, token
+from tests.models.openai_server import LABELS, ChatRequest, Server, answers, endpoint, posts, rationale, token
+
+RATIONALE = rationale("negative")
 
 
 def ask(server: Server, folder: Path, **settings: Any) -> Answer:
@@ -27,11 +29,16 @@ NO_ANSWER = {
     "null content": (THOUGHT, "thought and no answer"),
     "an open thought": (completion("<think>\nThe words", "length"), "thought and no answer"),
     "only a thought": (completion("<think>hm</think>\n"), "thought and no answer"),
+    "reasoning parts": (completion([{"type": "reasoning", "text": "hm"}], "length"), "thought and no answer"),
+    "empty content beside reasoning": (completion("", reasoning="hm"), "thought and no answer"),
+    "no message": ((200, {"choices": [{"index": 0, "finish_reason": "stop"}]}), "malformed"),
+    "only a tool call": (completion(None, "tool_calls", tool_calls=[{"id": "1"}]), "is empty"),
+    "null": ((200, None), "malformed"),
     "thought parts": (completion([{"type": "thinking", "thinking": []}], "length"), "thought and no answer"),
     "finish_reason error": (completion("", "error"), "ends with an error"),
     "finish_reason error after some text": (completion('"Prediction": pos', "error"), "ends with an error"),
     "empty": (completion("  "), "is empty"),
-    "null": (completion(None), "is empty"),
+    "null content, no thought": (completion(None), "is empty"),
     "no choices": ((200, {"choices": []}), "no choices"),
     "null choices": ((200, {"choices": None}), "no choices"),
     "error in a 200": ((200, {"error": {"message": "upstream overloaded", "code": 529}}), "upstream overloaded"),
@@ -77,6 +84,8 @@ def test_a_status_inside_a_200_is_treated_as_that_status(tmp_path: Path) -> None
         completion("", "content_filter"),
         completion("The po", "content_filter"),
         completion(None, "SAFETY"),
+        completion(None, "content_filter: SAFETY"),
+        (200, {"choices": [{"index": 0, "finish_reason": "content_filter: OTHER"}]}),
         completion(None, refusal="I cannot help with that."),
     ],
 )
@@ -127,6 +136,39 @@ def test_the_token_limit_is_raised_within_bounds(tmp_path: Path) -> None:
 def test_content_in_parts_is_joined(tmp_path: Path) -> None:
     with Server(script=MODES["content in parts"].script()) as server:
         assert check(ask(server, tmp_path).text, LABELS).prediction == "negative"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [RATIONALE],
+        [None, {"type": "text", "text": RATIONALE}],
+        [{"type": None, "text": RATIONALE}],
+        [{"type": "reasoning", "text": '"Prediction": positive'}, {"type": "text", "text": RATIONALE}],
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": RATIONALE}],
+    ],
+)
+def test_parts_have_several_forms(tmp_path: Path, content: list[Any]) -> None:
+    with Server(script=lambda request: completion(content)) as server:
+        assert ask(server, tmp_path).text == RATIONALE
+
+
+@pytest.mark.parametrize("usage", [None, [], {}, {"prompt_tokens": "many", "completion_tokens": -1}])
+def test_an_answer_is_not_lost_because_its_usage_is_unreadable(tmp_path: Path, usage: Any) -> None:
+    status, body = completion(RATIONALE)
+    with Server(script=lambda request: (status, body | {"usage": usage})) as server:
+        found = ask(server, tmp_path)
+    assert (found.text, found.prompt_tokens, found.completion_tokens) == (RATIONALE, 0, 0) and server.requests == 1
+
+
+@pytest.mark.parametrize(
+    ("finish", "finished"),
+    [("length", False), ("max_tokens", False), ("MAX_TOKENS", False), ("model_length", False), ("stop", True),
+     ("eos_token", True), (None, True)],
+)  # fmt: skip
+def test_servers_name_the_end_at_the_token_limit_differently(tmp_path: Path, finish: Any, finished: bool) -> None:
+    with Server(script=lambda request: completion(RATIONALE[:40], finish)) as server:
+        assert ask(server, tmp_path).finished == finished
 
 
 def test_a_label_in_pieces_of_characters_is_joined(tmp_path: Path) -> None:
