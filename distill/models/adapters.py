@@ -151,7 +151,7 @@ def _log_difference(config: PeftConfig, lora: LoraSettings, path: str) -> None:
         log.warning(
             "the training continues the adapter in %s with its own settings (%s) instead of model.lora",
             path,
-            values or config.peft_type,
+            values or config.peft_type.value,
         )
 
 
