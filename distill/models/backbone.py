@@ -1,4 +1,4 @@
-"""A transformers vision-language model with its processor: loading, LoRA, encoding, saving and merging.
+"""A transformers vision-language model with its processor: loading, encoding, saving and merging.
 
 A backbone is either pretrained (`path`, usually with LoRA) or tiny and built from a config (`tiny`, all weights train).
 """
@@ -6,19 +6,29 @@ A backbone is either pretrained (`path`, usually with LoRA) or tiny and built fr
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForImageTextToText, Cache
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Cache
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError
 from distill.models import tiny
-from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens, save_processor
+from distill.models.adapters import Source, find_source, load_adapter, merge
+from distill.models.encoding import (
+    IGNORE,
+    Encoder,
+    PromptWithAnswers,
+    Side,
+    label_tokens,
+    save_processor,
+    use_chat_template,
+)
 from distill.models.hub import load_from_hub
+from distill.models.lora import LoraSettings, add_lora, head_weight
 from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
 from distill.models.tiny import TinySettings
 from distill.models.tree_attention import attention_mask
@@ -35,33 +45,19 @@ __all__ = [
 
 
 @dataclass
-class LoraSettings(Settings):
-    """LoRA adapter of a pretrained model."""
-
-    r: Count = 16
-    """Rank of the adapter."""
-    alpha: Count = 32
-    """Scaling of the adapter: its update is multiplied by alpha / r."""
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
-    """Dropout before the adapter."""
-    targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over module names; the default matches the projections of the language model only."""
-    quantize: bool = False
-    """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
-
-
-@dataclass
 class ModelSettings(Settings):
     """Choice and loading of a model."""
 
     path: str = ""
-    """Folder or hub name of an image-text-to-text model; empty: build a tiny model."""
+    """Folder or hub name of an image-text-to-text model, or of a peft adapter (LoRA or IA3), which is loaded with the
+    base model that it names; empty: build a tiny model."""
     revision: str = "main"
-    """Revision of a hub model."""
+    """Revision of a hub model or adapter."""
     tiny: TinySettings = field(default_factory=TinySettings)
     """Size of the tiny model that is built if `path` is empty."""
     lora: LoraSettings | None = None
-    """LoRA adapter trained on top of `path`; null: train all weights."""
+    """LoRA adapter trained on top of `path`; null: train all weights. If `path` is an adapter, that adapter is trained
+    further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
     image_size: Annotated[int, Range(0, 8192)] = 280
     """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -89,13 +85,12 @@ class Backbone:
         self.processor = processor
         self.labels = labels
         self.settings = settings
-        if not getattr(processor, "chat_template", None):
-            raise SettingsError(f"model.path: {settings.path or 'the tiny model'} has no chat template")
         tokenizer = processor.tokenizer
         if tokenizer.eos_token is None:
             raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        use_chat_template(processor, settings.path or "the tiny model")
         self.encoder = Encoder(processor, settings.image_size)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
@@ -191,8 +186,8 @@ class Backbone:
 
     @property
     def head(self) -> torch.Tensor:
-        """Weights [V, D] of the output head; it has no bias."""
-        return self._base_model.get_output_embeddings().weight
+        """Weights [V, D] of the output head with its adapter, if it has one; it has no bias."""
+        return head_weight(self._base_model.get_output_embeddings())
 
     def positions(self, features: Features) -> torch.Tensor:
         """Position ids [..., B, T] of padded prompts: multimodal if the model defines them, otherwise one per token."""
@@ -222,7 +217,7 @@ class Backbone:
 def create(
     settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True, weights: bool = True
 ) -> Backbone:
-    """Create a model before training: pretrained with a new adapter, or tiny with random weights.
+    """Create a model before training: pretrained with a new adapter or its own one, or tiny with random weights.
 
     Args:
         tokenizer: folder of the tokenizer that all tiny models of a chain share.
@@ -243,10 +238,15 @@ def create(
             tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=settings.attention
         )
         return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
-    model = _pretrained(settings, settings.path) if weights else on_meta(settings)
-    if train and settings.lora is not None:
-        model = _with_lora(model, settings.lora)
-    return Backbone(model.train(train), _processor(model, settings.path, settings.revision), labels, settings)
+    source = find_source(settings.path, settings.revision)
+    model = _pretrained(settings, source) if weights else on_meta(settings)
+    if source.adapter:
+        model = load_adapter(model, source, lora=settings.lora, train=train, weights=weights)
+        if train and settings.lora is None:
+            model = merge(model)
+    elif train and settings.lora is not None:
+        model = add_lora(model, settings.lora, source.revision)
+    return Backbone(model.train(train), _processor(model, source), labels, settings)
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
@@ -255,16 +255,14 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
     Raises:
         SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
     """
+    trained = Source(str(adapter), "main")
     if settings.path and settings.lora is not None:
-        base = _pretrained(settings, settings.path)
-        try:
-            with hide_progress_bars():
-                model = PeftModel.from_pretrained(base, adapter)
-        except Exception as error:  # a truncated file raises various errors of safetensors, torch and peft
-            raise SettingsError(f"the adapter in {adapter} cannot be loaded: {_first_line(error)}") from error
+        source = find_source(settings.path, settings.revision)
+        model = _pretrained(settings, source)
+        model = load_adapter(model, replace(source, adapter=str(adapter), adapter_revision="main"))
     else:
-        model = _pretrained(settings, str(adapter))
-    return Backbone(model.eval(), _processor(model, str(adapter), "main"), labels, settings)
+        model = _pretrained(settings, trained)
+    return Backbone(model.eval(), _processor(model, trained), labels, settings)
 
 
 def on_meta(settings: ModelSettings) -> torch.nn.Module:
@@ -277,11 +275,12 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
         if not settings.path:
             tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
             return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
+        source = find_source(settings.path, settings.revision)
         try:
-            config = load_from_hub(AutoConfig.from_pretrained, settings.path, revision=settings.revision)
+            config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
             return AutoModelForImageTextToText.from_config(config)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
+            raise _not_loaded(source, error) from error
 
 
 @contextmanager
@@ -296,9 +295,9 @@ def hide_progress_bars():  # type: ignore[no-untyped-def]
             transformers_logging.enable_progress_bar()
 
 
-def _pretrained(settings: ModelSettings, path: str) -> Any:
+def _pretrained(settings: ModelSettings, source: Source) -> Any:
     options: dict[str, Any] = {
-        "revision": settings.revision if path == settings.path else "main",
+        "revision": source.revision,
         "dtype": getattr(torch, settings.dtype),
         "attn_implementation": settings.attention,
     }
@@ -306,19 +305,18 @@ def _pretrained(settings: ModelSettings, path: str) -> Any:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            return load_from_hub(AutoModelForImageTextToText.from_pretrained, path, **options)
+            return load_from_hub(AutoModelForImageTextToText.from_pretrained, source.path, **options)
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
-        raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
+        raise _not_loaded(source, error) from error
 
 
-def _with_lora(model: Any, lora: LoraSettings) -> PeftModel:
-    if lora.quantize:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise SettingsError(f"model.lora.targets: {_first_line(error)}") from error
+def _not_loaded(source: Source, error: Exception) -> SettingsError:
+    if source.adapter:
+        return SettingsError(
+            f"model.path: the base model {source.path} of the adapter in {source.adapter} cannot be loaded: "
+            f"{_first_line(error)}"
+        )
+    return SettingsError(f"model.path: {source.path} cannot be loaded: {_first_line(error)}")
 
 
 def _quantization_config(settings: ModelSettings) -> Any:
@@ -333,9 +331,13 @@ def _quantization_config(settings: ModelSettings) -> Any:
     )
 
 
-def _processor(model: Any, path: str, revision: str) -> Any:
+def _processor(model: Any, source: Source) -> Any:
+    path, revision = source.processor
     try:
         processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
+        if (tokenizer := source.tokenizer) != (path, revision):
+            processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
+            processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
     except (OSError, ValueError, ImportError) as error:
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

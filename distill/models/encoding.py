@@ -169,6 +169,38 @@ class Encoder:
         return escape(clean(text), self._control_tokens)
 
 
+def use_chat_template(processor: Any, name: str) -> None:
+    """Take the chat template of the tokenizer if the processor has none, and check that it renders a post.
+
+    Args:
+        name: of the model, for messages.
+
+    Raises:
+        SettingsError: there is no chat template, or it does not take a message of images and text.
+    """
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
+    if not processor.chat_template:
+        raise SettingsError(
+            f"model.path: {name} has no chat template; use its instruction-tuned version, "
+            "or put a chat_template.jinja into its folder"
+        )
+    content: list[list[dict[str, str]]] = [[{"type": "text", "text": "probe"}]]
+    content.append([{"type": "image"}, *content[0]])
+    try:
+        text, both = (
+            str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
+            for parts in content
+        )
+    except Exception as error:  # noqa: BLE001 (a template can raise anything; most are errors of jinja2)
+        problem = " ".join(str(error).split()) or type(error).__name__
+    else:
+        if "probe" in text and "'text'" not in text and text != both:
+            return
+        problem = "it drops the images" if text == both else "it takes the text of a message as a string only"
+    raise SettingsError(f"model.path: the chat template of {name} cannot render a post of images and text: {problem}")
+
+
 def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
     """K token sequences: each label after the forced prefix, with the end token.
 

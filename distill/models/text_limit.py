@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from distill.models import tiny
+from distill.models.adapters import find_source
 from distill.models.backbone import ModelSettings
 from distill.models.hub import load_from_hub
 
@@ -18,7 +19,8 @@ def default_limit(settings: ModelSettings | None, most: int) -> int:
     if settings is None or not settings.path:
         return min(tiny.CONTEXT // 2, most) if settings is not None else most
     try:
-        config = load_from_hub(AutoConfig.from_pretrained, settings.path, revision=settings.revision)
+        source = find_source(settings.path, settings.revision)
+        config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
     except (OSError, ValueError):
         return most
     return min((getattr(config.get_text_config(), "max_position_embeddings", None) or 2 * most) // 2, most)
@@ -31,7 +33,8 @@ def tokenizer(settings: ModelSettings | None, tiny_folder: Path) -> Any:
     try:
         if not settings.path:
             return tiny.load_tokenizer(tiny_folder)
-        return load_from_hub(AutoTokenizer.from_pretrained, settings.path, revision=settings.revision)
+        path, revision = find_source(settings.path, settings.revision).tokenizer
+        return load_from_hub(AutoTokenizer.from_pretrained, path, revision=revision)
     except (OSError, ValueError, ImportError):
         return None
 

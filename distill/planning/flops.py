@@ -81,6 +81,7 @@ def count_patches(model: Any, pixels: torch.Tensor | None) -> int:
 def _sum_linear(model: Any, value: Callable[[nn.Linear], int]) -> Counter[str]:
     """Sum `value` over the linear layers of each part; `patches` counts the weights of the patch embedding."""
     head, sums = model.get_output_embeddings(), Counter[str]()
+    head = getattr(head, "base_layer", head)  # it may have an adapter
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             sums["patches"] += module.weight.numel()

@@ -161,8 +161,9 @@ def weight_bytes(backbone: Backbone) -> tuple[float, float]:
         return total * size, trained * size
     frozen = float(total - trained) * size
     if settings.lora.quantize:  # matrices in 4 bits; peft casts embeddings, output head and vectors to float32
+        head = backbone.model.get_output_embeddings().weight  # type: ignore[operator]
         matrices = [module for module in backbone.model.modules() if isinstance(module, torch.nn.Linear)]
-        packed = sum(m.weight.numel() for m in matrices if not m.weight.requires_grad and m.weight is not backbone.head)
+        packed = sum(m.weight.numel() for m in matrices if not m.weight.requires_grad and m.weight is not head)
         frozen = 0.5 * packed + 4.0 * (total - trained - packed)
     return frozen + 4 * trained, 4 * trained  # peft keeps adapters in float32
 

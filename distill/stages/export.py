@@ -2,6 +2,7 @@
 
 from distill.export.export import base_licence, export, model_card
 from distill.files import read_json
+from distill.models.adapters import Source, find_source
 from distill.recipe import to_yaml
 from distill.stages.context import Context
 from distill.task.sample import Sample
@@ -16,6 +17,7 @@ def run(context: Context, tracked: StageRun) -> None:
     metrics = context.folder / "evaluate" / "metrics.json"
     scores = read_json(metrics)["student"] if recipe.evaluate is not None else {}
     settings = recipe.student.model
+    base = find_source(settings.path, settings.revision) if settings.path else Source("", "main")
     corpus = context.corpus
     data = (
         f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and "
@@ -24,8 +26,8 @@ def run(context: Context, tracked: StageRun) -> None:
     # a placeholder post: the card may be published where the data may not
     example = Sample("example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)")
     card = model_card(
-        recipe.name, settings.path, base_licence(settings.path, settings.revision), data, to_yaml(recipe), scores,
-        example, student, "reason" in recipe.student.tasks,
+        recipe.name, base.path, base_licence(base.path, base.revision), data, to_yaml(recipe), scores, example, student,
+        "reason" in recipe.student.tasks,
     )  # fmt: skip
     folder = context.folder / "export"
     result = export(

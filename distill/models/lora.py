@@ -1,0 +1,160 @@
+"""LoRA: its settings, the layers that it adapts, and the output head with its adapter."""
+
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
+from distill.errors import SettingsError
+from distill.settings import Count, Range, Settings
+
+log = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraSettings(Settings):
+    """LoRA adapter of a pretrained model."""
+
+    r: Count = 16
+    """Rank of the adapter."""
+    alpha: Count = 32
+    """Scaling of the adapter: its update is multiplied by alpha / r."""
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
+    """Dropout before the adapter; the output head has none."""
+    targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
+    """Regular expression over module names; the default matches the usual projections of the language model only.
+    `all-linear`: every linear layer of the language model except the output head, whatever its name, for models whose
+    layers are of several kinds."""
+    quantize: bool = False
+    """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
+
+
+def add_lora(model: Any, lora: LoraSettings, revision: str = "main") -> PeftModel:
+    """A transformers model, on the meta device perhaps, with a new adapter.
+
+    Args:
+        revision: of the model, if it is on the hub.
+
+    Raises:
+        SettingsError: as `check_lora`.
+    """
+    check_lora(model, lora)
+    if lora.quantize:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = _config(model, lora)
+    config.revision = revision
+    separate_head(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingsError(f"model.lora.targets: {str(error).strip().splitlines()[0]}") from error
+    check_head(adapted, "model.lora.targets")
+    return adapted
+
+
+def check_lora(model: Any, lora: LoraSettings) -> None:
+    """Check that the targets of an adapter are modules of a model, which may be on the meta device.
+
+    Logs how many linear layers are adapted, and a warning if only some of the decoder's layers are.
+
+    Raises:
+        SettingsError: the targets are no regular expression, or match no module.
+    """
+    config = _config(model, lora)
+    try:
+        adapted = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    except re.error as error:
+        raise SettingsError(f"model.lora.targets is no regular expression: {error}") from None
+    prefix, linear = _linear_layers(model)
+    if not adapted:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise SettingsError(
+            f"model.lora.targets: {lora.targets} matches no module; the linear layers of the language model are "
+            f"{prefix}.*.({names})"
+        )
+    log.info("LoRA adapts %d of %d linear layers of the language model", len(adapted & {*linear}), len(linear))
+    if gaps := _gaps(linear, adapted):
+        log.warning("model.lora.targets leaves out %s; %s adapts them, too", gaps, ALL_LINEAR)
+
+
+def separate_head(model: Any, config: PeftConfig) -> None:
+    """Give the output head its own weights if it shares them with the embeddings and an adapter changes either.
+
+    The model computes the same. Merged into shared weights, an adapter of one would change the other.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    saved = getattr(config, "modules_to_save", None) or ()
+    for name, module in model.named_modules():
+        if module is not head and module is not embeddings:
+            continue
+        if check_target_module_exists(config, name) or any(f".{name}".endswith(f".{other}") for other in saved):
+            log.info("the adapter changes %s: embeddings and output head no longer share their weights", name)
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+            for settings in (model.config, model.config.get_text_config()):
+                settings.tie_word_embeddings = False
+            model.tie_weights()  # finds nothing to tie, and forgets what was tied
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            return
+
+
+def check_head(model: PeftModel, field: str) -> None:
+    """Raise SettingsError if `head_weight` does not know the adapter of the output head."""
+    head = model.get_base_model().get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        return
+    if not isinstance(head, LoraLayer) or head.lora_variant:
+        raise SettingsError(f"{field}: the output head can only have a plain LoRA adapter; leave it out")
+
+
+def head_weight(head: Any) -> torch.Tensor:
+    """Weights [V, D] of an output head, including those of its LoRA adapter. Differentiable.
+
+    Label scoring and the training loss multiply by them; the forward pass of the head itself is not used there.
+    """
+    weight: torch.Tensor = head.weight
+    if isinstance(head, LoraLayer) and not head.merged and not head.disable_adapters:
+        for name in set(head.active_adapters) & {*head.lora_A}:
+            weight = weight + head.get_delta_weight(name).to(weight)
+    return weight
+
+
+def _config(model: Any, lora: LoraSettings) -> LoraConfig:
+    targets = _linear_layers(model)[1] if lora.targets == ALL_LINEAR else lora.targets
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+
+
+def _linear_layers(model: Any) -> tuple[str, list[str]]:
+    """The name of the language model, and those of its linear layers; the output head is none of them."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return prefix, [
+        f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
+
+
+def _gaps(linear: list[str], adapted: set[str]) -> str:
+    """The blocks without an adapter, such as `linear_attn`, in layers that lack one that other layers have; or ''."""
+    layers: dict[str, dict[str, bool]] = {}  # of each layer of the decoder, its blocks, and whether each is adapted
+    for name in linear:
+        if match := re.match(r"(.*?\.\d+)\.(\w+)", name):
+            blocks = layers.setdefault(match[1], {})
+            blocks[match[2]] = blocks.get(match[2], False) or name in adapted
+    usual = {block for blocks in layers.values() for block in blocks if blocks[block]}
+    gaps = Counter(
+        block
+        for blocks in layers.values()
+        if not all(blocks.get(block) for block in usual)
+        for block in blocks
+        if not blocks[block]
+    )
+    return ", ".join(f"{block} in {count} of {len(layers)} layers" for block, count in sorted(gaps.items()))
