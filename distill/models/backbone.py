@@ -5,24 +5,29 @@ A backbone is either pretrained (`path`, usually with LoRA) or tiny and built fr
 
 import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForImageTextToText, Cache
-from transformers.utils import logging as transformers_logging
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, Cache
 
 from distill.errors import SettingsError
 from distill.models import tiny
 from distill.models.encoding import IGNORE, Encoder, PromptWithAnswers, Side, label_tokens, save_processor
-from distill.models.hub import load_from_hub
 from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
-from distill.models.tiny import TinySettings
+from distill.models.pretrained import (
+    LoraSettings,
+    ModelSettings,
+    attention_of_shapes,
+    first_line,
+    hide_progress_bars,
+    load_pretrained,
+    load_processor,
+    on_meta,
+    with_lora,
+)
 from distill.models.tree_attention import attention_mask
-from distill.settings import Count, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -32,44 +37,6 @@ __all__ = [
     "IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "hide_progress_bars", "load",
     "on_meta",
 ]  # fmt: skip
-
-
-@dataclass
-class LoraSettings(Settings):
-    """LoRA adapter of a pretrained model."""
-
-    r: Count = 16
-    """Rank of the adapter."""
-    alpha: Count = 32
-    """Scaling of the adapter: its update is multiplied by alpha / r."""
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
-    """Dropout before the adapter."""
-    targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over module names; the default matches the projections of the language model only."""
-    quantize: bool = False
-    """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
-
-
-@dataclass
-class ModelSettings(Settings):
-    """Choice and loading of a model."""
-
-    path: str = ""
-    """Folder or hub name of an image-text-to-text model; empty: build a tiny model."""
-    revision: str = "main"
-    """Revision of a hub model."""
-    tiny: TinySettings = field(default_factory=TinySettings)
-    """Size of the tiny model that is built if `path` is empty."""
-    lora: LoraSettings | None = None
-    """LoRA adapter trained on top of `path`; null: train all weights."""
-    image_size: Annotated[int, Range(0, 8192)] = 280
-    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the weights; `trainer.precision` sets that of the computation."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
-    batch_size: Count = 8
-    """Samples per batch of label scoring and generation."""
 
 
 class Backbone:
@@ -238,15 +205,16 @@ def create(
         try:
             tiny_tokenizer = tiny.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {_first_line(error)}") from error
+            raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {first_line(error)}") from error
+        attention = settings.attention if weights else attention_of_shapes(settings)
         model: Any = AutoModelForImageTextToText.from_config(
-            tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=settings.attention
+            tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=attention
         )
         return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
-    model = _pretrained(settings, settings.path) if weights else on_meta(settings)
+    model = load_pretrained(settings, settings.path) if weights else on_meta(settings)
     if train and settings.lora is not None:
-        model = _with_lora(model, settings.lora)
-    return Backbone(model.train(train), _processor(model, settings.path, settings.revision), labels, settings)
+        model = with_lora(model, settings.lora)
+    return Backbone(model.train(train), load_processor(model, settings.path, settings.revision), labels, settings)
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
@@ -256,92 +224,12 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
         SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
     """
     if settings.path and settings.lora is not None:
-        base = _pretrained(settings, settings.path)
+        base = load_pretrained(settings, settings.path)
         try:
             with hide_progress_bars():
                 model = PeftModel.from_pretrained(base, adapter)
         except Exception as error:  # a truncated file raises various errors of safetensors, torch and peft
-            raise SettingsError(f"the adapter in {adapter} cannot be loaded: {_first_line(error)}") from error
+            raise SettingsError(f"the adapter in {adapter} cannot be loaded: {first_line(error)}") from error
     else:
-        model = _pretrained(settings, str(adapter))
-    return Backbone(model.eval(), _processor(model, str(adapter), "main"), labels, settings)
-
-
-def on_meta(settings: ModelSettings) -> torch.nn.Module:
-    """Create the model on the meta device, for its shapes and size; no weights are read.
-
-    Raises:
-        SettingsError: the config of the model cannot be loaded.
-    """
-    with torch.device("meta"):
-        if not settings.path:
-            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
-            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
-        try:
-            config = load_from_hub(AutoConfig.from_pretrained, settings.path, revision=settings.revision)
-            return AutoModelForImageTextToText.from_config(config)
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"model.path: {settings.path} cannot be loaded: {_first_line(error)}") from error
-
-
-@contextmanager
-def hide_progress_bars():  # type: ignore[no-untyped-def]
-    """Context manager that hides the progress bars of transformers."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _pretrained(settings: ModelSettings, path: str) -> Any:
-    options: dict[str, Any] = {
-        "revision": settings.revision if path == settings.path else "main",
-        "dtype": getattr(torch, settings.dtype),
-        "attn_implementation": settings.attention,
-    }
-    if settings.lora is not None and settings.lora.quantize:
-        options["quantization_config"] = _quantization_config(settings)
-    try:
-        with hide_progress_bars():
-            return load_from_hub(AutoModelForImageTextToText.from_pretrained, path, **options)
-    except Exception as error:  # a truncated file raises various errors of safetensors and torch
-        raise SettingsError(f"model.path: {path} cannot be loaded: {_first_line(error)}") from error
-
-
-def _with_lora(model: Any, lora: LoraSettings) -> PeftModel:
-    if lora.quantize:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise SettingsError(f"model.lora.targets: {_first_line(error)}") from error
-
-
-def _quantization_config(settings: ModelSettings) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise SettingsError("model.lora.quantize needs bitsandbytes: pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, settings.dtype)
-    )
-
-
-def _processor(model: Any, path: str, revision: str) -> Any:
-    try:
-        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
-    if not hasattr(processor, "image_processor"):
-        raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
-    return processor
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = load_pretrained(settings, str(adapter))
+    return Backbone(model.eval(), load_processor(model, str(adapter), "main"), labels, settings)

@@ -1,14 +1,28 @@
-"""Loading of models by name: local files first, then the hub, with one short attempt to reach it."""
+"""Models by name: local files first, then the hub, with one short attempt to reach it."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from distill.connections import hub_reachable
+from distill.files import read_json
 
 T = TypeVar("T")
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 
 def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
@@ -17,8 +31,11 @@ def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
     Files of the model that are on this machine are used as they are. Only if some are missing, the hub is contacted.
 
     Raises:
-        OSError: files are missing and the hub is not reachable; the hub's client would retry each of them for minutes.
+        OSError: the folder is missing; or files are missing and the hub is not reachable, which the hub's client would
+            find out by retrying each of them for minutes.
     """
+    if not Path(path).is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise OSError("there is no such folder")
     if Path(path).is_dir() or constants.HF_HUB_OFFLINE:
         return load(path, **options)
     try:
@@ -30,3 +47,42 @@ def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
                 "connect once, or set the path to a folder"
             ) from None
     return load(path, **options)
+
+
+def base_of_adapter(path: str) -> str | None:
+    """Path of the base model of a folder that holds only an adapter; None for a folder or hub name of a whole model.
+
+    Raises:
+        ValueError: the adapter's config names no base model.
+    """
+    folder = Path(path)
+    if (folder / CONFIG_NAME).exists() or not (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    if not isinstance(base := read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path"), str):
+        raise ValueError(f"{ADAPTER_CONFIG_NAME} names no base model")
+    return base
+
+
+def missing_weights(path: str, revision: str) -> str | None:
+    """Why the weights of a model cannot be loaded; None if they are on this machine or the hub may have them."""
+
+    def find(name: str) -> Path | None:
+        if Path(path).is_dir():
+            return file if (file := Path(path) / name).is_file() else None
+        cached = try_to_load_from_cache(path, name, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+    base = base_of_adapter(path)
+    found = {name: file for name in (_ADAPTERS if base else _WEIGHTS) if (file := find(name)) is not None}
+    if found:
+        name, file = next(iter(found.items()))
+        shards = sorted(set(read_json(file)["weight_map"].values())) if name.endswith(".json") else []
+        missing = [shard for shard in shards if find(shard) is None]
+        if not missing:
+            return missing_weights(base, "main") if base else None
+        problem = f"{len(missing)} of its {len(shards)} files of weights are missing, such as {missing[0]}"
+    else:
+        problem = f"it has no weights, such as {_ADAPTERS[0] if base else SAFE_WEIGHTS_NAME}"
+    if Path(path).is_dir():
+        return problem
+    return f"on this machine, {problem}" if constants.HF_HUB_OFFLINE or not hub_reachable() else None

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -136,6 +136,35 @@ def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[T
     return batch
 
 
+_SCALED_LOGITS = (
+    "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
+    "such a model cannot be trained"
+)
+_SCALES = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+"""Fields of configs that scale or cap logits, with the values that do not."""
+
+_RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Types of layers that carry a state from column to column, whatever the attention mask hides."""
+
+
+def check_architecture(backbone: Backbone, packing: bool) -> None:
+    """Check what the config alone says about the training layout; `check_compatibility` measures it with the weights.
+
+    Raises:
+        SettingsError: the config scales or caps the logits, or has layers that ignore the mask of a packed sequence.
+    """
+    config: Any = backbone.model.config
+    text = config.get_text_config()
+    if any(getattr(text, name, plain) not in (plain, None) for name, plain in _SCALES.items()):
+        raise SettingsError(_SCALED_LOGITS)
+    layers = _RECURRENT & set(getattr(text, "layer_types", None) or ())
+    if packing and layers:
+        raise SettingsError(
+            f"packing: the model has layers of type {min(layers)}, which ignore the mask of a packed sequence; "
+            "set packing to false"
+        )
+
+
 def check_compatibility(
     backbone: Backbone, samples: Iterable[Sample], tasks: Sequence[Template], packing: bool
 ) -> None:
@@ -173,10 +202,7 @@ def check_compatibility(
         return max(float(error.mean()) for error in errors) > tolerance
 
     if differs(from_head):
-        raise SettingsError(
-            "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
-            "such a model cannot be trained"
-        )
+        raise SettingsError(_SCALED_LOGITS)
     if leaks or differs(from_packed):
         raise SettingsError(
             "packing: the model attends to tokens of a packed sequence that its mask hides; set packing to false"
