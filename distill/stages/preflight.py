@@ -5,6 +5,7 @@ Models are checked by their configs and processors, without weights, as `distill
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.tracking import not_logged_in
 from distill.training.assistant import TrainSettings
-from distill.training.batches import check_architecture, synthetic_answers
+from distill.training.batches import check_layers, synthetic_answers
 from distill.training.soft_targets import check_same_inputs
 from distill.training.student import StudentSettings
 
@@ -53,6 +54,8 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
     Raises:
         SettingsError: the data cannot be read.
     """
+    if not stages:  # then the data is not read
+        return []
     recipe, posts = context.recipe, context.corpus.train
     found: dict[str, None] = {}  # ordered, each once: several stages may use one model
 
@@ -94,13 +97,11 @@ def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
 
 
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
-    published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
-    packing = settings.packing and not published
     model = _load(context, settings.model)
-    if not published:
-        check_architecture(model, packing)
-    tasks: Sequence[Template] = list(settings.tasks)  # type: ignore[arg-type]
-    _check_inputs(model, posts, tasks if packing else ())
+    published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
+    tasks: Any = settings.tasks if settings.packing and not published else ()
+    check_layers(model, list(tasks))
+    _check_inputs(model, posts, list(tasks))
 
 
 def _load(context: Context, settings: ModelSettings, *, train: bool = True) -> Backbone:

@@ -136,31 +136,19 @@ def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[T
     return batch
 
 
-_SCALED_LOGITS = (
-    "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
-    "such a model cannot be trained"
-)
-_SCALES = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
-"""Fields of configs that scale or cap logits, with the values that do not."""
+def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
+    """Check that the layers of a model can keep the packed answers to these tasks apart; needs no weights.
 
-_RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
-"""Types of layers that carry a state from column to column, whatever the attention mask hides."""
-
-
-def check_architecture(backbone: Backbone, packing: bool) -> None:
-    """Check what the config alone says about the training layout; `check_compatibility` measures it with the weights.
+    `check_compatibility` measures it, for these and all other reasons.
 
     Raises:
-        SettingsError: the config scales or caps the logits, or has layers that ignore the mask of a packed sequence.
+        SettingsError: there are layers of linear attention, which carry a state through all tokens of a sequence.
     """
     config: Any = backbone.model.config
-    text = config.get_text_config()
-    if any(getattr(text, name, plain) not in (plain, None) for name, plain in _SCALES.items()):
-        raise SettingsError(_SCALED_LOGITS)
-    layers = _RECURRENT & set(getattr(text, "layer_types", None) or ())
-    if packing and layers:
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    if len(tasks) > 1 and "linear_attention" in layers:
         raise SettingsError(
-            f"packing: the model has layers of type {min(layers)}, which ignore the mask of a packed sequence; "
+            "packing: the model has layers of linear attention, which ignore the mask of a packed sequence; "
             "set packing to false"
         )
 
@@ -202,7 +190,10 @@ def check_compatibility(
         return max(float(error.mean()) for error in errors) > tolerance
 
     if differs(from_head):
-        raise SettingsError(_SCALED_LOGITS)
+        raise SettingsError(
+            "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
+            "such a model cannot be trained"
+        )
     if leaks or differs(from_packed):
         raise SettingsError(
             "packing: the model attends to tokens of a packed sequence that its mask hides; set packing to false"
