@@ -28,7 +28,18 @@ from distill.fingerprints import fingerprints as stage_fingerprints
 from distill.manifest import Manifest
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
-from distill.stages import annotate, assistant, augment, calibrate, cascade, evaluate, export, student, teacher
+from distill.stages import (
+    annotate,
+    assistant,
+    augment,
+    calibrate,
+    cascade,
+    evaluate,
+    export,
+    preflight,
+    student,
+    teacher,
+)
 from distill.stages.context import Context
 from distill.tracking import Tracker
 from distill.training.processes import worker_folder
@@ -108,18 +119,21 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             STAGES[name].run(_State(recipe).context, tracked)
         return []
     try:
-        with _locked(recipe.folder):
+        with locked(recipe.folder):
             state = _State(recipe)
             state.adopt()
             state.log_edited()
             if only is not None:
                 _check_inputs(only, STAGES[only].reads, state.done)
                 names = [only]
-            for name in names:
-                if not state.done[name]:  # before anything is paid for
-                    state.manifest.check_names(name)
-                    if "trainer" in STAGES[name].sections:
-                        try_trainer(recipe.trainer, getattr(recipe, name).trainer, name)
+            pending = [name for name in names if not state.done[name]]
+            for name in pending:  # before anything is paid for
+                state.manifest.check_names(name)
+                if "trainer" in STAGES[name].sections:
+                    try_trainer(recipe.trainer, getattr(recipe, name).trainer, name)
+            preflight.check(state.context, pending)
+            for notice in preflight.notices(recipe, pending):
+                log.warning("%s", notice)
             ran = []
             for name in names:
                 if not state.compare(name):
@@ -300,7 +314,7 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder for this process. Raises RunError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:

@@ -12,7 +12,7 @@ from distill.training.shutdown import INTERRUPTED, Terminated, raise_on_sigterm
 
 COMMANDS = {
     "run": "run all stages that are not up to date; resumes after an interruption",
-    "plan": "estimate data sizes, memory, teacher requests and cost; runs nothing",
+    "plan": "estimate data sizes, memory, teacher requests and cost, and check what can be checked; runs nothing",
     "teacher": "fine-tune a local teacher on gold rationales and labels",
     "annotate": "write rationales for the training posts with the teacher",
     "assistant": "train the assistant on the teacher's rationales",
@@ -89,9 +89,11 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     options = recipe.parser(command)
     if command == "run":
         options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
+    if command == "plan":
+        options.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
     settings, parsed = recipe.load(options, arguments)
     if command == "plan":
-        print(plan_text(settings))
+        print(plan_text(settings, probes=parsed.probe))
         return
     if command == "report":
         chain.check_outputs(settings)

@@ -1,6 +1,10 @@
 """The expected failures of a command; `cli.py` prints their message and sets the exit status."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+_FIELDS_OF_SECTIONS = re.compile(r"(?:model|packing|api_key_env)\b")
 
 
 class SettingsError(ValueError):
@@ -19,3 +23,24 @@ class NonFiniteError(RunError):
         shown = ", ".join(posts[:5]) + (f" and {len(posts) - 5} more" if len(posts) > 5 else "")
         details = [*([f"posts {shown}"] if posts else []), *([remedy] if remedy else [])]
         super().__init__("; ".join([f"{what} not finite (NaN or infinite)", *details]))
+
+
+@contextmanager
+def in_section(section: str) -> Iterator[None]:
+    """Add the section to a SettingsError about a field that several sections of a recipe have, such as `model.path`.
+
+    Args:
+        section: dotted name; empty to leave messages as they are.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        if not section or not _FIELDS_OF_SECTIONS.match(str(error)):
+            raise
+        raise SettingsError(f"{section}.{error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, with the next one if it announces a list."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -163,6 +163,14 @@ class Recipe(Settings):
                 return own.endpoint or own.model
         return self.annotating_teacher
 
+    def section_of(self, teacher: Teacher | None) -> str:
+        """The section whose fields a teacher's messages name; empty for a teacher of no section."""
+        sections = {"annotate": self.annotate, "cascade.teacher": self.cascade and self.cascade.teacher}
+        for name, section in (sections | {"calibrate": self.calibrate}).items():
+            if section and teacher is not None and teacher in (section.endpoint, section.model):
+                return f"{name}.endpoint" if teacher == section.endpoint else name
+        return "teacher" if teacher is not None and teacher == self.teacher else ""
+
     def other_servers(self, *, for_cascade: bool = False) -> list[str]:
         """The address of the other teacher, if it is another server that gives its model the same name.
 

@@ -211,6 +211,19 @@ class Tracker:
         )
 
 
+def not_logged_in(settings: TrackingSettings) -> bool:
+    """Whether the settings ask for online runs although nobody is logged in to wandb."""
+    mode = os.environ.get("WANDB_MODE", "auto") if settings.mode == "auto" else settings.mode
+    if mode != "online":
+        return False
+    try:
+        import wandb
+
+        return not wandb.login(prompt=False, verify=False)
+    except Exception:  # noqa: BLE001 (no error of wandb may stop the chain)
+        return True
+
+
 class GuardedLogger(WandbLogger):
     """Lightning's wandb logger, whose errors do not stop the training."""
 

@@ -201,7 +201,7 @@ def test_an_interrupted_stage_counts_as_failed(recipe: Recipe, fakes: Fakes) -> 
 
 
 def test_a_second_process_is_rejected(recipe: Recipe, fakes: Fakes) -> None:
-    with chain._locked(recipe.folder), pytest.raises(RunError, match=r"micro is in use by another process$"):
+    with chain.locked(recipe.folder), pytest.raises(RunError, match=r"micro is in use by another process$"):
         run(recipe)
     assert run(recipe) == ALL
 
@@ -263,7 +263,7 @@ def test_a_worker_process_runs_only_the_stage_of_its_training(
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("DISTILL_ACTIVE_FIT", str(recipe.folder / "student" / "hard_labels"))
     (recipe.folder / "student").mkdir()
-    with chain._locked(recipe.folder):  # held by the main process
+    with chain.locked(recipe.folder):  # held by the main process
         assert run(recipe) == []
     assert [folder.name for folder in fakes.folders] == ["student"]
     assert {name: entry for name, entry in state(recipe.folder).items() if "chain.json" in name} == {

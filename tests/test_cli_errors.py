@@ -103,7 +103,7 @@ def test_a_missing_model(distill: Command, tmp_path: Path) -> None:
     path = classifier(rows_recipe(tmp_path, train=ROWS), tmp_path / "nowhere")
     result = distill("run", "--config", path)
     assert result.status == 2
-    assert result.error.startswith(f"model.path: {tmp_path / 'nowhere'} cannot be loaded")
+    assert result.error == f"student.model.path: {tmp_path / 'nowhere'} cannot be loaded: there is no such folder"
 
 
 def test_a_model_without_a_chat_template(distill: Command, tmp_path: Path, model_folder: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_model_without_a_chat_template(distill: Command, tmp_path: Path, model
     shutil.copytree(model_folder, model)
     (model / "chat_template.jinja").unlink()
     result = distill("run", "--config", classifier(rows_recipe(tmp_path, train=ROWS), model))
-    assert (result.status, result.error) == (2, f"model.path: {model} has no chat template")
+    assert (result.status, result.error) == (2, f"student.model.path: {model} has no chat template")
 
 
 def test_labels_with_a_common_first_token_can_be_trained(distill: Command, tmp_path: Path, model_folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_expired_or_missing_key(distill: Command, tmp_path: Path, monkeypatch
         path = endpoint_recipe(tmp_path, server.url, api_key_env="TEACHER_KEY")
         result = distill("run", "--config", path)
         assert result.status == 2
-        assert result.error.endswith("api_key_env: the environment variable TEACHER_KEY is not set")
+        assert result.error.startswith("annotate.endpoint.api_key_env: the environment variable TEACHER_KEY is not set")
         monkeypatch.setenv("TEACHER_KEY", "secret")
         result = distill("run", "--config", path)
     assert result.status == 1

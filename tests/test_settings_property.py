@@ -102,7 +102,7 @@ def test_random_overrides_end_with_0_or_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipe, "parser", options)
-    monkeypatch.setattr(chain, "_locked", contextlib.nullcontext)  # writes nothing, also for a random `runs`
+    monkeypatch.setattr(chain, "locked", contextlib.nullcontext)  # writes nothing, also for a random `runs`
     monkeypatch.setattr(chain, "_run_stage", lambda *_: None)
     statuses: list[int] = []
 

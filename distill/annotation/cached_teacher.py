@@ -232,6 +232,14 @@ class CachedTeacher:
             self.ledger.put(ledger_key, meta | {"attempt": query.sampling.attempt}, answer)
         return answer
 
+    def knows(self, sample: Sample, query: TeacherQuery) -> bool:
+        """Whether the ledger has an answer that can be used. Raises OSError if an image cannot be read."""
+        return self._paid_answer(self._key(sample, query)) is not None
+
+    def keep(self, sample: Sample, query: TeacherQuery, answer: Answer) -> Answer:
+        """Write an answer that was requested elsewhere to the ledger, unless it has an error. Returns it."""
+        return self._store(self._key(sample, query), sample, query, answer)
+
     def answers(self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]) -> Iterator[tuple[int, Answer]]:
         """Yield (sample index, answer to its query) in completion order.
 

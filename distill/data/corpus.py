@@ -182,11 +182,12 @@ def _log_repairs(entries: list[_Entry]) -> None:
 
 
 def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]:
-    """The images that cannot be decoded, with the reasons."""
+    """The images that cannot be decoded, with the reasons, which name them relative to `data.root`."""
+    root = Path(settings.root).resolve()
 
     def error_of(path: Path) -> str | None:
         try:
-            decode(path, settings.max_pixels)
+            decode(path, settings.max_pixels, os.path.relpath(path, root))
         except ImageError as error:
             return str(error)
         return None

@@ -58,26 +58,30 @@ def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(path: Path, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Image:
     """Decode an image to RGB: EXIF orientation applied, alpha composited on white, 16-bit grey scaled to 8 bits.
+
+    Args:
+        name: what messages call the image; empty: its file name.
 
     Raises:
         ImageError: the file is missing, has none of FORMATS, has more than `max_pixels` pixels (checked from the header
             before decoding), has an aspect ratio of MAX_ASPECT_RATIO or more, or is truncated or corrupt.
     """
+    name = name or path.name
     try:
         if not path.is_file():  # opening a named pipe would block
-            raise ImageError(f"image {path.name} is missing")
+            raise ImageError(f"image {name} is missing")
         with open_image(path) as image:
-            _check_size(path, image, max_pixels)
+            _check_size(name, image, max_pixels)
             image.load()
             return _rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"image {path.name} is none of {', '.join(FORMATS)}") from None
+        raise ImageError(f"image {name} is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise many types on corrupt files: SyntaxError, struct.error
-        raise ImageError(f"image {path.name} is broken: {error or type(error).__name__}") from error
+        raise ImageError(f"image {name} is broken: {error or type(error).__name__}") from error
 
 
 def jpeg_bytes(path: Path, max_side: int, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -109,7 +113,7 @@ def _unmodified_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None
         return None
     try:
         with open_image(path, ("JPEG",)) as image:
-            _check_size(path, image, max_pixels)
+            _check_size(path.name, image, max_pixels)
             width, height = image.size
             fits = image.mode == "RGB" and max(width, height) <= max_side
         if not fits or path.stat().st_size > 4 * width * height + 65_536:  # larger than any image of this size
@@ -141,13 +145,13 @@ def _has_only_image_data(content: bytes) -> bool:
     return one_frame and b"\xc4" in seen and b"\xdb" in seen and not _OTHER_MARKER.search(content, at, len(content) - 2)
 
 
-def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
+def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"image {path.name} has {width} x {height} pixels, more than {max_pixels:,}")
+        raise ImageError(f"image {name} has {width} x {height} pixels, more than {max_pixels:,}")
     if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
         ratio = f"an aspect ratio of {MAX_ASPECT_RATIO} or more"
-        raise ImageError(f"image {path.name} has {width} x {height} pixels, {ratio}")
+        raise ImageError(f"image {name} has {width} x {height} pixels, {ratio}")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

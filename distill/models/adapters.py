@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from peft import PeftConfig, PeftModel, PeftType, prepare_model_for_kbit_training
 
 from distill.digests import ADAPTER, adapter_base
-from distill.errors import SettingsError
+from distill.errors import SettingsError, first_line
 from distill.models.hub import load_from_hub
 from distill.models.lora import LoraSettings, check_head, separate_head
 
@@ -94,7 +94,7 @@ def load_adapter(
     try:
         config = load_from_hub(PeftConfig.from_pretrained, path, **options)
     except Exception as error:  # peft raises various errors for a damaged file
-        raise SettingsError(f"the adapter in {path} cannot be loaded: {_first_line(error)}") from error
+        raise SettingsError(f"the adapter in {path} cannot be loaded: {first_line(error)}") from error
     _check(config, where)
     config.inference_mode = not train
     config.base_model_name_or_path, config.revision = source.path, source.revision  # is saved elsewhere when trained
@@ -111,7 +111,7 @@ def load_adapter(
         else:
             missing = []
     except Exception as error:  # of a truncated file, other shapes, or targets that the model does not have
-        raise SettingsError(f"the adapter in {path} cannot be loaded: {_first_line(error)}") from error
+        raise SettingsError(f"the adapter in {path} cannot be loaded: {first_line(error)}") from error
     if missing:
         raise SettingsError(
             f"the adapter in {path} cannot be loaded: it was made for other module names than those of {source.path}; "
@@ -167,7 +167,3 @@ def _find(path: str, name: str, revision: str) -> Path | None:
         return Path(load_from_hub(partial(hf_hub_download, filename=name), path, revision=revision))
     except (OSError, ValueError):
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -5,17 +5,15 @@ A backbone is either pretrained (`path`, usually with LoRA) or tiny and built fr
 
 import inspect
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Cache
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForImageTextToText, Cache
 
-from distill.errors import SettingsError
+from distill.errors import SettingsError, first_line
 from distill.models import tiny
 from distill.models.adapters import Source, find_source, load_adapter, merge
 from distill.models.encoding import (
@@ -27,12 +25,17 @@ from distill.models.encoding import (
     save_processor,
     use_chat_template,
 )
-from distill.models.hub import load_from_hub
 from distill.models.lora import LoraSettings, add_lora, head_weight
 from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
-from distill.models.tiny import TinySettings
+from distill.models.pretrained import (
+    ModelSettings,
+    attention_of_shapes,
+    hide_progress_bars,
+    load_pretrained,
+    load_processor,
+    on_meta,
+)
 from distill.models.tree_attention import attention_mask
-from distill.settings import Count, Range, Settings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
@@ -42,30 +45,6 @@ __all__ = [
     "IGNORE", "Backbone", "Features", "LoraSettings", "ModelSettings", "create", "hide_progress_bars", "load",
     "on_meta",
 ]  # fmt: skip
-
-
-@dataclass
-class ModelSettings(Settings):
-    """Choice and loading of a model."""
-
-    path: str = ""
-    """Folder or hub name of an image-text-to-text model, or of a peft adapter (LoRA or IA3), which is loaded with the
-    base model that it names; empty: build a tiny model."""
-    revision: str = "main"
-    """Revision of a hub model or adapter."""
-    tiny: TinySettings = field(default_factory=TinySettings)
-    """Size of the tiny model that is built if `path` is empty."""
-    lora: LoraSettings | None = None
-    """LoRA adapter trained on top of `path`; null: train all weights. If `path` is an adapter, that adapter is trained
-    further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
-    image_size: Annotated[int, Range(0, 8192)] = 280
-    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of the weights; `trainer.precision` sets that of the computation."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation."""
-    batch_size: Count = 8
-    """Samples per batch of label scoring and generation."""
 
 
 class Backbone:
@@ -233,20 +212,21 @@ def create(
         try:
             tiny_tokenizer = tiny.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {_first_line(error)}") from error
+            raise SettingsError(f"the tokenizer in {tokenizer} cannot be loaded: {first_line(error)}") from error
+        attention = settings.attention if weights else attention_of_shapes(settings)
         model: Any = AutoModelForImageTextToText.from_config(
-            tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=settings.attention
+            tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=attention
         )
         return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
     source = find_source(settings.path, settings.revision)
-    model = _pretrained(settings, source) if weights else on_meta(settings)
+    model = load_pretrained(settings, source) if weights else on_meta(settings)
     if source.adapter:
         model = load_adapter(model, source, lora=settings.lora, train=train, weights=weights)
         if train and settings.lora is None:
             model = merge(model)
     elif train and settings.lora is not None:
         model = add_lora(model, settings.lora, source.revision)
-    return Backbone(model.train(train), _processor(model, source), labels, settings)
+    return Backbone(model.train(train), load_processor(model, source), labels, settings)
 
 
 def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
@@ -258,92 +238,8 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
     trained = Source(str(adapter), "main")
     if settings.path and settings.lora is not None:
         source = find_source(settings.path, settings.revision)
-        model = _pretrained(settings, source)
+        model = load_pretrained(settings, source)
         model = load_adapter(model, replace(source, adapter=str(adapter), adapter_revision="main"))
     else:
-        model = _pretrained(settings, trained)
-    return Backbone(model.eval(), _processor(model, trained), labels, settings)
-
-
-def on_meta(settings: ModelSettings) -> torch.nn.Module:
-    """Create the model on the meta device, for its shapes and size; no weights are read.
-
-    Raises:
-        SettingsError: the config of the model cannot be loaded.
-    """
-    with torch.device("meta"):
-        if not settings.path:
-            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
-            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
-        source = find_source(settings.path, settings.revision)
-        try:
-            config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
-            return AutoModelForImageTextToText.from_config(config)
-        except (OSError, ValueError) as error:
-            raise _not_loaded(source, error) from error
-
-
-@contextmanager
-def hide_progress_bars():  # type: ignore[no-untyped-def]
-    """Context manager that hides the progress bars of transformers."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _pretrained(settings: ModelSettings, source: Source) -> Any:
-    options: dict[str, Any] = {
-        "revision": source.revision,
-        "dtype": getattr(torch, settings.dtype),
-        "attn_implementation": settings.attention,
-    }
-    if settings.lora is not None and settings.lora.quantize:
-        options["quantization_config"] = _quantization_config(settings)
-    try:
-        with hide_progress_bars():
-            return load_from_hub(AutoModelForImageTextToText.from_pretrained, source.path, **options)
-    except Exception as error:  # a truncated file raises various errors of safetensors and torch
-        raise _not_loaded(source, error) from error
-
-
-def _not_loaded(source: Source, error: Exception) -> SettingsError:
-    if source.adapter:
-        return SettingsError(
-            f"model.path: the base model {source.path} of the adapter in {source.adapter} cannot be loaded: "
-            f"{_first_line(error)}"
-        )
-    return SettingsError(f"model.path: {source.path} cannot be loaded: {_first_line(error)}")
-
-
-def _quantization_config(settings: ModelSettings) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise SettingsError("model.lora.quantize needs bitsandbytes: pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, settings.dtype)
-    )
-
-
-def _processor(model: Any, source: Source) -> Any:
-    path, revision = source.processor
-    try:
-        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
-        if (tokenizer := source.tokenizer) != (path, revision):
-            processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
-            processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
-    except (OSError, ValueError, ImportError) as error:
-        raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {_first_line(error)}") from error
-    if not hasattr(processor, "image_processor"):
-        raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
-    return processor
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = load_pretrained(settings, trained)
+    return Backbone(model.eval(), load_processor(model, trained), labels, settings)

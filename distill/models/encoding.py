@@ -144,14 +144,23 @@ class Encoder:
         return image.resize((size, size)) if size and image.size != (size, size) else image
 
     def _process(self, prompts: Sequence[Prompt]) -> Features:
-        """The processor's tensors of B messages, padded to the longest on the processor's padding side."""
+        """The processor's tensors of B messages, padded to the longest on the processor's padding side.
+
+        Raises:
+            ImageError: an image cannot be read.
+            SettingsError: the processor refuses the messages.
+        """
         texts = [self.render(*prompt) for prompt in prompts]
         nested = [[self.load_image(path) for path in images] for _, images in prompts]
         images = nested if all(nested) else [image for row in nested for image in row] or None
         special = not self._starts_with_bos(texts[0])
-        return dict(
-            self.processor(text=texts, images=images, return_tensors="pt", padding=True, add_special_tokens=special)
-        )
+        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
+        try:
+            return dict(self.processor(text=texts, images=images, **options))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            what = f"posts with {max(map(len, nested))} images and image_size {self.image_size}"
+            raise SettingsError(f"model.path: the processor does not take {what}: {reason}") from error
 
     def _prompt_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of messages before their image placeholders are expanded."""

@@ -1,14 +1,26 @@
-"""Loading of models by name: local files first, then the hub, with one short attempt to reach it."""
+"""Models by name: local files first, then the hub, with one short attempt to reach it."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from distill.connections import hub_reachable
+from distill.files import read_json
 
 T = TypeVar("T")
+
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 
 def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
@@ -17,8 +29,11 @@ def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
     Files of the model that are on this machine are used as they are. Only if some are missing, the hub is contacted.
 
     Raises:
-        OSError: files are missing and the hub is not reachable; the hub's client would retry each of them for minutes.
+        OSError: the folder is missing; or files are missing and the hub is not reachable, which the hub's client would
+            find out by retrying each of them for minutes.
     """
+    if not Path(path).is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise OSError("there is no such folder")
     if Path(path).is_dir() or constants.HF_HUB_OFFLINE:
         return load(path, **options)
     try:
@@ -30,3 +45,28 @@ def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:
                 "connect once, or set the path to a folder"
             ) from None
     return load(path, **options)
+
+
+def missing_weights(path: str, revision: str, *, adapter: bool = False) -> str | None:
+    """Why the weights of a model or of an adapter cannot be loaded; None if they are here or the hub may have them."""
+
+    def find(name: str) -> Path | None:
+        if Path(path).is_dir():
+            return file if (file := Path(path) / name).is_file() else None
+        cached = try_to_load_from_cache(path, name, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+    names = _ADAPTERS if adapter else _WEIGHTS
+    found = {name: file for name in names if (file := find(name)) is not None}
+    if found:
+        name, file = next(iter(found.items()))
+        shards = sorted(set(read_json(file)["weight_map"].values())) if name.endswith(".json") else []
+        missing = [shard for shard in shards if find(shard) is None]
+        if not missing:
+            return None
+        problem = f"{len(missing)} of its {len(shards)} files of weights are missing, such as {missing[0]}"
+    else:
+        problem = f"it has no weights, such as {names[0]}"
+    if Path(path).is_dir():
+        return problem
+    return f"on this machine, {problem}" if constants.HF_HUB_OFFLINE or not hub_reachable() else None

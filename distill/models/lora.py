@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_mode
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
-from distill.errors import SettingsError
+from distill.errors import SettingsError, first_line
 from distill.settings import Count, Range, Settings
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def add_lora(model: Any, lora: LoraSettings, revision: str = "main") -> PeftMode
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise SettingsError(f"model.lora.targets: {str(error).strip().splitlines()[0]}") from error
+        raise SettingsError(f"model.lora.targets: {first_line(error)}") from error
     check_head(adapted, "model.lora.targets")
     return adapted
 

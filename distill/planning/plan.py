@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill.errors import SettingsError
+from distill.errors import SettingsError, in_section
 from distill.models.backbone import Backbone
 from distill.planning.training_cost import (
     DeviceMemory,
@@ -98,11 +98,12 @@ def _forecast_training(
     if not samples:
         return training
     try:
-        model = forecast.model(settings.model)
+        with in_section("student" if name == "hard labels" else name):
+            model = forecast.model(settings.model)
+            published, ours = count_tokens(sample_by_length(samples), model, settings)
     except SettingsError as error:
-        problems.append(f"{name}: {error}")
+        problems.append(str(error))
         return training
-    published, ours = count_tokens(sample_by_length(samples), model, settings)
     training = replace(training, model=model, tokens=(published, ours))
     source: SoftTargetSource = "none"
     assistant, disk = None, 0.0

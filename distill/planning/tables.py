@@ -9,19 +9,25 @@ from typing import Any
 from distill.data.source import SPLITS
 from distill.models.endpoint import EndpointSettings
 from distill.planning.plan import TrainingForecast, forecast_trainings
+from distill.planning.probe import probe
 from distill.planning.teacher_requests import RequestForecast
 from distill.planning.workload import SAMPLE_SIZE, ChainForecast, Teacher
 from distill.recipe import Recipe
+from distill.stages import preflight
 from distill.task.sample import Sample
 
 UNKNOWN = "?"
 
 
-def plan_text(recipe: Recipe) -> str:
+def plan_text(recipe: Recipe, *, probes: bool = False) -> str:
     """Return the plan of a chain as text tables.
+
+    Args:
+        probes: ask each endpoint one question (`probe`).
 
     Raises:
         SettingsError: the data cannot be read.
+        RunError: another process uses the run, or an answer cannot be written to its ledger; only if `probes`.
     """
     with TemporaryDirectory() as scratch:
         forecast = ChainForecast(recipe, Path(scratch))
@@ -30,12 +36,18 @@ def plan_text(recipe: Recipe) -> str:
         parts = [_stages(forecast), _dataset_table(forecast), _request_table(forecast)]
         if trainings:
             parts += [_model_table(trainings), _training_table(trainings), _summary(trainings)]
-        parts.append("\n".join(problems + _notes(forecast, trainings)))
+        if probes:
+            parts.append("\n".join(probe(forecast)))
+        if stops := preflight.problems(forecast.context, forecast.pending):
+            parts.append("\n".join(["Problems that stop distill run before its first stage:", *stops]))
+        notes = [problem for problem in problems if problem not in stops]
+        notes += preflight.notices(recipe, forecast.pending) + _notes(forecast, trainings)
+        parts.append("\n".join(notes))
     return "\n\n".join(part for part in parts if part)
 
 
 def _stages(forecast: ChainForecast) -> str:
-    pending = [name for name, done in forecast.done.items() if not done]
+    pending = forecast.pending
     up_to_date = [name for name in forecast.done if name not in pending]
     lines = [f"Plan of {forecast.recipe.name} in {forecast.recipe.folder}. No stage is run.", ""]
     for title, names in (("would run", pending), ("up to date", up_to_date)):

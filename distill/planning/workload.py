@@ -16,7 +16,6 @@ from distill.annotation.ledger import Ledger
 from distill.data.images import open_image
 from distill.data.postcards import is_generated
 from distill.errors import SettingsError
-from distill.models import backbone
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.models.text_limit import CHARACTERS_PER_TOKEN
@@ -62,20 +61,15 @@ class ChainForecast:
         self.corpus = self.context.posts
         self._run_context = Context(recipe, {})
         self.context.corpus = self._run_context.corpus = self.corpus
-        self._models: dict[str, Backbone | SettingsError] = {}
 
     def model(self, settings: ModelSettings) -> Backbone:
         """Return a trainable model without its weights. Raises SettingsError if its config cannot be loaded."""
-        name = repr(settings)
-        if name not in self._models:
-            try:
-                tokenizer = self.context.tokenizer(settings)
-                self._models[name] = backbone.create(settings, self.labels, tokenizer, weights=False)
-            except SettingsError as error:
-                self._models[name] = error
-        if isinstance(model := self._models[name], SettingsError):
-            raise model
-        return model
+        return self.context.without_weights(settings)
+
+    @property
+    def pending(self) -> list[str]:
+        """Names of the stages that would run."""
+        return [name for name, done in self.done.items() if not done]
 
     # ---- training rows ----
 
@@ -139,7 +133,7 @@ class ChainForecast:
         """Yield the teacher requests of the stages that would run, each with its teacher."""
         recipe, corpus = self.recipe, self.corpus
         teacher, cascade_teacher = self.teacher(), self.teacher(for_cascade=True)
-        pending = {name for name, done in self.done.items() if not done}
+        pending = self.pending
         if recipe.annotate is not None and "annotate" in pending and teacher is not None:
             unlabelled = [post for post in corpus.train if post.label is None]
             if recipe.annotate.unlabelled == "keep_confident" and unlabelled:

@@ -22,7 +22,7 @@ from distill.data import jsonl
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
 from distill.data.source import data_fingerprint
-from distill.errors import SettingsError
+from distill.errors import SettingsError, in_section
 from distill.files import atomic_folder
 from distill.models import backbone, text_limit, tiny
 from distill.models.backbone import Backbone, ModelSettings
@@ -64,6 +64,7 @@ class Context:
     fingerprints: dict[str, str]
     foreign: list[str] = field(default_factory=list)
     variants: dict[str, str] = field(default_factory=dict)
+    _without_weights: dict[str, Backbone | SettingsError] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -164,7 +165,8 @@ class Context:
         # leave cores for the workers: threads that wait for a core slow training down
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - settings.workers)))
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
-        model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
+        with in_section(stage):
+            model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
         learner = module(model)
         data = ReasoningDataModule(
             model,
@@ -181,7 +183,8 @@ class Context:
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= epoch_factor
-        fit(learner, data, folder, arguments, [logger] if logger and not part else [])
+        with in_section(stage):
+            fit(learner, data, folder, arguments, [logger] if logger and not part else [])
         model.save(folder / "adapter")
 
     def trainer_arguments(self, settings: TrainSettings) -> dict[str, Any]:
@@ -196,7 +199,27 @@ class Context:
 
     def load(self, stage: str, part: str = "") -> Backbone:
         """Load the model that a stage trained."""
-        return backbone.load(getattr(self.recipe, stage).model, self.labels, self.folder / stage / part / "adapter")
+        with in_section(stage):
+            return backbone.load(getattr(self.recipe, stage).model, self.labels, self.folder / stage / part / "adapter")
+
+    def without_weights(self, settings: ModelSettings, *, train: bool = True) -> Backbone:
+        """A model for its shapes and its processor, created once; `train` adds the adapter.
+
+        Raises:
+            SettingsError: the config or the processor of the model cannot be loaded or used.
+        """
+        name = repr((settings, train))
+        if name not in self._without_weights:
+            try:
+                with torch.random.fork_rng(devices=()):  # tiny models have weights
+                    self._without_weights[name] = backbone.create(
+                        settings, self.labels, self.tokenizer(settings), train=train, weights=False
+                    )
+            except SettingsError as error:
+                self._without_weights[name] = error
+        if isinstance(model := self._without_weights[name], SettingsError):
+            raise model
+        return model
 
     def reasoner(self, stage: str, part: str = "") -> Local:
         """Load the model that a stage trained, for inference. Its name contains the stage's fingerprint."""
@@ -207,9 +230,11 @@ class Context:
         if isinstance(settings, TeacherSettings):
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
-            return Endpoint(settings, self.labels, self.recipe.data.max_pixels)
+            with in_section(self.recipe.section_of(settings)):
+                return Endpoint(settings, self.labels, self.recipe.data.max_pixels)
         if isinstance(settings, ModelSettings):
-            model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
+            with in_section(self.recipe.section_of(settings)):
+                model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"

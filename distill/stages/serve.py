@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from distill.cascade.cascade import Calibration, CascadePolicy
-from distill.errors import SettingsError
+from distill.errors import SettingsError, in_section
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.reasoner import Reasoner
 from distill.recipe import Recipe
@@ -37,10 +37,13 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     student: Reasoner
     if settings.student is not None:
         endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
-        student = Endpoint(endpoint, context.labels, recipe.data.max_pixels)
+        with in_section("serve.student"):
+            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels)
     else:
         student = context.reasoner("student")
     teacher = recipe.cascade_teacher
     if isinstance(teacher, EndpointSettings):
         teacher = endpoint_for_serving(teacher, settings.deadline_s)
-    serve(Gateway(settings, policy, student, context.teacher(teacher), recipe.name, recipe.data.max_pixels))
+    with in_section(recipe.section_of(recipe.cascade_teacher)):
+        reasoner = context.teacher(teacher)
+    serve(Gateway(settings, policy, student, reasoner, recipe.name, recipe.data.max_pixels))

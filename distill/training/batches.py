@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -134,6 +134,23 @@ def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[T
             answered, answers = zip(*pairs, strict=True)
             batch[template] = backbone.encode(answered, template, answers)
     return batch
+
+
+def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
+    """Check that the layers of a model can keep the packed answers to these tasks apart; needs no weights.
+
+    `check_compatibility` measures it, for these and all other reasons.
+
+    Raises:
+        SettingsError: there are layers of linear attention, which carry a state through all tokens of a sequence.
+    """
+    config: Any = backbone.model.config
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    if len(tasks) > 1 and "linear_attention" in layers:
+        raise SettingsError(
+            "packing: the model has layers of linear attention, which ignore the mask of a packed sequence; "
+            "set packing to false"
+        )
 
 
 def check_compatibility(

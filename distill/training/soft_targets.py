@@ -52,11 +52,16 @@ class OnlineTargets:
 
 
 def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
-    """Return the number of token ids that both models have, after checking that they process inputs alike.
+    """Return the number of token ids that both models have. Raises SettingsError as `check_same_inputs` does."""
+    check_same_inputs(assistant, student)
+    sizes = [len(backbone.head) for backbone in (assistant, student)]
+    if sizes[0] != sizes[1]:
+        logger.info("vocabulary sizes differ: assistant %d, student %d; the %d shared ids are used", *sizes, min(sizes))
+    return min(sizes)
 
-    Raises:
-        SettingsError: the tokenizers or the image processors differ.
-    """
+
+def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
+    """Raise SettingsError if the tokenizers or the image processors of the models differ; no weights are read."""
     if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
         raise SettingsError(
             "student.distillation: student and assistant have different tokenizers; set its weight to 0"
@@ -65,7 +70,3 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
         raise SettingsError(
             "student.distillation: student and assistant process images differently; set its weight to 0"
         )
-    sizes = [len(backbone.head) for backbone in (assistant, student)]
-    if sizes[0] != sizes[1]:
-        logger.info("vocabulary sizes differ: assistant %d, student %d; the %d shared ids are used", *sizes, min(sizes))
-    return min(sizes)

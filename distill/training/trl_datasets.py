@@ -7,6 +7,7 @@ function below, trl's `SFTTrainer` trains on the same prompts and answers as the
     SFTTrainer(model, SFTConfig(max_length=None), train_dataset=dataset, processing_class=processor)
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -114,5 +115,5 @@ def _sample(row: jsonl.Row, root: Path, labels: LabelSpace, where: str) -> Sampl
         raise SettingsError(f"{where}: {error}") from None
     for image in sample.images:
         if not image.is_file():
-            raise SettingsError(f"{where}: image {image.name} is missing in {root}")
+            raise SettingsError(f"{where}: image {os.path.relpath(image, root.resolve())} is missing in {root}")
     return sample

@@ -60,7 +60,7 @@ def test_figures_of_a_model_that_cannot_be_loaded_are_unknown(tmp_path: Path) ->
         micro.read(micro.write(tmp_path, micro.RECORDED | {"data": ALONE["data"], "assistant": learner}))
     )
     lines = text.splitlines()
-    assert sum(line.startswith("assistant: model.path: no/such-model cannot be loaded") for line in lines) == 1
+    assert sum(line.startswith("assistant.model.path: no/such-model cannot be loaded") for line in lines) == 1
     cells = {line.split("  ")[0]: line.split()[3:] for line in lines}
     assert cells["tokens per post"][0] == "?" and "?" not in cells["tokens per post"][1:]
     assert cells["FLOP per post"][:2] == ["?", "?"], "the student's FLOP include the assistant's"

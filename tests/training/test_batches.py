@@ -1,5 +1,6 @@
 """Encoding of training batches: samples, answers, loss weights, and the check of the packed layout."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from distill.training.batches import (
     SYNTHETIC_ACCURACY,
     Batch,
     check_compatibility,
+    check_layers,
     check_tasks,
     encode,
     encode_tasks,
@@ -140,6 +142,37 @@ def test_a_model_that_caps_its_logits_is_rejected(make_backbone: Any, postcards:
     backbone.model.lm_head.register_forward_hook(lambda *args: 5 * torch.tanh(args[2] / 5))
     with pytest.raises(SettingsError, match="its logits are not the output head applied to its last hidden states"):
         check_compatibility(backbone, postcards.train[:1], list(BOTH), True)
+
+
+QWEN_3_5 = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tasks", "refused"), [(["classify"], False), (["reason", "classify"], True)])
+def test_linear_attention_is_refused_by_its_config_as_by_its_weights(
+    backbone: Backbone, tasks: list[Template], refused: bool
+) -> None:
+    from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
+    from transformers.models.qwen3_5 import Qwen3_5TextConfig
+
+    tokenizer = backbone.processor.tokenizer
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=Qwen3_5TextConfig(vocab_size=len(tokenizer), **QWEN_3_5).to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    linear = Backbone(model, backbone.processor, backbone.labels, backbone.settings)
+    posts = [Sample("a", "a post", label="neutral", rationale="some words about it")]
+    for check in (lambda: check_layers(linear, tasks), lambda: check_compatibility(linear, posts, tasks, True)):
+        with pytest.raises(SettingsError, match=r"^packing: the model ") if refused else nullcontext():
+            check()
+    check_compatibility(linear, posts, tasks, False)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ _TOKENIZE_TIMEOUT_S = 10.0
 _MIN_IDLE_CONNECTIONS = 256  # may exceed `concurrency`: `distill serve` limits its requests itself
 
 
+def read_key(settings: EndpointSettings) -> str:
+    """The API key; empty if the server requires none.
+
+    Raises:
+        SettingsError: the environment variable that `api_key_env` names is not set, or holds no key.
+    """
+    key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
+    if settings.api_key_env and not key:
+        raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise SettingsError(f"api_key_env: {settings.api_key_env} contains characters that are not valid in a key")
+    return key
+
+
 class HttpClient:
     """Connections to one server, with its API key; thread-safe.
 
@@ -61,11 +75,7 @@ class HttpClient:
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
-        key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
-        if settings.api_key_env and not key:
-            raise SettingsError(f"api_key_env: the environment variable {settings.api_key_env} is not set")
-        if not (key.isascii() and key.isprintable()):
-            raise SettingsError(f"api_key_env: {settings.api_key_env} contains characters that are not valid in a key")
+        key = read_key(settings)
         self.settings = settings
         self._key = key
         auth = {"Authorization": f"Bearer {key}"} if key else basic_auth("Authorization", settings.base_url)

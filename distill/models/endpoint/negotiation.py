@@ -172,6 +172,11 @@ class OptionalFields:
             step = self._steps["logprobs"]
             self._advance("logprobs", step, len(self._tops), reason)
 
+    @property
+    def given_up(self) -> list[str]:
+        """What happens instead of the first dialect of each option that the server has not taken."""
+        return [self._consequence(option, step) for option, step in self.steps().items() if step]
+
     def _ladders(self, request: ChatRequest, steps: Steps) -> dict[Option, Sequence[Mapping[str, Any]]]:
         sampling = request.sampling
         _, factor = _WITHOUT_THINKING[min(steps["thinking"], len(_WITHOUT_THINKING) - 1)]

@@ -92,6 +92,16 @@ class Endpoint:
         self._token_ids: list[int] | None = None
         self._next_tokenize = 0.0  # time.monotonic() of the next attempt, after a failed one
 
+    @property
+    def returns_logprobs(self) -> bool:
+        """Whether the server returns log-probabilities, as far as its replies have shown."""
+        return self._client.optional.top_logprobs > 0
+
+    @property
+    def given_up(self) -> list[str]:
+        """The optional request fields that the server has not taken, each with what happens instead."""
+        return self._client.optional.given_up
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
@@ -107,11 +117,20 @@ class Endpoint:
         """A sample as message content, reusable for several requests."""
         return UserMessage(sample, self.settings.max_image_side, self._max_pixels)
 
-    def ask(self, message: UserMessage, template: Template, sampling: Sampling, stop: threading.Event) -> Answer:
+    def ask(
+        self,
+        message: UserMessage,
+        template: Template,
+        sampling: Sampling,
+        stop: threading.Event,
+        *,
+        logprobs: bool = False,
+    ) -> Answer:
         """Request one answer.
 
         Args:
             stop: set when the answer is no longer needed.
+            logprobs: request log-probabilities as well, so that `returns_logprobs` is known afterwards.
 
         Raises:
             RunError: the server cannot be reached, no longer answers, refuses the key or does not serve the model.
@@ -120,7 +139,10 @@ class Endpoint:
             content = message.content(prompts.render(template, message.sample, self.labels))
         except (ImageError, OSError) as error:
             return unanswered(str(error))
-        return self._client.ask(content, sampling, stop, schema=self._schema)[0]
+        answer, tokens = self._client.ask(content, sampling, stop, schema=self._schema, logprobs=logprobs)
+        if logprobs and answer.error is None and not tokens:
+            self._client.optional.disable_logprobs("its replies have none")
+        return answer
 
     def reason(
         self, samples: Sequence[Sample], template: Template = "reason", sampling: Sampling = Sampling()

@@ -1,0 +1,152 @@
+"""Settings of a model, and loading of pretrained ones: what must be there first, config, weights, processor."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from distill.errors import SettingsError, first_line
+from distill.models import tiny
+from distill.models.adapters import Source, find_source
+from distill.models.hub import load_from_hub, missing_weights
+from distill.models.lora import LoraSettings
+from distill.models.tiny import TinySettings
+from distill.settings import Count, Range, Settings
+
+
+@dataclass
+class ModelSettings(Settings):
+    """Choice and loading of a model."""
+
+    path: str = ""
+    """Folder or hub name of an image-text-to-text model, or of a peft adapter (LoRA or IA3), which is loaded with the
+    base model that it names; empty: build a tiny model."""
+    revision: str = "main"
+    """Revision of a hub model or adapter."""
+    tiny: TinySettings = field(default_factory=TinySettings)
+    """Size of the tiny model that is built if `path` is empty."""
+    lora: LoraSettings | None = None
+    """LoRA adapter trained on top of `path`; null: train all weights. If `path` is an adapter, that adapter is trained
+    further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
+    image_size: Annotated[int, Range(0, 8192)] = 280
+    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights; `trainer.precision` sets that of the computation."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation."""
+    batch_size: Count = 8
+    """Samples per batch of label scoring and generation."""
+
+
+def attention_of_shapes(settings: ModelSettings) -> str:
+    """Attention of a model without weights: flash attention cannot be set without a GPU; see `check_libraries`."""
+    return "sdpa" if settings.attention == "flash_attention_2" else settings.attention
+
+
+def on_meta(settings: ModelSettings) -> torch.nn.Module:
+    """Create the model on the meta device, for its shapes and size; no weights are read.
+
+    Raises:
+        SettingsError: the config of the model cannot be loaded.
+    """
+    with torch.device("meta"):
+        if not settings.path:
+            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
+            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
+        source = find_source(settings.path, settings.revision)
+        try:
+            config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
+            return AutoModelForImageTextToText.from_config(config, attn_implementation=attention_of_shapes(settings))
+        except (OSError, ValueError, ImportError) as error:
+            raise _not_loaded(source, first_line(error)) from error
+
+
+def check_libraries(settings: ModelSettings) -> None:
+    """Raise SettingsError if a library that the settings of a model need is not installed."""
+    if settings.lora is not None and settings.lora.quantize:
+        _quantization_config(settings)
+    if settings.attention == "flash_attention_2" and not any(map(find_spec, ("flash_attn", "kernels"))):
+        raise SettingsError("model.attention: flash_attention_2 needs flash-attn: pip install flash-attn")
+
+
+def check_weights(settings: ModelSettings) -> None:
+    """Raise SettingsError if a file of a model's weights is missing; nothing is loaded."""
+    if not settings.path:
+        return
+    source = find_source(settings.path, settings.revision)
+    try:
+        problem = missing_weights(source.path, source.revision)
+        if source.adapter and not problem:
+            problem = missing_weights(source.adapter, source.adapter_revision, adapter=True)
+            source = Source(source.adapter, source.adapter_revision)
+    except (OSError, ValueError, LookupError) as error:
+        problem = f"the list of its weights cannot be read: {first_line(error)}"
+    if problem:
+        raise _not_loaded(source, problem)
+
+
+@contextmanager
+def hide_progress_bars():  # type: ignore[no-untyped-def]
+    """Context manager that hides the progress bars of transformers."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def load_pretrained(settings: ModelSettings, source: Source) -> Any:
+    """Load a model with its weights, without an adapter. Raises SettingsError."""
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "dtype": getattr(torch, settings.dtype),
+        "attn_implementation": settings.attention,
+    }
+    if settings.lora is not None and settings.lora.quantize:
+        options["quantization_config"] = _quantization_config(settings)
+    try:
+        with hide_progress_bars():
+            return load_from_hub(AutoModelForImageTextToText.from_pretrained, source.path, **options)
+    except Exception as error:  # a truncated file raises various errors of safetensors and torch
+        raise _not_loaded(source, first_line(error)) from error
+
+
+def _not_loaded(source: Source, problem: str) -> SettingsError:
+    if source.adapter:
+        return SettingsError(
+            f"model.path: the base model {source.path} of the adapter in {source.adapter} cannot be loaded: {problem}"
+        )
+    return SettingsError(f"model.path: {source.path} cannot be loaded: {problem}")
+
+
+def _quantization_config(settings: ModelSettings) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise SettingsError("model.lora.quantize needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, settings.dtype)
+    )
+
+
+def load_processor(model: Any, source: Source) -> Any:
+    """Load the processor of a model, with the tokenizer of its adapter if that has one. Raises SettingsError."""
+    path, revision = source.processor
+    try:
+        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
+        if (tokenizer := source.tokenizer) != (path, revision):
+            processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
+            processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
+    except Exception as error:  # each tokenizer raises its own types if files are missing
+        raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
+    return processor

@@ -1,0 +1,173 @@
+"""What the stages of a run would refuse or leave out, found before the first of them asks a teacher or trains.
+
+Models are checked by their configs and processors, without weights, as `distill plan` loads them; no endpoint is asked.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from distill.cascade.thresholds import threshold_for_risk
+from distill.errors import SettingsError, in_section
+from distill.evaluation.reasoning import left_out
+from distill.models.backbone import Backbone, ModelSettings
+from distill.models.encoding import PromptWithAnswers
+from distill.models.endpoint import EndpointSettings
+from distill.models.endpoint.http import read_key
+from distill.models.pretrained import check_libraries, check_weights
+from distill.recipe import Recipe, Teacher
+from distill.stages.context import Context
+from distill.task import prompts
+from distill.task.prompts import Template
+from distill.task.sample import Sample
+from distill.tracking import not_logged_in
+from distill.training.assistant import TrainSettings
+from distill.training.batches import check_layers, synthetic_answers
+from distill.training.soft_targets import check_same_inputs
+from distill.training.student import StudentSettings
+
+_TRAININGS = ("teacher", "assistant", "student")
+
+_LOADED_BY = {
+    "teacher": {"annotate", "evaluate", "calibrate", "cascade"},
+    "assistant": {"augment", "evaluate"},
+    "student": {"evaluate", "calibrate", "cascade", "export"},
+}
+"""The stages that load the model of an earlier training; an adapter needs the weights of its base model again."""
+
+
+def check(context: Context, stages: Collection[str]) -> None:
+    """Raise SettingsError for the first of the `problems`, with the number of the others."""
+    if found := problems(context, stages):
+        more = f" (the first of {len(found)} problems; distill plan lists all)" if len(found) > 1 else ""
+        raise SettingsError(found[0] + more)
+
+
+def problems(context: Context, stages: Collection[str]) -> list[str]:
+    """Why stages of the recipe cannot run to their end, one sentence each.
+
+    Args:
+        stages: names of the stages that will run.
+
+    Raises:
+        SettingsError: the data cannot be read.
+    """
+    if not stages:  # then the data is not read
+        return []
+    recipe, posts = context.recipe, context.corpus.train
+    found: dict[str, None] = {}  # ordered, each once: several stages may use one model
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except SettingsError as error:
+            found[str(error)] = None
+
+    for name in _TRAININGS:
+        settings: TrainSettings | None = getattr(recipe, name)
+        if settings is not None:
+            with noted(), in_section(name):
+                if name in stages:
+                    _check_training(context, settings, posts)
+                elif settings.model.lora is not None and not _LOADED_BY[name].isdisjoint(stages):
+                    check_weights(settings.model)
+    for teacher in _teachers(recipe, stages):
+        with noted(), in_section(recipe.section_of(teacher)):
+            _check_teacher(context, teacher, posts)
+    if "student" in stages:
+        with noted():
+            _check_student(context, posts)
+    if "calibrate" in stages:
+        with noted():
+            _check_risk(context)
+    return list(found)
+
+
+def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
+    """What stages of the recipe would leave out without failing, one sentence each."""
+    found = []
+    if recipe.evaluate is not None and "evaluate" in stages and recipe.annotate is not None:
+        found += [f"evaluate: {text}" for text in left_out(recipe.evaluate.similarity_model)]
+    if stages and not_logged_in(recipe.tracking):
+        found.append("tracking.mode: online needs a login (wandb login, or WANDB_API_KEY); the stages run offline")
+    return found
+
+
+def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
+    model = _load(context, settings.model)
+    published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
+    tasks: Any = settings.tasks if settings.packing and not published else ()
+    check_layers(model, list(tasks))
+    _check_inputs(model, posts, list(tasks))
+
+
+def _load(context: Context, settings: ModelSettings, *, train: bool = True) -> Backbone:
+    """The model without its weights, after checking that they are there."""
+    check_libraries(settings)
+    model = context.without_weights(settings, train=train)
+    check_weights(settings)
+    return model
+
+
+def _teachers(recipe: Recipe, stages: Collection[str]) -> list[Teacher]:
+    """The teachers that the stages ask, except one that the chain trains."""
+    asked = []
+    if "annotate" in stages or ("evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.teacher):
+        asked.append(recipe.annotating_teacher)
+    if "calibrate" in stages or "cascade" in stages:
+        asked.append(recipe.cascade_teacher)
+    return [teacher for teacher in asked if isinstance(teacher, EndpointSettings | ModelSettings)]
+
+
+def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample]) -> None:
+    if isinstance(teacher, EndpointSettings):
+        read_key(teacher)
+    elif isinstance(teacher, ModelSettings):
+        _check_inputs(_load(context, teacher, train=False), posts)
+
+
+def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:
+    """Encode the post with the most images, and pack it with the prompts of these tasks.
+
+    Raises:
+        SettingsError: the processor does not take the post.
+    """
+    post = max((post for post in posts if post.label is not None), key=lambda post: len(post.images), default=None)
+    if post is None:
+        return
+    texts = [
+        prompts.render(task, post, model.labels, synthetic_answers(post, model.labels) if task == "review" else None)
+        for task in packed
+    ]
+    model.encode([post], "classify")
+    if texts:
+        end = [[model.processor.tokenizer.eos_token_id]]
+        model.encoder.pack([[PromptWithAnswers((text, post.images), [], end) for text in texts]])
+
+
+def _check_student(context: Context, posts: Sequence[Sample]) -> None:
+    student, assistant = context.recipe.student, context.recipe.assistant
+    assert student is not None
+    if student.hard_labels_baseline and all(post.label is None for post in posts):
+        raise SettingsError("student.hard_labels_baseline must be false: no training post has a label")
+    if student.distillation.weight == 0 or assistant is None:
+        return
+    try:
+        models = [context.without_weights(section.model) for section in (assistant, student)]
+    except SettingsError:  # a model of a stage that will run is reported there; a finished assistant has its own copy
+        return
+    check_same_inputs(*models)
+
+
+def _check_risk(context: Context) -> None:
+    """Whether the validation posts support the risk if the student makes no error on them."""
+    settings, n = context.recipe.calibrate, len(context.corpus.validation)
+    assert settings is not None
+    if settings.by == "risk" and settings.student_threshold is None:
+        try:
+            threshold_for_risk(np.linspace(0, 0.5, n), np.zeros(n), settings.risk, settings.confidence)
+        except ValueError as error:
+            raise SettingsError(f"calibrate.risk: {error}, even without a wrong answer") from None
