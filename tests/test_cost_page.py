@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_example_is_the_plan_of_the_quickstart(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```text\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```text\n(Plan of .*?)\n```$", page, re.MULTILINE | re.DOTALL)
     arguments = ["--config", str(ROOT / "recipes" / "quickstart.yaml"), "--runs", str(tmp_path)]
     settings, _ = recipe.load(recipe.parser("plan"), [*arguments, "--data.root", str(tmp_path / "postcards")])
-    assert example == plan_text(settings).replace(str(tmp_path), "runs")
+    lines = plan_text(settings).replace(str(tmp_path), "runs").splitlines()
+    assert example.splitlines() == [line for line in lines if " is left out: " not in line]  # depends on the machine

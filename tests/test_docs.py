@@ -37,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(chain, "run", run)
     monkeypatch.setattr(report, "run", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(report, "summary", lambda settings: "")
-    monkeypatch.setattr(tables, "plan_text", lambda settings: seen.append((settings, None)))
+    monkeypatch.setattr(tables, "plan_text", lambda settings, **_: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
     monkeypatch.setattr(logs, "configure", lambda **_: None)

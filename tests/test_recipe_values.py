@@ -135,7 +135,7 @@ def test_the_printed_recipe_of_every_command_is_read_back(
     again = path.with_name("c.yaml")
     again.write_text(result.stdout)
     seen: list[Recipe] = []
-    monkeypatch.setattr("distill.planning.tables.plan_text", lambda recipe: str(seen.append(recipe)))
+    monkeypatch.setattr("distill.planning.tables.plan_text", lambda recipe, **_: str(seen.append(recipe)))
     monkeypatch.setattr(chain, "run", lambda recipe, **_: seen.append(recipe))
     assert distill("plan", "--config", again).status == distill("run", "--config", again).status == 0
     assert seen == [loaded("--config", str(path), "--seed", "9")] * 2

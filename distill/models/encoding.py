@@ -159,8 +159,10 @@ class Encoder:
             return dict(self.processor(text=texts, images=images, **options))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            what = f"posts with {max(map(len, nested))} images and image_size {self.image_size}"
-            raise SettingsError(f"model.path: the processor does not take {what}: {reason}") from error
+            raise SettingsError(
+                f"model.path: the processor does not take posts with {max(map(len, nested))} images and image_size "
+                f"{self.image_size}: {reason}"
+            ) from error
 
     def _prompt_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of messages before their image placeholders are expanded."""
