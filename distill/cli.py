@@ -109,7 +109,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(f"{settings.folder}: nothing to do, all stages are up to date")
     elif command == "run":
         print(f"ran {', '.join(ran)}")
-    if command in ("run", "evaluate", "cascade", "export") and (settings.folder / "evaluate" / "metrics.json").exists():
+    if command in ("run", "evaluate", "cascade", "export") and report.is_available(settings):
         if ran or not report.is_current(settings):
             report.run(settings)
         print(report.summary(settings))

@@ -26,6 +26,7 @@ def path(tmp_path: Path) -> Path:
         ("student.learning_rate", "nan", "more than 0"),
         ("student.learning_rate", "inf", "at most 2147483647"),
         ("student.factor", "1.5", "above 0, below 1"),
+        ("student.distillation.temperature", "1e-30", "0.01 or more"),
         ("student.model.image_size", "-28", "0 to 8192"),
         ("student.model.batch_size", "0", "1 or more"),
         ("student.workers", "-1", "0 to 1024"),
@@ -58,8 +59,9 @@ def test_a_number_out_of_range_is_named_with_the_range(name: str, value: str, ta
         ("trainer.profiler", "x", "trainer.profiler: When passing string value"),
         ("trainer.profiler", "0", "trainer.profiler: 0 is not"),
         ("trainer.gradient_clip_algorithm", "x", "trainer.gradient_clip_algorithm: `gradient_clip_algorithm` x is"),
+        ("trainer.overfit_batches", "2", "trainer.overfit_batches is not a setting of lightning.Trainer; it takes"),
         ("student.trainer.barebones", "true", "student.trainer.barebones: `Trainer(barebones=True"),
-        ("student.tasks", "{classify: .nan}", "student.tasks.classify: nan is not a task with a positive weight"),
+        ("student.tasks", "{classify: .nan}", "student.tasks.classify is nan; it takes more than 0"),
         ("seed", "1" * 5000, "seed is a number with too many digits"),
         ("name", "a\0b", "name contains a NUL character"),
         ("annotate.endpoint", "{}", "annotate.endpoint.base_url is required"),
@@ -75,6 +77,18 @@ def test_missing_devices_end_a_run_before_any_stage_but_no_plan(path: Path, dist
     assert result.status == 2 and result.error.startswith("student.trainer.devices: `devices` selected with")
     assert not (path.parent / "runs/micro/teacher").exists()
     assert loaded(*map(str, arguments))  # as `distill plan` reads it on another machine
+
+
+def test_values_near_the_ends_of_their_ranges_run(tmp_path: Path, distill: Command) -> None:
+    extremes = {
+        "augment__temperature": 1e-300, "augment__chunk": 10**9, "evaluate__max_new_tokens": 1,
+        "student__distillation__temperature": 0.01, "student__learning_rate": 1e-300, "student__factor": 1e-300,
+        "student__min_learning_rate": 1000.0, "student__warmup_steps": 2 * 10**9, "student__batch_size": 10**9,
+        "student__model__batch_size": 10**9, "student__tasks": {"reason": 1e-300, "classify": 1.0},
+        "data__max_tokens": 1, "data__postcards__unlabelled": 0, "seed": 2**32 - 1, "export": None,
+    }  # fmt: skip
+    result = distill("run", "--config", micro.write(tmp_path, micro.RECORDED, **extremes))
+    assert result.status == 0 and "ran annotate, assistant, augment, student, evaluate" in result.stdout, result.stderr
 
 
 def test_a_validation_interval_above_the_number_of_batches(path: Path, distill: Command) -> None:

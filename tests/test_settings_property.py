@@ -1,4 +1,7 @@
-"""Random overrides of every field, on the command line and in a file: exit status 0, or 2 with one sentence."""
+"""Random overrides of every field, on the command line and in a file: exit status 0, or 2 with one sentence.
+
+A recipe that is accepted is printed by --print_config and read back.
+"""
 
 import contextlib
 import dataclasses
@@ -24,7 +27,9 @@ QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 TRAINER = ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "val_check_interval",
            "check_val_every_n_epoch", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches",
            "gradient_clip_val", "max_time", "profiler", "num_sanity_val_steps", "log_every_n_steps",
-           "typo")  # fmt: skip
+           "min_epochs", "min_steps", "fast_dev_run", "overfit_batches", "limit_test_batches", "num_nodes",
+           "gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "detect_anomaly", "barebones",
+           "sync_batchnorm", "reload_dataloaders_every_n_epochs", "enable_progress_bar", "typo")  # fmt: skip
 
 
 def leaves(section: type = Recipe, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,6 +132,13 @@ def test_random_overrides_end_with_0_or_one_sentence(
             (line,) = errors.getvalue().splitlines()
             assert line.startswith("distill: ") and "Traceback" not in line and len(line) < 1500
             assert not any(word in line for word in ("<class", "jsonargparse", "Namespace(", "object at 0x")), line
+        else:
+            printed = tmp_path / "printed.yaml"
+            with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
+                main([*arguments, "--print_config"])
+            printed.write_text(output.getvalue(), encoding="utf-8")
+            again = recipe.load(options("run"), ["--config", str(printed)])[0]
+            assert again == recipe.load(options("run"), arguments[1:])[0]
         statuses.append(status)
 
     attempt()

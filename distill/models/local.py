@@ -32,6 +32,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_LOWEST_TEMPERATURE = 1e-4
+"""Below it decoding is greedy, its limit: logits divided by a smaller temperature overflow."""
+
 
 @dataclass(frozen=True)
 class Token:
@@ -319,7 +322,7 @@ def _has_full_cache(backbone: Backbone) -> bool:
 def _options(sampling: Sampling) -> dict[str, Any]:
     """Sampling options of `generate`; they override the generation config that a published model brings."""
     options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "repetition_penalty": 1.0}
-    if sampling.temperature > 0:
+    if sampling.temperature >= _LOWEST_TEMPERATURE:
         return options | {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     return options | {
         "do_sample": False,

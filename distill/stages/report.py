@@ -1,6 +1,7 @@
 """`report.html` and the table at the end of a chain, from the files of the stages."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ _SOURCES = (
 
 
 def run(recipe: Recipe) -> None:
-    """Write the report. Raises SettingsError if the chain has not been evaluated."""
+    """Write the report. Raises SettingsError if the chain has not been evaluated, or only with other labels."""
     folder = recipe.folder
     roles, baselines = _metrics(recipe)
+    if not is_available(recipe):
+        raise SettingsError(f"{folder / 'evaluate'} was written with other task.labels; run: distill run")
     summary = folder / "annotate" / "summary.json"
     stages = read_json(folder / "chain.json")["stages"]
     report = Report(
@@ -47,6 +50,17 @@ def run(recipe: Recipe) -> None:
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)
+
+
+def is_available(recipe: Recipe) -> bool:
+    """Whether the chain has been evaluated, with the labels of the recipe: the metrics count them by position."""
+    folder = recipe.folder / "evaluate"
+    if not (folder / "metrics.json").exists():
+        return False
+    if "confusion" not in (majority := read_json(folder / "metrics.json")["majority_class"]):
+        return True
+    gold = Counter(row.fields["gold"] for row in jsonl.read(folder / "predictions.jsonl"))
+    return [sum(row) for row in majority["confusion"]] == [gold[name] for name in recipe.labels.names]
 
 
 def is_current(recipe: Recipe) -> bool:

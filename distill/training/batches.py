@@ -11,7 +11,7 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
-from distill.settings import LARGEST
+from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
@@ -247,10 +247,11 @@ def synthetic_answers(sample: Sample, labels: LabelSpace) -> EarlierAnswers:
 
 
 def check_tasks(tasks: Mapping[str, float], field: str) -> None:
-    """Raise SettingsError if a task is unknown, a weight is not positive, or there is no task."""
+    """Raise SettingsError if a task is unknown, a weight is not positive or too large, or there is no task."""
     for name, weight in tasks.items():
-        if name not in get_args(Template) or not 0 < weight <= LARGEST:
-            known = ", ".join(get_args(Template))
-            raise SettingsError(f"{field}.{name}: {weight} is not a task with a positive weight; the tasks are {known}")
+        if name not in get_args(Template):
+            raise SettingsError(f"{field}.{name} is not a task; the tasks are {', '.join(get_args(Template))}")
+        if problem := Range(0, above=True).problem(weight):
+            raise SettingsError(f"{field}.{name} {problem}")
     if not tasks:
         raise SettingsError(f"{field}: at least one task is needed")

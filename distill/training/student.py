@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
-from distill.settings import Fraction, Natural, Positive, Settings
+from distill.settings import Fraction, Natural, Range, Settings
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import Batch, encode_tasks
@@ -24,7 +24,7 @@ class DistillationSettings(Settings):
 
     weight: Fraction = 0.3
     """Weight λ of the soft targets in the loss of each task; 0 trains on hard targets only."""
-    temperature: Positive = 2.0
+    temperature: Annotated[float, Range(0.01)] = 2.0
     """Temperature T of both distributions; the loss has no T² factor."""
     positions: Positions = "response"
     """Positions of the KL divergence: response (those that predict an answer token) or all (as in the published code:

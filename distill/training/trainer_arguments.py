@@ -26,8 +26,11 @@ DEFAULTS: dict[str, Any] = {
 }
 """Default arguments of lightning.Trainer; a recipe overrides them."""
 
-_RESERVED = ("logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing")
-"""Trainer arguments that `fit` sets itself."""
+_RESERVED = (
+    "logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
+    "overfit_batches",
+)  # fmt: skip
+"""Trainer arguments that `fit` sets itself, or that its stateful loaders do not support."""
 
 _RANGES = {
     "max_epochs": Range(1),
@@ -43,7 +46,6 @@ _RANGES = {
     "limit_val_batches": Range(0, above=True),
     "limit_test_batches": Range(0),
     "limit_predict_batches": Range(0),
-    "overfit_batches": Range(0),
     "fast_dev_run": Range(0),
     "log_every_n_steps": Range(0),
     "gradient_clip_val": Range(0),

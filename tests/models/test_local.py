@@ -134,6 +134,13 @@ def test_sampling_settings_of_the_generation_config_are_overridden(make_backbone
         assert texts[0] == texts[1]
 
 
+def test_a_temperature_close_to_zero_is_greedy(backbone: Backbone, posts: list[Sample]) -> None:
+    temperatures = (0.0, 1e-300, 1e-30)
+    greedy, *close = (answers(Local(backbone, ""), posts, temperature=t, max_new_tokens=8) for t in temperatures)
+    assert close == [greedy, greedy]
+    assert len(answers(Local(backbone, ""), posts, temperature=1e-4, max_new_tokens=8)) == len(posts)
+
+
 def test_sampling_is_reproducible_and_depends_on_seed_and_attempt(backbone: Backbone, posts: list[Sample]) -> None:
     reasoner = Local(backbone, "")
     options = {"temperature": 0.9, "max_new_tokens": 8}

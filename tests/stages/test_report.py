@@ -1,6 +1,7 @@
 """The report and the table at the end of a chain."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from distill.errors import SettingsError
 from distill.recipe import Recipe
 from distill.stages import report
+from distill.task.labels import TaskSettings
 from tests import micro
 
 
@@ -40,6 +42,14 @@ def test_the_table_lists_roles_and_the_paths_of_report_and_student(finished: Rec
     assert [line.split("  ")[0] for line in table[2:-3]] == [
         "majority class (negative)", "teacher", "assistant", "student", "student, hard labels",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [["no", "not"], ["no", "not", "both"], ["positive", "neutral", "negative"]])
+def test_an_evaluation_with_other_labels_is_not_shown(labels: list[str], finished: Recipe) -> None:
+    other = replace(finished, task=TaskSettings(labels=labels))
+    assert report.is_available(finished) and not report.is_available(other)
+    with pytest.raises(SettingsError, match=r"evaluate was written with other task.labels; run: distill run"):
+        report.run(other)
 
 
 def test_a_chain_without_evaluation_has_no_report(tmp_path: Path) -> None:
