@@ -23,8 +23,7 @@ from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import write_text
-from distill.fingerprints import contents, translate
-from distill.fingerprints import fingerprints as stage_fingerprints
+from distill.fingerprints import contents, fingerprints, translate
 from distill.manifest import Manifest
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
@@ -87,9 +86,13 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [name for name in STAGES if getattr(recipe, name) is not None]
 
 
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Hash of the settings of each stage, of the rows of the data, and of the fingerprints of the stages it reads."""
-    return stage_fingerprints(recipe, STAGES).whole
+def identities(recipe: Recipe) -> dict[str, str]:
+    """Identities of the stages, for a `Context`: hashes of settings, data, and outputs of earlier stages.
+
+    Raises:
+        SettingsError: an output of a finished stage is damaged, or a file of the data is missing.
+    """
+    return _State(recipe).context.fingerprints
 
 
 def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> list[str]:
@@ -201,7 +204,7 @@ class _State:
     def __init__(self, recipe: Recipe) -> None:
         self.digests = Digests(recipe.folder / _DIGESTS)
         self.manifest = Manifest(recipe.folder, self.digests, {name: stage.outputs for name, stage in STAGES.items()})
-        self.fingerprints = stage_fingerprints(recipe, STAGES)
+        self.fingerprints = fingerprints(recipe, STAGES)
         translate(self.manifest, recipe, self.fingerprints, STAGES)
         data = data_digest(recipe.data, self.digests)
         self.contents = {name: contents(recipe, name, data, self.digests) for name in stages_of(recipe)}

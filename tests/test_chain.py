@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distill import chain
-from distill.chain import STAGES, fingerprints, run, stages_of
+from distill.chain import STAGES, identities, run, stages_of
 from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
 from tests import micro
@@ -61,7 +61,7 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
     assert run(recipe) == []
     assert state(recipe.folder) == before
     for name, entry in micro.manifest(recipe).items():
-        assert entry["status"] == "done" and entry["fingerprint"] == fingerprints(recipe)[name]
+        assert entry["status"] == "done" and entry["identity"] == identities(recipe)[name]
         assert entry["outputs"] == [f"{name}/{output}" for output in STAGES[name].outputs]
         assert entry["inputs"] == {read: micro.manifest(recipe)[read]["identity"] for read in STAGES[name].reads}
         assert set(entry["files"]) == set(STAGES[name].outputs)

@@ -7,7 +7,7 @@ import pytest
 
 from distill import fingerprints
 from distill.chain import STAGES, run
-from distill.data.corpus import data_fingerprint
+from distill.data.source import data_fingerprint
 from distill.errors import RunError
 from distill.recipe import Recipe, masked
 from tests import micro

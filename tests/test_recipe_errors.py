@@ -186,7 +186,7 @@ def test_an_error_of_a_section_has_its_dotted_name(name: str, value: Any, messag
         ({"assistant": None}, "augment needs an assistant section"),
         ({"assistant.tasks": {"classify": 1.0}}, "augment needs an assistant section that trains the reason task"),
         ({"student.distillation.weight": 1.5}, "student.distillation.weight is 1.5; it takes 0 to 1"),
-        ({"student.distillation.temperature": 0.0}, "student.distillation.temperature is 0.0; it takes more than 0"),
+        ({"student.distillation.temperature": 0.0}, "student.distillation.temperature is 0.0; it takes 0.01 or more"),
         ({"assistant": None, "augment": None}, "student.distillation.weight must be 0 without an assistant section"),
         ({"assistant.model.attention": "flash_attention_2", "assistant.packing": False},
          "student.packing must be false if assistant.model.attention is flash_attention_2"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.chain import fingerprints
+from distill.chain import identities
 from distill.errors import SettingsError
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Reasoner
@@ -20,12 +20,12 @@ from tests import micro
 
 @pytest.fixture
 def context(finished: Recipe) -> Context:
-    return Context(finished, fingerprints(finished))
+    return Context(finished, identities(finished))
 
 
 def new_context(folder: Path, *flags: str, **changes: object) -> Context:
     recipe = micro.read(micro.write(folder, micro.RECORDED, **changes), *flags)
-    return Context(recipe, fingerprints(recipe))
+    return Context(recipe, identities(recipe))
 
 
 def test_the_corpus_is_read_once_and_dropped_rows_are_reported(

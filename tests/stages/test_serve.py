@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from distill import cli
+from distill import cli, logs
 from distill.recipe import Recipe, to_yaml
 
 
 @pytest.fixture(autouse=True)
 def _unchanged_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setattr(logs, "configure", lambda **_: None)
 
 
 @pytest.fixture(scope="module")

@@ -178,8 +178,8 @@ def test_linear_attention_is_refused_by_its_config_as_by_its_weights(
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ({"reason": 0.0}, "student.tasks.reason: 0.0"),
-        ({"reason": -1.0}, "student.tasks.reason: -1.0"),
+        ({"reason": 0.0}, "student.tasks.reason is 0.0"),
+        ({"reason": -1.0}, "student.tasks.reason is -1.0"),
         ({"guess": 1.0}, "student.tasks.guess"),
         ({}, "at least one task"),
     ],
