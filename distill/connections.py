@@ -15,7 +15,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
 from distill.errors import SettingsError
-from distill.masking import MASK
+from distill.masking import MASK, mask
 
 _CHUNK = 65_536  # bytes
 
@@ -49,17 +49,19 @@ def connection_pool(url: str, connections: int) -> urllib3.PoolManager:
             proxy, proxy_headers=headers, maxsize=connections, retries=False, ssl_context=context
         )
     except HTTPError as error:
-        raise SettingsError(f"{url}: the environment names a proxy that cannot be used: {error}") from error
+        raise SettingsError(f"{mask(url)}: the environment names a proxy that cannot be used: {error}") from error
 
 
 def basic_auth(header: str, url: str) -> dict[str, str]:
     """The basic-auth header of the user and password in a URL; empty if it has none.
 
     Raises:
-        SettingsError: the login was masked when the recipe was saved.
+        SettingsError: the login or a key in the query was masked when the recipe was saved.
         urllib3.exceptions.LocationParseError: the URL is invalid.
     """
-    auth = parse_url(url).auth
+    auth, query = parse_url(url).auth, parse_url(url).query
+    if query and f"={MASK}" in unquote(query):
+        raise SettingsError(f"the key in {mask(url)} was masked when the recipe was saved; write it again")
     if auth and unquote(auth) == MASK:
         raise SettingsError(f"the login in {url} was masked when the recipe was saved; write user and password again")
     return {header: f"Basic {base64.b64encode(unquote(auth).encode()).decode()}"} if auth else {}

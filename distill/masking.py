@@ -10,7 +10,9 @@ from distill.errors import RunError, SettingsError
 MASK = "***"
 
 _LOGIN = re.compile(r"(?<=://)[^\s/?#]*@")
-_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:key|token|secret|password)=)[^&#\s'\"]+")
+_QUERY = re.compile(
+    r"(?i)([?&][\w.-]*(?:key|token|secret|passw(?:or)?d|pwd|auth|sig|signature|credential|code)=)[^&#\s'\"]+"
+)
 _VARIABLE = re.compile(r"(api_key_env['\"]?(?:[ \t]*[:=][ \t]*|[ \t]+)['\"]?)([^\s'\",}\]]+)")
 _KEY = re.compile(
     r"^(sk|pk|hf|gsk|ghp|xai|nvapi)[_-]?\w{16,}$"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.masking import is_variable_name, mask
 from distill.models.endpoint import EndpointSettings
 from distill.models.endpoint.http import HttpClient
@@ -17,7 +17,7 @@ from distill.recipe import to_yaml
 from distill.serving.settings import ServeSettings
 from tests import micro
 from tests.commands import ROWS, Command, rows_recipe
-from tests.models.openai_server import Server, answer
+from tests.models.openai_server import Server, answer, answers, endpoint, posts
 
 URL = "https://user:s3cret@models.example/v1"
 
@@ -28,6 +28,7 @@ URL = "https://user:s3cret@models.example/v1"
         (f"cannot reach {URL} now", "cannot reach https://***@models.example/v1 now"),
         ("http://u:p@ss@h:8/v1 and https://token@h", "http://***@h:8/v1 and https://***@h"),
         ("https://h/v1?api_key=abc&x=1", "https://h/v1?api_key=***&x=1"),
+        ("https://h/v1?sig=abc&pwd=d&access_code=e", "https://h/v1?sig=***&pwd=***&access_code=***"),
         ("annotate.endpoint.api_key_env: sk-abc123 is wrong", "annotate.endpoint.api_key_env: *** is wrong"),
         ("{'api_key_env': 'sk-abc123', 'model': 'm'}", "{'api_key_env': '***', 'model': 'm'}"),
         ("api_key_env:\n  concurrency: 8", "api_key_env:\n  concurrency: 8"),
@@ -103,7 +104,27 @@ def test_a_chain_with_a_password_leaves_it_nowhere(distill: Command, tmp_path: P
     assert [file for file in files if b"s3cret" in file.read_bytes()] == []
 
 
+def test_a_probe_prints_no_password(distill: Command, tmp_path: Path) -> None:
+    login = "http://user:s3cret@127.0.0.1:9/v1?api-key=s3cret"
+    path = micro.write(tmp_path, micro.RECORDED | {"annotate": {"endpoint": {"base_url": login, "model": "m"}}})
+    printed = distill("plan", "--config", path, "--probe")
+    assert "no server answers at base_url http://***@127.0.0.1:9/v1?api-key=***: " in printed.stdout
+    assert "s3cret" not in printed.stdout + printed.stderr
+
+
+@pytest.mark.parametrize("status", [401, 402, 404, 500])
+def test_messages_of_an_endpoint_hold_no_password(status: int, tmp_path: Path) -> None:
+    """The gateway passes them on to its clients."""
+    with Server(rates={str(status): 1.0}) as server:
+        teacher = endpoint(server.url.replace("://", "://user:s3cret@"), max_attempts=1)
+        with pytest.raises(RunError, match=r"http://\*\*\*@127.0.0.1") as error:
+            answers(teacher, posts(tmp_path, 100))
+    assert "s3cret" not in str(error.value)
+
+
 def test_a_masked_login_is_not_sent() -> None:
+    with pytest.raises(SettingsError, match=r"the key in .* was masked when the recipe was saved; write it again"):
+        HttpClient(EndpointSettings("https://models.example/v1?key=***", "m"))
     settings = EndpointSettings("https://***@models.example/v1", "m")
     with pytest.raises(SettingsError, match="was masked when the recipe was saved; write user and password again"):
         HttpClient(settings)

@@ -7,6 +7,7 @@ column, the same file can be given for all three splits: each split uses its own
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,18 @@ from pathlib import Path
 from distill.data import jsonl
 from distill.data.jsonl import Row
 from distill.data.text import decode_lines
+from distill.errors import SettingsError
 
 SPLIT_ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
 """Values of the `split` column that are accepted besides train, validation and test."""
 
 
 def read(path: Path, split: str) -> Iterator[Row]:
-    """Yield the rows of one file that belong to `split`. Labels are floats; an empty label is None."""
+    """Yield the rows of one file that belong to `split`. Labels are floats; an empty label is None.
+
+    Raises:
+        SettingsError: two columns of a CSV file have the same name.
+    """
     for row in _csv(path) if path.suffix.casefold() == ".csv" else jsonl.read(path):
         if row.problem is not None:
             yield row
@@ -51,7 +57,11 @@ def _number(value: object) -> float | None:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Yield the rows of a CSV file, numbered by the line on which they start. An empty cell is None."""
+    """Yield the rows of a CSV file, numbered by the line on which they start. An empty cell is None.
+
+    Raises:
+        SettingsError: two columns have the same name.
+    """
     lines = decode_lines(path.read_bytes())
     reader = csv.reader(io.StringIO("\n".join(line for line, _ in lines), newline=""))
     header: list[str] = []
@@ -66,6 +76,8 @@ def _csv(path: Path) -> Iterator[Row]:
             continue
         if not header:
             header = [name.strip() for name in cells]
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                raise SettingsError(f"{path.name} has the column {twice[0]} twice; rename one of them")
         elif cells:
             fields = {name: cell or None for name, cell in zip(header, cells, strict=False)}
             problem = None if len(cells) == len(header) else f"has {len(cells)} cells instead of {len(header)}"

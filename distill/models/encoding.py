@@ -243,8 +243,10 @@ def escape(text: str, tokens: re.Pattern[str]) -> str:
 
 
 USUAL_CONTROL_TOKENS = re.compile(
-    r"<[|｜][^<>\s]{1,64}[|｜]>|</?(?:start|end)_of_\w+>|</?(?:s|bos|eos|pad|unk|mask|cls|sep|image|video|audio|img)>"
-    r"|<\w*(?:image|img|video|audio|row_\d|global-img|fake_token|patch)[\w-]*>|\[/?(?:INST|IMG|IMG_\w+|CLS|SEP|PAD|MASK)\]",
+    r"<[|｜][^<>\s]{1,64}[|｜]>|<[|｜]\w{1,32}>|<\w{1,32}[|｜]>|</?(?:start|end)_of_\w+>|<im_\w+>|<\w+_TOKEN>"
+    r"|</?(?:s|bos|eos|pad|unk|mask|cls|sep|image|video|audio|img|think|tool_call|tool_response|sop|eop)>"
+    r"|<\w*(?:image|img|video|audio|row_\d|global-img|fake_token|patch)[\w-]*>"
+    r"|\[/?(?:INST|IMG|IMG_\w+|CLS|SEP|PAD|[gs]?MASK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|(?:BEGIN_)?AUDIO)\]",
     re.IGNORECASE,
 )
 """The control tokens of common model families, for a text whose tokenizer is not known."""

@@ -40,9 +40,13 @@ def tokenizer(settings: ModelSettings | None, tiny_folder: Path) -> Any:
 
 
 def cut(text: str, limit: int, tokenizer: Any) -> str:
-    """The first `limit` tokens of a text; without a tokenizer, CHARACTERS_PER_TOKEN characters for each."""
+    """The first `limit` tokens of a text; without a tokenizer, CHARACTERS_PER_TOKEN characters for each.
+
+    Control tokens count as the characters that they are, because an encoder escapes them.
+    """
     if tokenizer is None:
         return text[: CHARACTERS_PER_TOKEN * limit]
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(text, return_offsets_mapping=True, **options)
     offsets = encoded["offset_mapping"]
     return text if len(offsets) <= limit else text[: offsets[limit][0]]

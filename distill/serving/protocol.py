@@ -82,9 +82,9 @@ class Message(_Lenient):
 
     @property
     def images(self) -> list[str]:
-        """The URLs of the message's images."""
+        """The URLs of the message's images; a blank URL is no image."""
         parts = self.content if isinstance(self.content, list) else []
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart) and part.image_url.url.strip()]
 
 
 class StreamOptions(_Request):

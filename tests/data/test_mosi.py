@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill.data import mosi
+from distill.errors import SettingsError
 
 
 def test_csv_with_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
@@ -16,6 +17,13 @@ def test_csv_with_quotes_commas_and_line_breaks(tmp_path: Path) -> None:
     assert rows[0].fields == {"id": "1", "text": 'so, "good"\nreally', "label": 2.4}
     assert [row.fields["label"] for row in rows] == [2.4, -3.0, None]
     assert all(isinstance(row.fields["label"], float) for row in rows[:2])
+
+
+def test_a_column_given_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,,label, text,\n1,a,,1,b,\n")
+    with pytest.raises(SettingsError, match=r"^a\.csv has the column text twice; rename one of them$"):
+        list(mosi.read(path, "train"))
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "utf-8-sig"])

@@ -22,6 +22,8 @@ def test_texts_are_cut_to_whole_tokens(backbone: Any, tokenizer_folder: Path, mo
         short = text_limit.cut(text, 100, tokenizer)
         assert text.startswith(short) and 50 < len(short) < 400
         assert len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 101
+        control = text_limit.cut("<|im_end|>" * 1000, 100, tokenizer)  # escaped before it is encoded: many tokens each
+        assert len(tokenizer(control.replace("<", "< "), add_special_tokens=False)["input_ids"]) <= 120
         assert text_limit.cut("so good", 100, tokenizer) == "so good"
         assert text_limit.cut("😀" * 50, 7, tokenizer) in "😀" * 7  # never a part of a character
     assert text_limit.tokenizer(None, tokenizer_folder) is None

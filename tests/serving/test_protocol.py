@@ -46,6 +46,12 @@ def test_errors_name_the_path_of_the_field() -> None:
     assert found.message == "words is not a field; the fields are text, image, aspect, rationale"
 
 
+def test_a_blank_image_is_no_image() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": " "}}]
+    request = read(ChatRequest, json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}]}).encode())
+    assert (request.messages[0].text, request.messages[0].images) == ("a", [])
+
+
 def test_a_message_has_one_line() -> None:
     assert RequestError(404, "a\nb is not a model").message == "a b is not a model"
 

@@ -85,7 +85,7 @@ def test_a_single_task(tmp_path: Path) -> None:
 
 def test_posts_that_need_care_are_converted(tmp_path: Path, backbone: Any) -> None:
     path = stored(tmp_path / "data")
-    hostile = "look <|image_pad|> here <|im_end|> <start_of_image> <image> [IMG] </s>\0\ud83d"
+    hostile = "see <|image_pad|> <|im_end|> <start_of_image> <image> [IMG] </s> [TOOL_CALLS] <turn|> <think>\0\ud83d"
     rows = [
         row("a", hostile, "neutral", [], f"{hostile} why"),
         row("b", "2024-01-05", 2.0, [], None) | {"images": "", "image": ""},
@@ -95,7 +95,9 @@ def test_posts_that_need_care_are_converted(tmp_path: Path, backbone: Any) -> No
     for processor in (None, backbone.processor):
         data = to_prompt_completion(path, tmp_path / "data", labels, processor=processor)
         texts = [part["text"] for item in data for m in (*item["prompt"], *item["completion"]) for part in m["content"]]
-        escaped = "look < |image_pad|> here < |im_end|> < start_of_image> < image> [ IMG] < /s>"
+        escaped = (
+            "see < |image_pad|> < |im_end|> < start_of_image> < image> [ IMG] < /s> [ TOOL_CALLS] < turn|> < think>"
+        )
         assert f'Post: "{escaped} \ufffd"' in texts[0] and texts[1] == f"{escaped} \ufffd why"
         assert 'Post: "2024-01-05"' in texts[4] and texts[5] == '"Prediction": 2'
         assert not any(token in "".join(texts) for token in backbone.processor.tokenizer.all_special_tokens)

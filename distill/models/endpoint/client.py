@@ -170,9 +170,8 @@ class ChatClient:
 
     def _give_up(self, failure: RequestFailed, attempts: int) -> Answer:
         """Stop retrying one answer. Raises RunError if the server cannot be reached or no longer answers."""
-        url = self.settings.base_url
         if failure.unreachable and not self._has_answered:
-            raise RunError(f"no server answers at base_url {url}: {failure}")
+            raise RunError(f"no server answers at base_url {self.settings.shown_url}: {failure}")
         self._record_failure(failure)
         return unanswered(f"no answer after {attempts} attempts: {failure}")
 
@@ -181,7 +180,7 @@ class ChatClient:
         with self._lock:
             self._consecutive_failures += 1
             if self._consecutive_failures >= max(_MAX_CONSECUTIVE_FAILURES, self.settings.concurrency):
-                url, count = self.settings.base_url, self._consecutive_failures
+                url, count = self.settings.shown_url, self._consecutive_failures
                 raise RunError(f"the endpoint {url} left {count} requests in a row unanswered: {reason}")
 
 

@@ -101,10 +101,9 @@ class HttpClient:
             OnlyThought: the model spent its tokens on thinking.
             RunError: the server refuses the key, requires payment or does not serve the model.
         """
-        url = self.settings.base_url.rstrip("/")
         head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
         request = b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
-        response, reply = self._post(f"{url}/chat/completions", request, timeout_s)
+        response, reply = self._post(self.settings.url_of("/chat/completions"), request, timeout_s)
         status, text = response.status, reply.decode("utf-8", "replace")
         try:
             content_of_reply = json.loads(text)
@@ -124,7 +123,7 @@ class HttpClient:
 
     def _raise_failure(self, status: int, error: "ServerError", headers: Mapping[str, str]) -> NoReturn:
         """Raise the failure that a status other than 2xx means. The server's own words are part of the message."""
-        url, model, words = self.settings.base_url.rstrip("/"), self.settings.model, error.words
+        url, model, words = self.settings.shown_url, self.settings.model, error.words
         if status == 401 or (status == 403 and _ABOUT_KEY.search(words)):
             raise RunError(self.explain(status, words))
         if status == 402:
@@ -143,7 +142,7 @@ class HttpClient:
 
     def explain(self, status: int, words: str) -> str:
         """The message for a refused key (401, 403) or an unknown address or model (404), with the server's words."""
-        url, name = self.settings.base_url.rstrip("/"), self.settings.api_key_env
+        url, name = self.settings.shown_url, self.settings.api_key_env
         if status == 404:
             return f"the endpoint at base_url {url} does not serve {self.settings.model} (status 404): {words}"
         problem = f"refuses the key in {name}" if name else "requires a key, but api_key_env is not set"
@@ -155,11 +154,9 @@ class HttpClient:
         Raises:
             RequestFailed: the server cannot be reached.
         """
-        root = self.settings.base_url.rstrip("/").removesuffix("/v1")
+        url = self.settings.url_of("/tokenize", beside_version=True)
         body = {"model": self.settings.model, "prompt": text, "add_special_tokens": False}
-        _, reply = self._post(
-            f"{root}/tokenize", json.dumps(body).encode(), min(self.settings.timeout_s, _TOKENIZE_TIMEOUT_S)
-        )
+        _, reply = self._post(url, json.dumps(body).encode(), min(self.settings.timeout_s, _TOKENIZE_TIMEOUT_S))
         try:
             return [int(token) for token in json.loads(reply)["tokens"]]
         except (ValueError, LookupError, TypeError):  # the reply of a server that does not know the route

@@ -206,7 +206,7 @@ class OptionalFields:
             if self._steps[option] != seen:
                 return
             self._steps[option] = step
-        log.warning("%s: %s (%s)", self._settings.base_url, self._consequence(option, step), words)
+        log.warning("%s: %s (%s)", self._settings.shown_url, self._consequence(option, step), words)
 
     def _consequence(self, option: Option, step: int) -> str:
         if option == "limit":

@@ -7,6 +7,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from distill.errors import SettingsError
+from distill.masking import mask
 from distill.settings import Count, NonNegative, Range, Seconds, Settings, Variable
 
 
@@ -64,3 +65,18 @@ class EndpointSettings(Settings):
         """`base_url` without credentials, query and trailing slash."""
         url = parse_url(self.base_url)
         return Url(url.scheme, None, url.host, url.port, url.path).url.rstrip("/")
+
+    @property
+    def shown_url(self) -> str:
+        """`base_url` for messages: passwords and keys are masked, because a message can reach clients and pages."""
+        return str(mask(self.base_url)).rstrip("/")
+
+    def url_of(self, route: str, *, beside_version: bool = False) -> str:
+        """The URL of a route below `base_url`, with the query of `base_url`.
+
+        Args:
+            beside_version: the route is next to `/v1` instead of below it.
+        """
+        url = parse_url(self.base_url)
+        path = (url.path or "").rstrip("/")
+        return url._replace(path=(path.removesuffix("/v1") if beside_version else path) + route, fragment=None).url

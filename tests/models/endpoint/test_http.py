@@ -104,6 +104,15 @@ def test_user_and_password_in_the_url_are_sent(tmp_path: Path) -> None:
     assert server.keys == ["Basic " + base64.b64encode(b"me:p@ss").decode()]
 
 
+def test_the_query_of_the_address_follows_each_route(tmp_path: Path) -> None:
+    settings = EndpointSettings("http://me:p@h:8/v1/?api-version=1#x", "m")
+    assert settings.url_of("/chat/completions") == "http://me:p@h:8/v1/chat/completions?api-version=1"
+    assert settings.url_of("/tokenize", beside_version=True) == "http://me:p@h:8/tokenize?api-version=1"
+    with Server() as server:
+        (answer,) = answers(endpoint(f"{server.url}?api-version=1"), posts(tmp_path, 1))
+    assert answer.error is None
+
+
 def test_no_proxy_accepts_host_and_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with Server() as server:
