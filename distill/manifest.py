@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +192,20 @@ class Manifest:
                     f"{self.folder / name / file} is in the way: {name} writes a file of this name, and this one is "
                     "not from this run; move it away"
                 )
-        recipe = self.folder / "recipe.yaml"
-        if not self.stages and recipe.exists() and not self._moved_away:
-            raise SettingsError(f"{recipe} is in the way: the run writes its resolved recipe there; move it away")
+        if self.stages or self._moved_away:
+            return
+        for file, content in (("recipe.yaml", "resolved recipe"), ("report.html", "report")):
+            if (path := self.folder / file).exists():
+                raise SettingsError(f"{path} is in the way: the run writes its {content} there; move it away")
 
     def keep_edited(self, name: str) -> None:
-        """Copy every file that was edited by hand to `FILE.edited`, before its stage writes it again."""
+        """Copy every file that was edited by hand before its stage writes it again: to `FILE.edited`, and the next ones
+        to `FILE.edited.2` and so on."""
         for file in self.changed(name):
             path = self.folder / name / file
-            copy = path.with_name(f"{path.name}.edited")
+            names = (f"{path.name}.edited{'' if number == 1 else f'.{number}'}" for number in count(1))
+            copies = map(path.with_name, names)
+            copy = next(copy for copy in copies if self._digest(copy) in (None, self._digest(path)))
             if not copy.exists():
                 shutil.copy2(path, copy)
                 log.warning(

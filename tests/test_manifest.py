@@ -81,7 +81,7 @@ def test_files_of_others_survive_a_stage_that_runs_again(
 
 
 @pytest.mark.parametrize(
-    "name", ["student/metrics.csv", "student/checkpoints/last.ckpt", "export/config.json", "recipe.yaml"]
+    "name", ["student/metrics.csv", "student/checkpoints/last.ckpt", "export/config.json", "recipe.yaml", "report.html"]
 )
 def test_a_file_of_others_with_the_name_of_an_output_is_named(name: str, recipe: Recipe, fakes: Fakes) -> None:
     put(recipe.folder, name)
@@ -108,6 +108,10 @@ def test_an_edited_file_is_kept_when_its_stage_runs_again(recipe: Recipe, path: 
     run(micro.read(path, "--annotate.retries", "2"))
     assert rationales.with_name("rationales.jsonl.edited").read_text() == '{"id": "1"}\n'
     assert rationales.read_text() != '{"id": "1"}\n'
+    rationales.write_text('{"id": "2"}\n')
+    run(micro.read(path, "--annotate.retries", "3"))
+    assert rationales.with_name("rationales.jsonl.edited").read_text() == '{"id": "1"}\n'
+    assert rationales.with_name("rationales.jsonl.edited.2").read_text() == '{"id": "2"}\n'
 
 
 # ---- what is behind a setting ----

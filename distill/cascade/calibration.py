@@ -167,11 +167,14 @@ def _model_metrics(
     wrong: np.ndarray,
     truth: np.ndarray,
 ) -> dict[str, Any]:
-    """ECE of one model before and after temperature scaling, and the map from uncertainty to error probability."""
-    knots = fit_error_map(uncertainty, wrong)
+    """ECE of one model before and after temperature scaling, and the map from uncertainty to error probability.
+
+    The ECE is None if the model does not return probabilities.
+    """
+    knots, known = fit_error_map(uncertainty, wrong), scores.are_probabilities
     return {
-        "ece_before": calibration_error(scores.probabilities, truth),
-        "ece_after": calibration_error(stack_probabilities(predictions), truth),
+        "ece_before": calibration_error(scores.probabilities, truth) if known else None,
+        "ece_after": calibration_error(stack_probabilities(predictions), truth) if known else None,
         "error_probability": dict(zip(("uncertainty", "error"), knots, strict=True)),
     }
 

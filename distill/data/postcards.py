@@ -9,7 +9,8 @@ can be checked against the image. Most training posts are unlabelled.
 import json
 import math
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +60,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 MARKER = "postcards.json"
 GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
 """Everything in a folder of postcards. A folder that contains anything else is never overwritten."""
+_IMAGE = re.compile(r"(train|validation|test)-\d{4,}\.png")
 
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
@@ -105,7 +107,7 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
     if root.exists():
         found = {path.name for path in root.iterdir()}
         # The folder is written atomically, marker included: without the marker, nothing in it was generated here.
-        if foreign := found - GENERATED if (root / MARKER).exists() else found:
+        if foreign := _foreign(root, found) if (root / MARKER).exists() else found:
             name = min(foreign)
             raise FileExistsError(f"data.root: {root} contains {name}; use a new or empty folder for the postcards")
     rng = random.Random(settings.seed)
@@ -120,6 +122,12 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
                 for row in _posts(split, count, labelled, rng, settings.image_size, new):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         write_json(new / MARKER, asdict(settings))
+
+
+def _foreign(root: Path, found: Set[str]) -> Set[str]:
+    """The names in a folder of postcards and in its `images/` that were not generated here."""
+    images = [path.name for path in (root / "images").iterdir()] if (root / "images").is_dir() else []
+    return (found - GENERATED) | {f"images/{name}" for name in images if not _IMAGE.fullmatch(name)}
 
 
 def _posts(

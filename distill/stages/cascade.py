@@ -23,7 +23,7 @@ def run(context: Context, tracked: StageRun) -> None:
     folder = context.folder / "cascade"
     student = context.reasoner("student")
     path = context.folder / "calibrate" / "calibration.json"
-    calibration = Calibration.read(path, student.name)
+    calibration, fitted = Calibration.read(path, student.name), read_json(path)
     policy = CascadePolicy(labels, calibration, settings.on_agreement, context.recipe.reviews)
     if not policy.reviews:
         log.warning("stage 3 of the cascade is skipped: teacher.tasks has no review, so the teacher did not learn it")
@@ -47,11 +47,17 @@ def run(context: Context, tracked: StageRun) -> None:
         before["teacher"] = uncalibrated.teacher_predictions(teacher_scores)
     metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
     metrics["measure"], metrics["reviews"] = calibration.measure, policy.reviews
-    metrics["promise"] = read_json(path)["promise"]["says"]
+    metrics["promise"] = fitted["promise"]["says"]
+    known = {role: fitted["models"][role]["ece_before"] is not None for role in ("student", "teacher")}
+    if teacher_scores is not None:
+        known["teacher"] = teacher_scores.are_probabilities
+    if not all(known.values()):  # agreement of samples is no probability
+        metrics |= {"ece": None, "aurc": None}
     metrics["selective"] = {
-        role: selective_metrics(before[role], after[role], gold, labels) 
-        for role, predictions in after.items() if any(prediction.answered for prediction in predictions)
-    }  # fmt: skip
+        role: selective_metrics(before[role], after[role], gold, labels)
+        for role, predictions in after.items()
+        if known[role] and any(prediction.answered for prediction in predictions)
+    }
     rows = []
     if "teacher" in after:
         rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples)

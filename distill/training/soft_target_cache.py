@@ -7,6 +7,7 @@ and the sample's prompts, answers and images. Only samples whose key is missing 
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ SHARD_SAMPLES, SHARD_BYTES = 256, 2**28
 
 _FORMAT = 1  # part of every key
 _HEAD = "assistant.safetensors"  # the assistant's output head; empty for top-k targets
+_SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def top_k_targets(logits: torch.Tensor, top_k: int, temperature: float) -> Featu
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if path.name != _HEAD)
+    """The shards in a folder; other files in it are not ours."""
+    return sorted(path for path in folder.glob("*.safetensors") if _SHARD.fullmatch(path.name))
 
 
 def _read_index(path: Path) -> dict[str, tuple[str, int, int]]:

@@ -11,7 +11,7 @@ import pytest
 from distill.cascade.calibration import CalibrateSettings, calibrate
 from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
 from distill.errors import RunError, SettingsError
-from distill.models.reasoner import ClassScores
+from distill.models.reasoner import UNKNOWN_CONFIDENCE, ClassScores
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
@@ -125,6 +125,15 @@ def test_unanswered_posts_are_left_out_and_counted() -> None:
     unanswered = ClassScores(teacher.probabilities, np.zeros(200))
     with pytest.raises(RunError, match="no validation post was answered by both"):
         calibrate(gold, student, unanswered, NAMES, LABELS, CalibrateSettings())
+
+
+@pytest.mark.parametrize("mass", [np.nan, UNKNOWN_CONFIDENCE])
+def test_agreement_of_samples_has_no_calibration_error(mass: float) -> None:
+    gold, student, teacher = validation(200)
+    agreement = ClassScores(teacher.probabilities, np.full(200, mass))
+    models = calibrate(gold, student, agreement, NAMES, LABELS, CalibrateSettings())["models"]
+    assert models["teacher"]["ece_before"] is None and models["teacher"]["ece_after"] is None
+    assert models["student"]["ece_before"] > 0
 
 
 def test_deferring_posts_with_uncertainty_1_exceeds_a_small_budget_and_warns(caplog: pytest.LogCaptureFixture) -> None:

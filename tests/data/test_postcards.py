@@ -150,10 +150,11 @@ def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_foreign_file_in_the_corpus_is_not_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["notes.txt", "images/mine.png"])
+def test_a_foreign_file_in_the_corpus_is_not_deleted(tmp_path: Path, name: str) -> None:
     root = tmp_path / "data"
     generate(root, SMALL)
-    (root / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"contains notes\.txt"):
+    (root / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"contains {name}"):
         generate(root, replace(SMALL, test=9))
-    assert (root / "notes.txt").read_text() == "mine" and len(rows(root, "test")) == 36
+    assert (root / name).read_text() == "mine" and len(rows(root, "test")) == 36

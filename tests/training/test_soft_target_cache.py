@@ -184,6 +184,12 @@ def test_a_missing_or_damaged_shard_is_written_again(
     assert torch.equal(setup.module(targets).encode(rows).soft_targets["hidden"], before)
 
 
+def test_a_file_of_others_is_not_deleted(make_backbone: Any, rows: list[Sample], tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_text("mine")
+    Setup(make_backbone, tmp_path).write(rows)
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
 def test_a_damaged_head_is_written_again(make_backbone: Any, rows: list[Sample], tmp_path: Path) -> None:
     setup = Setup(make_backbone, tmp_path)
     setup.write(rows)

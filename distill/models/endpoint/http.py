@@ -49,6 +49,7 @@ _ABOUT_MODEL = re.compile(
 _TEXT_PARTS = ("text", "output_text")
 _ESCAPED = re.compile(r"(?:bytes:)?(?:\\x[0-9a-fA-F]{2})+|(?:<0x[0-9a-fA-F]{2}>)+")  # bytes in the token's text
 _HEX = re.compile(r"x([0-9a-fA-F]{2})")
+_ROUNDING = 0.01  # how far above 0 a log-probability may be
 _TOKENIZE_TIMEOUT_S = 10.0
 _MIN_IDLE_CONNECTIONS = 256  # may exceed `concurrency`: `distill serve` limits its requests itself
 
@@ -302,6 +303,8 @@ def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
     top_tokens = [
         {_token_text(t): _logprob(t) for t in [token, *(token.get("top_logprobs") or [])]} for token in tokens
     ]
+    if any(value > _ROUNDING for top in top_tokens for value in top.values()):
+        return answer, []  # they are no logarithms
     return answer, [(_token_text(token), top) for token, top in zip(tokens, top_tokens, strict=True)]
 
 
@@ -323,7 +326,8 @@ def _token_text(token: Mapping[str, Any]) -> str:
 
 
 def _logprob(token: Mapping[str, Any]) -> float:
-    value = float(token["logprob"])
+    value = token["logprob"]  # null stands for NaN in servers that write valid JSON
+    value = math.nan if value is None else float(value)
     if math.isnan(value):
         raise RequestFailed("a log-probability of the reply is not a number", generated=True)
     return value

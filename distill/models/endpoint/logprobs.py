@@ -11,6 +11,7 @@ from distill.task.labels import LabelSpace
 
 _MARKUP = reply.MARKUP + "\u0120\u2581"  # the spaces of byte-level BPE and SentencePiece
 _MIN_PROBABILITY = 1e-12  # no label gets a probability of 0
+_OUT_OF_RANGE = -9999.0  # what servers return for a generated token that is not among the top-k tokens, or -inf
 
 
 def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray, float]:
@@ -24,6 +25,7 @@ def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray,
       followed to the end of the label, whose probability is the product over its tokens.
     - The continuation of a token that was not generated is unknown. If it is a prefix of several labels, its
       probability is split equally among them; a space is a prefix of all labels.
+    - A generated token without a log-probability (-9999 or less) has the probability that the top-k tokens leave.
     - The probability of a label without a top-k token is at most that of the least likely top-k token, and at most
       the probability that the top-k tokens leave. The label gets the smaller of the two bounds. If the server returns
       no alternatives at all, the labels share what the generated token leaves.
@@ -43,7 +45,8 @@ def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray,
         in_header = start < begin and not token[max(0, begin - start) :].strip(_MARKUP)
         if in_header or not token:  # some servers return the end-of-sequence token as an empty string
             continue
-        probabilities = {other: math.exp(min(logprob, 0.0)) for other, logprob in top_logprobs.items()}
+        known = {name: value for name, value in top_logprobs.items() if name != token or value > _OUT_OF_RANGE}
+        probabilities = {other: math.exp(min(logprob, 0.0)) for other, logprob in known.items()}
         probabilities.setdefault(token, max(0.0, 1 - sum(probabilities.values())))
         continued = _matching_labels(prefix, token, candidates, names)
         unseen = set(candidates)

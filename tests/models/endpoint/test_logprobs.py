@@ -1,5 +1,6 @@
 """Label probabilities: from log-probabilities, for labels with a common prefix, and from agreeing answers."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ def test_a_label_outside_the_top_k_gets_a_positive_upper_bound() -> None:
     # Nothing is left, but no probability is 0.
     probabilities, mass = label_probabilities(tops(token("positive", positive=1.0)), LABELS)
     assert (probabilities > 0).all() and probabilities.sum() == pytest.approx(1) and mass == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [-9999.0, float("-inf"), -1e308])
+def test_a_generated_label_without_a_log_probability_gets_what_the_others_leave(value: float) -> None:
+    alternatives: list[dict[str, float]] = [{}, {"negative": value}, {"negative": math.log(0.3)}]
+    for others in alternatives:
+        probabilities, mass = label_probabilities([("positive", {"positive": value, **others})], LABELS)
+        assert LABELS.names[probabilities.argmax()] == "positive" and mass == pytest.approx(1)
 
 
 def test_an_answer_in_another_format_has_a_low_label_mass() -> None:

@@ -204,10 +204,20 @@ def test_labels_after_a_thought_are_read() -> None:
     assert probabilities == pytest.approx([0.2, 0.1, 0.7]) and mass == pytest.approx(1)
 
 
-def test_a_log_probability_that_is_not_a_number_is_no_answer(tmp_path: Path) -> None:
-    with Server(logprobs=lambda request: [token("positive") | {"logprob": math.nan}]) as server:
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_a_log_probability_that_is_not_a_number_is_no_answer(tmp_path: Path, value: float | None) -> None:
+    with Server(logprobs=lambda request: [token("positive") | {"logprob": value}]) as server:
         _, score = next(endpoint(server.url).scores(posts(tmp_path, 1)))
     assert score.label_mass == 0 and "not a number" in str(score.answer.error)
+
+
+def test_probabilities_in_place_of_log_probabilities_are_not_used(tmp_path: Path) -> None:
+    top = [{"token": "negative", "logprob": 0.3}]
+    tokens = [token("positive") | {"logprob": 0.7, "top_logprobs": top}]
+    with Server(answer=lambda request: "positive", logprobs=lambda request: tokens) as server:
+        scores = endpoint(server.url).classify(posts(tmp_path, 1))
+        assert server.requests == 5  # agreement of samples
+    assert LABELS.names[scores.probabilities[0].argmax()] == "positive" and np.isnan(scores.label_mass).all()
 
 
 # ---- optional fields ----
