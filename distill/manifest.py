@@ -49,9 +49,11 @@ class Manifest:
             content = read_json(self.path)
             self.stages: dict[str, Any] = content["stages"]
             self.models: dict[str, str] = content.get("models", {})
+            if not all(isinstance(item, dict) for item in (self.stages, self.models, *self.stages.values())):
+                raise TypeError
         except FileNotFoundError:
             self.stages, self.models = {}, {}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise SettingsError(f"{self.path} is not a valid manifest; move it or its folder away") from None
         self._moved_away = not self.stages and self._is_run()
 

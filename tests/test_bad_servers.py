@@ -160,8 +160,12 @@ def check_files(recipe: Recipe, filtered: int, has_logprobs: bool) -> None:
         assert metrics["label_mass"] == pytest.approx(1.0) and 0 <= metrics["ece"] <= 1
     else:
         assert metrics["label_mass"] is metrics["ece"] is metrics["aurc"] is None
-    strict(folder / "calibrate" / "calibration.json")
-    strict(folder / "cascade" / "metrics.json")
+    fitted = strict(folder / "calibrate" / "calibration.json")["models"]["teacher"]
+    cascade = strict(folder / "cascade" / "metrics.json")
+    figures = (fitted["ece_before"], fitted["ece_after"], cascade["ece"], cascade["aurc"])
+    assert [figure is not None for figure in figures] == [has_logprobs] * 4 and (
+        "teacher" in cascade["selective"]
+    ) == has_logprobs
     assert len(strict(folder / "cascade" / "decisions.jsonl")) == 12
     with (folder / "cascade" / "deferral_curve.csv").open() as file:
         cells = [cell for row in csv.DictReader(file) for name, cell in row.items() if name != "policy" and cell]

@@ -206,7 +206,11 @@ def test_a_second_process_is_rejected(recipe: Recipe, fakes: Fakes) -> None:
     assert run(recipe) == ALL
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"stages": 3', '{"other": {}}', "\x00\x01"], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"stages": 3', '{"stages": []}', '{"stages": {"annotate": 3}}', '{"other": {}}', "\x00\x01"],
+    ids=repr,
+)
 def test_a_damaged_manifest_is_named_and_not_changed(content: str, recipe: Recipe, fakes: Fakes) -> None:
     run(recipe)
     damaged = recipe.folder / "chain.json"

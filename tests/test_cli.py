@@ -184,7 +184,13 @@ def test_a_report_is_written_again_and_names_missing_inputs(finished: tuple[Path
     result = distill("report", "--config", path)
     assert result.status == 0 and "majority class" in result.stdout
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
-    (folder / "evaluate" / "metrics.json").unlink()
+    metrics = folder / "evaluate" / "metrics.json"
+    metrics.write_text("{}")
+    result = distill("report", "--config", path)
+    assert result.status == 2 and result.error == (
+        f"{metrics} has no metrics of student; delete it and run: distill run, which rebuilds it"
+    )
+    metrics.unlink()
     result = distill("report", "--config", path)
     assert result.status == 2
     assert result.error == (

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
+from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
 from distill.evaluation.regression import trivial_baseline
-from distill.files import write_json
+from distill.files import read_json, write_json
 from distill.models.reasoner import Reasoner
 from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
@@ -69,6 +71,15 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.log({f"{role}/{key}": value for role, values in metrics.items() for key, value in values.items()
                  if isinstance(value, int | float)})  # fmt: skip
     tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics of roles and baselines in a run's folder. Raises SettingsError if they were edited and lack one."""
+    content = read_json(path := folder / "evaluate" / "metrics.json")
+    for name in ("student", "majority_class"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+            raise SettingsError(f"{path} has no metrics of {name}; delete it and run: distill run, which rebuilds it")
+    return content
 
 
 def _references(context: Context, teacher: RoleOutputs | None) -> tuple[list[Rationale | None], Sequence[str | None]]:

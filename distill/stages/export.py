@@ -1,10 +1,10 @@
 """Stage `export`: writes the student as a transformers folder with a model card."""
 
 from distill.export.export import base_licence, export, model_card
-from distill.files import read_json
 from distill.models.adapters import Source, find_source
 from distill.recipe import to_yaml
 from distill.stages.context import Context
+from distill.stages.evaluate import read_metrics
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 
@@ -14,8 +14,7 @@ def run(context: Context, tracked: StageRun) -> None:
     assert recipe.export is not None and recipe.student is not None
     tracked.use_artifact("student")
     student = context.load("student")
-    metrics = context.folder / "evaluate" / "metrics.json"
-    scores = read_json(metrics)["student"] if recipe.evaluate is not None else {}
+    scores = read_metrics(context.folder)["student"] if recipe.evaluate is not None else {}
     settings = recipe.student.model
     base = find_source(settings.path, settings.revision) if settings.path else Source("", "main")
     corpus = context.corpus

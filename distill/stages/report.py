@@ -11,6 +11,7 @@ from distill.errors import SettingsError
 from distill.evaluation.report import Report, format_table, write_report
 from distill.files import read_json
 from distill.recipe import Recipe, to_yaml
+from distill.stages.evaluate import read_metrics
 from distill.stages.student import HARD_LABELS
 
 _GALLERY = 24
@@ -57,7 +58,7 @@ def is_available(recipe: Recipe) -> bool:
     folder = recipe.folder / "evaluate"
     if not (folder / "metrics.json").exists():
         return False
-    if "confusion" not in (majority := read_json(folder / "metrics.json")["majority_class"]):
+    if "confusion" not in (majority := read_metrics(recipe.folder)["majority_class"]):
         return True
     gold = Counter(row.fields["gold"] for row in jsonl.read(folder / "predictions.jsonl"))
     return [sum(row) for row in majority["confusion"]] == [gold[name] for name in recipe.labels.names]
@@ -88,7 +89,7 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     path = recipe.folder / "evaluate" / "metrics.json"
     if not path.exists():
         raise SettingsError(f"{path} is missing; run: distill run --until evaluate with the same recipe")
-    roles = read_json(path)
+    roles = read_metrics(recipe.folder)
     majority = roles.pop("majority_class")
     baselines = {f"majority class ({majority['label']})": majority}
     if (trivial := roles.pop("trivial", None)) is not None:
