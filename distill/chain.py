@@ -28,17 +28,8 @@ from distill.manifest import Manifest
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import (
-    annotate,
-    assistant,
-    augment,
-    calibrate,
-    cascade,
-    evaluate,
-    export,
-    preflight,
-    student,
-    teacher,
-)
+    annotate, assistant, augment, calibrate, cascade, evaluate, export, preflight, student, teacher,
+)  # fmt: skip
 from distill.stages.context import Context
 from distill.tracking import Tracker
 from distill.training.processes import worker_folder
