@@ -28,8 +28,17 @@ from distill.manifest import Manifest
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import (
-    annotate, assistant, augment, calibrate, cascade, evaluate, export, preflight, student, teacher,
-)  # fmt: skip
+    annotate,
+    assistant,
+    augment,
+    calibrate,
+    cascade,
+    evaluate,
+    export,
+    preflight,
+    student,
+    teacher,
+)
 from distill.stages.context import Context
 from distill.tracking import Tracker
 from distill.training.processes import worker_folder
@@ -78,11 +87,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def identities(recipe: Recipe) -> dict[str, str]:
-    """Identities of the stages, for a `Context`: hashes of settings, data, and outputs of earlier stages.
-
-    Raises:
-        SettingsError: an output of a finished stage is damaged, or a file of the data is missing.
-    """
+    """Identities of the stages, for a `Context`: hashes of settings, data and outputs. Raises SettingsError."""
     return _State(recipe).context.fingerprints
 
 
