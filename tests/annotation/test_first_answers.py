@@ -149,7 +149,7 @@ def test_a_run_with_a_valid_answer_is_resumed(tmp_path: Path, valid_at: int) -> 
 
     with Server(answer=answer) as server:
         for count in (40, 80):
-            assert len(run(tmp_path, endpoint(server.url), texts(count))) == count
+            assert len(run(tmp_path, endpoint(server.url, concurrency=1), texts(count))) == count
         assert server.requests == 80
 
 

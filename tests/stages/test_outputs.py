@@ -123,10 +123,8 @@ def test_an_output_truncated_deleted_and_edited(
     assert planned(recipe) == [] and not caplog.records
     edit(path)
     assert planned(recipe) == readers(stage, file)
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"{path} was edited by hand and is used as it is; to rebuild it, delete it and run: distill run"
-    )
+    (message,) = (text for text in caplog.messages if " is left out: " not in text)  # of metrics, on some machines
+    assert message == (f"{path} was edited by hand and is used as it is; to rebuild it, delete it and run: distill run")
 
 
 def test_a_run_of_an_earlier_version_is_complete_and_its_damaged_files_are_named(
