@@ -113,11 +113,8 @@ def test_connections_that_do_not_send_their_headers_are_closed(student: Local) -
         before = process.num_fds()
         contents = (b"", b"P", HEAD, HEAD + b"Content-Length: 14\r\n")
         slow = [connect(client, contents[n % len(contents)]) for n in range(200)]
-        wait_until(lambda: process.num_fds() >= before + 2 * len(slow))  # both ends are in this process
-        begin = time.monotonic()
         assert client.post("/v1/sentiment", json={"text": "words"}).status_code == 200
-        assert {read_all(connection) for connection in slow} == {b""}
-        assert time.monotonic() - begin < 5
+        assert {read_all(connection) for connection in slow} == {b""}, "the server closes them"
         for connection in slow:
             connection.close()
         wait_until(lambda: process.num_fds() <= before + 2)
