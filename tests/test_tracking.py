@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 
-from distill.tracking import StageRun, Tracker, TrackingSettings, wandb_name
+from distill.tracking import StageRun, Tracker, TrackingSettings, not_logged_in, wandb_name
 
 wandb = pytest.importorskip("wandb")
 
@@ -160,6 +160,7 @@ def test_modes(
     with tracker(tmp_path, mode=mode).stage("student", {}):
         pass
     assert chosen == [expected]
+    assert not_logged_in(TrackingSettings(mode=mode)) == (mode == "online" and not logged_in)  # type: ignore[arg-type]
 
 
 def test_a_key_in_the_environment_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

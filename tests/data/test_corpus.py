@@ -78,6 +78,7 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
         (post("list", label=["neutral"]), "list", "unknown label"),
         (post("value", label=0.5), "value", "unknown label 0.5"),
         (post("gone", image="gone.png"), "gone", "image gone.png is missing"),
+        (post("below", image="a/b/gone.png"), "below", "image a/b/gone.png is missing"),
         (post("out", image="../secret.png"), "out", "'../secret.png' lies outside the data root"),
         (post("link", image="link.png"), "link", "'link.png' lies outside the data root"),
         (post("words", image="words.jpg"), "words", "image words.jpg is none of JPEG"),

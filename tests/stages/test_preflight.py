@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
+from distill import chain
 from distill.models.backbone import LoraSettings, ModelSettings, create
 from distill.models.hub import missing_weights
 from distill.models.pretrained import check_weights
 from distill.task.labels import LabelSpace
 from tests import micro
 from tests.commands import Command
+from tests.fake_stages import Fakes
 from tests.models.openai_server import Server
 
 CARDS = {"labelled": 9, "unlabelled": 0, "validation": 9, "test": 9, "image_size": 28}
@@ -222,7 +224,7 @@ def test_a_stage_alone_and_stages_that_do_not_run_are_not_checked(distill: Comma
 
 
 def test_missing_libraries_of_metrics_are_a_notice(
-    distill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The metrics are left out, and the run goes on; it says so before the first stage."""
     missing = [name for name in ("sacrebleu", "sentence_transformers") if find_spec(name) is None]
@@ -232,6 +234,10 @@ def test_missing_libraries_of_metrics_are_a_notice(
     assert "evaluate: similarity is left out: " in plan
     assert all(f"is left out: {name} is not installed (pip install 'distill[metrics]')" in plan for name in missing)
     assert "Problems that stop" not in plan
+    Fakes(monkeypatch)
+    chain.run(micro.read(path))
+    messages = [message for message in caplog.messages if " is left out: " in message or message.startswith("stage ")]
+    assert messages[0] in plan and messages[-1] == "stage export"
 
 
 def test_weights_of_shards_and_adapters(model_folder: Path, tmp_path: Path) -> None:

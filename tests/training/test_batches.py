@@ -156,13 +156,13 @@ def test_linear_attention_is_refused_by_its_config_as_by_its_weights(
     backbone: Backbone, tasks: list[Template], refused: bool
 ) -> None:
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
-    from transformers.models.qwen3_5 import Qwen3_5TextConfig
 
+    qwen = pytest.importorskip("transformers.models.qwen3_5")
     tokenizer = backbone.processor.tokenizer
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = LlavaConfig(
         vision_config=vision.to_dict(),
-        text_config=Qwen3_5TextConfig(vocab_size=len(tokenizer), **QWEN_3_5).to_dict(),
+        text_config=qwen.Qwen3_5TextConfig(vocab_size=len(tokenizer), **QWEN_3_5).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
     )
     torch.manual_seed(0)
