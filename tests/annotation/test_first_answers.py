@@ -69,13 +69,17 @@ def test_one_valid_answer_is_enough_for_its_kind() -> None:
 def test_a_wrong_prediction_and_an_uncertain_label_are_valid() -> None:
     answers = first(1)
     answers.add((POST, "predict", Answer(rationale("negative"), True)), (POST, "classify", label(float("nan"))))
-    answers.end()
+    answers.add((POST, "predict", PROSE), (POST, "classify", label(0)))  # more than the limit of one
+    assert answers.end() is None
 
 
 def test_requests_without_an_answer_say_nothing() -> None:
     answers = first()
     answers.add(*[(POST, "predict", Answer("", False, error="filtered", kind="filtered"))] * 9)
-    answers.end()
+    assert answers.end() is None
+    answers.add((POST, "predict", PROSE))
+    with pytest.raises(RunError, match="the first 1 answers"):
+        answers.end()
 
 
 def test_sampled_answers_count_each() -> None:
@@ -93,7 +97,7 @@ def test_at_the_end_fewer_answers_are_enough() -> None:
 def test_zero_never_stops() -> None:
     answers = first(0)
     answers.add(*[(POST, "predict", PROSE)] * 99)
-    answers.end()
+    assert answers.end() is None
 
 
 # ---- in a stage ----
