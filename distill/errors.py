@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-_FIELDS_OF_SECTIONS = re.compile(r"(?:model|packing|api_key_env)\b")
+_FIELDS_OF_SECTIONS = re.compile(r"(?:model|packing|max_length|api_key_env)\b")
 
 
 class SettingsError(ValueError):

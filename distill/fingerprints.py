@@ -18,12 +18,13 @@ from distill.manifest import Manifest
 from distill.recipe import Recipe, load, masked, parser
 from distill.task import prompts
 from distill.training.processes import process_count
+from distill.training.schedules import DECAYING
 from distill.training.trainer_arguments import with_defaults
 
 _IRRELEVANT = frozenset({
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",
     "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_attempts", "backoff_s",
-    "prompt_price", "completion_price",
+    "prompt_price", "completion_price", "gradient_checkpointing", "loggers",
 })  # fmt: skip
 """Fields that do not change results, in any section."""
 
@@ -54,7 +55,7 @@ class Fingerprints(NamedTuple):
     Attributes:
         whole: of all settings that change results.
         rest: of these without the length of a training.
-        limits: for each training the epochs and steps; -1: no limit.
+        limits: for each training that can continue, the epochs and steps; -1: no limit.
     """
 
     whole: dict[str, str]
@@ -154,7 +155,8 @@ def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fi
     settings = _without(masked(recipe), _IRRELEVANT | _DEVICES)
     limits = {}
     for name in _TRAININGS:
-        if (section := getattr(recipe, name)) is not None:
+        section = getattr(recipe, name)
+        if section is not None and section.schedule not in DECAYING:  # their rates depend on the length
             given = with_defaults(recipe.trainer, section.trainer)
             values = [given.get(limit) for limit in ("max_epochs", "max_steps")]
             limits[name] = [value if isinstance(value, int) else -1 for value in values]

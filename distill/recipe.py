@@ -42,7 +42,7 @@ from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
 from distill.training.student import StudentSettings
-from distill.training.trainer_arguments import check_trainer, try_trainer
+from distill.training.trainer_arguments import check_schedule, check_trainer, try_trainer
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -277,6 +277,7 @@ def check(recipe: Recipe) -> None:
             check_tasks(settings.tasks, f"{stage}.tasks")
             check_trainer(settings.trainer, f"{stage}.trainer")
             try_trainer(recipe.trainer, settings.trainer, stage, on_cpu=True)
+            check_schedule(settings, recipe.trainer, stage)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distill import fingerprints
 from distill.chain import STAGES, run
@@ -86,3 +87,46 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
     one = micro.read(path)
     assert run(one)[0] == "student", "the finished stages are kept"
     assert (one.folder / "student" / "checkpoints" / "last.ckpt").exists()
+
+
+NEW_FIELDS = frozenset({
+    "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
+})  # fmt: skip
+"""Fields that earlier versions did not have; their defaults do what those versions did."""
+
+
+def test_a_run_of_a_version_without_the_new_fields_is_kept(path: Path, fakes: Fakes) -> None:
+    recipe = micro.read(path)
+    run(recipe)
+    file = recipe.folder / "recipe.yaml"
+    written = fingerprints._without(yaml.safe_load(file.read_text()), NEW_FIELDS)
+    assert written != yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(written))
+    names = fingerprints._IRRELEVANT | fingerprints._DEVICES
+    hashes = fingerprints._hashes(fingerprints._without(written, names), data_fingerprint(recipe.data), STAGES)
+    manifest = recipe.folder / "chain.json"
+    content = json.loads(manifest.read_text())
+    for name, entry in content["stages"].items():
+        entry["fingerprint"] = hashes[name]
+    manifest.write_text(json.dumps(content))
+    assert run(micro.read(path)) == []
+
+
+def test_what_does_not_change_the_weights_runs_nothing(path: Path, fakes: Fakes) -> None:
+    run(micro.read(path))
+    logger = '[{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}]'
+    assert run(micro.read(path, "--trainer.loggers", logger, "--student.model.gradient_checkpointing", "true")) == []
+    assert "student" in run(micro.read(path, "--student.early_stopping", "3"))
+
+
+def test_more_epochs_continue_a_training_unless_its_learning_rate_depends_on_their_number(
+    path: Path, fakes: Fakes
+) -> None:
+    for schedule, kept in (("plateau", True), ("cosine", False)):
+        flags = ("--student.schedule", schedule, "--student.trainer.max_epochs")
+        fakes.extra["student"] = ["checkpoints/last.ckpt"]
+        run(first := micro.read(path, *flags, "2"))
+        fakes.extra.clear()
+        checkpoint = first.folder / "student" / "checkpoints" / "last.ckpt"
+        assert "student" in run(micro.read(path, *flags, "3"))
+        assert checkpoint.exists() == kept, schedule

@@ -62,7 +62,10 @@ def test_arguments_of_the_trainer_are_checked(path: Path) -> None:
     assert rejected("--config", str(path), "--trainer.max_epoch", "3").startswith(
         "trainer.max_epoch is not a setting of"
     )
-    assert "callbacks" in rejected("--config", str(path), "--student.trainer.callbacks", "[]")
+    assert "logger" in rejected("--config", str(path), "--student.trainer.logger", "true")
+    assert rejected("--config", str(path), "--student.trainer.callbacks", '["Nothing"]').startswith(
+        "student.trainer.callbacks: Nothing: "
+    )
     assert rejected("--config", str(path), "extra") == "unrecognized arguments: extra"
 
 

@@ -31,9 +31,11 @@ from distill.models.pretrained import (
     ModelSettings,
     attention_of_shapes,
     hide_progress_bars,
+    limit_pixels,
     load_pretrained,
     load_processor,
     on_meta,
+    set_checkpointing,
 )
 from distill.models.tree_attention import attention_mask
 from distill.task import prompts
@@ -70,6 +72,7 @@ class Backbone:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         use_chat_template(processor, settings.path or "the tiny model")
+        limit_pixels(processor, settings)
         self.encoder = Encoder(processor, settings.image_size)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
@@ -217,6 +220,7 @@ def create(
         model: Any = AutoModelForImageTextToText.from_config(
             tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=attention
         )
+        set_checkpointing(model, settings, train=train)
         return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
     source = find_source(settings.path, settings.revision)
     model = load_pretrained(settings, source) if weights else on_meta(settings)
@@ -226,6 +230,7 @@ def create(
             model = merge(model)
     elif train and settings.lora is not None:
         model = add_lora(model, settings.lora, source.revision)
+    set_checkpointing(model, settings, train=train)
     return Backbone(model.train(train), load_processor(model, source), labels, settings)
 
 

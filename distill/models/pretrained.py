@@ -34,6 +34,14 @@ class ModelSettings(Settings):
     further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
     image_size: Annotated[int, Range(0, 8192)] = 280
     """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
+    min_pixels: Count | None = None
+    """Images of fewer pixels are enlarged, if `image_size` is 0 and the processor keeps the proportions of images, as
+    those of the Qwen-VL models do; null: what the processor has."""
+    max_pixels: Count | None = None
+    """Images of more pixels are reduced, on the same conditions as for `min_pixels`."""
+    gradient_checkpointing: bool | None = None
+    """Compute the activations of each layer anew in the backward pass: less memory, about a third more time; null: only
+    with `lora.quantize`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; `trainer.precision` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -150,3 +158,45 @@ def load_processor(model: Any, source: Source) -> Any:
     if not hasattr(processor, "image_processor"):
         raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
     return processor
+
+
+def limit_pixels(processor: Any, settings: ModelSettings) -> None:
+    """Set the smallest and the largest number of pixels of a processor that keeps the proportions of images.
+
+    Raises:
+        SettingsError: it resizes images in another way, `image_size` is set, or the smallest number is the larger one.
+    """
+    limits = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}  # their names in transformers
+    if not any(limits.values()):
+        return
+    field = "model.min_pixels" if settings.min_pixels else "model.max_pixels"
+    if settings.image_size:
+        raise SettingsError(
+            f"{field} needs model.image_size 0: now images become squares of {settings.image_size} pixels"
+        )
+    images = processor.image_processor
+    if "min_pixels" not in getattr(images.valid_kwargs, "__annotations__", {}):
+        raise SettingsError(f"{field}: {type(images).__name__} does not take a number of pixels; remove it")
+    size = {name: given or images.size[name] for name, given in limits.items()}
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise SettingsError(
+            f"model.min_pixels: {size['shortest_edge']} is more than model.max_pixels, {size['longest_edge']}"
+        )
+    images.size = type(images.size)(**size) if not isinstance(images.size, dict) else size
+
+
+def set_checkpointing(model: Any, settings: ModelSettings, *, train: bool) -> None:
+    """Enable gradient checkpointing in a model that is trained, if the settings say so.
+
+    Raises:
+        SettingsError: the model does not support it.
+    """
+    wanted = settings.gradient_checkpointing
+    if wanted is None:
+        wanted = settings.lora is not None and settings.lora.quantize
+    if not (train and wanted):
+        return
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise SettingsError(f"model.gradient_checkpointing: {first_line(error)}; set it to false") from error

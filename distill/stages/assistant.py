@@ -11,5 +11,5 @@ def run(context: Context, tracked: StageRun) -> None:
     if context.recipe.annotate is not None:
         tracked.use_artifact("rationales")
     rows = context.training_samples("annotate")
-    context.train("assistant", lambda model: AssistantModule(model, settings), rows, tracked)
+    context.train("assistant", lambda model, _: AssistantModule(model, settings), rows, tracked)
     tracked.log_artifact("assistant", "model", context.folder / "assistant" / "adapter")

@@ -39,6 +39,7 @@ from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
+from distill.training.length_limit import limit_length
 from distill.training.processes import should_train, worker_folder
 from distill.training.trainer_arguments import with_defaults
 
@@ -137,7 +138,7 @@ class Context:
     def train(
         self,
         stage: str,
-        module: Callable[[Backbone], AssistantModule],
+        module: Callable[[Backbone, Sequence[Sample]], AssistantModule],
         samples: Sequence[Sample],
         tracked: StageRun,
         *,
@@ -147,7 +148,7 @@ class Context:
         """Train one model and save its best weights to `adapter/` in the stage's folder.
 
         Args:
-            module: creates the Lightning module for a new model.
+            module: creates the Lightning module for a new model and the samples that it is trained on.
             part: a subfolder of the stage's folder, for a second training of the same stage.
             epoch_factor: multiplies the number of epochs, and of epochs between validations.
 
@@ -167,10 +168,12 @@ class Context:
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         with in_section(stage):
             model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
-        learner = module(model)
+            tasks: Any = settings.tasks
+            kept = limit_length(samples, model, tasks, packing=settings.packing, max_length=settings.max_length)
+        learner = module(model, kept)
         data = ReasoningDataModule(
             model,
-            samples,
+            kept,
             self.corpus.validation,
             learner.settings.tasks,  # type: ignore[arg-type]
             learner.encode,

@@ -35,11 +35,13 @@ def run(context: Context, tracked: StageRun) -> None:
 
     rows = context.training_samples("annotate", "augment")
 
-    def soft_targets(model: Backbone) -> OnlineTargets | CachedTargets | None:
+    def soft_targets(model: Backbone, rows: Sequence[Sample]) -> OnlineTargets | CachedTargets | None:
         with torch.random.fork_rng():  # loading the assistant must not change the student's random numbers
             return _soft_targets(context, settings, model, rows) if settings.distillation.weight > 0 else None
 
-    context.train("student", lambda model: StudentModule(model, settings, soft_targets(model)), rows, tracked)
+    context.train(
+        "student", lambda model, kept: StudentModule(model, settings, soft_targets(model, kept)), rows, tracked
+    )
     if settings.hard_labels_baseline:
         baseline = replace(settings, tasks={"classify": 1.0})
         labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
@@ -47,7 +49,7 @@ def run(context: Context, tracked: StageRun) -> None:
         epoch_factor = max(1, round(len(rows) / max(1, len(labelled))))
         context.train(
             "student",
-            lambda model: StudentModule(model, baseline),
+            lambda model, _: StudentModule(model, baseline),
             labelled,
             tracked,
             part=HARD_LABELS,

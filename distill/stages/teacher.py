@@ -15,4 +15,4 @@ def run(context: Context, tracked: StageRun) -> None:
         rows = [sample for sample in rows if sample.rationale is not None]
         if not rows:
             raise SettingsError("teacher: no training row has both a label and a rationale to learn from")
-    context.train("teacher", lambda model: AssistantModule(model, settings), rows, tracked)
+    context.train("teacher", lambda model, _: AssistantModule(model, settings), rows, tracked)

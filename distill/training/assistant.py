@@ -15,9 +15,11 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
-from distill.training.batches import Batch, check_compatibility, encode
+from distill.training.batches import Batch, check_compatibility, encode, row_lengths
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
+from distill.training.schedules import DECAYING, Schedule, learning_rate
+from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,19 @@ class TrainSettings(Settings):
     """Weight decay of AdamW."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up of the learning rate from zero."""
+    schedule: Schedule = "plateau"
+    """The learning rate after the warm-up: plateau (reduced when validation stops improving), constant, or linear or
+    cosine, which fall to `min_learning_rate` at the last step."""
     patience: Natural = 2
-    """Validations without improvement before the learning rate is reduced."""
+    """Validations without improvement before the learning rate is reduced (plateau)."""
     factor: InnerFraction = 0.5
-    """Factor by which the learning rate is reduced."""
+    """Factor by which the learning rate is reduced (plateau)."""
     min_learning_rate: NonNegative = 1e-6
     """Lower bound of the learning rate."""
+    early_stopping: Natural = 0
+    """Validations without improvement before the training ends; 0: it trains to the end."""
+    max_length: Natural = 0
+    """Posts whose training sequence has more tokens, those of its images included, are left out; 0: no limit."""
     tie_break: Literal["macro_f1", "weighted_f1"] = "macro_f1"
     """Which validation F1 decides between epochs of equal accuracy. Ignored with task.scale."""
     workers: Annotated[int, Range(0, 1024)] = 0
@@ -73,6 +82,7 @@ class AssistantModule(L.LightningModule):
         self._resume_state: dict[str, Any] | None = None
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
         self._accumulated: list[int] = []  # batches since the last optimizer step
+        self._throughput = Throughput()
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
@@ -120,8 +130,21 @@ class AssistantModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
             return
-        gradients = [w.grad for w in self.parameters() if w.grad is not None]
-        self._require_finite("the gradient is", torch.nn.utils.get_total_norm(gradients), batches)
+        norm = torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None])
+        self._require_finite("the gradient is", norm, batches)
+        self.log_dict({"train/learning_rate": optimizer.param_groups[0]["lr"], "train/gradient_norm": norm})
+
+    def on_train_epoch_start(self) -> None:
+        self._throughput.start()
+
+    def on_validation_end(self) -> None:
+        self._throughput.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._throughput.add(int(row_lengths(batch).sum()))
+        interval = getattr(self.trainer, "log_every_n_steps", 0)
+        if interval and (batch_idx + 1) % interval == 0 and (speed := self._throughput.take()) is not None:
+            self.log("train/tokens_per_second", speed, sync_dist=True, reduce_fx="sum")
 
     def _require_finite(
         self, what: str, values: torch.Tensor, batches: Sequence[int], *, training: bool = True
@@ -152,15 +175,17 @@ class AssistantModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Features, torch.Tensor, torch.Tensor, Sequence[str]], index: int) -> None:
         features, gold, values, self.current_ids = batch
-        probabilities = score_labels(self.backbone, features)[0]
+        probabilities, mass = score_labels(self.backbone, features)
         self._require_finite("the label probabilities in validation are", probabilities, [index], training=False)
         errors = (self._expected_values(probabilities) - values).abs()
-        self._validated.append((probabilities.argmax(-1), gold, errors))
+        of_gold = probabilities.gather(1, gold.clamp(min=0)[:, None])[:, 0] * mass
+        losses = -of_gold.clamp(min=torch.finfo(of_gold.dtype).tiny).log()
+        self._validated.append((probabilities.argmax(-1), gold, errors, losses))
 
     def on_validation_epoch_end(self) -> None:
         parts = [torch.cat(part) for part in zip(*self._validated, strict=True)]
         self._validated.clear()
-        predicted, gold, errors = (torch.as_tensor(self.all_gather(part)).flatten().cpu() for part in parts)
+        predicted, gold, errors, losses = (torch.as_tensor(self.all_gather(part)).flatten().cpu() for part in parts)
         valid = gold >= 0  # -1 marks the padding samples that even out the processes
         accuracy = float((predicted == gold)[valid].float().mean())
         f1 = {
@@ -170,7 +195,8 @@ class AssistantModule(L.LightningModule):
         # F1 contributes less than half a sample of accuracy, so it only breaks ties
         tie_break = f1[f"val/{self.settings.tie_break}"]
         monitored, selection = accuracy, accuracy + tie_break / (2 * int(valid.sum()))
-        metrics = {"val/accuracy": accuracy, **f1}
+        # the cross-entropy of the gold label after the forced prefix
+        metrics = {"val/accuracy": accuracy, **f1, "val/loss": float(losses[valid].mean())}
         if self.backbone.labels.scale is not None:
             metrics["val/mae"] = float(errors[valid].mean())
             monitored = selection = -metrics["val/mae"]
@@ -190,6 +216,8 @@ class AssistantModule(L.LightningModule):
         settings = self.settings
         weights = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        if settings.schedule != "plateau":
+            return optimizer
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, "max", settings.factor, settings.patience, threshold=0.0, min_lr=settings.min_learning_rate
         )  # threshold 0: a relative threshold has the wrong sign when the monitored value, -MAE, is negative
@@ -201,10 +229,18 @@ class AssistantModule(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        if self.trainer.global_step < self.settings.warmup_steps:
-            fraction = (self.trainer.global_step + 1) / self.settings.warmup_steps
+        settings, decays = self.settings, self.settings.schedule in DECAYING
+        rate = learning_rate(
+            settings.schedule,
+            self.trainer.global_step,
+            self.trainer.estimated_stepping_batches if decays else 0,
+            peak=settings.learning_rate,
+            warmup=settings.warmup_steps,
+            floor=settings.min_learning_rate,
+        )
+        if rate is not None:
             for group in optimizer.param_groups:
-                group["lr"] = fraction * self.settings.learning_rate
+                group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -42,6 +42,13 @@ class Batch(NamedTuple):
     ids: tuple[str, ...] = ()
 
 
+def row_lengths(batch: Batch | Mapping[str, Features]) -> torch.Tensor:
+    """Number of tokens of each row of a batch, without its padding."""
+    parts = [batch.inputs] if isinstance(batch, Batch) else list(batch.values())
+    # all tokens of a packed row follow its first one
+    return torch.cat([part["ends"][:, 0] if "ends" in part else part["attention_mask"].sum(1) for part in parts])
+
+
 SYNTHETIC_ACCURACY = 0.6
 """Accuracy of each of the two synthetic earlier answers in a *review* prompt."""
 

@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -26,7 +27,7 @@ from distill.training import processes
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.shutdown import end_together, handle_sigterm, kill
-from distill.training.trainer_arguments import with_defaults
+from distill.training.trainer_arguments import extensions, with_defaults
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,17 @@ class LatestCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+class _EarlyStopping(EarlyStopping):
+    """Ends a training after validations without improvement of what decides between the epochs."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val/selection", patience=patience, mode="max")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.wait_count >= self.patience:  # killed after its last validation
+            trainer.should_stop = True
+
+
 class _Process(L.Callback):
     """Sets up each process of a training: logging in those that ddp_spawn starts, and the handler of SIGTERM."""
 
@@ -119,8 +131,11 @@ def fit(
     best = ModelCheckpoint(checkpoints, "best", monitor="val/selection", mode="max", enable_version_counter=False)
     last = checkpoints / "last.ckpt"
     earlier = _move_earlier_metrics(folder / "metrics.csv") if not worker else None
-    callbacks = [_Process(main_process or os.getpid()), best, LatestCheckpoint(last)]
-    extra = {"callbacks": callbacks, "logger": [CSVLogger(folder, name="", version=""), *loggers]}
+    arguments, callbacks, own_loggers = extensions(arguments)
+    if module.settings.early_stopping:
+        callbacks.append(_EarlyStopping(module.settings.early_stopping))
+    callbacks += [_Process(main_process or os.getpid()), best, LatestCheckpoint(last)]
+    extra = {"callbacks": callbacks, "logger": [CSVLogger(folder, name="", version=""), *loggers, *own_loggers]}
     try:
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -175,11 +190,12 @@ def _expected_errors() -> Iterator[None]:
     except Exception as error:
         if (failure := processes.expected_failure(error)) is not None:
             raise failure from error
-        if isinstance(error, torch.multiprocessing.ProcessRaisedException):  # its message is a whole traceback
-            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
-        refused = isinstance(error, MisconfigurationException) or "val_check_interval" in str(error)
-        if refused and isinstance(error, ValueError | MisconfigurationException):  # more batches than there are
-            raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
+        raised = isinstance(error, torch.multiprocessing.ProcessRaisedException)
+        problem = processes.last_message(error) if raised else str(error)
+        if isinstance(error, MisconfigurationException) or "val_check_interval" in problem:  # there are fewer batches
+            raise SettingsError(f"trainer: {re.sub(r'^[A-Za-z]+: +', '', ' '.join(problem.split()))}") from error
+        if raised:
+            raise RuntimeError(" ".join(problem.split())) from error
         raise
 
 

@@ -99,3 +99,10 @@ def expected_failure(error: BaseException) -> Exception | None:
         failure.args = (message,)
         return failure
     return SettingsError(message) if kind == "SettingsError" else RunError(message)
+
+
+def last_message(error: BaseException) -> str:
+    """The name and the message of the exception at the end of an error whose own message is a traceback."""
+    lines = str(error).rpartition(_TRACEBACK)[2].strip().splitlines()
+    begin = max((n for n, line in enumerate(lines) if re.match(r"[\w.]+: |[\w.]+$", line)), default=len(lines) - 1)
+    return "\n".join(lines[begin:])

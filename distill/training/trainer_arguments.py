@@ -1,5 +1,6 @@
 """The arguments of lightning.Trainer in a recipe: defaults, ranges, and a trial before any stage runs."""
 
+import copy
 import functools
 import inspect
 import logging
@@ -12,10 +13,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 
 from distill.errors import SettingsError
 from distill.settings import Range, parse_error_message
 from distill.training.assistant import TrainSettings
+from distill.training.schedules import DECAYING
 
 DEFAULTS: dict[str, Any] = {
     "max_epochs": 20,
@@ -27,10 +30,13 @@ DEFAULTS: dict[str, Any] = {
 """Default arguments of lightning.Trainer; a recipe overrides them."""
 
 _RESERVED = (
-    "logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
+    "logger", "plugins", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
     "overfit_batches",
 )  # fmt: skip
 """Trainer arguments that `fit` sets itself, or that its stateful loaders do not support."""
+
+_EXTENSIONS: dict[str, Any] = {"callbacks": L.Callback, "loggers": Logger}
+"""Further arguments: lists of classes by `class_path` and `init_args`, which are added to those that `fit` sets."""
 
 _RANGES = {
     "max_epochs": Range(1),
@@ -74,10 +80,23 @@ def with_defaults(*sections: Mapping[str, Any]) -> dict[str, Any]:
     return DEFAULTS | given
 
 
+def check_schedule(settings: TrainSettings, shared: Mapping[str, Any], stage: str) -> None:
+    """Raise SettingsError if the learning rate falls until the last step, and the number of steps has no limit.
+
+    Args:
+        shared: arguments in the recipe's `trainer`.
+    """
+    arguments = with_defaults(shared, settings.trainer)
+    unlimited = arguments.get("max_epochs") == -1 and arguments.get("max_steps") in (None, -1)
+    if settings.schedule in DECAYING and unlimited:
+        raise SettingsError(f"{stage}.schedule {settings.schedule} needs trainer.max_epochs or trainer.max_steps")
+
+
 def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
     """Raise SettingsError for an argument of lightning.Trainer that is unknown, set by `fit`, of another type, or out
     of its range."""
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name not in ("self", *_RESERVED)]
+    known += [name for name in _EXTENSIONS if name not in known]
     for name, value in arguments.items():
         if name not in known:
             raise SettingsError(f"{field}.{name} is not a setting of lightning.Trainer; it takes {', '.join(known)}")
@@ -88,9 +107,11 @@ def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
             if problem:
                 raise SettingsError(f"{field}.{name} {problem}")
     try:
-        _parser().parse_object({"trainer": dict(arguments)})
+        _parser().parse_object({"trainer": {k: value for k, value in arguments.items() if k not in _EXTENSIONS}})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise SettingsError(parse_error_message(TrainSettings, error).replace("trainer", field, 1)) from None
+    for name in _EXTENSIONS:
+        _parse(name, arguments.get(name), field)
 
 
 def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *, on_cpu: bool = False) -> None:
@@ -102,6 +123,9 @@ def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *
         on_cpu: replace the arguments that depend on the hardware, which may be that of another machine.
     """
     given = {name: value for name, value in {**shared, **own}.items() if not on_cpu or name not in _HARDWARE}
+    if not on_cpu:  # before anything is paid; the classes may belong to libraries of the training machine
+        for name in _EXTENSIONS:
+            _create(name, given.get(name), f"{stage}.trainer" if name in own else "trainer")
     if (problem := _refusal(given, on_cpu)) is None:
         return
     culprits = [name for name in given if _refusal({n: v for n, v in given.items() if n != name}, on_cpu) is None]
@@ -118,9 +142,8 @@ def _refusal(given: Mapping[str, Any], on_cpu: bool) -> str | None:
     messages.setLevel(logging.ERROR)  # nothing is trained yet
     hardware = {"accelerator": "cpu", "devices": 1} if on_cpu else {}
     try:
-        arguments = with_defaults(given, hardware)
         L.Trainer(
-            **arguments,
+            **{name: value for name, value in with_defaults(given, hardware).items() if name not in _EXTENSIONS},
             default_root_dir="unused",
             plugins=[TorchCheckpointIO()],
             callbacks=[ModelCheckpoint()],
@@ -137,5 +160,50 @@ def _refusal(given: Mapping[str, Any], on_cpu: bool) -> str | None:
 @functools.cache
 def _parser() -> jsonargparse.ArgumentParser:
     options = jsonargparse.ArgumentParser(exit_on_error=False)
-    options.add_class_arguments(L.Trainer, "trainer")
+    options.add_class_arguments(L.Trainer, "trainer", skip=set(_EXTENSIONS))
     return options
+
+
+def extensions(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[L.Callback], list[Logger]]:
+    """Create the callbacks and loggers of a training. Returns the other arguments, the callbacks and the loggers.
+
+    Raises:
+        SettingsError: a class refuses its arguments, or a library that it needs is not installed.
+    """
+    rest = {name: value for name, value in arguments.items() if name not in _EXTENSIONS}
+    callbacks, loggers = (_create(name, arguments.get(name), "trainer") for name in _EXTENSIONS)
+    return rest, callbacks, loggers
+
+
+def _create(name: str, items: Any, field: str) -> list[Any]:
+    """The instances of a list of classes in the settings."""
+    created = []
+    for path, options, parsed in _parse(name, items, field):
+        try:
+            created.append(options.instantiate_classes(parsed).item)
+        except Exception as error:  # of the user's class: it may raise anything
+            raise SettingsError(f"{field}.{name}: {path}: {_reason(error)}") from error
+    return created
+
+
+def _parse(name: str, items: Any, field: str) -> list[tuple[str, jsonargparse.ArgumentParser, jsonargparse.Namespace]]:
+    """The name, the parser and the parsed arguments of each class of a list in the settings. Raises SettingsError."""
+    if items is not None and not isinstance(items, list):
+        raise SettingsError(f"{field}.{name} takes a list of classes, each with class_path and, if needed, init_args")
+    found = []
+    for item in items or ():
+        path = item.get("class_path") if isinstance(item, Mapping) else item
+        options = jsonargparse.ArgumentParser(exit_on_error=False)
+        options.add_argument("--item", type=_EXTENSIONS[name])
+        try:
+            parsed = options.parse_object({"item": copy.deepcopy(item)})
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+            raise SettingsError(f"{field}.{name}: {path}: {_reason(error)}") from None
+        found.append((str(path), options, parsed))
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a class, without jsonargparse's words around it."""
+    text = " ".join(str(error).split()).partition(" Subclass types expect")[0] or type(error).__name__
+    return re.sub(r'^(Parser key "item": )?(Problem with given class_path \S+: )?(- )?', "", text)

@@ -161,11 +161,11 @@ def test_the_learning_rate_falls_when_accuracy_does_not_improve(
     np.testing.assert_allclose(rates, [8e-3, 8e-3, 8e-3, 4e-3, 4e-3, 3e-3, 3e-3])
 
 
-def scripted_scores(correct: int, corpus: Corpus) -> tuple[torch.Tensor, None]:
+def scripted_scores(correct: int, corpus: Corpus) -> tuple[torch.Tensor, torch.Tensor]:
     labels = LabelSpace()
     gold = torch.tensor([labels.index(sample.label) for sample in corpus.validation[:9]])
     predicted = torch.where(torch.arange(9) < correct, gold, (gold + 1) % 3)
-    return F.one_hot(predicted, 3).float(), None
+    return F.one_hot(predicted, 3).float(), torch.ones(9)
 
 
 def test_validation_metrics_equal_those_of_sklearn(
@@ -318,10 +318,10 @@ def test_the_learning_rate_falls_when_the_error_does_not_improve(
     backbone = graded(make_backbone())
     corpus = replace(postcards, validation=[Sample(f"v{n}", "x", label=0.0) for n in range(9)])
 
-    def scripted_bins(*_: Any) -> tuple[torch.Tensor, None]:
+    def scripted_bins(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         error = next(errors)
         row = torch.tensor([0, 0, 0, 1 - error / 3, 0, 0, error / 3])
-        return row.expand(9, 7), None
+        return row.expand(9, 7), torch.ones(9)
 
     monkeypatch.setattr(assistant, "score_labels", scripted_bins)
     rates = []

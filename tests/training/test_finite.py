@@ -103,7 +103,7 @@ def test_validation_probabilities_that_are_not_finite_name_the_posts(
 ) -> None:
     from distill.training import assistant
 
-    monkeypatch.setattr(assistant, "score_labels", lambda *_: (torch.full((12, 3), torch.nan), None))
+    monkeypatch.setattr(assistant, "score_labels", lambda *_: (torch.full((12, 3), torch.nan), torch.ones(12)))
     with pytest.raises(NonFiniteError, match=runs.corpus.validation[0].id) as error:
         runs.run(tmp_path)
     assert "the label probabilities in validation are not finite" in message(error)

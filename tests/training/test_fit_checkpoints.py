@@ -58,7 +58,7 @@ def test_the_best_epoch_has_the_highest_accuracy_then_macro_f1(
     assert macro_f1(better) - macro_f1(worse) < 0.02
     epochs = [[worse, better], [worse], [better], [better], [worse], [(0, 1), (5, 1)]]
     script = iter(epochs)
-    monkeypatch.setattr(assistant, "score_labels", lambda *_: (scores(*next(script)), None))
+    monkeypatch.setattr(assistant, "score_labels", lambda *_: (scores(*next(script)), torch.ones(12)))
     module = runs.run(tmp_path, max_epochs=6, limit_train_batches=1)
     assert state(tmp_path, "best")["epoch"] == 2  # the first of the two best epochs
     assert state(tmp_path)["epoch"] == 5
@@ -67,7 +67,7 @@ def test_the_best_epoch_has_the_highest_accuracy_then_macro_f1(
 
 
 def test_a_run_that_never_improves_is_still_saved(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assistant, "score_labels", lambda *_: (torch.ones(12, 3), None))
+    monkeypatch.setattr(assistant, "score_labels", lambda *_: (torch.ones(12, 3), torch.ones(12)))
     runs.run(tmp_path, max_epochs=3, limit_train_batches=1)
     assert (state(tmp_path, "best")["epoch"], state(tmp_path)["epoch"]) == (0, 2)
 

@@ -18,6 +18,7 @@ from distill.models.backbone import ModelSettings, create
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
+from distill.training.processes import last_message
 from tests.training.training_runs import LABELS, QUIET, metrics, state
 
 SCRIPT = """
@@ -165,3 +166,18 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_its_posts(
     assert process.returncode == 1 and "finished" not in out
     assert "NonFiniteError: step 1: the loss is not finite (NaN or infinite); posts " in err, err[-3000:]
     assert len(err.rpartition("; posts ")[2].partition(";")[0].split(", ")) == 2, "one post of each process"
+
+
+def test_the_message_of_an_exception_in_another_process_is_the_end_of_its_traceback() -> None:
+    def traceback(message: str) -> Exception:
+        return Exception(f"\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n"
+                         f'  File "a.py", line 3, in step\n    raise error: here\n{message}\n')  # fmt: skip
+
+    assert last_message(traceback("ValueError: `val_check_interval` (2) is\n more than 1.")) == (
+        "ValueError: `val_check_interval` (2) is\n more than 1."
+    )
+    assert last_message(traceback("distill.errors.NonFiniteError: step 1: the loss is")).startswith(
+        "distill.errors.Non"
+    )
+    assert last_message(traceback("KeyError: 'seven'")) == "KeyError: 'seven'"
+    assert last_message(traceback("AssertionError")) == "AssertionError"
