@@ -15,6 +15,7 @@ import pytest
 from distill.data.corpus import read_corpus
 from distill.recipe import Recipe
 from tests import micro
+from tests.hanging import STACKS, communicate, once_more
 from tests.models.openai_server import Server
 from tests.training.test_processes import is_running
 from tests.training.training_runs import state
@@ -26,7 +27,9 @@ ROWS = 12
 
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
 
-DRIVER = """
+DRIVER = (
+    STACKS
+    + """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
@@ -59,6 +62,7 @@ AssistantModule.training_step = training_step
 if __name__ == "__main__":
     sys.exit(main())
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +114,7 @@ def start(path: Path, *flags: str, what: str = "runs") -> "subprocess.Popen[str]
 def run(path: Path, *flags: str, what: str = "runs") -> tuple[int, str, str]:
     """Exit status, output and messages of a command that must end within four minutes."""
     process = start(path, *flags, what=what)
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        process.kill()
+    out, err = communicate(process, 240)
     return process.returncode, out, err
 
 
@@ -154,6 +155,7 @@ def of(path: Path) -> Recipe:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@once_more
 def test_a_chain_finishes_on_two_devices_and_asks_each_question_once(tmp_path: Path, data: Path, strategy: str) -> None:
     with Server() as server:
         endpoint = {"base_url": server.url, "model": "m"}
@@ -184,6 +186,7 @@ def test_a_chain_finishes_on_two_devices_and_asks_each_question_once(tmp_path: P
         (2, 2, 2, None),
     ],
 )
+@once_more
 def test_a_killed_chain_goes_on_with_another_number_of_devices(
     tmp_path: Path, data: Path, before: int, after: int, step: int, said: str | None
 ) -> None:
@@ -209,6 +212,7 @@ def test_a_killed_chain_goes_on_with_another_number_of_devices(
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(5, 2), (1, 1)])
+@once_more
 def test_posts_that_cannot_be_divided_equally_are_trained_on_two_devices(
     tmp_path: Path, data: Path, rows: int, steps: int
 ) -> None:
@@ -233,6 +237,7 @@ def test_posts_that_cannot_be_divided_equally_are_trained_on_two_devices(
         ("killed", "distill: process 1 of the training was killed by signal 9; run the same command again to continue"),
     ],
 )
+@once_more
 def test_a_failure_in_one_process_ends_all_with_one_sentence(
     tmp_path: Path, data: Path, what: str, sentence: str
 ) -> None:
@@ -242,6 +247,7 @@ def test_a_failure_in_one_process_ends_all_with_one_sentence(
     assert err.count("distill: ") == 1 and sentence in err, err
 
 
+@once_more
 def test_sigterm_ends_all_processes_with_status_143_and_the_run_goes_on(tmp_path: Path, data: Path) -> None:
     path = recipe(tmp_path, data, student=None)
     process = start(path, *TWO, "ddp", what="hangs 4")
