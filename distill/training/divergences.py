@@ -106,7 +106,7 @@ def of_logits(divergence: Divergence, z: torch.Tensor, a: torch.Tensor, buffer: 
         return Softmaxes(log_sum, mean - log_sum + log_sum_a, buffer, vector)
     q, p, name = buffer, a, divergence.name
     log_sum_a = softmax(a, q)
-    mean_log_q = a.mul_(q).sum(-1) - log_sum_a if name in ("jsd", "skew_kl") else torch.zeros_like(log_sum_a)
+    mean_log_q = a.mul_(q).sum(-1) - log_sum_a if name == "jsd" else torch.zeros_like(log_sum_a)
     log_sum = softmax(z, p)
     if name == "tv":
         difference = torch.sub(p, q, out=q)
@@ -124,25 +124,27 @@ def _from_mixture(
     """Return a divergence with 0 < w < 1 [n] and p · g [n, V] up to a multiple of p, in q; overwrites z.
 
     Args:
-        mean_log_q: [n], Σ q log q, if c_q is not 0.
+        mean_log_q: [n], Σ q log q, for jsd.
         log_sum: [n], log Σ exp z.
     """
     c_q, c_p, w = divergence.mixture
-    tiny = torch.finfo(p.dtype).tiny  # where p and q underflow, so that 0 / m is 0
+    tiny = torch.finfo(p.dtype).tiny  # for 0 / m and 0 log 0, where p and q underflow
     if c_p == 0:
         m = torch.lerp(p, q, w, out=z).add_(tiny)
-        ratio = q.div_(m)
-        value = mean_log_q - torch.xlogy(m, m, out=m).mul_(ratio).sum(-1)
-        return value, ratio.mul_(p).mul_(w - 1)
-    mean_log_p = z.mul_(p).sum(-1) - log_sum
-    m = torch.lerp(p, q, w, out=q).add_(tiny)
-    ratio = torch.div(p, m, out=z)
+        log_ratio = torch.div(q, m, out=m).clamp_(min=tiny).log_()
+        value = torch.mul(q, log_ratio, out=q).sum(-1)
+        return value, torch.mul(log_ratio.exp_(), p, out=q).mul_(w - 1)
     if c_q == 0:
-        vector = torch.xlogy(p, ratio, out=m)
+        m = torch.lerp(p, q, w, out=q).add_(tiny)
+        ratio = torch.div(p, m, out=z).clamp_(min=tiny)
+        vector = torch.log(ratio, out=m).mul_(p)
         value = vector.sum(-1)
         return value, vector.addcmul_(p, ratio, value=w - 1)
-    value = c_q * mean_log_q + c_p * mean_log_p - torch.xlogy(m, m, out=m).sum(-1)
-    return value, torch.xlogy(p, ratio, out=m).mul_(c_p)
+    mean_log_p = z.mul_(p).sum(-1) - log_sum
+    m = torch.lerp(p, q, w, out=q).add_(tiny)
+    log_m = torch.log(m, out=z)
+    value = c_q * mean_log_q + c_p * mean_log_p - m.mul_(log_m).sum(-1)
+    return value, torch.clamp(p, min=tiny, out=m).log_().sub_(log_m).mul_(p).mul_(c_p)
 
 
 def softmax(z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
