@@ -201,7 +201,7 @@ def _block_loss(
     z: torch.Tensor, targets: torch.Tensor | TopKTargets | None, tokens: torch.Tensor, buffers: list[torch.Tensor],
     weight: float, temperature: float, divergence: Divergence, needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Compute cross-entropy [n] and divergence [n] from logits / T [n, V]; overwrites z with its gradient w.r.t. logits.
+    """Compute cross-entropy [n] and divergence [n] from logits / T [n, V]; overwrites z with the logits' gradient.
 
     Targets are the assistant's logits / T [n, V], which are overwritten, or its top-k tokens. Softmax at temperature 1
     is the normalized T-th power of softmax at T, so that the exponentials are computed only once.
