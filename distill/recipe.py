@@ -41,7 +41,7 @@ from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
-from distill.training.student import StudentSettings
+from distill.training.student import StudentSettings, check_label_teacher
 from distill.training.trainer_arguments import check_trainer, try_trainer
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -308,24 +308,13 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("student.packing must be false if assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
-    if student is not None and student.distillation.label_weight > 0:
-        _check_label_teacher(recipe, student.distillation.label_teacher)
+        check_label_teacher(options, recipe.assistant, recipe.annotating_teacher if annotate is not None else None)
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")
     _check_teachers(recipe)
     if recipe.cascade is not None and recipe.calibrate is None:
         raise SettingsError("cascade needs a calibrate section, which fits its thresholds")
-
-
-def _check_label_teacher(recipe: Recipe, role: str) -> None:
-    """Validate that the recipe has a model that knows the label distribution."""
-    teacher = recipe.annotating_teacher if role == "teacher" else recipe.assistant
-    if teacher is None or (role == "teacher" and recipe.annotate is None):
-        needs = "an assistant section" if role == "assistant" else "an annotate section with a teacher"
-        raise SettingsError(f"student.distillation.label_teacher: {role} needs {needs}; or set label_weight to 0")
-    if isinstance(teacher, TrainSettings) and "classify" not in teacher.tasks:
-        raise SettingsError(f"{role}.tasks needs classify, because the student learns from its label distribution")
 
 
 def _check_teachers(recipe: Recipe) -> None:

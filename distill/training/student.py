@@ -26,20 +26,6 @@ class DistillationSettings(Settings):
 
     weight: Fraction = 0.3
     """Weight λ of the soft targets in the loss of each task; 0 trains on hard targets only."""
-    label_weight: NonNegative = 0.0
-    """Weight of the divergence from the label distribution of `label_teacher`, which is added to the loss. It needs no
-    common tokenizer, and the unlabelled posts take part; 0: none."""
-    label_teacher: Literal["assistant", "teacher"] = "assistant"
-    """Whose label distribution is learned: that of the assistant, or of the teacher that annotates, which may be a
-    server that returns log-probabilities."""
-    divergence: DivergenceName = "forward_kl"
-    """Divergence of the student p from the soft targets q: forward_kl, KL(q || p); reverse_kl, KL(p || q); jsd, the
-    generalized Jensen-Shannon divergence with `beta`; skew_kl and skew_reverse_kl, with the share `skew` of the first
-    distribution mixed into the second; tv, the total variation."""
-    beta: InnerFraction = 0.5
-    """Weight β of the soft targets in jsd; near 0 it behaves as forward_kl, near 1 as reverse_kl."""
-    skew: InnerFraction = 0.1
-    """Share α of skew_kl and skew_reverse_kl."""
     temperature: Annotated[float, Range(0.01)] = 2.0
     """Temperature T of both distributions; the loss has no T² factor."""
     positions: Positions = "response"
@@ -51,6 +37,20 @@ class DistillationSettings(Settings):
     top_k: Natural = 0
     """What is cached per answer token: k > 0 stores the log-probabilities of the k most likely tokens and the mass of
     all others; 0 stores the assistant's last hidden state in bfloat16, from which the full distribution is computed."""
+    divergence: DivergenceName = "forward_kl"
+    """Divergence of the student p from the soft targets q: forward_kl, KL(q || p); reverse_kl, KL(p || q); jsd, the
+    generalized Jensen-Shannon divergence with `beta`; skew_kl and skew_reverse_kl, with the share `skew` of the first
+    distribution mixed into the second; tv, the total variation."""
+    beta: InnerFraction = 0.5
+    """Weight β of the soft targets in jsd; near 0 it behaves as forward_kl, near 1 as reverse_kl."""
+    skew: InnerFraction = 0.1
+    """Share α of skew_kl and skew_reverse_kl."""
+    label_weight: NonNegative = 0.0
+    """Weight of the divergence from the label distribution of `label_teacher`, which is added to the loss. It needs no
+    common tokenizer, and the unlabelled posts take part; 0: none."""
+    label_teacher: Literal["assistant", "teacher"] = "assistant"
+    """Whose label distribution is learned: that of the assistant, or of the teacher that annotates, which may be a
+    server that returns log-probabilities."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +81,28 @@ class DistillationSettings(Settings):
         if self.soft_targets is not None or self.positions == "all":
             return self.soft_targets == "cached"
         return epochs != 1 and 2 * (needed - cached) <= free
+
+
+def check_label_teacher(options: DistillationSettings, assistant: TrainSettings | None, teacher: Any) -> None:
+    """Check that the recipe has the model whose label distribution the student learns.
+
+    Args:
+        teacher: the settings of the teacher that annotates; None without one.
+
+    Raises:
+        SettingsError: it has not, or that model does not train the *classify* task.
+    """
+    if not options.label_weight:
+        return
+    role = options.label_teacher
+    model, needs = {
+        "assistant": (assistant, "an assistant section"),
+        "teacher": (teacher, "an annotate section with a teacher"),
+    }[role]
+    if model is None:
+        raise SettingsError(f"student.distillation.label_teacher: {role} needs {needs}; or set label_weight to 0")
+    if isinstance(model, TrainSettings) and "classify" not in model.tasks:
+        raise SettingsError(f"{role}.tasks needs classify, because the student learns its label distribution")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from scipy.spatial.distance import jensenshannon
 
 from distill.training.divergences import Divergence, of_logits
 from distill.training.fused_loss import HiddenTargets, answer_loss
-from tests.training.loss_cases import Case, V, assert_all_close, student_logits, top_k_of
+from tests.training.loss_cases import Case, V, assert_all_close, plain_divergence, student_logits, top_k_of
 
 ALL = [
     Divergence("forward_kl"),
@@ -24,29 +24,6 @@ ALL = [
 every = pytest.mark.parametrize("divergence", ALL, ids=lambda d: f"{d.name}-{d.beta}-{d.skew}")
 
 
-def plain(divergence: Divergence, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Return the textbook formula [n] on log-probabilities [n, K] of student p and assistant q."""
-
-    def kl(one: torch.Tensor, log_one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return (one * (log_one - other.log())).sum(-1)
-
-    p, q, alpha, beta = log_p.exp(), log_q.exp(), divergence.skew, divergence.beta
-    match divergence.name:
-        case "forward_kl":
-            return kl(q, log_q, p)
-        case "reverse_kl":
-            return kl(p, log_p, q)
-        case "jsd":
-            m = beta * q + (1 - beta) * p
-            return beta * kl(q, log_q, m) + (1 - beta) * kl(p, log_p, m)
-        case "skew_kl":
-            return kl(q, log_q, alpha * q + (1 - alpha) * p)
-        case "skew_reverse_kl":
-            return kl(p, log_p, (1 - alpha) * q + alpha * p)
-        case _:
-            return (p - q).abs().sum(-1) / 2
-
-
 def random_logits(seed: int, dtype: torch.dtype = torch.float64, columns: int = 23) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
     return tuple(3 * torch.randn(6, columns, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
@@ -57,7 +34,7 @@ def test_events_have_the_value_and_gradient_of_the_plain_formula(divergence: Div
     z, a = random_logits(1)
     z.requires_grad_()
     log_p, log_q = z.log_softmax(-1), a.log_softmax(-1)
-    expected = plain(divergence, log_p, log_q)
+    expected = plain_divergence(divergence, log_p, log_q)
     value, gradient = divergence.of_events(log_p.detach(), log_q)
     assert_all_close((value, gradient), (expected, torch.autograd.grad(expected.sum(), z)[0]))
 
@@ -89,7 +66,7 @@ def test_the_fused_loss_equals_autograd_on_all_logits(divergence: Divergence, k:
         others = torch.full_like(z, 0).scatter(-1, soft.ids, -math.inf)
         rest = (log_p + others).logsumexp(-1) if k < V else torch.full((len(z),), -99.0, dtype=z.dtype)
         log_p = torch.cat([log_p.gather(-1, soft.ids), rest[:, None]], -1)
-    expected = plain(divergence, log_p, log_q)
+    expected = plain_divergence(divergence, log_p, log_q)
     hard = torch.nn.functional.cross_entropy(z, case.tokens, reduction="none")
     total = (case.loss_weights * (0.6 * hard + 0.4 * expected)).sum()
     found = case.loss(soft, weight=0.4, temperature=t, divergence=divergence, chunk=4)
