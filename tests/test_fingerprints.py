@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distill import fingerprints
 from distill.chain import STAGES, run
@@ -86,3 +87,20 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
     one = micro.read(path)
     assert run(one)[0] == "student", "the finished stages are kept"
     assert (one.folder / "student" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_from_before_divergences_and_label_distributions_is_up_to_date(path: Path, fakes: Fakes) -> None:
+    recipe = micro.read(path)
+    run(recipe)
+    settings = fingerprints._without(masked(recipe), fingerprints._IRRELEVANT | fingerprints._DEVICES)
+    for name in ("divergence", "beta", "skew", "label_weight", "label_teacher"):
+        del settings["student"]["distillation"][name]
+    hashes = fingerprints._hashes(settings, data_fingerprint(recipe.data), STAGES)
+    manifest = json.loads((recipe.folder / "chain.json").read_text())
+    assert manifest["stages"]["student"]["fingerprint"] != hashes["student"]
+    for name, entry in manifest["stages"].items():
+        entry["fingerprint"] = hashes[name]
+    (recipe.folder / "chain.json").write_text(json.dumps(manifest))
+    (recipe.folder / "recipe.yaml").write_text(yaml.safe_dump(settings | {"trainer": masked(recipe)["trainer"]}))
+    assert run(micro.read(path)) == []
+    assert run(micro.read(path, "--student.distillation.divergence", "jsd"))[0] == "student"

@@ -55,11 +55,11 @@ class DistillationSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions == "all" and (self.label_weight or self.divergence != "forward_kl"):
-            raise SettingsError("student.distillation: positions all requires label_weight 0 and divergence forward_kl")
+            raise SettingsError("positions all requires label_weight 0 and divergence forward_kl")
         if self.positions == "all" and (self.soft_targets == "cached" or self.top_k):
-            raise SettingsError("student.distillation: positions all requires soft_targets online and top_k 0")
+            raise SettingsError("positions all requires soft_targets online and top_k 0")
         if self.soft_targets == "online" and self.top_k:
-            raise SettingsError("student.distillation: soft_targets online requires top_k 0")
+            raise SettingsError("soft_targets online requires top_k 0")
 
     @property
     def chosen_divergence(self) -> Divergence:
