@@ -148,7 +148,7 @@ class ChainForecast:
                 yield self._labels("annotate", unlabelled, teacher), teacher
             bounds = rationale_request_bounds(corpus.train, self.labels, recipe.annotate)
             yield self._rationales("annotate", corpus.train, teacher, bounds, recipe.annotate.max_new_tokens), teacher
-        if "student" in pending and teacher is not None and (posts := self._posts_for_label_teacher()):
+        if teacher is not None and (posts := self.posts_for_label_teacher()):
             yield replace(self._labels("student", posts, teacher), maximum=len(posts)), teacher
         evaluates_teacher = recipe.evaluate is not None and recipe.evaluate.teacher
         if recipe.evaluate is not None and evaluates_teacher and "evaluate" in pending and teacher is not None:
@@ -168,10 +168,15 @@ class ChainForecast:
             if recipe.reviews:
                 yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
 
-    def _posts_for_label_teacher(self) -> list[Sample]:
-        """The posts whose label distribution the student asks of the teacher; `annotate` may have asked for some."""
+    def posts_for_label_teacher(self) -> list[Sample]:
+        """The posts whose labels the student will ask of the teacher, without those that `annotate` asks about."""
         student, annotate = self.recipe.student, self.recipe.annotate
-        if student is None or not student.distillation.label_weight or student.distillation.label_teacher != "teacher":
+        if (
+            student is None
+            or "student" not in self.pending
+            or not student.distillation.label_weight
+            or student.distillation.label_teacher != "teacher"
+        ):
             return []
         posts = {row.id: row for row in self.student_rows().samples}
         if annotate is not None and annotate.unlabelled == "keep_confident":
