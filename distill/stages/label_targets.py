@@ -1,6 +1,5 @@
 """The label distributions from which the student learns, scored once per post by the assistant or the teacher."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -43,14 +42,13 @@ def label_targets(context: Context, rows: Sequence[Sample]) -> LabelTargets:
             found = _score(scorer, posts)
         jsonl.write_rows(path, ({"id": post.id, "probabilities": found[post.id]} for post in posts))
         unknown = [post for post, row in found.items() if row is None]
-        _check_known(scorer, unknown, len(posts))
         if unknown:
             log.warning(
                 "student: %s gave no label probabilities for %d of %d posts, such as %s; they take no label loss and "
                 "have null in %s", scorer.name, len(unknown), len(posts), unknown[0], path,
             )  # fmt: skip
-    stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["id"]: row["probabilities"] for row in stored if row["probabilities"] is not None}
+    stored = {row.fields["id"]: row.fields["probabilities"] for row in jsonl.read(path)}
+    return {post: probabilities for post, probabilities in stored.items() if probabilities is not None}
 
 
 def unlabelled(posts: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:
@@ -78,24 +76,22 @@ def _scorer(context: Context) -> Iterator[CachedTeacher]:
 
 
 def _score(scorer: CachedTeacher, posts: Sequence[Sample]) -> dict[str, list[float] | None]:
-    """Return the label probabilities of each post; None if they are unknown."""
+    """Return the label probabilities of each post; None if they are unknown. Raises RunError if all are."""
     found: dict[str, list[float] | None] = dict.fromkeys(post.id for post in posts)
+    any_known = False
     with progress("label distributions") as show, closing(scorer.scores(posts)) as answers:
         for done, (index, answer) in enumerate(answers, start=1):
-            found[posts[index].id] = _probabilities(answer)
+            probabilities = found[posts[index].id] = _probabilities(answer)
+            any_known = any_known or probabilities is not None
             show(done, len(posts))
-            if isinstance(scorer.teacher, Endpoint) and not scorer.teacher.returns_logprobs:
-                _check_known(scorer, [post for post, row in found.items() if row is None], len(posts))
-    return found
-
-
-def _check_known(scorer: CachedTeacher, unknown: Sequence[str], posts: int) -> None:
-    """Raise RunError if no post has label probabilities."""
-    if len(unknown) == posts:
+            if not any_known and isinstance(scorer.teacher, Endpoint) and not scorer.teacher.returns_logprobs:
+                break  # every further answer would be paid for in vain
+    if not any_known:
         raise RunError(
-            f"student.distillation: {scorer.name} gave label probabilities for none of the {posts} posts; "
+            f"student.distillation: {scorer.name} gave label probabilities for none of the {len(posts)} posts; "
             "set label_teacher to assistant, or label_weight to 0"
         )
+    return found
 
 
 def _probabilities(answer: Answer) -> list[float] | None:

@@ -37,7 +37,7 @@ def run(context: Context, tracked: StageRun) -> None:
     rows, targets = context.training_samples("annotate", "augment"), None
     if settings.distillation.label_weight > 0:
         rows += unlabelled(context.corpus.train, rows)
-        targets = label_targets(context, rows)
+        targets = label_targets(context, rows) if rows else None
 
     def soft_targets(model: Backbone) -> OnlineTargets | CachedTargets | None:
         with torch.random.fork_rng():  # loading the assistant must not change the student's random numbers

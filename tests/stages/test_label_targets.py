@@ -115,6 +115,16 @@ def test_the_scores_of_the_assistant_are_kept(tmp_path: Path, monkeypatch: pytes
     assert chain.run(again) == ["student"] and stored(again) == first
 
 
+def test_a_model_on_this_machine_teaches_its_label_distribution(tmp_path: Path, model_folder: Path) -> None:
+    model = {"path": str(model_folder), "image_size": 56, "batch_size": 16}
+    options = {"annotate__model": model, "student__distillation": LABELS_ONLY | {"label_teacher": "teacher"}}
+    recipe = micro.read(write(tmp_path, **options, assistant=None, augment=None))
+    assert chain.run(recipe) == ["annotate", "student"]
+    answers = (recipe.folder / "annotate" / "ledger.jsonl").read_text().splitlines()
+    assert len(stored(recipe)) == len(answers) == 36 and None not in stored(recipe).values()
+    assert not (recipe.folder / "student" / "ledger.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_an_assistant_teaches_a_student_of_another_family(tmp_path: Path, model_folder: Path, distill: Command) -> None:
     """Qwen2.5-VL teaches LLaVA with another tokenizer, through all stages."""

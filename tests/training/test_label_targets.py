@@ -75,7 +75,7 @@ def test_the_scores_in_a_training_batch_are_those_of_label_scoring(
     backbone = model(space)
     assert backbone.labels_share_tokens == (space is SCALE)
     if space is SCALE:
-        samples = [replace(sample, label=None, rationale=None) for sample in samples]
+        samples = [replace(sample, label=sample.label and 0.7, rationale=None) for sample in samples]
     chosen = [samples[0], *samples[2:]]
     batch = encode(samples, backbone, TASKS, packing, targets_of(chosen, len(space)))
     with torch.no_grad():
