@@ -42,7 +42,7 @@ class DistillationSettings(Settings):
     generalized Jensen-Shannon divergence with `beta`; skew_kl and skew_reverse_kl, with the share `skew` of the first
     distribution mixed into the second; tv, the total variation."""
     beta: InnerFraction = 0.5
-    """Weight β of the soft targets in jsd; near 0 it behaves as forward_kl, near 1 as reverse_kl."""
+    """Weight β of the soft targets in jsd; near 0 it is β times forward_kl, near 1 it is 1 - β times reverse_kl."""
     skew: InnerFraction = 0.1
     """Share α of skew_kl and skew_reverse_kl."""
     label_weight: NonNegative = 0.0

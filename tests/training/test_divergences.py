@@ -169,3 +169,12 @@ def test_the_limits_of_the_skewed_divergences_are_the_plain_ones() -> None:
     for skewed, limit in (("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")):
         found = Divergence(skewed, skew=1e-13).of_events(log_p, log_q)  # type: ignore[arg-type]
         assert_all_close(found, replace(Divergence(), name=limit).of_events(log_p, log_q), 1e-6)  # type: ignore[arg-type]
+
+
+def test_the_limits_of_the_jensen_shannon_divergence_are_multiples_of_both_directions() -> None:
+    z, a = random_logits(12)
+    log_p, log_q = (z / 3).log_softmax(-1), (a / 3).log_softmax(-1)
+    for beta, factor, limit in ((1e-8, 1e-8, "forward_kl"), (1 - 1e-8, 1e-8, "reverse_kl")):
+        found = Divergence("jsd", beta=beta).of_events(log_p, log_q)
+        expected = Divergence(limit).of_events(log_p, log_q)  # type: ignore[arg-type]
+        assert_all_close(tuple(x / factor for x in found), expected, 1e-5)
