@@ -41,7 +41,7 @@ from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
-from distill.training.student import StudentSettings
+from distill.training.student import StudentSettings, check_label_teacher
 from distill.training.trainer_arguments import check_schedule, check_trainer, try_trainer
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -309,6 +309,7 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("student.packing must be false if assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
+        check_label_teacher(options, recipe.assistant, recipe.annotating_teacher if annotate is not None else None)
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")

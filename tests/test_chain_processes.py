@@ -258,3 +258,20 @@ def test_sigterm_ends_all_processes_with_status_143_and_the_run_goes_on(tmp_path
     assert err.count("distill: interrupted; run the same command again to continue") == 1, err
     assert_ended(running)
     assert run(path, *TWO, "ddp")[0] == 0
+
+
+def test_a_student_learns_label_distributions_on_two_devices(tmp_path: Path, data: Path) -> None:
+    """Half of the posts have no label, so that a process may have a batch without an answer."""
+    distillation = {"weight": 0.0, "label_weight": 1.0}
+    path = recipe(tmp_path, data, student__distillation=distillation)
+    rows = rows_of(tmp_path / "data" / "train.jsonl")
+    for row in rows[::2]:
+        del row["label"], row["rationale"]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, err = run(path, *TWO, "ddp")
+    assert status == 0 and out.strip() == "ran annotate, assistant, student", err
+    student = of(path).folder / "student"
+    scored = rows_of(student / "soft_targets" / "labels.jsonl")
+    assert len(scored) == ROWS and all(row["probabilities"] for row in scored)
+    assert len(rows_of(student / "ledger.jsonl")) == ROWS, "the worker process scores nothing"
+    assert "train/label_divergence" in (student / "metrics.csv").read_text().splitlines()[0]

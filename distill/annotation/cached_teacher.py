@@ -112,7 +112,7 @@ class CachedTeacher:
 
     def scores(
         self, samples: Sequence[Sample], earlier: Sequence[EarlierAnswers] | None = None
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Generator[tuple[int, Answer]]:
         """Yield (sample index, answer) in completion order; `read_scores` reads an answer."""
         if earlier is None:
             return self._recalled_answers(samples, [TeacherQuery("classify")] * len(samples))
@@ -147,7 +147,7 @@ class CachedTeacher:
 
     def _recalled_answers(
         self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Generator[tuple[int, Answer]]:
         remaining = iter(queries)
 
         def conversation(_: Sample) -> Conversation[None]:

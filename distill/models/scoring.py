@@ -83,7 +83,7 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
 
     columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
     columns = torch.where(columns < 0, last, width + columns)
-    return _whole_label_log_probabilities(backbone, backbone.hidden_states(inputs), columns)
+    return _whole_label_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns))
 
 
 def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
@@ -99,13 +99,12 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
         ImageError: an image cannot be read.
         SettingsError: the chat template places the images where the prompts cannot share them.
     """
-    labels, prefix = backbone.labels, backbone.encoder.tokens(prompts.CLASSIFY_PREFIX)
-    answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
+    labels = backbone.labels
     placeholder = [[backbone.processor.tokenizer.eos_token_id]]  # any first token: it has no column of its own
     packed = backbone.pack([
         [
             PromptWithAnswers((prompts.render(template, sample, labels), sample.images), [], placeholder),
-            PromptWithAnswers((prompts.render("classify", sample, labels), sample.images), prefix, answers),
+            label_prompt(backbone, sample),
         ]
         for sample in samples
     ])  # fmt: skip
@@ -116,7 +115,7 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
     cache = DynamicCache()
     hidden = backbone.hidden_states(inputs, cache)
     if backbone.labels_share_tokens:
-        scores = _normalise_whole_labels(_whole_label_log_probabilities(backbone, hidden, scored))
+        scores = _normalise_whole_labels(_whole_label_log_probabilities(backbone, _at(hidden, scored)))
     else:
         last = hidden[torch.arange(len(samples)), scored[:, 0]]
         scores = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
@@ -147,17 +146,43 @@ def _leading_tokens(inputs: Features, cache: DynamicCache, lengths: torch.Tensor
     }
 
 
-def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def label_prompt(backbone: Backbone, sample: Sample) -> PromptWithAnswers:
+    """The *classify* prompt with forced prefix, and the answers whose columns `label_scores` takes when it is packed.
+
+    If all labels differ in their first token, it has one answer of one token, which stands for all.
+    """
+    answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
+    text = prompts.render("classify", sample, backbone.labels)
+    return PromptWithAnswers((text, sample.images), backbone.encoder.tokens(prompts.CLASSIFY_PREFIX), answers)
+
+
+def label_scores(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores [B, K] whose softmax gives the label probabilities; differentiable.
+
+    Args:
+        hidden: hidden states [B, N, D] at the N columns that predict the answers of `label_prompt`.
+    """
+    if backbone.labels_share_tokens:
+        return _whole_label_log_probabilities(backbone, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):  # a few logits: their rounding would cost more than time
+        return hidden[:, 0].float() @ backbone.head[backbone.label_ids.to(hidden.device)].float().T
+
+
+def _at(hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, N, D] at columns [B, N] of [B, T, D]."""
+    return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [B, K] of each label, summed over its tokens.
 
     Args:
-        hidden: hidden states [B, T, D].
-        columns: [B, N], the columns that predict the N tokens of all labels.
+        hidden: hidden states [B, N, D] that predict the N tokens of all labels.
     """
-    tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=columns.device)
-    logits = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
+    tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=hidden.device)
+    logits = hidden @ backbone.head.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_scores = logits.gather(-1, tokens.expand(len(columns), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+    token_scores = logits.gather(-1, tokens.expand(len(hidden), -1)[..., None])[..., 0] - logits.logsumexp(-1)
     lengths = [len(label) for label in backbone.label_tokens]
     return torch.stack([part.sum(1) for part in token_scores.split(lengths, 1)], 1)
 

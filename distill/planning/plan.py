@@ -11,6 +11,7 @@ from distill.planning.training_cost import (
     SoftTargetSource,
     TokenCounts,
     count_tokens,
+    learns_labels,
     soft_target_bytes,
     training_flops,
     training_memory,
@@ -74,7 +75,7 @@ def forecast_trainings(forecast: ChainForecast, problems: list[str]) -> list[Tra
         rows = forecast.student_rows()
         trainings.append(_forecast_training(forecast, "student", student, rows, problems))
         if student.hard_labels_baseline:
-            no_distillation = replace(student.distillation, weight=0.0)
+            no_distillation = replace(student.distillation, weight=0.0, label_weight=0.0)
             baseline = replace(student, tasks={"classify": 1.0}, distillation=no_distillation)
             gold = forecast.gold_rows()
             epoch_factor = max(1, round(len(rows.samples) / max(1, len(gold.samples))))
@@ -93,6 +94,8 @@ def _forecast_training(
     tasks: Any = settings.tasks
     labels = forecast.labels
     samples = [row for row in rows.samples if any(target_answer(task, row, labels) is not None for task in tasks)]
+    if learns_labels(settings):
+        samples = list(rows.samples)
     epochs, steps = _epochs_and_steps(forecast, settings, len(samples), epoch_factor)
     training = TrainingForecast(name, settings, len(samples), rows.exact, epochs, steps)
     if not samples:

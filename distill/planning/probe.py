@@ -59,6 +59,7 @@ def _questions(forecast: ChainForecast, endpoint: EndpointSettings) -> Iterator[
             yield _Question("annotate", TeacherQuery("predict", sampling), posts)
             if settings.unlabelled == "keep_confident":
                 yield _Question("annotate", labels, [post for post in corpus.train if post.label is None])
+        yield _Question("annotate", labels, forecast.posts_for_label_teacher())
         if recipe.evaluate is not None and recipe.evaluate.teacher and "evaluate" in pending:
             yield _Question("evaluate", labels, corpus.test)
     if endpoint == recipe.cascade_teacher:
@@ -128,6 +129,9 @@ def _findings(
             "no log-probabilities, and agreement_samples is 1: the confidence of labels is unknown, and the cascade "
             "compares polarities alone"
         )
+    of_annotate = endpoint.settings.address == getattr(forecast.recipe.annotating_teacher, "address", None)
+    if of_annotate and not endpoint.returns_logprobs and forecast.posts_for_label_teacher():
+        lines.append("student.distillation.label_teacher must be assistant: there is no label distribution to learn")
     return lines + [f"server: {change}" for change in endpoint.given_up if "log-probabilities" not in change]
 
 

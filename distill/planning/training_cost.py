@@ -16,7 +16,7 @@ from distill.planning.flops import count_patches, flops, saved_activations
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.assistant import TrainSettings
-from distill.training.batches import encode, synthetic_answers, target_answer
+from distill.training.batches import LabelTargets, encode, synthetic_answers, target_answer
 from distill.training.fused_loss import CPU_ELEMENTS, CUDA_ELEMENTS
 from distill.training.soft_target_cache import bytes_per_token
 from distill.training.student import DistillationSettings, StudentSettings
@@ -59,7 +59,8 @@ def count_tokens(
 ) -> tuple[TokenCounts, TokenCounts]:
     """Return the counts of the published procedure and of these settings.
 
-    Each sample must have an answer to at least one task. Padding within a batch of these settings is not counted.
+    Each sample must have an answer to at least one task, or teach a label distribution. Padding within a batch of these
+    settings is not counted.
 
     Raises:
         ImageError: an image cannot be read.
@@ -71,12 +72,20 @@ def count_tokens(
     published = [_separate_counts([widths[task] for task in lengths], patches) for lengths, patches in separate]
     if uses_all_positions(settings):
         return _mean(published), _mean([_separate_counts(lengths.values(), patches) for lengths, patches in separate])
-    return _mean(published), _mean([_packed_counts(sample, backbone, tasks, settings.packing) for sample in samples])
+    labels = learns_labels(settings)
+    return _mean(published), _mean([
+        _packed_counts(sample, backbone, tasks, settings.packing, labels) for sample in samples
+    ])  # fmt: skip
 
 
 def uses_all_positions(settings: TrainSettings) -> bool:
     """Whether the settings use the published layout, with logits at all positions."""
     return isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
+
+
+def learns_labels(settings: TrainSettings) -> bool:
+    """Whether every sample has the prompt of a label distribution."""
+    return isinstance(settings, StudentSettings) and settings.distillation.label_weight > 0
 
 
 def training_flops(
@@ -198,14 +207,19 @@ def _separate_lengths(
     return lengths, patches
 
 
-def _packed_counts(sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool) -> TokenCounts:
+def _packed_counts(
+    sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool, labels: bool
+) -> TokenCounts:
     """Return the counts of one sequence per sample, or per task without packing. Rows are encoded without padding."""
+    targets = {sample.id: [1 / len(backbone.labels)] * len(backbone.labels)} if labels else {}
     answered = {
         task: weight for task, weight in tasks.items() if target_answer(task, sample, backbone.labels) is not None
     }
     tokens = logits = patches = pairs = 0
-    for row in [answered] if packing else [{task: weight} for task, weight in answered.items()]:
-        batch = encode([sample], backbone, row, packing)
+    separate: list[tuple[dict[Template, float], LabelTargets]] = [({task: w}, {}) for task, w in answered.items()]
+    separate += [({}, targets)] if labels else []
+    for row, label_row in [(answered, targets)] if packing else separate:
+        batch = encode([sample], backbone, row, packing, label_row)
         width = batch.inputs["input_ids"].shape[1]
         ends = batch.inputs.get("ends", torch.tensor([[width] * width]))
         tokens, logits = tokens + width, logits + len(batch.tokens)

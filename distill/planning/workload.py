@@ -22,6 +22,7 @@ from distill.models.text_limit import CHARACTERS_PER_TOKEN
 from distill.planning.teacher_requests import RequestForecast, rationale_request_bounds
 from distill.recipe import Recipe, TeacherSettings
 from distill.stages.context import Context
+from distill.stages.label_targets import unlabelled
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale, render
@@ -98,7 +99,14 @@ class ChainForecast:
         return TrainingRows(self.with_assumed_answers(posts), False)
 
     def student_rows(self) -> TrainingRows:
-        """Return the rows with the teacher's rationales, followed by those with the assistant's rationales."""
+        """Return the rows with the teacher's rationales, those with the assistant's, and the unlabelled posts."""
+        rows = self._rows_with_answers()
+        student = self.recipe.student
+        if student is None or not student.distillation.label_weight:
+            return rows
+        return TrainingRows([*rows.samples, *unlabelled(self.corpus.train, rows.samples)], rows.exact)
+
+    def _rows_with_answers(self) -> TrainingRows:
         annotated = self.annotated_rows()
         if self.recipe.augment is None or self.recipe.annotate is None:
             return annotated
@@ -140,6 +148,8 @@ class ChainForecast:
                 yield self._labels("annotate", unlabelled, teacher), teacher
             bounds = rationale_request_bounds(corpus.train, self.labels, recipe.annotate)
             yield self._rationales("annotate", corpus.train, teacher, bounds, recipe.annotate.max_new_tokens), teacher
+        if teacher is not None and (posts := self.posts_for_label_teacher()):
+            yield replace(self._labels("student", posts, teacher), maximum=len(posts)), teacher
         evaluates_teacher = recipe.evaluate is not None and recipe.evaluate.teacher
         if recipe.evaluate is not None and evaluates_teacher and "evaluate" in pending and teacher is not None:
             yield self._labels("evaluate", corpus.test, teacher), teacher
@@ -157,6 +167,21 @@ class ChainForecast:
                 yield self._labels("cascade", corpus.test, cascade_teacher, optional=optional), cascade_teacher
             if recipe.reviews:
                 yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
+
+    def posts_for_label_teacher(self) -> list[Sample]:
+        """The posts whose labels the student will ask of the teacher, without those that `annotate` asks about."""
+        student, annotate = self.recipe.student, self.recipe.annotate
+        if (
+            student is None
+            or "student" not in self.pending
+            or not student.distillation.label_weight
+            or student.distillation.label_teacher != "teacher"
+        ):
+            return []
+        posts = {row.id: row for row in self.student_rows().samples}
+        if annotate is not None and annotate.unlabelled == "keep_confident":
+            return [post for post in self.corpus.train if post.id in posts and post.label is not None]
+        return list(posts.values())
 
     def _labels(
         self,

@@ -180,6 +180,7 @@ class Context:
             batch_size=settings.batch_size,
             workers=settings.workers,
             seed=self.recipe.seed,
+            label_targets=learner.label_targets,
         )
         logger = tracked.lightning_logger()
         arguments = self.trainer_arguments(settings)
@@ -225,8 +226,12 @@ class Context:
         return model
 
     def reasoner(self, stage: str, part: str = "") -> Local:
-        """Load the model that a stage trained, for inference. Its name contains the stage's fingerprint."""
-        return Local(self.load(stage, part), f"{stage}{part}-{self.fingerprints[stage]}", self.device)
+        """Load the model that a stage trained, for inference."""
+        return Local(self.load(stage, part), self.reasoner_name(stage, part), self.device)
+
+    def reasoner_name(self, stage: str, part: str = "") -> str:
+        """Name of the model that a stage trained; it contains the stage's fingerprint."""
+        return f"{stage}{part}-{self.fingerprints[stage]}"
 
     def teacher(self, settings: Teacher | None) -> Reasoner | None:
         """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None."""

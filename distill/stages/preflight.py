@@ -99,9 +99,11 @@ def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
     model = _load(context, settings.model)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
-    tasks: Any = settings.tasks if settings.packing and not published else ()
-    check_layers(model, list(tasks))
-    _check_inputs(model, posts, list(tasks))
+    tasks: Any = list(settings.tasks) if settings.packing and not published else []
+    if tasks and isinstance(settings, StudentSettings) and settings.distillation.label_weight > 0:
+        tasks.append("classify")  # the prompt of the label distribution
+    check_layers(model, tasks)
+    _check_inputs(model, posts, tasks)
 
 
 def _load(context: Context, settings: ModelSettings, *, train: bool = True) -> Backbone:
@@ -115,6 +117,9 @@ def _load(context: Context, settings: ModelSettings, *, train: bool = True) -> B
 def _teachers(recipe: Recipe, stages: Collection[str]) -> list[Teacher]:
     """The teachers that the stages ask, except one that the chain trains."""
     asked = []
+    options = recipe.student.distillation if recipe.student is not None and "student" in stages else None
+    if options is not None and options.label_weight > 0 and options.label_teacher == "teacher":
+        asked.append(recipe.annotating_teacher)
     if "annotate" in stages or ("evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.teacher):
         asked.append(recipe.annotating_teacher)
     if "calibrate" in stages or "cascade" in stages:

@@ -9,11 +9,12 @@ import torch
 from distill.models import backbone
 from distill.models.backbone import Backbone
 from distill.stages.context import Context, progress
+from distill.stages.label_targets import label_targets, unlabelled
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training import soft_target_cache
-from distill.training.batches import encode, prompts_and_answers
+from distill.training.batches import encode, prompts_and_answers, target_answer
 from distill.training.processes import worker_folder
 from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import OnlineTargets
@@ -33,15 +34,19 @@ def run(context: Context, tracked: StageRun) -> None:
         if getattr(context.recipe, stage) is not None:
             tracked.use_artifact(artifact)
 
-    rows = context.training_samples("annotate", "augment")
+    rows, targets = context.training_samples("annotate", "augment"), None
+    if settings.distillation.label_weight > 0:
+        rows += unlabelled(context.corpus.train, rows)
+        targets = label_targets(context, rows) if rows else None
 
     def soft_targets(model: Backbone, rows: Sequence[Sample]) -> OnlineTargets | CachedTargets | None:
         with torch.random.fork_rng():  # loading the assistant must not change the student's random numbers
             return _soft_targets(context, settings, model, rows) if settings.distillation.weight > 0 else None
 
-    context.train(
-        "student", lambda model, kept: StudentModule(model, settings, soft_targets(model, kept)), rows, tracked
-    )
+    def module(model: Backbone, kept: Sequence[Sample]) -> StudentModule:
+        return StudentModule(model, settings, soft_targets(model, kept), targets)
+
+    context.train("student", module, rows, tracked)
     if settings.hard_labels_baseline:
         baseline = replace(settings, tasks={"classify": 1.0})
         labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
@@ -61,7 +66,10 @@ def run(context: Context, tracked: StageRun) -> None:
 def _soft_targets(
     context: Context, settings: StudentSettings, student: Backbone, rows: Sequence[Sample]
 ) -> OnlineTargets | CachedTargets:
-    """Return the loaded assistant, or its cached soft targets for the rows, after computing those that are missing."""
+    """Return the loaded assistant, or its cached soft targets for the rows, after computing those that are missing.
+
+    Rows without an answer, which teach a label distribution only, have no soft targets.
+    """
 
     def assistant() -> OnlineTargets:
         return OnlineTargets(context.load("assistant"), student)
@@ -70,6 +78,7 @@ def _soft_targets(
     if not _use_cache(context, settings, student, rows):
         return assistant()
     tasks: dict[Template, float] = settings.tasks  # type: ignore[assignment]
+    rows = [row for row in rows if any(target_answer(task, row, context.labels) is not None for task in tasks)]
     key = soft_target_cache.key_function(
         student, list(tasks), context.weights("assistant"), options.top_k, options.temperature
     )

@@ -15,7 +15,7 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
-from distill.training.batches import Batch, check_compatibility, encode, row_lengths
+from distill.training.batches import Batch, LabelTargets, check_compatibility, encode, row_lengths
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
@@ -80,17 +80,21 @@ class AssistantModule(L.LightningModule):
         self.strict_loading = False  # checkpoints contain the trainable weights only
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
+        self.label_targets: LabelTargets = {}
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
         self._accumulated: list[int] = []  # batches since the last optimizer step
         self._throughput = Throughput()
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
-        return encode(samples, self.backbone, self.settings.tasks, self.settings.packing)  # type: ignore[arg-type]
+        return encode(samples, self.backbone, self.settings.tasks, self.settings.packing, self.label_targets)  # type: ignore[arg-type]
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_compatibility(self.backbone, data.train, list(self.settings.tasks), self.settings.packing)  # type: ignore[arg-type]
+        tasks: Any = list(self.settings.tasks)
+        check_compatibility(
+            self.backbone, data.train, tasks, self.settings.packing, label_targets=bool(self.label_targets)
+        )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.current_ids = batch.ids if isinstance(batch, Batch) else ()

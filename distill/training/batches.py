@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -11,11 +12,24 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
+from distill.models.scoring import label_prompt
 from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
 from distill.task.sample import Sample
+
+
+class LabelBatch(NamedTuple):
+    """The samples of a batch with a label distribution to learn, M of B.
+
+    Attributes:
+        positions: [M, N], positions whose hidden states `label_scores` takes, as indices into the flattened rows.
+        log_q: [M, K], log-probabilities of the labels to the teacher; -inf is a probability of zero.
+    """
+
+    positions: torch.Tensor
+    log_q: torch.Tensor
 
 
 class Batch(NamedTuple):
@@ -30,6 +44,7 @@ class Batch(NamedTuple):
         sizes: [B], number of answer tokens of each sample; the tokens are in the order of the samples.
         soft_targets: cached soft targets of the N tokens by name; empty if the assistant runs during training.
         ids: ids of the B samples.
+        labels: None if no sample has a label distribution to learn.
     """
 
     inputs: Features
@@ -40,6 +55,7 @@ class Batch(NamedTuple):
     sizes: torch.Tensor
     soft_targets: Features
     ids: tuple[str, ...] = ()
+    labels: LabelBatch | None = None
 
 
 def row_lengths(batch: Batch | Mapping[str, Features]) -> torch.Tensor:
@@ -48,6 +64,11 @@ def row_lengths(batch: Batch | Mapping[str, Features]) -> torch.Tensor:
     # all tokens of a packed row follow its first one
     return torch.cat([part["ends"][:, 0] if "ends" in part else part["attention_mask"].sum(1) for part in parts])
 
+
+LabelTargets = Mapping[str, Sequence[float]]
+"""The teacher's label probabilities [K] by the id of the sample."""
+
+_NO_TASK = -1  # in place of a task's index: the tokens of `label_prompt`
 
 SYNTHETIC_ACCURACY = 0.6
 """Accuracy of each of the two synthetic earlier answers in a *review* prompt."""
@@ -63,8 +84,14 @@ def target_answer(template: Template, sample: Sample, labels: LabelSpace) -> str
     return sample.rationale
 
 
-def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Template, float], packing: bool) -> Batch:
-    """Encode B samples with the tasks for which they have an answer; at least one sample must have one.
+def encode(
+    samples: Sequence[Sample],
+    backbone: Backbone,
+    tasks: Mapping[Template, float],
+    packing: bool,
+    label_targets: LabelTargets = MappingProxyType({}),
+) -> Batch:
+    """Encode B samples with the tasks for which they have an answer; at least one must have one, or a label target.
 
     The weight of a task is divided equally among the samples, and within a sample among the answer tokens. If the label
     scale has soft targets (`spread` > 0), *classify* and *review* have every label as an answer, weighted by its target
@@ -72,10 +99,11 @@ def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Templat
 
     Args:
         packing: True puts all tasks of a sample into one sequence; False gives each task its own sequence and images.
+        label_targets: the label distributions to learn; they are read from a further prompt, `label_prompt`.
     """
     rows: list[list[PromptWithAnswers]] = []
     weights: list[tuple[int, float]] = []  # of each answer: index of its task, loss weight of one token
-    sizes = []
+    sizes, targets_of_labels = [], []
     for sample in samples:
         task_prompts = []
         for index, (template, weight) in enumerate(tasks.items()):
@@ -87,18 +115,28 @@ def encode(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[Templat
                 length = 1 if len(targets) > 1 else len(answer_tokens)
                 weights.append((index, weight * target / length / len(samples)))
         sizes.append(sum(len(tokens) for prompt in task_prompts for tokens in prompt.answers))
+        if sample.id in label_targets:
+            task_prompts.append(prompt := label_prompt(backbone, sample))
+            weights += [(_NO_TASK, 0.0)] * len(prompt.answers)
+            targets_of_labels.append(label_targets[sample.id])
         rows += [task_prompts] if packing and task_prompts else [[prompt] for prompt in task_prompts]
     packed = backbone.pack(rows)
-    indices, token_weights = zip(*weights, strict=True)
+    indices, token_weights = (torch.tensor(column)[packed.answers] for column in zip(*weights, strict=True))
+    learned = indices != _NO_TASK
+    labels = None
+    if targets_of_labels:
+        log_q = torch.tensor(targets_of_labels, dtype=torch.float64).log().float()
+        labels = LabelBatch(packed.columns[~learned].view(len(log_q), -1), log_q)
     return Batch(
         packed.inputs,
-        packed.columns,
-        packed.tokens,
-        torch.tensor(token_weights)[packed.answers],
-        torch.tensor(indices)[packed.answers],
+        packed.columns[learned],
+        packed.tokens[learned],
+        token_weights[learned],
+        indices[learned],
         torch.tensor(sizes),
         {},
         tuple(sample.id for sample in samples),
+        labels,
     )
 
 
@@ -161,13 +199,21 @@ def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
 
 
 def check_compatibility(
-    backbone: Backbone, samples: Iterable[Sample], tasks: Sequence[Template], packing: bool
+    backbone: Backbone,
+    samples: Iterable[Sample],
+    tasks: Sequence[Template],
+    packing: bool,
+    *,
+    label_targets: bool = False,
 ) -> None:
     """Check on one sample that the model supports the training layout.
 
     The log-probabilities of the answer tokens, computed from hidden states and output head, alone and packed, are
     compared with the model's own logits for each answer in a separate sequence. In a packed sequence, no answer may
     influence the prediction of another one. The sample is the one with the most answers, then with the most images.
+
+    Args:
+        label_targets: whether a sample has the prompt of a label distribution as well.
 
     Raises:
         SettingsError: the logits are not the output head applied to the last hidden states, or the model attends to
@@ -178,6 +224,7 @@ def check_compatibility(
         samples, key=lambda one: (sum(target_answer(t, one, labels) is not None for t in tasks), len(one.images))
     )
     task_prompts = [encoded[0] for task in tasks if (encoded := _task_prompt(task, sample, backbone)) is not None]
+    task_prompts += [label_prompt(backbone, sample)] if label_targets else []
     separate = backbone.pack([[p._replace(answers=[answer])] for p in task_prompts for answer in p.answers])
     packed = backbone.pack([task_prompts] if packing else [[prompt] for prompt in task_prompts])
     training = backbone.model.training

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -71,10 +71,14 @@ class ReasoningDataModule(L.LightningDataModule):
     A training batch is `encode` applied to B samples. A validation batch holds the *classify* prompts of B samples, the
     gold label indices [B], the gold values [B] on the label scale (NaN without a scale), and the ids.
 
-    Training samples without an answer to any of the tasks are dropped. The others are shuffled by seed and epoch,
-    batched by length and divided among the processes; if they cannot be divided equally, a few of them, others in each
-    epoch, are trained twice. The training loader is stateful: a resumed run continues within the epoch at the next
-    batch. Validation samples are padded with gold index -1 to the same number in every process.
+    Training samples without an answer to any of the tasks and without a label target are dropped. The others are
+    shuffled by seed and epoch, batched by length and divided among the processes; if they cannot be divided equally, a
+    few of them, others in each epoch, are trained twice. The training loader is stateful: a resumed run continues
+    within the epoch at the next batch. Validation samples are padded with gold index -1 to the same number in every
+    process.
+
+    Args:
+        label_targets: ids of the samples that need no answer, because their label distribution is learned.
 
     Raises:
         SettingsError: no training sample has an answer.
@@ -91,12 +95,15 @@ class ReasoningDataModule(L.LightningDataModule):
         batch_size: int,
         workers: int = 0,
         seed: int = 42,
+        label_targets: Container[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
         labels = backbone.labels
         self.train = [
-            sample for sample in train if any(target_answer(task, sample, labels) is not None for task in tasks)
+            sample
+            for sample in train
+            if sample.id in label_targets or any(target_answer(task, sample, labels) is not None for task in tasks)
         ]
         if not self.train:
             raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")

@@ -1,4 +1,4 @@
-"""The student's loss from hidden states: cross-entropy and KL, computed for a chunk of positions at a time.
+"""The student's loss from hidden states: cross-entropy and divergence, computed for a chunk of positions at a time.
 
 The plain formula (losses.py) holds several [N, V] tensors, 0.6 MB per position and tensor for Qwen2.5-VL. Here the
 logits of one chunk use two preallocated buffers; loss and gradient are computed in the same pass, and the backward pass
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from distill.training.divergences import FORWARD_KL, Divergence, Softmaxes, of_logits, softmax
 
 CPU_ELEMENTS, CUDA_ELEMENTS = 2**24, 2**27
 """Elements of one logits buffer: 64 and 512 MiB in float32."""
@@ -47,7 +49,7 @@ class AnswerLoss(NamedTuple):
     Attributes:
         total: scalar to minimize.
         hard: [...], cross-entropy of each position, without gradient.
-        soft: [...], KL divergence of each position, without gradient; 0 without soft targets.
+        soft: [...], divergence of each position, without gradient; 0 without soft targets.
     """
 
     total: torch.Tensor
@@ -63,13 +65,14 @@ def answer_loss(
     soft_targets: SoftTargets | None = None,
     weight: float = 0.3,
     temperature: float = 2.0,
+    divergence: Divergence = FORWARD_KL,
     chunk: int | None = None,
 ) -> AnswerLoss:
-    """Compute Σ_n w_n ((1 - weight) CE_n + weight KL(softmax(z_a / T) || softmax(z_s / T))_n), without a T² factor.
+    """Compute Σ_n w_n ((1 - weight) CE_n + weight D(softmax(z_a / T), softmax(z_s / T))_n), without a T² factor.
 
-    With `TopKTargets`, the KL is taken over k + 1 events: the k tokens, and all other tokens together. It is a lower
-    bound of the full KL. Matrix products with a head use the dtype of that head (or of autocast); everything else is
-    computed in float32 or higher.
+    With `TopKTargets`, the divergence D is taken over k + 1 events: the k tokens, and all other tokens together. It is
+    a lower bound of the full one. Matrix products with a head use the dtype of that head (or of autocast); everything
+    else is computed in float32 or higher.
 
     Args:
         hidden: [..., D], last hidden states of the student at the positions that predict an answer token.
@@ -79,8 +82,9 @@ def answer_loss(
         tokens: [...], id of the token that each position predicts.
         loss_weights: [...], weight w_n of each position; they need not sum to 1.
         soft_targets: distribution of the assistant; None computes the cross-entropy alone, with weight 1.
-        weight: weight of the KL divergence, λ.
-        temperature: T of both distributions in the KL; the cross-entropy is at temperature 1.
+        weight: weight of the divergence, λ.
+        temperature: T of both distributions in the divergence; the cross-entropy is at temperature 1.
+        divergence: D; by default KL(assistant || student).
         chunk: number of positions whose logits are held at a time; None chooses it from V (64 MiB per buffer, 512 MiB
             on a GPU).
 
@@ -97,11 +101,11 @@ def answer_loss(
         soft_targets = TopKTargets(log_q.flatten(0, -2), ids.flatten(0, -2).long(), log_rest.flatten())
     else:
         weight, temperature = 0.0, 1.0
-    total, hard, divergence = _AnswerLoss.apply(
-        hidden.flatten(0, -2), head, tokens.flatten(), loss_weights.flatten(), soft_targets, weight, temperature, chunk,
-        torch.is_grad_enabled(),
+    total, hard, soft = _AnswerLoss.apply(
+        hidden.flatten(0, -2), head, tokens.flatten(), loss_weights.flatten(), soft_targets, weight, temperature,
+        divergence, chunk, torch.is_grad_enabled(),
     )  # fmt: skip
-    return AnswerLoss(total, hard.view(tokens.shape), divergence.view(tokens.shape))
+    return AnswerLoss(total, hard.view(tokens.shape), soft.view(tokens.shape))
 
 
 def _check_shapes(
@@ -134,7 +138,8 @@ class _AnswerLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, loss_weights: torch.Tensor,
-        soft_targets: SoftTargets | None, weight: float, temperature: float, chunk: int | None, grad_enabled: bool,
+        soft_targets: SoftTargets | None, weight: float, temperature: float, divergence: Divergence,
+        chunk: int | None, grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         matrix, soft_targets = _align_heads(head, soft_targets)
         dtype = torch.promote_types(matrix.dtype, torch.float32)
@@ -143,7 +148,7 @@ class _AnswerLoss(torch.autograd.Function):
         any_grad = hidden_grad or head_grad
         grad_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if hidden_grad else None
         grad_head = head.new_zeros(head.shape, dtype=dtype) if head_grad else None
-        hard, divergence = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        hard, soft = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
 
         size, block = _chunk_sizes(len(hidden), len(matrix), chunk, hidden.is_cuda)
         hidden_targets, top_k_targets = (isinstance(soft_targets, kind) for kind in (HiddenTargets, TopKTargets))
@@ -159,8 +164,15 @@ class _AnswerLoss(torch.autograd.Function):
                     )
                 for part in _slices(len(z), block):
                     at = slice(rows.start + part.start, rows.start + part.stop)
-                    hard[at], divergence[at] = _block_loss(
-                        z[part], _select(targets, part), tokens[at], buffers, weight, temperature, any_grad
+                    hard[at], soft[at] = _block_loss(
+                        z[part],
+                        _select(targets, part),
+                        tokens[at],
+                        buffers,
+                        weight,
+                        temperature,
+                        divergence,
+                        any_grad,
                     )
                 grad_logits = z.to(matrix.dtype) if any_grad else z
                 if grad_hidden is not None:
@@ -172,8 +184,8 @@ class _AnswerLoss(torch.autograd.Function):
             grad_hidden *= loss_weights[:, None]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtypes = hidden.dtype, head.dtype
-        ctx.mark_non_differentiable(hard, divergence)
-        return (loss_weights * torch.lerp(hard, divergence, weight)).sum(), hard, divergence
+        ctx.mark_non_differentiable(hard, soft)
+        return (loss_weights * torch.lerp(hard, soft, weight)).sum(), hard, soft
 
     @staticmethod
     @once_differentiable
@@ -182,28 +194,27 @@ class _AnswerLoss(torch.autograd.Function):
             None if tensor is None else (tensor * grad).to(dtype)
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None, None
 
 
 def _block_loss(
     z: torch.Tensor, targets: torch.Tensor | TopKTargets | None, tokens: torch.Tensor, buffers: list[torch.Tensor],
-    weight: float, temperature: float, needs_grad: bool,
+    weight: float, temperature: float, divergence: Divergence, needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Compute cross-entropy [n] and KL [n] from logits / T [n, V]; overwrites z with the gradient w.r.t. the logits.
+    """Compute cross-entropy [n] and divergence [n] from logits / T [n, V]; overwrites z with the logits' gradient.
 
     Targets are the assistant's logits / T [n, V], which are overwritten, or its top-k tokens. Softmax at temperature 1
     is the normalized T-th power of softmax at T, so that the exponentials are computed only once.
     """
     token_logits = temperature * z.gather(1, tokens[:, None])[:, 0]
-    p, kl_grad, divergence = buffers[0][: len(z)], None, torch.zeros_like(token_logits)
+    first, *others = (buffer[: len(z)] for buffer in buffers)
+    gradient, value = None, torch.zeros_like(token_logits)
     if targets is None:
-        log_sum = _softmax(z, p)
+        log_sum, p = softmax(z, first), first
     elif isinstance(targets, TopKTargets):
-        kl_grad = buffers[1][: len(z)]
-        log_sum, divergence = _top_k_divergence(z, targets, p, kl_grad)
+        log_sum, value, p, gradient = _top_k_divergence(divergence, z, targets, first, *others)
     else:
-        p, kl_grad = targets, p
-        log_sum, divergence = _divergence(z, p, kl_grad)
+        log_sum, value, p, gradient = of_logits(divergence, z, targets, first)
     peak = p.amax(-1)  # powers of p / peak, because powers of a nearly uniform p would underflow
     powers = torch.mul(p, 1 / peak[:, None], out=z).pow_(temperature)
     sums = powers.sum(-1)
@@ -211,52 +222,29 @@ def _block_loss(
     if needs_grad:
         z.mul_((1 - weight) / sums[:, None])
         z[torch.arange(len(z), device=z.device), tokens] -= 1 - weight
-        if kl_grad is not None:
-            z.add_(kl_grad, alpha=weight / temperature)
-    return hard, divergence
-
-
-def _divergence(z: torch.Tensor, a: torch.Tensor, kl_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log Σ exp z [n] and KL(softmax(a) || softmax(z)) [n].
-
-    Overwrites a with p = softmax(z), and kl_grad with p - q, where q = softmax(a).
-    """
-    q = kl_grad
-    log_sum_a = _softmax(a, q)
-    ratio = torch.mul(a.sub_(z), q, out=a).sum(-1)
-    log_sum = _softmax(z, a)
-    torch.sub(a, q, out=kl_grad)
-    return log_sum, ratio - log_sum_a + log_sum
+        if gradient is not None:
+            z.add_(gradient, alpha=weight / temperature)
+    return hard, value
 
 
 def _top_k_divergence(
-    z: torch.Tensor, targets: TopKTargets, p: torch.Tensor, kl_grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log Σ exp z [n] and the KL [n] over the k tokens and the rest as one event.
+    divergence: Divergence, z: torch.Tensor, targets: TopKTargets, p: torch.Tensor, gradient: torch.Tensor
+) -> Softmaxes:
+    """Compute the divergence over the k tokens and the rest as one event; overwrites z.
 
-    Writes softmax(z) to p and the gradient of the KL to kl_grad; overwrites z. A softmax over the other tokens alone
-    gives their mass without the cancellation in 1 - Σ p_k, and p_j (1 - q_rest / p_rest) without a division.
+    The gradient of the rest is divided among its tokens as their probability. A softmax over them alone gives their
+    mass without the cancellation in 1 - Σ p_k, and the shares without a division.
     """
     top_logits = z.gather(1, targets.ids)
-    log_sum_rest = _softmax(z.scatter_(1, targets.ids, torch.finfo(z.dtype).min), p)
+    log_sum_rest = softmax(z.scatter_(1, targets.ids, torch.finfo(z.dtype).min), p)
     log_sum = torch.logaddexp(log_sum_rest, top_logits.logsumexp(-1))
     log_p = torch.cat([top_logits, log_sum_rest[:, None]], 1) - log_sum[:, None]
     log_q = torch.cat([targets.log_q, targets.log_rest[:, None]], 1).to(z.dtype)
-    events, q = log_p.exp(), log_q.exp()
-    divergence = (q * (log_q - log_p).masked_fill(q == 0, 0)).sum(-1)
-    event_grads = events * q.sum(-1, keepdim=True) - q
-    torch.mul(p, event_grads[:, -1:], out=kl_grad).scatter_(1, targets.ids, event_grads[:, :-1])
+    value, event_gradients = divergence.of_events(log_p, log_q)
+    events = log_p.exp()
+    torch.mul(p, event_gradients[:, -1:], out=gradient).scatter_(1, targets.ids, event_gradients[:, :-1])
     p.mul_(events[:, -1:]).scatter_(1, targets.ids, events[:, :-1])
-    return log_sum, divergence
-
-
-def _softmax(z: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write softmax(z) [n, V] to `out` and return log Σ exp z [n].
-
-    The log-sum is derived from the largest logit and the largest probability, without computing exponentials again.
-    """
-    torch.softmax(z, -1, out=out)
-    return z.amax(-1) - out.amax(-1).log()
+    return Softmaxes(log_sum, value, p, gradient)
 
 
 def _add_product(

@@ -1,6 +1,7 @@
-"""The loss of the published MulCoT-RD code (arXiv 2508.05234), over whole padded sequences.
+"""The divergence of label distributions, and the loss of the published MulCoT-RD code (arXiv 2508.05234).
 
-It is used only with `positions: all`; the default is `answer_loss` in fused_loss.py.
+The published loss is over whole padded sequences and used only with `positions: all`; the default is `answer_loss` in
+fused_loss.py.
 """
 
 from typing import Literal, NamedTuple
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.models.backbone import IGNORE
+from distill.training.divergences import Divergence
 
 Positions = Literal["response", "all"]
 
@@ -58,6 +60,19 @@ def published_loss(
         return TaskLoss(hard, hard, torch.zeros_like(hard))
     soft = kl_divergence(_upcast(logits.flatten(0, 1)), _upcast(soft_targets.flatten(0, 1)), temperature).mean()
     return TaskLoss((1 - weight) * hard + weight * soft, hard, soft)
+
+
+def label_divergence(
+    scores: torch.Tensor, log_q: torch.Tensor, temperature: float, divergence: Divergence
+) -> torch.Tensor:
+    """Compute D(q^(1/T), softmax(scores / T)) [M], both normalized over the K labels; differentiable w.r.t. the scores.
+
+    Args:
+        scores: [M, K], log-probabilities of the labels to the student, up to a constant of each row.
+        log_q: [M, K], log-probabilities of the labels to the teacher; -inf is a probability of zero.
+    """
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (scores, log_q))
+    return divergence.of_events(log_p, log_q)[0]
 
 
 def kl_divergence(logits: torch.Tensor, target_logits: torch.Tensor, temperature: float) -> torch.Tensor:

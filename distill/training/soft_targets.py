@@ -64,7 +64,8 @@ def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
     """Raise SettingsError if the tokenizers or the image processors of the models differ; no weights are read."""
     if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
         raise SettingsError(
-            "student.distillation: student and assistant have different tokenizers; set its weight to 0"
+            "student.distillation: student and assistant have different tokenizers; set its weight to 0, and its "
+            "label_weight above 0 to learn from label distributions"
         )
     if assistant.processor.image_processor.to_dict() != student.processor.image_processor.to_dict():
         raise SettingsError(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.models import tiny
 from distill.planning import plan
@@ -51,6 +52,23 @@ def test_figures_equal_counts_by_hand(tmp_path: Path) -> None:
     assert student.source == "cached" and student.tokens is not None
     assert student.disk == pytest.approx(54 * student.tokens[1].logits * 2 * 64 + 4 * model.head.numel())
     assert gold.source == "none" and gold.tokens is not None and gold.tokens[1].logits < 10
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_unlabelled_posts_and_the_prompt_of_the_label_distribution_are_counted(tmp_path: Path, packing: bool) -> None:
+    options = {"student__distillation": {"label_weight": 1.0}, "student__packing": packing}
+    found, forecast = trainings(tmp_path, micro.RECORDED, **options)
+    student, gold = found["student"], found["hard labels"]
+    assert student.rows == 27 + 27 + 9 and gold.rows == 27
+    model = student.model
+    assert model is not None and student.tokens is not None
+    tasks: Any = student.settings.tasks
+    total = 0
+    for row in forecast.student_rows().samples:
+        batch = encode([row], model, tasks, packing, {row.id: [0.2, 0.3, 0.5]})
+        mask = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
+        total += int(mask.sum())
+    assert student.tokens[1].tokens * 63 == pytest.approx(total)
 
 
 def test_steps_follow_from_the_arguments_of_the_trainer(tmp_path: Path) -> None:

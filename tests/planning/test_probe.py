@@ -66,6 +66,22 @@ def test_a_server_without_log_probabilities_or_a_rationale(distill: Command, tmp
     assert any(line.startswith("no log-probabilities, and agreement_samples is 1: ") for line in lines)
 
 
+def test_a_teacher_of_label_distributions(distill: Command, tmp_path: Path) -> None:
+    """Its labels are a question of the run, and the plan says if it cannot teach them."""
+    options = {"label_weight": 1.0, "label_teacher": "teacher"}
+    said = "student.distillation.label_teacher must be assistant: there is no label distribution to learn"
+    with Server() as server:
+        assert said in found(
+            distill("plan", "--config", write(tmp_path, server.url, student__distillation=options), "--probe").stdout
+        )
+    with Server(logprobs=labelled) as server:
+        path = write(tmp_path, server.url, student__distillation=options)
+        assert distill("annotate", "--config", path).status == 0
+        lines = found(distill("plan", "--config", path, "--probe").stdout)
+        assert lines[0].startswith("one question, classify, about post train-") and said not in lines
+        assert f"the answer is in {tmp_path / 'runs/micro/annotate/ledger.jsonl'} and is not paid again" in lines
+
+
 def test_fields_that_the_server_does_not_take(distill: Command, tmp_path: Path) -> None:
     def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
         return (400, "seed is not supported") if "seed" in body else None

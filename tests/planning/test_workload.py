@@ -49,6 +49,19 @@ def test_missing_rationales_are_assumed_for_every_post(tmp_path: Path) -> None:
     assert len(forecast(skipping, TAUGHT, annotate__unlabelled="skip").annotated_rows().samples) == 27
 
 
+@pytest.mark.parametrize(("unlabelled", "asked"), [("skip", 27 + 9), ("keep_confident", 27)])
+def test_the_teacher_is_asked_once_about_each_post_of_the_student(tmp_path: Path, unlabelled: str, asked: int) -> None:
+    """With keep_confident, `annotate` has asked about the unlabelled posts."""
+    content = {key: value for key, value in micro.RECORDED.items() if key not in ("assistant", "augment", "evaluate")}
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "big"}
+    content |= {"annotate": {"endpoint": endpoint, "unlabelled": unlabelled}}
+    options = {"weight": 0.0, "label_weight": 1.0, "label_teacher": "teacher"}
+    found = forecast(tmp_path, content, student__distillation=options)
+    assert len(found.student_rows().samples) == 27 + 9
+    requests = [request for request, _ in found.teacher_requests() if request.stage == "student"]
+    assert [(request.purpose, request.minimum, request.maximum) for request in requests] == [("labels", asked, asked)]
+
+
 def test_without_rationales_in_the_data_a_filler_text_is_assumed(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -103,7 +103,10 @@ def test_targets_of_an_adapter_that_match_nothing(refused: Callable[..., str], m
 def test_different_tokenizers(refused: Callable[..., str]) -> None:
     tiny = micro.MODEL["tiny"]
     message = refused(student__model=micro.MODEL | {"tiny": tiny | {"vocabulary": 500}})
-    assert message == "student.distillation: student and assistant have different tokenizers; set its weight to 0"
+    assert message == (
+        "student.distillation: student and assistant have different tokenizers; set its weight to 0, and its "
+        "label_weight above 0 to learn from label distributions"
+    )
 
 
 def test_different_image_processors(refused: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from distill.training.divergences import Divergence
 from distill.training.fused_loss import AnswerLoss, HiddenTargets, TopKTargets, answer_loss
 
 N, D, E, V = 13, 5, 4, 29
@@ -66,3 +67,26 @@ def assert_all_close(
 
 def student_logits(case: Case) -> torch.Tensor:
     return (case.hidden @ case.head.T).detach()
+
+
+def plain_divergence(divergence: Divergence, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return the textbook formula [n] on log-probabilities [n, K] of student p and assistant q."""
+
+    def kl(one: torch.Tensor, log_one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one * (log_one - other.log())).sum(-1)
+
+    p, q, alpha, beta = log_p.exp(), log_q.exp(), divergence.skew, divergence.beta
+    match divergence.name:
+        case "forward_kl":
+            return kl(q, log_q, p)
+        case "reverse_kl":
+            return kl(p, log_p, q)
+        case "jsd":
+            m = beta * q + (1 - beta) * p
+            return beta * kl(q, log_q, m) + (1 - beta) * kl(p, log_p, m)
+        case "skew_kl":
+            return kl(q, log_q, alpha * q + (1 - alpha) * p)
+        case "skew_reverse_kl":
+            return kl(p, log_p, (1 - alpha) * q + alpha * p)
+        case _:
+            return (p - q).abs().sum(-1) / 2

@@ -17,6 +17,7 @@ from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
 from distill.training.soft_targets import OnlineTargets
 from distill.training.student import DistillationSettings, StudentModule, StudentSettings
+from tests.training.loss_cases import plain_divergence
 
 Make = Any
 
@@ -78,6 +79,24 @@ def test_response_positions_are_those_that_predict_the_answer(
         log_p, q = F.log_softmax(z_s[row, at] / 3, -1), F.softmax(z_a[row, at] / 3, -1)
         expected.append(0.6 * hard + 0.4 * (q * (q.log() - log_p)).sum(-1).mean())
     torch.testing.assert_close(loss.total.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"divergence": "jsd", "beta": 0.2}, {"divergence": "skew_kl", "skew": 0.3}], ids=str
+)
+def test_the_chosen_divergence_takes_the_place_of_the_kl(
+    make_backbone: Make, features: Features, samples: list[Sample], options: dict[str, Any]
+) -> None:
+    student, assistant = make_backbone(1), make_backbone(2)
+    module = student_of(student, assistant, weight=0.4, temperature=3.0, **options)
+    module.settings.tasks.pop("classify")
+    z_s, z_a = full_logits(student, features), full_logits(assistant, features)
+    expected = []
+    for row, labels in enumerate(features["labels"]):
+        at = (labels != -100).nonzero()[:, 0] - 1
+        log_p, log_q = ((z[row, at] / 3).log_softmax(-1) for z in (z_s, z_a))
+        expected.append(plain_divergence(module.divergence, log_p, log_q))
+    torch.testing.assert_close(module.loss(module.encode(samples)).soft, torch.cat(expected), atol=1e-5, rtol=0)
 
 
 def test_a_student_equal_to_its_assistant_has_no_divergence(
