@@ -91,16 +91,12 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
 def notices(context: Context, stages: Collection[str]) -> list[str]:
     """What stages of the recipe would leave out without failing, one sentence each."""
     recipe, found = context.recipe, []
-    if stages and (count := len(_images(context))):
-        sections = {f"{name}.model": getattr(recipe, name).model for name in _TRAININGS if name in stages}
-        sections |= {
-            f"{recipe.section_of(teacher)}.model": teacher
-            for teacher in _teachers(recipe, stages)
-            if isinstance(teacher, ModelSettings)
-        }
-        for name, model in sections.items():
-            if not model.images:
-                found.append(f"{name}.images is false: the images of {count} posts are left out")
+    models = {name: getattr(recipe, name).model for name in _TRAININGS if name in stages}
+    models |= {
+        recipe.section_of(model): model for model in _teachers(recipe, stages) if isinstance(model, ModelSettings)
+    }
+    if (blind := [name for name, model in models.items() if not model.images]) and (images := _images(context)):
+        found += [f"{name}.model.images is false: the images of {len(images)} posts are left out" for name in blind]
     if recipe.evaluate is not None and "evaluate" in stages and recipe.annotate is not None:
         found += [f"evaluate: {text}" for text in left_out(recipe.evaluate.similarity_model)]
     if stages and not_logged_in(recipe.tracking):
