@@ -75,7 +75,7 @@ def check_lora(model: Any, lora: LoraSettings) -> None:
     except re.error as error:
         raise SettingsError(f"model.lora.targets is no regular expression: {error}") from None
     if not adapted:
-        raise SettingsError(f"model.lora.targets: {lora.targets} {_no_match(model)}")
+        raise _no_match(model, str(lora.targets))
     linear = _linear_layers(model)[1]
     left_out = [name for name in linear if name not in adapted]
     log.info("LoRA adapts %d of %d linear layers of the language model", len(linear) - len(left_out), len(linear))
@@ -135,7 +135,7 @@ def _config(model: Any, lora: LoraSettings) -> LoraConfig:
         layers = _linear_layers(model)[1]
         found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
         if missing := [target for target, names in found.items() if not names]:
-            raise SettingsError(f"model.lora.targets: {', '.join(missing)} {_no_match(model)}")
+            raise _no_match(model, ", ".join(missing))
         targets = [name for names in found.values() for name in names]
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
@@ -149,8 +149,10 @@ def _linear_layers(model: Any) -> tuple[str, list[str]]:
     ]
 
 
-def _no_match(model: Any) -> str:
-    """The end of a message about targets."""
+def _no_match(model: Any, targets: str) -> SettingsError:
     prefix, linear = _linear_layers(model)
     names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-    return f"matches no module; the linear layers of the language model are {prefix}.*.({names})"
+    return SettingsError(
+        f"model.lora.targets: {targets} matches no module; the linear layers of the language model are "
+        f"{prefix}.*.({names})"
+    )
