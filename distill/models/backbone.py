@@ -156,12 +156,10 @@ class Backbone:
         Args:
             cache: stores the keys and values of all columns, for generation.
         """
-        if "ends" in inputs:
-            config: Any = self.model.config
-            mask = attention_mask(inputs["ends"], self.settings.attention, config.get_text_config())
-            given: Any = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
-        else:
-            given = inputs
+        given: dict[str, Any] = dict(inputs)
+        if (ends := given.pop("ends", None)) is not None:
+            config = self._base_model.config.get_text_config()
+            given["attention_mask"] = attention_mask(ends, self.settings.attention, config)
         output = self._base_model.base_model(**given, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
