@@ -17,6 +17,15 @@ BLOCK = 2048
 """Largest number of queries whose mask is built at once."""
 
 
+def layers_with_state(config: Any) -> list[str]:
+    """The kinds of layers of a language model that ignore the mask of packed rows, such as linear attention.
+
+    They carry a state through all tokens of a sequence, or attend in chunks.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return sorted({*kinds} - {"full_attention", "sliding_attention"})
+
+
 def attention_mask(ends: torch.Tensor, attention: str, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
     """The `attention_mask` argument of a model from `ends` [B, T] of packed rows.
 

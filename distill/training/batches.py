@@ -11,6 +11,7 @@ from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
+from distill.models.tree_attention import layers_with_state
 from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -146,8 +147,7 @@ def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
             convolutions, which carry a state through all tokens of a sequence.
     """
     config: Any = backbone.model.config
-    layers = {*(getattr(config.get_text_config(), "layer_types", None) or ())}
-    if len(tasks) > 1 and (others := sorted(layers - {"full_attention", "sliding_attention"})):
+    if len(tasks) > 1 and (others := layers_with_state(config.get_text_config())):
         raise SettingsError(
             f"packing: the model has layers of {others[0].replace('_', ' ')}, which ignore the mask of a packed "
             "sequence; set packing to false"

@@ -28,13 +28,13 @@ from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import check_compatibility, check_layers, encode
 from distill.training.soft_targets import check_same_inputs
-from tests.models.text_folders import CONFIGS, TEMPLATE, WINDOW, write
+from tests.models.text_folders import TEMPLATE, WINDOW, write
 
 LABELS, SCALE = LabelSpace(), LabelSpace.from_scale(Scale())
 TASKS: list[Template] = ["reason", "classify"]
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
 def settings(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = write(tmp_path_factory.mktemp(request.param), request.param, tokenizer_folder)
     return ModelSettings(str(folder), batch_size=4)
@@ -80,6 +80,10 @@ def log_probability(settings: ModelSettings, prompt: list[int], answer: list[int
 def test_label_scores_are_those_of_a_plain_forward_pass(
     settings: ModelSettings, space: LabelSpace, texts: list[Sample]
 ) -> None:
+    assert_scores_of_plain_forward_passes(settings, space, texts)
+
+
+def assert_scores_of_plain_forward_passes(settings: ModelSettings, space: LabelSpace, texts: list[Sample]) -> None:
     backbone = made(settings, space)
     scores = Local(backbone, "").classify(texts)
     tokenizer = AutoTokenizer.from_pretrained(settings.path)
@@ -171,10 +175,14 @@ def test_a_step_of_training_lowers_the_loss_and_is_saved_and_exported(
     np.testing.assert_allclose(Local(exported, "").classify(texts).probabilities, expected, atol=1e-5)
 
 
-def test_layers_with_a_state_are_not_packed(texts: list[Sample], settings: ModelSettings) -> None:
+def test_layers_with_a_state_are_not_packed_and_score_each_label_alone(
+    texts: list[Sample], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    settings = ModelSettings(str(write(tmp_path / "lfm2", "lfm2", tokenizer_folder)), batch_size=4)
+    assert_scores_of_plain_forward_passes(settings, SCALE, texts)
     backbone = made(settings)
-    backbone.model.config.layer_types = ["full_attention", "conv"]
     check_layers(backbone, ["classify"])
+    check_compatibility(backbone, texts, TASKS, packing=False)
     with pytest.raises(SettingsError, match="packing: the model has layers of conv, which ignore the mask"):
         check_layers(backbone, TASKS)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, LlamaConfig, Qwen3Config
 
 from distill.models import tiny
 
@@ -25,8 +25,11 @@ CONFIGS: dict[str, Any] = {
     "gemma3": lambda **ids: Gemma3TextConfig(
         **SIZES, **ids, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
+    "lfm2": lambda **ids: Lfm2Config(
+        **SIZES, **ids, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
 }
-"""The configs by name; a prompt about a post is longer than Gemma's window."""
+"""The configs by name; a prompt about a post is longer than Gemma's window, and LFM2 has a layer with a state."""
 
 
 def write(folder: Path, kind: str, tokenizer_folder: Path, template: str | None = TEMPLATE, layers: int = 2) -> Path:
