@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from distill.data.postcards import FACES, SKIES, TEXTS, THINGS, TOWNS, WORDS, draw_card
 from distill.models import tiny
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings
+from distill.models.lora import add_lora
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
@@ -96,10 +96,7 @@ def build_model(
             attn_implementation=settings.attention,
         )
         if lora is not None:
-            model = get_peft_model(
-                model,
-                LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
-            )
+            model = add_lora(model, lora)
     return Backbone(model, tiny.build_processor(tokenizer), LABELS, settings)
 
 

@@ -131,7 +131,7 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
                 if "trainer" in STAGES[name].sections:
                     try_trainer(recipe.trainer, getattr(recipe, name).trainer, name)
             preflight.check(state.context, pending)
-            for notice in preflight.notices(recipe, pending):
+            for notice in preflight.notices(state.context, pending):
                 log.warning("%s", notice)
             ran = []
             for name in names:

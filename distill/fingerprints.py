@@ -15,7 +15,10 @@ import yaml
 from distill.data.source import data_fingerprint
 from distill.digests import Digests
 from distill.manifest import Manifest
+from distill.models.backbone import ModelSettings
+from distill.models.lora import ALL_LINEAR, EARLIER_TARGETS
 from distill.recipe import Recipe, load, masked, parser
+from distill.settings import Settings, fields
 from distill.task import prompts
 from distill.training.processes import process_count
 from distill.training.schedules import DECAYING
@@ -103,7 +106,7 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
 
     Earlier versions hashed all settings, and had fewer. The run's `recipe.yaml` has the settings as they were: an entry
     is translated if its fingerprint is that of `recipe.yaml`. Other numbers of devices and of accumulated batches that
-    make the same number of posts per step are the same settings.
+    make the same number of posts per step are the same settings, and so are the default LoRA targets of then and now.
     """
     old = {
         name: entry for name, entry in manifest.stages.items() if entry.get("fingerprint") != current.whole.get(name)
@@ -117,7 +120,8 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
         data = data_fingerprint(replace(written.data, root=recipe.data.root))
         ignored: list[frozenset[str]] = [frozenset(), _IRRELEVANT, _IRRELEVANT | _DEVICES]  # by version, today's last
         formulas = [_hashes(_without(settings, names), data, stages) for names in ignored]
-        today = _fingerprints(_same_steps(written, recipe), data, stages)
+        written = _same_targets(_same_steps(written, recipe), recipe, settings)
+        today = _fingerprints(written, data, stages)
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):  # SettingsError among them
         return
     for name, entry in old.items():
@@ -135,6 +139,27 @@ def _same_steps(written: Recipe, recipe: Recipe) -> Recipe:
         if (section := getattr(written, name)) is not None:
             trainer = _with_accumulation(section.trainer, getattr(recipe, name).trainer)
             sections[name] = replace(section, trainer=trainer)
+    return replace(written, **sections)
+
+
+def _same_targets(written: Any, recipe: Any, settings: Any) -> Any:
+    """Settings that an earlier version wrote, with the default LoRA targets of `recipe` where theirs are the default.
+
+    Args:
+        settings: what was written; since `images` is a field of models, the default is the present one.
+    """
+    if not isinstance(written, Settings) or type(written) is not type(recipe) or not isinstance(settings, Mapping):
+        return written
+    if isinstance(written, ModelSettings) and isinstance(recipe, ModelSettings):
+        old, new = written.lora, recipe.lora
+        if "images" in settings or old is None or new is None:
+            return written
+        same = old.targets == EARLIER_TARGETS and new.targets == ALL_LINEAR
+        return replace(written, lora=replace(old, targets=ALL_LINEAR)) if same else written
+    sections = {
+        name: _same_targets(getattr(written, name), getattr(recipe, name), settings.get(name))
+        for name in fields(type(written))
+    }
     return replace(written, **sections)
 
 

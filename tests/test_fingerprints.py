@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from distill import fingerprints
 from distill.chain import STAGES, run
 from distill.data.source import data_fingerprint
 from distill.errors import RunError
+from distill.models.lora import EARLIER_TARGETS
 from distill.recipe import Recipe, masked
 from tests import micro
 from tests.fake_stages import Fakes
@@ -37,6 +39,54 @@ def make_earlier(recipe: Recipe) -> None:
         assert entry["fingerprint"] != hashes[name] or "trainer" not in STAGES[name].sections
         entry["fingerprint"] = hashes[name]
     manifest.write_text(json.dumps(content))
+
+
+def pretrained(folder: Path, **lora: Any) -> Path:
+    """A recipe whose assistant and student have LoRA adapters."""
+    model = {"path": str(folder / "model"), "lora": {"r": 4} | lora}
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
+    return micro.write(folder, micro.RECORDED, assistant__model=model, student__model=model)
+
+
+def of_version_without_images(recipe: Recipe) -> None:
+    """Turn a finished run into one of the version that had no `model.images` and another default of the targets."""
+    file = recipe.folder / "recipe.yaml"
+    settings = yaml.safe_load(file.read_text())
+    for name in ("assistant", "student"):
+        del settings[name]["model"]["images"]
+        settings[name]["model"]["lora"]["targets"] = EARLIER_TARGETS
+    file.write_text(yaml.safe_dump(settings))
+    names = fingerprints._IRRELEVANT | fingerprints._DEVICES
+    hashes = fingerprints._hashes(fingerprints._without(settings, names), data_fingerprint(recipe.data), STAGES)
+    manifest = recipe.folder / "chain.json"
+    content = json.loads(manifest.read_text())
+    for name, entry in content["stages"].items():
+        changed = {"assistant", "student"} & {name, *STAGES[name].reads}
+        assert (entry["fingerprint"] != hashes[name]) == bool(changed)
+        entry["fingerprint"] = hashes[name]
+    manifest.write_text(json.dumps(content))
+
+
+def test_a_run_of_the_version_before_is_finished_with_the_new_default_of_the_targets(
+    tmp_path: Path, fakes: Fakes
+) -> None:
+    recipe = micro.read(pretrained(tmp_path))
+    run(recipe)
+    of_version_without_images(recipe)
+    assert run(recipe) == []
+    assert run(micro.read(pretrained(tmp_path, targets=EARLIER_TARGETS))) == [], "as the run was written"
+    assert run(recipe) == []
+
+
+def test_other_targets_and_images_train_again(tmp_path: Path, fakes: Fakes) -> None:
+    recipe = micro.read(pretrained(tmp_path))
+    run(recipe)
+    assert run(micro.read(pretrained(tmp_path, targets=EARLIER_TARGETS)))[0] == "assistant"
+    of_version_without_images(micro.read(pretrained(tmp_path, targets=EARLIER_TARGETS)))
+    assert run(micro.read(pretrained(tmp_path, targets=["q_proj"])))[0] == "assistant"
+    assert run(micro.read(pretrained(tmp_path, targets=["q_proj"]), "--student.model.images", "false"))[0] == "student"
+    assert run(micro.read(pretrained(tmp_path)))[0] == "assistant", "the present version wrote the run"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """The shipped recipes: their models can be built, and the recipes of the paper have its hyperparameters."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.tuners.lora import LoraLayer
 from transformers import Qwen2_5_VLConfig
 
 from distill.errors import SettingsError
 from distill.models.backbone import LoraSettings, ModelSettings, on_meta
+from distill.models.lora import add_lora
 from tests import micro
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -64,7 +65,8 @@ def test_a_recipe_starts_with_its_command_and_its_models_can_be_built(path: Path
         assert {weights.device.type for weights in model.parameters()} == {"meta"}
         assert sum(w.numel() for w in model.parameters()) == pytest.approx(PARAMETERS[settings.path], rel=1e-3)
         assert settings.lora is not None
-        adapted = [name for name, _ in model.named_modules() if re.fullmatch(settings.lora.targets, name)]
+        model = add_lora(model, settings.lora).get_base_model()
+        adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
         assert len(adapted) == 7 * LAYERS[settings.path]
         assert all("language_model" in name and "visual" not in name for name in adapted)
 

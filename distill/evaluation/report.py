@@ -96,6 +96,8 @@ class Report:
     gallery: Sequence[Mapping[str, Any]] = ()
     """Test posts: id, text, aspect, image (path or None), gold, answers {role: {label, probability}}, rationale and
     reference (generated text or None)."""
+    without_images: Sequence[str] = ()
+    """Titles of the roles that are given the texts of the posts only."""
     settings: str = ""
     """The resolved recipe as YAML."""
     dates: Mapping[str, str] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from distill.errors import RunError
 from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars
 from distill.models.hub import load_from_hub
+from distill.models.text_models import TEMPLATE_VARIABLES
 from distill.settings import Natural, Settings
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
@@ -131,7 +132,9 @@ def model_card(
         example: sample for which the prompts are shown.
         reasons: whether the student was trained to generate rationales.
     """
-    header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": licence}
+    with_images, text_only = student.encoder.reads_images, student.processor.image_processor is None
+    task = "text-generation" if text_only else "image-text-to-text"
+    header = {"library_name": "transformers", "pipeline_tag": task, "license": licence}
     if base:
         header["base_model"] = base
     keys = (
@@ -150,24 +153,29 @@ def model_card(
     if reasons:
         prompt = render("reason", example, student.labels)
         reasoning = f"The *reason* prompt generates a rationale of five fields:\n\n{fence}text\n{prompt}\n{fence}\n\n"
+    posts = "posts with text and images" if with_images else "the texts of posts"
+    before, size = ", whose images go before the text in the message", f"{student.settings.image_size} pixels"
+    images = f"Images are resized to squares of {size} (0: resized by the processor).\n\n" if with_images else ""
+    variables = ""
+    if text_only and (used := [name for name in TEMPLATE_VARIABLES if name in student.processor.chat_template]):
+        values_used = ", ".join(f"`{name}={TEMPLATE_VARIABLES[name]!r}`" for name in used)
+        variables = f"The chat template was applied with {values_used}.\n\n"
     text = f"""# {name}
 
-A student model that classifies the sentiment of posts with text and images{" and explains it" if reasons else ""},
+A student model that classifies the sentiment of {posts}{" and explains it" if reasons else ""},
 trained with `distill` (MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL with random weights"}.
 Labels: {", ".join(student.labels.names)}.
 
 ## Usage
 
 The label is {rule} after the *classify* prompt and the forced prefix `{CLASSIFY_PREFIX}`. The
-prompt for one post, whose images go before the text in the message:
+prompt for one post{before if with_images else ""}:
 
 {fence}text
 {render("classify", example, student.labels)}
 {fence}
 
-{values}{reasoning}Images are resized to squares of {student.settings.image_size} pixels (0: resized by the processor).
-
-## Test metrics
+{values}{reasoning}{images}{variables}## Test metrics
 
 | metric | value |
 | --- | --- |

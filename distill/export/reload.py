@@ -11,11 +11,14 @@ import json
 import sys
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def main(folder: str, expected: str) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    with_images = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     stored = torch.load(expected, weights_only=True)
     difference, equal, count = 0.0, 0, 0
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A transformers vision-language model with its processor: loading, encoding, saving and merging.
+"""A transformers model of images and text, or of text only, with its processor: loading, encoding, saving and merging.
 
 A backbone is either pretrained (`path`, usually with LoRA) or tiny and built from a config (`tiny`, all weights train).
 """
@@ -73,7 +73,7 @@ class Backbone:
             tokenizer.pad_token = tokenizer.eos_token
         use_chat_template(processor, settings.path or "the tiny model")
         limit_pixels(processor, settings)
-        self.encoder = Encoder(processor, settings.image_size)
+        self.encoder = Encoder(processor, settings.image_size, settings.images)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
         if self.labels_share_tokens and settings.attention == "flash_attention_2":
@@ -159,10 +159,11 @@ class Backbone:
         Args:
             cache: stores the keys and values of all columns, for generation.
         """
-        if "ends" in inputs:
-            mask = attention_mask(inputs["ends"], self.settings.attention)
-            inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
-        output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        given: dict[str, Any] = dict(inputs)
+        if (ends := given.pop("ends", None)) is not None:
+            config = self._base_model.config.get_text_config()
+            given["attention_mask"] = attention_mask(ends, self.settings.attention, config)
+        output = self._base_model.base_model(**given, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 

@@ -40,11 +40,17 @@ class Encoder:
     Args:
         processor: tokenizer, chat template and image processor.
         image_size: images are resized to squares of this many pixels; 0: no resizing.
+        images: whether the model is given the images of the messages.
+
+    Attributes:
+        reads_images: whether it is, and can read them.
     """
 
-    def __init__(self, processor: Any, image_size: int) -> None:
+    def __init__(self, processor: Any, image_size: int, images: bool = True) -> None:
         self.processor = processor
         self.image_size = image_size
+        self.reads_images = images and processor.image_processor is not None
+        self._leaves_images_out = not images
         self._control_tokens = control_tokens(processor)
 
     def encode(
@@ -122,20 +128,24 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the preprocessing: tokenizer, chat template, image processor and image size."""
-        parts = (
-            self.processor.tokenizer.backend_tokenizer.to_str(),
-            str(self.processor.chat_template),
-            self.processor.image_processor.to_json_string(),
-            str(self.image_size),
-        )
+        parts = [self.processor.tokenizer.backend_tokenizer.to_str(), str(self.processor.chat_template)]
+        if self.reads_images:
+            parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, text: str, images: Sequence[Path] = ()) -> str:
         """One user message in the chat template, including the generation prompt."""
-        content = [{"type": "image"} for _ in images]
+        content = [{"type": "image"} for _ in images if self.reads_images]
         content.append({"type": "text", "text": self._escape(text)})
         messages = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def check_images(self, count: int) -> None:
+        """Raise SettingsError if a post with this number of images would reach a model that reads none."""
+        if count and not self.reads_images and not self._leaves_images_out:
+            raise SettingsError(
+                "model.images must be false: the model reads text only, and posts have images, which are then left out"
+            )
 
     def load_image(self, path: Path) -> Any:
         """An image, resized to the model's input size. Raises ImageError."""
@@ -148,10 +158,11 @@ class Encoder:
 
         Raises:
             ImageError: an image cannot be read.
-            SettingsError: the processor refuses the messages.
+            SettingsError: the processor refuses the messages, or their images.
         """
+        self.check_images(max(len(images) for _, images in prompts))
         texts = [self.render(*prompt) for prompt in prompts]
-        nested = [[self.load_image(path) for path in images] for _, images in prompts]
+        nested = [[self.load_image(path) for path in images if self.reads_images] for _, images in prompts]
         images = nested if all(nested) else [image for row in nested for image in row] or None
         special = not self._starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
@@ -197,19 +208,26 @@ def use_chat_template(processor: Any, name: str) -> None:
             "or put a chat_template.jinja into its folder"
         )
     content: list[list[dict[str, str]]] = [[{"type": "text", "text": "probe"}]]
-    content.append([{"type": "image"}, *content[0]])
+    reads_images = processor.image_processor is not None
+    if reads_images:
+        content.append([{"type": "image"}, *content[0]])
     try:
-        text, both = (
+        text, *both = (
             str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
             for parts in content
         )
     except Exception as error:  # noqa: BLE001 (a template can raise anything; most are errors of jinja2)
         problem = " ".join(str(error).split()) or type(error).__name__
     else:
-        if "probe" in text and "'text'" not in text and text != both:
+        if "probe" in text and "'text'" not in text and both != [text]:
             return
-        problem = "it drops the images" if text == both else "it takes the text of a message as a string only"
-    raise SettingsError(f"model.path: the chat template of {name} cannot render a post of images and text: {problem}")
+        problem = "it takes the text of a message as a string only"
+        if both == [text]:
+            problem = "it drops the images"
+        elif not reads_images:
+            problem = "it drops the text"
+    post = "a post of images and text" if reads_images else "the text of a post"
+    raise SettingsError(f"model.path: the chat template of {name} cannot render {post}: {problem}")
 
 
 def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:

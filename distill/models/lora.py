@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +17,9 @@ log = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 
+EARLIER_TARGETS = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
+"""The default of earlier versions: the same layers of the usual decoders, in models of images and text."""
+
 
 @dataclass
 class LoraSettings(Settings):
@@ -29,10 +31,9 @@ class LoraSettings(Settings):
     """Scaling of the adapter: its update is multiplied by alpha / r."""
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.05
     """Dropout before the adapter; the output head has none."""
-    targets: str = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
-    """Regular expression over module names; the default matches the usual projections of the language model only.
-    `all-linear`: every linear layer of the language model except the output head, whatever its name, for models whose
-    layers are of several kinds."""
+    targets: list[str] | str = ALL_LINEAR
+    """`all-linear`: every linear layer of the language model except the output head; or names of such layers, as in
+    [q_proj, v_proj]; or a regular expression over the names of all modules."""
     quantize: bool = False
     """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
 
@@ -63,7 +64,7 @@ def add_lora(model: Any, lora: LoraSettings, revision: str = "main") -> PeftMode
 def check_lora(model: Any, lora: LoraSettings) -> None:
     """Check that the targets of an adapter are modules of a model, which may be on the meta device.
 
-    Logs how many linear layers are adapted, and a warning if only some of the decoder's layers are.
+    Logs how many linear layers are adapted, and a warning that names those that are not.
 
     Raises:
         SettingsError: the targets are no regular expression, or match no module.
@@ -73,16 +74,14 @@ def check_lora(model: Any, lora: LoraSettings) -> None:
         adapted = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
     except re.error as error:
         raise SettingsError(f"model.lora.targets is no regular expression: {error}") from None
-    prefix, linear = _linear_layers(model)
     if not adapted:
-        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise SettingsError(
-            f"model.lora.targets: {lora.targets} matches no module; the linear layers of the language model are "
-            f"{prefix}.*.({names})"
-        )
-    log.info("LoRA adapts %d of %d linear layers of the language model", len(adapted & {*linear}), len(linear))
-    if gaps := _gaps(linear, adapted):
-        log.warning("model.lora.targets leaves out %s; %s adapts them, too", gaps, ALL_LINEAR)
+        raise _no_match(model, str(lora.targets))
+    linear = _linear_layers(model)[1]
+    left_out = [name for name in linear if name not in adapted]
+    log.info("LoRA adapts %d of %d linear layers of the language model", len(linear) - len(left_out), len(linear))
+    if left_out:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in left_out}))
+        log.warning("model.lora.targets leaves out layers of the names %s; %s adapts them, too", names, ALL_LINEAR)
 
 
 def separate_head(model: Any, config: PeftConfig) -> None:
@@ -129,7 +128,15 @@ def head_weight(head: Any) -> torch.Tensor:
 
 
 def _config(model: Any, lora: LoraSettings) -> LoraConfig:
-    targets = _linear_layers(model)[1] if lora.targets == ALL_LINEAR else lora.targets
+    targets: str | list[str] = lora.targets
+    if targets == ALL_LINEAR:
+        targets = _linear_layers(model)[1]
+    elif isinstance(targets, list):
+        layers = _linear_layers(model)[1]
+        found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets}
+        if missing := [target for target, names in found.items() if not names]:
+            raise _no_match(model, ", ".join(missing))
+        targets = [name for names in found.values() for name in names]
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
@@ -142,19 +149,10 @@ def _linear_layers(model: Any) -> tuple[str, list[str]]:
     ]
 
 
-def _gaps(linear: list[str], adapted: set[str]) -> str:
-    """The blocks without an adapter, such as `linear_attn`, in layers that lack one that other layers have; or ''."""
-    layers: dict[str, dict[str, bool]] = {}  # of each layer of the decoder, its blocks, and whether each is adapted
-    for name in linear:
-        if match := re.match(r"(.*?\.\d+)\.(\w+)", name):
-            blocks = layers.setdefault(match[1], {})
-            blocks[match[2]] = blocks.get(match[2], False) or name in adapted
-    usual = {block for blocks in layers.values() for block in blocks if blocks[block]}
-    gaps = Counter(
-        block
-        for blocks in layers.values()
-        if not all(blocks.get(block) for block in usual)
-        for block in blocks
-        if not blocks[block]
+def _no_match(model: Any, targets: str) -> SettingsError:
+    prefix, linear = _linear_layers(model)
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    return SettingsError(
+        f"model.lora.targets: {targets} matches no module; the linear layers of the language model are "
+        f"{prefix}.*.({names})"
     )
-    return ", ".join(f"{block} in {count} of {len(layers)} layers" for block, count in sorted(gaps.items()))

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError, first_line
@@ -14,6 +14,7 @@ from distill.models import tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
 from distill.models.lora import LoraSettings
+from distill.models.text_models import TextProcessor, is_text_only, model_class
 from distill.models.tiny import TinySettings
 from distill.settings import Count, Range, Settings
 
@@ -23,8 +24,8 @@ class ModelSettings(Settings):
     """Choice and loading of a model."""
 
     path: str = ""
-    """Folder or hub name of an image-text-to-text model, or of a peft adapter (LoRA or IA3), which is loaded with the
-    base model that it names; empty: build a tiny model."""
+    """Folder or hub name of a model of images and text or of text only, or of a peft adapter (LoRA or IA3), which is
+    loaded with the base model that it names; empty: build a tiny model."""
     revision: str = "main"
     """Revision of a hub model or adapter."""
     tiny: TinySettings = field(default_factory=TinySettings)
@@ -32,6 +33,9 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = None
     """LoRA adapter trained on top of `path`; null: train all weights. If `path` is an adapter, that adapter is trained
     further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
+    images: bool = True
+    """Give the model the images of the posts. false: their texts only, which a text-only model needs if posts have
+    images."""
     image_size: Annotated[int, Range(0, 8192)] = 280
     """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
     min_pixels: Count | None = None
@@ -64,11 +68,14 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
     with torch.device("meta"):
         if not settings.path:
             tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
-            return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
+            config = tiny.build_config(settings.tiny, tokenizer)
+            return model_class(config).from_config(config)
         source = find_source(settings.path, settings.revision)
         try:
-            config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
-            return AutoModelForImageTextToText.from_config(config, attn_implementation=attention_of_shapes(settings))
+            config = _load_config(source)
+            return model_class(config).from_config(config, attn_implementation=attention_of_shapes(settings))
+        except SettingsError:
+            raise
         except (OSError, ValueError, ImportError) as error:
             raise _not_loaded(source, first_line(error)) from error
 
@@ -120,9 +127,15 @@ def load_pretrained(settings: ModelSettings, source: Source) -> Any:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            return load_from_hub(AutoModelForImageTextToText.from_pretrained, source.path, **options)
+            return load_from_hub(model_class(_load_config(source)).from_pretrained, source.path, **options)
+    except SettingsError:
+        raise
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise _not_loaded(source, first_line(error)) from error
+
+
+def _load_config(source: Source) -> Any:
+    return load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
 
 
 def _not_loaded(source: Source, problem: str) -> SettingsError:
@@ -149,6 +162,9 @@ def load_processor(model: Any, source: Source) -> Any:
     """Load the processor of a model, with the tokenizer of its adapter if that has one. Raises SettingsError."""
     path, revision = source.processor
     try:
+        if is_text_only(model.config):
+            path, revision = source.tokenizer
+            return TextProcessor(load_from_hub(AutoTokenizer.from_pretrained, path, revision=revision))
         processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
         if (tokenizer := source.tokenizer) != (path, revision):
             processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
@@ -156,7 +172,7 @@ def load_processor(model: Any, source: Source) -> Any:
     except Exception as error:  # each tokenizer raises its own types if files are missing
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):
-        raise SettingsError(f"model.path: {path} has no image processor; it must be an image-text-to-text model")
+        raise SettingsError(f"model.path: {path} has no image processor, which a model of its architecture needs")
     return processor
 
 

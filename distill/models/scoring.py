@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from distill.models.backbone import Backbone
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Features, build_tree_row
+from distill.models.tree_attention import layers_with_state
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.sample import Sample
@@ -55,11 +56,16 @@ def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[tor
 def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Tensor:
     """Log-probabilities [B, K] of all tokens of each label with its end token; differentiable.
 
-    All labels are scored in one forward pass, as branches after the prompt that do not attend to each other.
+    All labels are scored in one forward pass, as branches after the prompt that do not attend to each other; if the
+    model has layers that cannot keep them apart, each in a pass of its own.
 
     Args:
         features: right-padded prompts that end with the forced prefix, from `Backbone.encode`.
     """
+    config: Any = backbone.model.config
+    if layers_with_state(config.get_text_config()):
+        scores = [_label_log_probability(backbone, features, label) for label in backbone.label_tokens]
+        return torch.stack(scores, 1)
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     branches = build_tree_row([], [([], backbone.label_tokens)])
     width, size = ids.shape[1], len(branches.tokens)
@@ -84,6 +90,23 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
     columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
     columns = torch.where(columns < 0, last, width + columns)
     return _whole_label_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns))
+
+
+def _label_log_probability(backbone: Backbone, features: Features, label: Sequence[int]) -> torch.Tensor:
+    """Log-probability [B] of the tokens of one label, from sequences of prompt and label."""
+    shape, size = features["input_ids"].shape, len(label)
+    tokens = features["input_ids"].new_tensor(label).expand(shape[0], -1)
+    lengths = features["attention_mask"].sum(1, keepdim=True)
+    columns = lengths + torch.arange(size, device=lengths.device)
+    inputs = {
+        name: torch.nn.functional.pad(value, (0, size)) if value.shape == shape else value
+        for name, value in features.items()
+    }
+    inputs["input_ids"] = inputs["input_ids"].scatter(1, columns, tokens)
+    inputs["attention_mask"] = inputs["attention_mask"].scatter(1, columns, 1)
+    hidden = backbone.hidden_states(inputs)
+    logits = hidden.gather(1, (columns - 1)[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
 
 
 def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:

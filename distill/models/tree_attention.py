@@ -17,20 +17,43 @@ BLOCK = 2048
 """Largest number of queries whose mask is built at once."""
 
 
-def attention_mask(ends: torch.Tensor, attention: str) -> torch.Tensor:
+def layers_with_state(config: Any) -> list[str]:
+    """The kinds of layers of a language model that ignore the mask of packed rows, such as linear attention.
+
+    They carry a state through all tokens of a sequence, or attend in chunks.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return sorted({*kinds} - {"full_attention", "sliding_attention"})
+
+
+def attention_mask(ends: torch.Tensor, attention: str, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
     """The `attention_mask` argument of a model from `ends` [B, T] of packed rows.
+
+    Args:
+        config: of the language model; its layers may have sliding windows.
 
     Returns:
         The mask [B, 1, T, T]: boolean for sdpa, added to the scores for eager. For sdpa and T > BLOCK, `ends` itself as
-        integers [B, 1, 1, T], from which the attention function below builds the mask of each block.
+        integers [B, 1, 1, T], from which the attention function below builds the mask of each block. A dictionary of
+        masks by type of layer if only some layers have a window.
     """
-    if attention == "sdpa" and ends.shape[1] > BLOCK:
-        return ends[:, None, None]
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if not window or (kinds and "sliding_attention" not in kinds) or window >= ends.shape[1]:
+        if attention == "sdpa" and ends.shape[1] > BLOCK:
+            return ends[:, None, None]
+        return _for_kernel(tree_mask(ends), attention)
     mask = tree_mask(ends)
-    if attention == "eager":
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        mask = zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
-    return mask
+    depths = mask.sum(-1)
+    windowed = _for_kernel(mask & (depths[..., :, None] - depths[..., None, :] < window), attention)
+    return {"full_attention": _for_kernel(mask, attention), "sliding_attention": windowed} if kinds else windowed
+
+
+def _for_kernel(mask: torch.Tensor, attention: str) -> torch.Tensor:
+    if attention != "eager":
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def _sdpa(

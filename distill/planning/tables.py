@@ -41,7 +41,7 @@ def plan_text(recipe: Recipe, *, probes: bool = False) -> str:
         if stops := preflight.problems(forecast.context, forecast.pending):
             parts.append("\n".join(["Problems that stop distill run before its first stage:", *stops]))
         notes = [problem for problem in problems if problem not in stops]
-        notes += preflight.notices(recipe, forecast.pending) + _notes(forecast, trainings)
+        notes += preflight.notices(forecast.context, forecast.pending) + _notes(forecast, trainings)
         parts.append("\n".join(notes))
     return "\n\n".join(part for part in parts if part)
 

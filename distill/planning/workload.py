@@ -216,12 +216,14 @@ class ChainForecast:
         for post in sampled:
             earlier = synthetic_answers(post, self.labels) if template == "review" else None
             text = prompts.render(template, post, self.labels, earlier)
-            total += sum(_image_tokens(path, teacher) for path in post.images)
+            images = post.images if isinstance(teacher, EndpointSettings) or teacher.images else ()
+            total += sum(_image_tokens(path, teacher) for path in images)
             if tokenizer is None:
                 total += len(text) / CHARACTERS_PER_TOKEN
             else:
-                message = tokenizer.encoder.render(text, post.images)
-                total += len(tokenizer.processor.tokenizer(message)["input_ids"]) - len(post.images)
+                shown = images if tokenizer.encoder.reads_images else ()
+                message = tokenizer.encoder.render(text, shown)
+                total += len(tokenizer.processor.tokenizer(message)["input_ids"]) - len(shown)
         return total / len(sampled)
 
     def _tokens(self, text: str, teacher: Teacher) -> float:

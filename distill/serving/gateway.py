@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from distill.cascade.cascade import CascadePolicy
 from distill.data.images import MAX_PIXELS
+from distill.errors import SettingsError
 from distill.models.reasoner import Reasoner, Sampling
 from distill.serving import protocol
 from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
@@ -153,7 +154,8 @@ class Gateway:
     async def _classify(
         self, text: str, images: Sequence[str], aspect: str | None, with_rationale: bool | None, deadline: float
     ) -> CascadeResult:
-        if not text.strip() and not images:
+        readable = self._reads(images)
+        if not text.strip() and not readable:
             raise RequestError(400, "text is empty; send the text of a post, an image, or both", param="text")
         await self._check_length(text + (aspect or ""), deadline)
         async with self.images.stored(images, deadline) as paths:
@@ -225,11 +227,29 @@ class Gateway:
                 raise RequestError(400, f"{field} is not supported by {body.model}; leave it out", param=field)
         if len(body.messages) != 1 or body.messages[0].role != "user":
             raise RequestError(400, f"{body.model} takes exactly one user message", param="messages")
-        if not body.messages[0].text.strip() and not body.messages[0].images:
+        readable = self._reads(body.messages[0].images)
+        if not body.messages[0].text.strip() and not readable:
             raise RequestError(400, "the message is empty; send a text, an image, or both", param="messages")
         if body.top_logprobs and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return body.messages[0]
+
+    def _reads(self, images: Sequence[str]) -> bool:
+        """Whether a post has images that the student reads; with `model.images: false` it reads the text alone.
+
+        Raises:
+            RequestError: the student is a text-only model that was trained on posts without images.
+        """
+        if not images or not self.cascade.local:
+            return bool(images)
+        encoder = self.cascade.local.backbone.encoder
+        try:
+            encoder.check_images(len(images))
+        except SettingsError:
+            raise RequestError(
+                400, "the student reads text only; send the post without images", param="image"
+            ) from None
+        return encoder.reads_images
 
     async def _check_length(self, text: str, deadline: float) -> None:
         """Raise RequestError if a text has too many tokens. Its bytes often decide without counting."""

@@ -243,7 +243,8 @@ class Context:
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
                 model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
-            name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
+            images = f"{settings.image_size} px" if settings.images else "no images"
+            name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"
             return Local(model, name, self.device)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distill.cascade.thresholds import threshold_for_risk
+from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
 from distill.evaluation.reasoning import left_out
 from distill.models.backbone import Backbone, ModelSettings
@@ -66,17 +67,18 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
         except SettingsError as error:
             found[str(error)] = None
 
+    images = _images(context)
     for name in _TRAININGS:
         settings: TrainSettings | None = getattr(recipe, name)
         if settings is not None:
             with noted(), in_section(name):
                 if name in stages:
-                    _check_training(context, settings, posts)
+                    _check_training(context, settings, posts, images)
                 elif settings.model.lora is not None and not _LOADED_BY[name].isdisjoint(stages):
                     check_weights(settings.model)
     for teacher in _teachers(recipe, stages):
         with noted(), in_section(recipe.section_of(teacher)):
-            _check_teacher(context, teacher, posts)
+            _check_teacher(context, teacher, posts, images)
     if "student" in stages:
         with noted():
             _check_student(context, posts)
@@ -86,9 +88,15 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
     return list(found)
 
 
-def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
+def notices(context: Context, stages: Collection[str]) -> list[str]:
     """What stages of the recipe would leave out without failing, one sentence each."""
-    found = []
+    recipe, found = context.recipe, []
+    models = {name: getattr(recipe, name).model for name in _TRAININGS if name in stages}
+    models |= {
+        recipe.section_of(model): model for model in _teachers(recipe, stages) if isinstance(model, ModelSettings)
+    }
+    if (blind := [name for name, model in models.items() if not model.images]) and (images := _images(context)):
+        found += [f"{name}.model.images is false: the images of {len(images)} posts are left out" for name in blind]
     if recipe.evaluate is not None and "evaluate" in stages and recipe.annotate is not None:
         found += [f"evaluate: {text}" for text in left_out(recipe.evaluate.similarity_model)]
     if stages and not_logged_in(recipe.tracking):
@@ -96,8 +104,15 @@ def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
     return found
 
 
-def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
+def _images(context: Context) -> list[int]:
+    """The numbers of images of the posts that have any, in all splits."""
+    posts = [post for split in SPLITS for post in getattr(context.corpus, split)]
+    return [len(post.images) for post in posts if post.images]
+
+
+def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample], images: Sequence[int]) -> None:
     model = _load(context, settings.model)
+    model.encoder.check_images(max(images, default=0))
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
     tasks: Any = list(settings.tasks) if settings.packing and not published else []
     if tasks and isinstance(settings, StudentSettings) and settings.distillation.label_weight > 0:
@@ -127,11 +142,13 @@ def _teachers(recipe: Recipe, stages: Collection[str]) -> list[Teacher]:
     return [teacher for teacher in asked if isinstance(teacher, EndpointSettings | ModelSettings)]
 
 
-def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample]) -> None:
+def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample], images: Sequence[int]) -> None:
     if isinstance(teacher, EndpointSettings):
         read_key(teacher)
     elif isinstance(teacher, ModelSettings):
-        _check_inputs(_load(context, teacher, train=False), posts)
+        model = _load(context, teacher, train=False)
+        model.encoder.check_images(max(images, default=0))
+        _check_inputs(model, posts)
 
 
 def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from distill.data import jsonl
 from distill.errors import SettingsError
-from distill.evaluation.report import Report, format_table, write_report
+from distill.evaluation.report import TITLES, Report, format_table, write_report
 from distill.files import read_json
+from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, to_yaml
 from distill.stages.evaluate import read_metrics
 from distill.stages.student import HARD_LABELS
@@ -43,6 +44,7 @@ def run(recipe: Recipe) -> None:
         annotation=read_json(summary) if summary.exists() else None,
         cascade=_cascade(recipe),
         gallery=_gallery(recipe),
+        without_images=[TITLES.get(role, role) for role in roles if not _reads_images(recipe, role)],
         settings=to_yaml(recipe),
         dates={
             "started": min(entry["started"] for entry in stages.values()),
@@ -95,6 +97,13 @@ def _metrics(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     if (trivial := roles.pop("trivial", None)) is not None:
         baselines[f"training mean ({trivial['value']:.2f})"] = trivial
     return roles, baselines
+
+
+def _reads_images(recipe: Recipe, role: str) -> bool:
+    """Whether a role is given the images of the posts."""
+    section = {"teacher": recipe.annotating_teacher, "assistant": recipe.assistant}.get(role, recipe.student)
+    model = section if isinstance(section, ModelSettings) else getattr(section, "model", None)
+    return not isinstance(model, ModelSettings) or model.images
 
 
 def _cascade(recipe: Recipe) -> dict[str, Any] | None:

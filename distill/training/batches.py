@@ -13,6 +13,7 @@ from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
 from distill.models.scoring import label_prompt
+from distill.models.tree_attention import layers_with_state
 from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -187,14 +188,14 @@ def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
     `check_compatibility` measures it, for these and all other reasons.
 
     Raises:
-        SettingsError: there are layers of linear attention, which carry a state through all tokens of a sequence.
+        SettingsError: there are layers other than those of full and sliding attention, such as linear attention or
+            convolutions, which carry a state through all tokens of a sequence.
     """
     config: Any = backbone.model.config
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()
-    if len(tasks) > 1 and "linear_attention" in layers:
+    if len(tasks) > 1 and (others := layers_with_state(config.get_text_config())):
         raise SettingsError(
-            "packing: the model has layers of linear attention, which ignore the mask of a packed sequence; "
-            "set packing to false"
+            f"packing: the model has layers of {others[0].replace('_', ' ')}, which ignore the mask of a packed "
+            "sequence; set packing to false"
         )
 
 

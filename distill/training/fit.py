@@ -140,7 +140,8 @@ def fit(
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    if isinstance(trainer.strategy, DDPStrategy) and any(not sample.images for sample in data.train):
+    with_images = module.backbone.encoder.reads_images and all(sample.images for sample in data.train)
+    if isinstance(trainer.strategy, DDPStrategy) and not with_images:
         # weights that a batch does not use, such as those of the vision tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if (twice := -len(data.train) % trainer.world_size) and not worker:

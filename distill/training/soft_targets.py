@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -61,13 +62,18 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
 
 
 def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
-    """Raise SettingsError if the tokenizers or the image processors of the models differ; no weights are read."""
+    """Raise SettingsError if the models differ in tokenizer, image processor or `images`; no weights are read."""
     if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
         raise SettingsError(
             "student.distillation: student and assistant have different tokenizers; set its weight to 0, and its "
             "label_weight above 0 to learn from label distributions"
         )
-    if assistant.processor.image_processor.to_dict() != student.processor.image_processor.to_dict():
+    images = [model.processor.image_processor for model in (assistant, student)]
+    if assistant.settings.images != student.settings.images or _settings(images[0]) != _settings(images[1]):
         raise SettingsError(
             "student.distillation: student and assistant process images differently; set its weight to 0"
         )
+
+
+def _settings(image_processor: Any) -> dict[str, Any]:
+    return {} if image_processor is None else image_processor.to_dict()

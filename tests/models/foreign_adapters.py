@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig
+
+from distill.models.text_models import model_class
 
 TARGETS = r".*language_model.*\.(q|v)_proj"
 
@@ -21,7 +23,8 @@ def ia3() -> IA3Config:
 def write(folder: Path, base: Path, config: PeftConfig) -> PeftModel:
     """Write an adapter whose weights are random, and return the model that peft computes with."""
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base), config)
+    loaded = model_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
+    model = get_peft_model(loaded, config)
     with torch.no_grad():
         for weights in model.parameters():
             if weights.requires_grad:

@@ -257,19 +257,6 @@ def test_a_missing_adapter_or_tokenizer_is_a_one_line_error(model_folder: Path, 
     assert "tokenizer" in single_line(error)
 
 
-def test_a_text_only_model_is_rejected(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    small = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-        vocab_size=40,
-    )  # fmt: skip
-    LlamaForCausalLM(small).save_pretrained(tmp_path)
-    with pytest.raises(SettingsError) as error:
-        create(by_path(tmp_path), LABELS, tmp_path)
-    assert "cannot be loaded" in single_line(error)
-
-
 def test_a_model_without_chat_template_is_rejected(model_folder: Path, tmp_path: Path) -> None:
     for file in model_folder.iterdir():
         if file.name != "chat_template.jinja":

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, Lfm2VlConfig, Qwen3_5Confi
 
 from distill.errors import SettingsError
 from distill.models.backbone import LoraSettings, ModelSettings, create
-from distill.models.lora import add_lora, check_lora
+from distill.models.lora import EARLIER_TARGETS, add_lora, check_lora
 from distill.planning.flops import flops
 from distill.task.labels import LabelSpace
 from tests.models.foreign_adapters import logits
@@ -42,29 +42,53 @@ def build(config: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("config", "default", "gap"),
-    [(qwen, "16 of 31", "linear_attn in 3 of 4 layers"), (lfm, "3 of 22", "conv in 3 of 4 layers, feed_forward in 3")],
+    ("config", "earlier", "names"),
+    [
+        (qwen, "16 of 31", "in_proj_a, in_proj_b, in_proj_qkv, in_proj_z, out_proj"),
+        (lfm, "3 of 22", "in_proj, out_proj, w1, w2, w3"),
+    ],
 )
 def test_targets_that_cover_a_part_of_the_layers_are_a_warning(
-    config: Any, default: str, gap: str, caplog: pytest.LogCaptureFixture
+    config: Any, earlier: str, names: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.device("meta"):
         model = build(config())
     with caplog.at_level(logging.INFO):
-        check_lora(model, LoraSettings())
-        assert f"LoRA adapts {default} linear layers of the language model" in caplog.text
-        assert f"model.lora.targets leaves out {gap}" in caplog.text
+        check_lora(model, LoraSettings(targets=EARLIER_TARGETS))
+        assert f"LoRA adapts {earlier} linear layers of the language model" in caplog.text
+        assert f"model.lora.targets leaves out layers of the names {names}; all-linear adapts" in caplog.text
         caplog.clear()
-        check_lora(model, LoraSettings(targets="all-linear"))
-    total = default.split()[-1]
+        check_lora(model, LoraSettings())
+    total = earlier.split()[-1]
     assert f"LoRA adapts {total} of {total}" in caplog.text and "leaves out" not in caplog.text
 
 
-def test_the_same_part_of_every_layer_is_no_warning(caplog: pytest.LogCaptureFixture, model_folder: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(model_folder)
-    check_lora(model, LoraSettings(targets=r".*language_model.*\.(q|v)_proj"))
-    check_lora(model, LoraSettings())
-    assert "leaves out" not in caplog.text
+def targets_of(settings: LoraSettings, folder: Path) -> set[str]:
+    """The names of the adapted layers in the adapter that is saved."""
+    model = add_lora(AutoModelForImageTextToText.from_pretrained(folder), settings)
+    return {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+
+
+def test_the_default_adapts_what_the_earlier_default_did_in_the_usual_decoders(
+    model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        now, then = (
+            targets_of(settings, model_folder) for settings in (LoraSettings(), LoraSettings(targets=EARLIER_TARGETS))
+        )
+    assert now == then and len(now) == 2 * 7
+    assert not caplog.records
+
+
+def test_names_of_layers_are_those_of_the_language_model(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    named = targets_of(LoraSettings(targets=["q_proj", "mlp.down_proj"]), model_folder)
+    assert named == targets_of(LoraSettings(targets=r".*language_model.*\.(q_proj|mlp\.down_proj)"), model_folder)
+    assert len(named) == 4
+    assert "leaves out layers of the names gate_proj, k_proj, o_proj, up_proj, v_proj; all-linear" in caplog.text
+    with pytest.raises(SettingsError, match=r"model\.lora\.targets: wq, wk matches no module; .*q_proj"):
+        targets_of(LoraSettings(targets=["q_proj", "wq", "wk"]), model_folder)
+    with pytest.raises(SettingsError, match=r"model\.lora\.targets"):
+        targets_of(LoraSettings(targets=[]), model_folder)
 
 
 @pytest.mark.parametrize("config", [qwen, lfm])

@@ -1,6 +1,6 @@
 """Adapters of a pretrained model with tied embeddings.
 
-`DISTILL_PRETRAINED` names the folder of an image-text-to-text model, such as a small Gemma 3; its weights are not in
+`DISTILL_PRETRAINED` names the folder of a model of text, or of images and text, such as Gemma 3; its weights are not in
 the repository.
 """
 

@@ -20,7 +20,9 @@ from tests import micro
 from tests.commands import Command
 from tests.fake_stages import Fakes
 from tests.models.openai_server import Server
+from tests.models.text_folders import write as write_text_model
 
+NO_DISTILLATION = {"student__distillation": {"weight": 0}}
 CARDS = {"labelled": 9, "unlabelled": 0, "validation": 9, "test": 9, "image_size": 28}
 
 
@@ -118,16 +120,20 @@ def test_different_image_processors(refused: Callable[..., str], model_folder: P
     assert "process images differently" in refused(**models)
 
 
-def test_a_text_only_model(refused: Callable[..., str], tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_a_text_only_model_on_posts_with_images(
+    refused: Callable[..., str], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = write_text_model(tmp_path / "llama", "llama", tokenizer_folder)
+    message = refused(assistant=None, augment=None, student__model=pretrained(str(path)), **NO_DISTILLATION)
+    expected = "model.images must be false: the model reads text only, and posts have images, which are then left out"
+    assert message == f"student.{expected}"
+    annotating = {"annotate": {"model": pretrained(str(path))}, "evaluate__teacher": False}
+    assert refused(**annotating) == f"annotate.{expected}"
 
-    small = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-        vocab_size=40,
-    )  # fmt: skip
-    LlamaForCausalLM(small).save_pretrained(tmp_path / "llama")
-    message = refused(student__model=pretrained(str(tmp_path / "llama")))
-    assert message.startswith("student.model.path: ") and "cannot be loaded" in message
+
+def test_images_of_an_assistant_and_not_of_the_student(refused: Callable[..., str]) -> None:
+    message = refused(student__model=micro.MODEL | {"images": False})
+    assert message == "student.distillation: student and assistant process images differently; set its weight to 0"
 
 
 def test_a_processor_that_refuses_the_images(refused: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:
