@@ -30,7 +30,7 @@ def run(context: Context, tracked: StageRun) -> None:
     )  # fmt: skip
     folder = context.folder / "export"
     result = export(
-        student, corpus.test, folder, context.folder / "student" / "adapter", card, recipe.export, context.foreign
+        student, corpus.validation, folder, context.folder / "student" / "adapter", card, recipe.export, context.foreign
     )
-    tracked.log(result)
+    tracked.log({name: value for name, value in result.items() if isinstance(value, int | float)})
     tracked.log_artifact("export", "model", folder)
