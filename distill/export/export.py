@@ -44,7 +44,7 @@ def export(
 
     Args:
         samples: the first `settings.check_samples` are used for the check.
-        adapter: folder of the adapter; copied if it holds one.
+        adapter: folder of the adapter; copied if it holds one, unless it is for some layers of its base only.
         card: text of the model card.
         keep: files of an earlier folder, relative to it, that stay.
 
@@ -72,7 +72,7 @@ def export(
             model.save_pretrained(new)  # type: ignore[operator]
             student.processor.save_pretrained(new)
         _name_standard_classes(new)
-        if (adapter / "adapter_config.json").exists():
+        if (adapter / "adapter_config.json").exists() and student.settings.keep_layers is None:  # peft loads all layers
             shutil.copytree(adapter, new / "adapter")
         check.reload(new)
         result = check.result()
@@ -121,6 +121,10 @@ def model_card(
     rule = "the most probable label token"
     if student.labels_share_tokens:
         rule = "the label with the highest probability of all its tokens and the end token"
+    origin = base or "a tiny Qwen2.5-VL with random weights"
+    if student.settings.keep_layers is not None:
+        config: Any = student.model.config
+        origin = f"{config.get_text_config().num_hidden_layers} layers of {origin}"
     values = reasoning = ""
     if (scale := student.labels.scale) is not None:
         centres = ", ".join(f"{centre:g}" for centre in scale.centres)
@@ -131,7 +135,7 @@ def model_card(
     text = f"""# {name}
 
 A student model that classifies the sentiment of posts with text and images{" and explains it" if reasons else ""},
-trained with `distill` (MulCoT-RD, arXiv 2508.05234) from {base or "a tiny Qwen2.5-VL with random weights"}.
+trained with `distill` (MulCoT-RD, arXiv 2508.05234) from {origin}.
 Labels: {", ".join(student.labels.names)}.
 
 ## Usage

@@ -236,6 +236,8 @@ class Context:
             with in_section(self.recipe.section_of(settings)):
                 model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             name = f"{settings.path}@{settings.revision} ({settings.image_size} px, {settings.dtype})"
+            if settings.keep_layers is not None:
+                name += f" layers {settings.keep_layers}"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"
             return Local(model, name, self.device)
