@@ -60,8 +60,9 @@ def export(
     if quantised := lora is not None and lora.quantize:
         unquantised = replace(student.settings, lora=replace(lora, quantize=False))
         student = load(unquantised, student.labels, adapter)
+    check.record(student, changed=quantised)
     student.model.float()
-    check.record(student, changed=rounded or quantised)
+    check.record(student, changed=rounded)
     student.model = model = student.merged().eval()
     check.record(student, changed=adapted)
     _cast(model, dtype, torch.float32)

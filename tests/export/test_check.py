@@ -67,6 +67,7 @@ def test_an_export_passes_with_its_figures(
     steps = result["steps"]
     assert steps["merging"] <= LIMIT and steps["saving"] <= LIMIT
     assert result["tolerance"] == result["float32_limit"] + steps["rounding"] + steps["casting"]
+    assert steps["quantisation"] == 0
     if settings.dtype == "float32":
         assert result["tolerance"] == LIMIT and not result["disagreements"]
     else:
@@ -99,6 +100,36 @@ def test_the_adapter_is_merged_in_float32_and_rounded_once(
             assert differing < 1e-3, "a float32 sum is on the other side of a rounding boundary only rarely"
             checked += 1
     assert checked == 14
+
+
+def as_in_four_bits(weights: torch.Tensor) -> torch.Tensor:
+    """Weights rounded to 16 levels of the largest in each block of 32, as a 4-bit base holds them."""
+    blocks = weights.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-9) / 7
+    return ((blocks / scale).round() * scale).reshape(weights.shape)
+
+
+def test_a_student_with_a_quantised_base_is_merged_into_the_original_one(
+    model_folder: Path, postcards: Corpus, tmp_path: Path
+) -> None:
+    """The quantised base is stood in for by a model whose weights have 16 levels."""
+    settings = ModelSettings(str(model_folder), lora=MOST, image_size=56, dtype="bfloat16")
+    trained = train(settings, tmp_path / "student")
+    plain, student = load(settings, LABELS, trained), load(settings, LABELS, trained)
+    for name, weights in student.model.named_parameters():
+        if "base_layer" in name:
+            weights.data = as_in_four_bits(weights.data)
+    student.settings = replace(settings, lora=replace(MOST, quantize=True))
+    result = export(student, postcards.validation, tmp_path / "export", trained, "card", SETTINGS)
+    export(plain, postcards.validation, tmp_path / "plain", trained, "card", SETTINGS)
+    stored, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("export", "plain"))
+    assert all(torch.equal(stored[key], expected[key]) for key in expected)
+    steps = result["steps"]
+    assert steps["quantisation"] > 2 * steps["rounding"] > 0, "4 bits cost more than bfloat16"
+    assert result["difference"] > steps["rounding"] + steps["casting"], "it is the evaluated student that is compared"
+    assert result["tolerance"] == pytest.approx(
+        result["float32_limit"] + steps["quantisation"] + steps["rounding"] + steps["casting"]
+    )
 
 
 # ---- wrong weights ----
@@ -205,7 +236,7 @@ def test_a_wrong_merge_is_refused(
 
 def check_of(*stages: torch.Tensor, dtype: str = "bfloat16") -> Any:
     posts = [type("Post", (), {"id": f"post-{index}"}) for index in range(len(stages[0]))]
-    return Check(posts, LABELS.names, torch.tensor([0, 1, 2]), dtype, [], list(stages))  # type: ignore[arg-type]
+    return Check(posts, LABELS.names, torch.tensor([0, 1, 2]), dtype, [], [stages[0], *stages])  # type: ignore[arg-type]
 
 
 def logits(count: int) -> torch.Tensor:
