@@ -14,11 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 from distill.data.corpus import Corpus
 from distill.errors import RunError
-from distill.export import export as export_module
 from distill.export.check import LIMIT, Check
 from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.models.scoring import next_token_logits
+from distill.models.tiny import TinySettings
 from distill.task.labels import LabelSpace
 
 LABELS = LabelSpace()
@@ -132,6 +132,23 @@ def test_a_student_with_a_quantised_base_is_merged_into_the_original_one(
     )
 
 
+def test_a_student_of_bitsandbytes_is_exported_with_its_figures(
+    tokenizer_folder: Path, postcards: Corpus, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    size = TinySettings(hidden=128, layers=2, vision_hidden=64, vision_depth=1)  # blocks of 64 weights
+    create(ModelSettings(tiny=size, image_size=56), LABELS, tokenizer_folder).save(tmp_path / "base")
+    lora = replace(MOST, quantize=True)
+    settings = ModelSettings(str(tmp_path / "base"), lora=lora, image_size=56, dtype="bfloat16")
+    trained = train(settings, tmp_path / "student")
+    student = load(settings, LABELS, trained)
+    result = export(student, postcards.validation, tmp_path / "export", trained, "card", SETTINGS)
+    assert result["steps"]["quantisation"] > result["steps"]["rounding"] > 0
+    assert result["steps"]["merging"] <= LIMIT and result["steps"]["saving"] <= LIMIT
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+
+
 # ---- wrong weights ----
 
 
@@ -194,13 +211,15 @@ def test_a_wrong_file_is_refused(
     wrong: str, settings: ModelSettings, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = train(settings, tmp_path / "student")
+    reload = Check.reload
 
-    def change(folder: Path) -> None:
+    def change(check: Check, folder: Path) -> None:
         shutil.copy(Path(settings.path) / "model.safetensors", folder / "base.safetensors")
         WRONG[wrong](folder)
-        (folder / "base.safetensors").unlink(missing_ok=True)
+        (folder / "base.safetensors").unlink()
+        reload(check, folder)
 
-    monkeypatch.setattr(export_module, "_name_standard_classes", change)
+    monkeypatch.setattr(Check, "reload", change)
     message = (
         r"^export: after reloading, \d+ of 12 labels agree and logits differ by .*; the limit is .*; "
         r"saving changes them by .*, more than 1\.0e-04$"

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from distill.data.corpus import Corpus
 from distill.errors import RunError
-from distill.export import export as export_module
+from distill.export.check import Check
 from distill.export.export import ExportSettings, base_licence, export, model_card
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.task.labels import LabelSpace
@@ -146,14 +146,17 @@ def test_an_export_that_is_refused_keeps_the_earlier_one(
     exported: Path, student: Backbone, postcards: Corpus, tmp_path: Path, model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def truncate(new: Path) -> None:
+    reload = Check.reload
+
+    def truncate(check: Check, new: Path) -> None:
         path = new / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-4000])
+        reload(check, new)
 
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(export_module, "_name_standard_classes", truncate)
+    monkeypatch.setattr(Check, "reload", truncate)
     with pytest.raises(RunError, match=r"^export: .* does not load with transformers alone: "):
         export(student, postcards.test, folder, model_folder, CARD, FEW)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
