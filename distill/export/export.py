@@ -44,7 +44,7 @@ def export(
 
     Args:
         samples: the first `settings.check_samples` are used for the check.
-        adapter: folder of the adapter; copied if it holds one, unless it is for some layers of its base only.
+        adapter: folder of the student's weights. An adapter there is copied, unless it is for some layers of its base.
         card: text of the model card.
         keep: files of an earlier folder, relative to it, that stay.
 
@@ -61,7 +61,8 @@ def export(
         unquantised = replace(student.settings, lora=replace(lora, quantize=False))
         student = load(unquantised, student.labels, adapter)
     check.record(student, changed=quantised)
-    student.model.float()
+    if rounded:
+        student = _in_float32(student, adapter)
     check.record(student, changed=rounded)
     student.model = model = student.merged().eval()
     check.record(student, changed=adapted)
@@ -82,9 +83,18 @@ def export(
     return result
 
 
+def _in_float32(student: Backbone, adapter: Path) -> Backbone:
+    """The student with its weights, computed in float32. It is loaded again, since buffers that are not stored, such as
+    the scale of Gemma's embeddings, depend on the dtype in which a model is loaded."""
+    again = load(replace(student.settings, dtype="float32"), student.labels, adapter)
+    dtypes = {name: weights.dtype for name, weights in student.model.named_parameters()}
+    for name, weights in again.model.named_parameters():
+        weights.data = weights.data.to(dtypes[name]).float()
+    return again
+
+
 def _cast(model: torch.nn.Module, *dtypes: torch.dtype) -> None:
-    """Convert the weights of a model to dtypes, one after the other. Buffers, such as those of rotary embeddings, are
-    computed in float32 whenever a model is loaded, and stay as they are."""
+    """Convert the weights of a model, not its buffers, to dtypes, one after the other."""
     for weights in model.parameters():
         for dtype in dtypes:
             weights.data = weights.data.to(dtype)
