@@ -35,6 +35,11 @@ _DEVICES = frozenset({"accelerator", "devices", "num_nodes", "strategy"})
 """Trainer arguments that say where a training runs. With more devices a step has more posts, but a training that was
 begun on some devices is continued on others, and what it has trained is kept."""
 
+_CHECKS = frozenset({"check_samples"})
+"""Fields that change how much of a result is checked, not the result."""
+
+_LEFT_OUT = _IRRELEVANT | _DEVICES | _CHECKS
+
 _ACCUMULATION = "accumulate_grad_batches"
 
 _TRAININGS = ("teacher", "assistant", "student")
@@ -118,7 +123,12 @@ def translate(manifest: Manifest, recipe: Recipe, current: Fingerprints, stages:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         written = load(parser("run"), ["--config", str(path)])[0]
         data = data_fingerprint(replace(written.data, root=recipe.data.root))
-        ignored: list[frozenset[str]] = [frozenset(), _IRRELEVANT, _IRRELEVANT | _DEVICES]  # by version, today's last
+        ignored: list[frozenset[str]] = [
+            frozenset(),
+            _IRRELEVANT,
+            _IRRELEVANT | _DEVICES,
+            _LEFT_OUT,
+        ]  # by version, today's last
         formulas = [_hashes(_without(settings, names), data, stages) for names in ignored]
         written = _same_targets(_same_steps(written, recipe), recipe, settings)
         today = _fingerprints(written, data, stages)
@@ -177,7 +187,7 @@ def _with_accumulation(written: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fingerprints:
-    settings = _without(masked(recipe), _IRRELEVANT | _DEVICES)
+    settings = _without(masked(recipe), _LEFT_OUT)
     limits = {}
     for name in _TRAININGS:
         section = getattr(recipe, name)

@@ -247,5 +247,5 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
         model = load_pretrained(settings, source)
         model = load_adapter(model, replace(source, adapter=str(adapter), adapter_revision="main"))
     else:
-        model = load_pretrained(settings, trained)
+        model = load_pretrained(replace(settings, keep_layers=None), trained)  # has no other layers
     return Backbone(model.eval(), load_processor(model, trained), labels, settings)

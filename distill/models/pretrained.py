@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError, first_line
-from distill.models import tiny
+from distill.models import layers, tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
 from distill.models.lora import LoraSettings
@@ -30,6 +30,9 @@ class ModelSettings(Settings):
     """Revision of a hub model or adapter."""
     tiny: TinySettings = field(default_factory=TinySettings)
     """Size of the tiny model that is built if `path` is empty."""
+    keep_layers: int | list[int] | None = None
+    """Make a smaller model of `path`: its first so many decoder layers, or those with the given indices, counted from
+    0, such as `[0, 4, 8, 12]`; null: all. Embeddings, output head and vision tower stay."""
     lora: LoraSettings | None = None
     """LoRA adapter trained on top of `path`; null: train all weights. If `path` is an adapter, that adapter is trained
     further, with its own rank, scaling, dropout and targets; without `lora`, it is merged first."""
@@ -53,6 +56,14 @@ class ModelSettings(Settings):
     batch_size: Count = 8
     """Samples per batch of label scoring and generation."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_layers is not None:
+            if problem := layers.problem(self.keep_layers):
+                raise SettingsError(f"keep_layers {problem}")
+            if not self.path:
+                raise SettingsError("keep_layers needs path; set tiny.layers for a tiny model")
+
 
 def attention_of_shapes(settings: ModelSettings) -> str:
     """Attention of a model without weights: flash attention cannot be set without a GPU; see `check_libraries`."""
@@ -73,11 +84,12 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
         source = find_source(settings.path, settings.revision)
         try:
             config = _load_config(source)
-            return model_class(config).from_config(config, attn_implementation=attention_of_shapes(settings))
+            model = model_class(config).from_config(config, attn_implementation=attention_of_shapes(settings))
         except SettingsError:
             raise
         except (OSError, ValueError, ImportError) as error:
             raise _not_loaded(source, first_line(error)) from error
+        return _keep_layers(model, settings, source)
 
 
 def check_libraries(settings: ModelSettings) -> None:
@@ -127,11 +139,23 @@ def load_pretrained(settings: ModelSettings, source: Source) -> Any:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            return load_from_hub(model_class(_load_config(source)).from_pretrained, source.path, **options)
+            model = load_from_hub(model_class(_load_config(source)).from_pretrained, source.path, **options)
     except SettingsError:
         raise
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise _not_loaded(source, first_line(error)) from error
+    return _keep_layers(model, settings, source)
+
+
+def _keep_layers(model: Any, settings: ModelSettings, source: Source) -> Any:
+    if settings.keep_layers is not None:
+        if source.adapter:
+            raise SettingsError(
+                f"model.keep_layers: model.path {source.adapter} is an adapter, which was made for all layers of its "
+                "base; merge it first"
+            )
+        layers.keep_layers(model, settings.keep_layers)
+    return model
 
 
 def _load_config(source: Source) -> Any:

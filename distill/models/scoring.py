@@ -42,9 +42,15 @@ def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, 
     """
     if backbone.labels_share_tokens:
         return _normalise_whole_labels(label_log_probabilities(backbone, features))
+    logits = next_token_logits(backbone, features)
+    return normalise_labels(logits, backbone.label_ids.to(logits.device))
+
+
+def next_token_logits(backbone: Backbone, features: Features) -> torch.Tensor:
+    """Logits [B, V] of the token after right-padded prompts."""
     last = features["attention_mask"].sum(1) - 1
     hidden = backbone.hidden_states(features)[torch.arange(len(last)), last]
-    return normalise_labels(hidden @ backbone.head.T, backbone.label_ids.to(hidden.device))
+    return hidden @ backbone.head.T
 
 
 def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

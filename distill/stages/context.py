@@ -245,6 +245,8 @@ class Context:
                 model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
             images = f"{settings.image_size} px" if settings.images else "no images"
             name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
+            if settings.keep_layers is not None:
+                name += f" layers {settings.keep_layers}"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"
             return Local(model, name, self.device)
