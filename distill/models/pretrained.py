@@ -14,6 +14,7 @@ from distill.models import tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
 from distill.models.lora import LoraSettings
+from distill.models.processors import processor_class
 from distill.models.tiny import TinySettings
 from distill.settings import Count, Range, Settings
 
@@ -141,10 +142,14 @@ def load_processor(model: Any, source: Source) -> Any:
     """Load the processor of a model, with the tokenizer of its adapter if that has one. Raises SettingsError."""
     path, revision = source.processor
     try:
-        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
+        processor = load_from_hub(
+            processor_class(model.config, path, revision).from_pretrained, path, revision=revision
+        )
         if (tokenizer := source.tokenizer) != (path, revision):
             processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
+    except SettingsError:
+        raise
     except Exception as error:  # each tokenizer raises its own types if files are missing
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

@@ -168,7 +168,7 @@ def test_wrong_weights_are_rejected_and_the_earlier_export_is_kept(
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(export_module, "_name_standard_classes", lambda new: corrupt(new, how))
+    monkeypatch.setattr(student.processor, "save_pretrained", lambda new: corrupt(new, how))
     with pytest.raises(RunError, match=message):
         export(student, postcards.test, folder, model_folder, CARD, FEW)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
