@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, Cache
 
 from distill.errors import SettingsError, first_line
-from distill.models import tiny
+from distill.models import families, tiny
 from distill.models.adapters import Source, find_source, load_adapter, merge
 from distill.models.encoding import (
     IGNORE,
@@ -53,6 +53,9 @@ class Backbone:
     Attributes:
         label_tokens: K lists, the tokens of each label after the forced prefix, with the end token.
         label_ids: [K], the first token of each label; not unique if `labels_share_tokens`.
+        family: the row of the model in `families.py`.
+        packs: whether packed rows are computed exactly; False: one sequence per prompt and answer.
+        cap: of the logits (`families.logit_cap`).
 
     Raises:
         SettingsError: the processor has no chat template, the tokenizer has no end token or cannot encode the labels,
@@ -70,7 +73,9 @@ class Backbone:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         use_chat_template(processor, settings.path or "the tiny model")
-        self.encoder = Encoder(processor, settings.image_size)
+        self.family, self.packs = families.find(model.config), families.packs(model.config)
+        self.cap, self._scale = families.logit_cap(model.config), families.logit_scale(model.config)
+        self.encoder = Encoder(processor, settings.image_size, self.family.answer_type)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
         if self.labels_share_tokens and settings.attention == "flash_attention_2":
@@ -132,26 +137,18 @@ class Backbone:
             SettingsError: the chat template places the images where the prompts cannot share them.
         """
         first, packed, lengths = self.encoder.pack(rows)
-        masks = first["attention_mask"].bool()
-        inputs = {name: value for name, value in first.items() if value.shape != first["input_ids"].shape}
-        # token-aligned tensors mark image tokens, all of which are in the shared prefix
-        for name in first.keys() - inputs.keys() - {"input_ids", "attention_mask"}:
-            inputs[name] = pad_rows([
-                (values[mask].tolist()[:length] + [0] * len(row.tokens))[: len(row.tokens)]
-                for values, mask, row, length in zip(first[name], masks, packed, lengths, strict=True)
-            ], 0)  # fmt: skip
-        inputs["input_ids"] = pad_rows([row.tokens for row in packed], self.processor.tokenizer.pad_token_id)
+        tails = [row.tokens[length:] for row, length in zip(packed, lengths, strict=True)]
+        inputs = self.encoder.append(first, tails, lengths=lengths)
         if any(row.branches for row in packed):
+            del inputs["attention_mask"]
             inputs["ends"] = pad_rows([row.ends for row in packed])
-            positions = self.positions(first)
+            positions, masks = self.positions(first), first["attention_mask"].bool()
             shared = [positions[..., row, mask][..., : lengths[row]] for row, mask in enumerate(masks)]
             inputs["position_ids"] = tree_positions(shared, packed)
-        else:
-            inputs["attention_mask"] = pad_rows([[1] * len(row.tokens) for row in packed], 0)
         return packed_batch(inputs, packed)
 
     def hidden_states(self, inputs: Features, cache: Cache | None = None) -> torch.Tensor:
-        """Last hidden states [B, T, D], the input of the output head. Differentiable.
+        """Last hidden states [B, T, D], scaled such that the logits are their product with `head`. Differentiable.
 
         Args:
             cache: stores the keys and values of all columns, for generation.
@@ -161,7 +158,12 @@ class Backbone:
             inputs = {name: value for name, value in inputs.items() if name != "ends"} | {"attention_mask": mask}
         output = self._base_model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
-        return hidden
+        return hidden * self._scale if self._scale != 1 else hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] from `hidden_states` [..., D], as the model computes them."""
+        # on a CPU, a product with a slice of [B, T, D] in bfloat16 takes a thousand times as long
+        return capped(hidden.contiguous() @ self.head.T, self.cap)
 
     @property
     def head(self) -> torch.Tensor:
@@ -191,6 +193,11 @@ class Backbone:
     def merged(self) -> torch.nn.Module:
         """The transformers model with the adapter merged into its weights."""
         return self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """c · tanh(z / c) of logits z; the logits themselves without a cap c."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def create(

@@ -43,7 +43,7 @@ def score_labels(backbone: Backbone, features: Features) -> tuple[torch.Tensor, 
         return _normalise_whole_labels(label_log_probabilities(backbone, features))
     last = features["attention_mask"].sum(1) - 1
     hidden = backbone.hidden_states(features)[torch.arange(len(last)), last]
-    return normalise_labels(hidden @ backbone.head.T, backbone.label_ids.to(hidden.device))
+    return normalise_labels(backbone.logits(hidden), backbone.label_ids.to(hidden.device))
 
 
 def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,11 +55,15 @@ def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[tor
 def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Tensor:
     """Log-probabilities [B, K] of all tokens of each label with its end token; differentiable.
 
-    All labels are scored in one forward pass, as branches after the prompt that do not attend to each other.
+    All labels are scored in one forward pass, as branches after the prompt that do not attend to each other; if the
+    model does not pack, in one forward pass per label.
 
     Args:
         features: right-padded prompts that end with the forced prefix, from `Backbone.encode`.
     """
+    if not backbone.packs:
+        parts = [_one_label_log_probabilities(backbone, features, label) for label in backbone.label_tokens]
+        return torch.stack(parts, 1)
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     branches = build_tree_row([], [([], backbone.label_tokens)])
     width, size = ids.shape[1], len(branches.tokens)
@@ -86,11 +90,21 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
     return _whole_label_log_probabilities(backbone, backbone.hidden_states(inputs), columns)
 
 
+def _one_label_log_probabilities(backbone: Backbone, features: Features, label: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [B] of all tokens of a label, appended to right-padded prompts."""
+    lengths = features["attention_mask"].sum(1, keepdim=True)
+    inputs = backbone.encoder.append(features, [label[:-1]] * len(lengths))
+    columns = lengths - 1 + torch.arange(len(label), device=lengths.device)
+    return _token_log_probabilities(backbone, backbone.hidden_states(inputs), columns, label).sum(1)
+
+
 def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
     """Score the labels of B samples and prefill a second prompt about them, in one forward pass.
 
     A packed row (`models/packing.py`) holds the common prefix of both prompts and two branches that do not attend to
     each other: the rest of the second prompt, and the rest of the *classify* prompt with the forced prefix and labels.
+
+    For models that pack (`Backbone.packs`); `classify_then_reason` does the same for others, in two passes.
 
     Args:
         template: template of the second prompt.
@@ -119,7 +133,7 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
         scores = _normalise_whole_labels(_whole_label_log_probabilities(backbone, hidden, scored))
     else:
         last = hidden[torch.arange(len(samples)), scored[:, 0]]
-        scores = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
+        scores = normalise_labels(backbone.logits(last), backbone.label_ids.to(last.device))
     classify_end = scored[:, :1]
     every = torch.arange(width, device=classify_end.device)
     lengths = ((every <= classify_end) & (inputs["ends"] > classify_end)).sum(1)  # tokens that the last one attends to
@@ -154,12 +168,20 @@ def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor, col
         hidden: hidden states [B, T, D].
         columns: [B, N], the columns that predict the N tokens of all labels.
     """
-    tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=columns.device)
-    logits = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_scores = logits.gather(-1, tokens.expand(len(columns), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+    tokens = [token for label in backbone.label_tokens for token in label]
+    token_scores = _token_log_probabilities(backbone, hidden, columns, tokens)
     lengths = [len(label) for label in backbone.label_tokens]
     return torch.stack([part.sum(1) for part in token_scores.split(lengths, 1)], 1)
+
+
+def _token_log_probabilities(
+    backbone: Backbone, hidden: torch.Tensor, columns: torch.Tensor, tokens: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities [B, N] of N tokens, each from a column [B, N] of the hidden states [B, T, D]."""
+    logits = backbone.logits(hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = torch.tensor(tokens, device=columns.device).expand(len(columns), -1)
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def _normalise_whole_labels(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.tracking import not_logged_in
 from distill.training.assistant import TrainSettings
-from distill.training.batches import check_layers, synthetic_answers
+from distill.training.batches import synthetic_answers
 from distill.training.soft_targets import check_same_inputs
 from distill.training.student import StudentSettings
 
@@ -99,8 +99,7 @@ def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
     model = _load(context, settings.model)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
-    tasks: Any = settings.tasks if settings.packing and not published else ()
-    check_layers(model, list(tasks))
+    tasks: Any = settings.tasks if settings.packing and model.packs and not published else ()
     _check_inputs(model, posts, list(tasks))
 
 
@@ -130,22 +129,29 @@ def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample]) 
 
 
 def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:
-    """Encode the post with the most images, and pack it with the prompts of these tasks.
+    """Encode the posts with the most and the fewest images, and pack the first with the prompts of these tasks.
 
     Raises:
-        SettingsError: the processor does not take the post.
+        SettingsError: the processor does not take the posts.
     """
-    post = max((post for post in posts if post.label is not None), key=lambda post: len(post.images), default=None)
-    if post is None:
+    posts = sorted((post for post in posts if post.label is not None), key=lambda post: -len(post.images))
+    if not posts:
         return
+    most, fewest = posts[0], posts[-1]
+    if model.family.needs_picture and not fewest.images:
+        count = sum(not post.images for post in posts)
+        raise SettingsError(
+            f"model.path: {model.family.name} needs a picture in each post; {count} of {len(posts)} posts have none, "
+            f"such as {fewest.id}"
+        )
     texts = [
-        prompts.render(task, post, model.labels, synthetic_answers(post, model.labels) if task == "review" else None)
+        prompts.render(task, most, model.labels, synthetic_answers(most, model.labels) if task == "review" else None)
         for task in packed
     ]
-    model.encode([post], "classify")
+    model.encode([most, fewest] if len(fewest.images) < len(most.images) else [most], "classify")
     if texts:
         end = [[model.processor.tokenizer.eos_token_id]]
-        model.encoder.pack([[PromptWithAnswers((text, post.images), [], end) for text in texts]])
+        model.encoder.pack([[PromptWithAnswers((text, most.images), [], end) for text in texts]])
 
 
 def _check_student(context: Context, posts: Sequence[Sample]) -> None:

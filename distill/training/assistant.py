@@ -15,7 +15,7 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
-from distill.training.batches import Batch, check_compatibility, encode
+from distill.training.batches import NOT_PACKED, Batch, PackingError, check_compatibility, encode
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 
@@ -80,7 +80,14 @@ class AssistantModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        check_compatibility(self.backbone, data.train, list(self.settings.tasks), self.settings.packing)  # type: ignore[arg-type]
+        tasks: Any = list(self.settings.tasks)
+        try:
+            check_compatibility(self.backbone, data.train, tasks, self.settings.packing)
+        except PackingError:
+            self.backbone.packs = False
+            check_compatibility(self.backbone, data.train, tasks, False)
+        if self.settings.packing and not self.backbone.packs and self.trainer.is_global_zero:
+            log.warning(NOT_PACKED, self.backbone.family.name)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.current_ids = batch.ids if isinstance(batch, Batch) else ()
@@ -102,7 +109,8 @@ class AssistantModule(L.LightningModule):
 
     def loss(self, batch: Batch) -> AnswerLoss:
         """Return the cross-entropy at the positions that predict an answer token."""
-        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights)
+        cap = self.backbone.cap
+        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights, cap=cap)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the last hidden states [N, D] at the positions that predict an answer token."""

@@ -95,7 +95,10 @@ class StudentModule(AssistantModule):
         options = self.distillation
         head = self.backbone.head if self.soft_targets is None else self.backbone.head[: self.soft_targets.vocabulary]
         hidden = self.hidden_states(batch)
-        return answer_loss(hidden, head, batch.tokens, batch.loss_weights, targets, options.weight, options.temperature)
+        return answer_loss(
+            hidden, head, batch.tokens, batch.loss_weights, targets, options.weight, options.temperature,
+            cap=self.backbone.cap,
+        )  # fmt: skip
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         if not self._published:

@@ -17,6 +17,10 @@ def text(kind: str, size: int, ids: Ids, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
+def mistral(size: int, ids: Ids) -> dict[str, Any]:
+    return text("mistral", size, ids, sliding_window=None)
+
+
 def vision(**more: Any) -> dict[str, Any]:
     """Config of a vision tower of two layers for images of 56 pixels."""
     return {
@@ -86,7 +90,7 @@ def _llava(size: int, ids: Ids) -> Any:
 def _llava_next(size: int, ids: Ids) -> Any:
     picture = vision(model_type="clip_vision_model", projection_dim=32)
     return t.LlavaNextConfig(
-        vision_config=picture, text_config=text("mistral", size, ids), image_token_index=ids("<image>"),
+        vision_config=picture, text_config=mistral(size, ids), image_token_index=ids("<image>"),
         image_seq_length=16, image_grid_pinpoints=[[56, 112], [112, 56]],
     )  # fmt: skip
 
@@ -121,14 +125,14 @@ def _smolvlm(size: int, ids: Ids) -> Any:
 
 def _mistral3(size: int, ids: Ids) -> Any:
     return t.Mistral3Config(
-        vision_config=vision(model_type="pixtral", head_dim=16), text_config=text("mistral", size, ids),
+        vision_config=vision(model_type="pixtral", head_dim=16), text_config=mistral(size, ids),
         image_token_index=ids("[IMG]"), spatial_merge_size=2,
     )  # fmt: skip
 
 
 def _pixtral(size: int, ids: Ids) -> Any:
     return t.LlavaConfig(
-        vision_config=vision(model_type="pixtral", head_dim=16), text_config=text("mistral", size, ids),
+        vision_config=vision(model_type="pixtral", head_dim=16), text_config=mistral(size, ids),
         image_token_index=ids("[IMG]"), vision_feature_select_strategy="full", vision_feature_layer=-1,
     )  # fmt: skip
 
@@ -192,10 +196,10 @@ def _lfm2_vl(size: int, ids: Ids) -> Any:
 
 
 def _mllama(size: int, ids: Ids) -> Any:
-    # the embeddings have eight more rows than the head; the image token is one of them
+    # the embeddings have eight more rows than the head; the image token, the last one, is one of them
     words = text(
         "mllama_text_model",
-        size - 8,
+        size - 1,
         ids,
         bos_token_id=ids("<|begin_of_text|>"),
         num_hidden_layers=3,
@@ -322,7 +326,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "paligemma": TinyFamily(_paligemma("gemma"), PALIGEMMA, "<image>", {"image_token": "<image>"}, bos="<bos>"),
     "paligemma2": TinyFamily(
         _paligemma("gemma2", final_logit_softcapping=0.5, query_pre_attn_scalar=16, sliding_window=8),
-        PALIGEMMA, "<image>", {"image_token": "<image>"}, bos="<bos>",
+        PALIGEMMA, "<image>", {"image_token": "<image>"}, bos="<bos>", attention="eager",
     ),
     "minicpmv4_6": TinyFamily(
         _minicpm,

@@ -35,7 +35,8 @@ class TinyFamily:
         processor: content of `processor_config.json`.
         image: the marker of an image in the chat template.
         tokens: special tokens; those with a name are attributes of the tokenizer.
-        image_size: `model.image_size` that the processor takes.
+        bos: the BOS token, with which the chat template begins.
+        image_size, attention: `model.image_size` and `model.attention` of the family.
     """
 
     config: Callable[[int, Ids], PretrainedConfig]
@@ -45,12 +46,13 @@ class TinyFamily:
     more_tokens: tuple[str, ...] = ()
     bos: str = ""
     image_size: int = 56
+    attention: str = "sdpa"
 
 
 def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:
     """Write the weights, the tokenizer and the processor's files; the video processor has no file of its own."""
     tokenizer = tiny.train_tokenizer(WORDS, 320)
-    special = [token for token in (*family.tokens.values(), *family.more_tokens, family.bos) if token]
+    special = [token for token in (*family.more_tokens, family.bos, *family.tokens.values()) if token]
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special], special_tokens=True)
     if family.bos:
         tokenizer.bos_token = family.bos

@@ -105,7 +105,7 @@ def test_positions_may_have_several_dimensions() -> None:
     for soft in (case.targets, top_k_of(logits, 4)):
         row = case.loss(soft, chunk=5)
         hidden = case.hidden.detach().view(3, 4, D).requires_grad_()
-        folded = type(soft)(*(x if len(x) != 12 else x.unflatten(0, (3, 4)) for x in soft))
+        folded = type(soft)(*(x if x is None or len(x) != 12 else x.unflatten(0, (3, 4)) for x in soft))
         grid = answer_loss(hidden, case.head, case.tokens.view(3, 4), case.loss_weights.view(3, 4), folded, chunk=5)
         assert grid.hard.shape == grid.soft.shape == (3, 4)
         assert_all_close((grid.total, grid.hard.flatten(), grid.soft.flatten()), tuple(row), 0)
