@@ -26,7 +26,7 @@ from distill.models.encoding import (
     use_chat_template,
 )
 from distill.models.lora import LoraSettings, add_lora, head_weight
-from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
+from distill.models.packing import Features, Packed, TreeRow, packed_batch, pad_rows, tree_positions
 from distill.models.pretrained import (
     ModelSettings,
     attention_of_shapes,
@@ -136,16 +136,25 @@ class Backbone:
             ImageError: an image cannot be read.
             SettingsError: the chat template places the images where the prompts cannot share them.
         """
-        first, packed, lengths = self.encoder.pack(rows)
-        tails = [row.tokens[length:] for row, length in zip(packed, lengths, strict=True)]
+        return self.branch(*self.encoder.pack(rows))
+
+    def branch(self, first: Features, rows: Sequence[TreeRow], lengths: Sequence[int]) -> Packed:
+        """Continue B prompts as packed rows.
+
+        Args:
+            first: padded prompts, from `encode`.
+            rows: each begins with a prompt.
+            lengths: how many tokens of each prompt are in its row.
+        """
+        tails = [row.tokens[length:] for row, length in zip(rows, lengths, strict=True)]
         inputs = self.encoder.append(first, tails, lengths=lengths)
-        if any(row.branches for row in packed):
+        if any(row.branches for row in rows):
             del inputs["attention_mask"]
-            inputs["ends"] = pad_rows([row.ends for row in packed])
+            inputs["ends"] = pad_rows([row.ends for row in rows]).to(inputs["input_ids"].device)
             positions, masks = self.positions(first), first["attention_mask"].bool()
             shared = [positions[..., row, mask][..., : lengths[row]] for row, mask in enumerate(masks)]
-            inputs["position_ids"] = tree_positions(shared, packed)
-        return packed_batch(inputs, packed)
+            inputs["position_ids"] = tree_positions(shared, rows)
+        return packed_batch(inputs, rows)
 
     def hidden_states(self, inputs: Features, cache: Cache | None = None) -> torch.Tensor:
         """Last hidden states [B, T, D], scaled such that the logits are their product with `head`. Differentiable.

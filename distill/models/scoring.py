@@ -64,29 +64,12 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
     if not backbone.packs:
         parts = [_one_label_log_probabilities(backbone, features, label) for label in backbone.label_tokens]
         return torch.stack(parts, 1)
-    ids, mask = features["input_ids"], features["attention_mask"].bool()
-    branches = build_tree_row([], [([], backbone.label_tokens)])
-    width, size = ids.shape[1], len(branches.tokens)
-
-    def append(row: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
-        return torch.cat([row, torch.tensor(values).to(row).expand(len(ids), -1)], 1)
-
-    inputs = {
-        name: torch.nn.functional.pad(value, (0, size)) if value.shape == ids.shape else value
-        for name, value in features.items()
-        if name != "attention_mask"
-    }
-    inputs["input_ids"] = append(ids, branches.tokens)
-    itself = torch.arange(1, width + 1, device=ids.device)  # padding attends only to itself
-    inputs["ends"] = append(torch.where(mask, width + size, itself), [width + end for end in branches.ends])
-    positions = backbone.positions(features)
-    last = mask.sum(1, keepdim=True) - 1
-    depths = torch.tensor(branches.depths, device=ids.device)
-    root = positions.gather(-1, last.expand(*positions.shape[:-1], 1))
-    inputs["position_ids"] = torch.cat([positions, root + 1 + depths], -1)
-
-    columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
-    columns = torch.where(columns < 0, last, width + columns)
+    unpadded = [
+        ids[mask].tolist() for ids, mask in zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
+    ]
+    rows = [build_tree_row(ids, [([], backbone.label_tokens)]) for ids in unpadded]
+    inputs, columns, *_ = backbone.branch(features, rows, [len(ids) for ids in unpadded])
+    columns = (columns % inputs["input_ids"].shape[1]).view(len(rows), -1).to(backbone.device)
     return _whole_label_log_probabilities(backbone, backbone.hidden_states(inputs), columns)
 
 
