@@ -13,6 +13,7 @@ from distill.errors import SettingsError, first_line
 from distill.models import tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
+from distill.models.kinds import attention_problem, check_kind
 from distill.models.lora import LoraSettings
 from distill.models.processors import processor_class
 from distill.models.tiny import TinySettings
@@ -59,10 +60,13 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
             return AutoModelForImageTextToText.from_config(tiny.build_config(settings.tiny, tokenizer))
         source = find_source(settings.path, settings.revision)
+        check_kind(source.path, source.revision)
         try:
             config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
             return AutoModelForImageTextToText.from_config(config, attn_implementation=attention_of_shapes(settings))
         except (OSError, ValueError, ImportError) as error:
+            if problem := attention_problem(error, settings.attention):
+                raise SettingsError(problem) from error
             raise _not_loaded(source, first_line(error)) from error
 
 
