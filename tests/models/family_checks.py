@@ -21,7 +21,7 @@ from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
-from distill.training.batches import PackingError, check_compatibility, encode
+from distill.training.batches import check_compatibility, encode
 from tests.models.family_configs import FAMILIES
 from tests.models.family_folders import write
 
@@ -47,7 +47,7 @@ def load(kind: str, folder: Path, lora: LoraSettings | None = None) -> Backbone:
 
 def posts(folder: Path, needs_picture: bool) -> list[Sample]:
     """Posts with one picture, two, and none or one; the pictures are noise in different sizes."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = [folder / f"{index}.png" for index in range(3)]
     for index, path in enumerate(pictures):
         if not path.exists():
@@ -162,7 +162,8 @@ def packs(backbone: Backbone, samples: Sequence[Sample]) -> bool:
     try:
         check_compatibility(backbone, samples, list(TASKS), True)
         exact = True
-    except PackingError:
+    except SettingsError as error:
+        assert str(error).startswith("packing: ")
         exact = False
     finally:
         backbone.packs = expected
