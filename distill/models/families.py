@@ -32,9 +32,14 @@ class Family:
 
 _SLIDING = "sliding windows"
 _HYBRID = "hybrid layers"
+_CROSS = "posts of a batch should have the same number of pictures: what precedes them also sees the padding"
 
 _PALIGEMMA = Family(
-    "PaliGemma", packs=False, answer_type=1, needs_picture=True, note="attends both ways over the prompt"
+    "PaliGemma",
+    packs=False,
+    answer_type=1,
+    needs_picture=True,
+    note="attends both ways over the prompt; version 2 needs `attention: eager`",
 )
 
 FAMILIES = {
@@ -47,14 +52,14 @@ FAMILIES = {
     "llava_onevision": Family("LLaVA-OneVision"),
     "internvl": Family("InternVL"),
     "idefics3": Family("Idefics3"),
-    "smolvlm": Family("SmolVLM", note="needs num2words"),
+    "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),
     "mistral3": Family("Mistral 3"),
     "gemma3": Family("Gemma 3", packs=False, note=f"{_SLIDING}; attends both ways within a picture"),
     "paligemma": _PALIGEMMA,
     "minicpmv4_6": Family("MiniCPM-V", note=_HYBRID),
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
     "lfm2_vl": Family("LFM2-VL", note=_HYBRID),
-    "mllama": Family("Llama 3.2 Vision", needs_picture=True, note="cross-attention to the pictures"),
+    "mllama": Family("Llama 3.2 Vision", needs_picture=True, note=_CROSS),
 }
 
 _CAPPED = {

@@ -34,7 +34,8 @@ class TrainSettings(Settings):
     """Samples per step and process."""
     packing: bool = True
     """true: all tasks of a sample share one sequence, in which the images and the common prompt prefix occur once;
-    false: one sequence per task, required for flash_attention_2."""
+    false: one sequence per task, required for flash_attention_2. A model that cannot keep the tasks apart gets one
+    sequence per answer in either case."""
     learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.01

@@ -22,8 +22,8 @@ from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import check_compatibility, encode
-from tests.models.family_configs import FAMILIES
 from tests.models.family_folders import write
+from tests.models.family_table import FAMILIES
 
 LABELS = LabelSpace()
 TASKS: Any = {"reason": 1.0, "classify": 1.0}
@@ -45,15 +45,15 @@ def load(kind: str, folder: Path, lora: LoraSettings | None = None) -> Backbone:
     return create(settings, LABELS, folder, train=lora is not None)
 
 
-def posts(folder: Path, needs_picture: bool) -> list[Sample]:
-    """Posts with one picture, two, and none or one; the pictures are noise in different sizes."""
+def posts(folder: Path, kind: str = "qwen2_5_vl") -> list[Sample]:
+    """Posts with as many pictures as a family takes in one batch; the pictures are noise in different sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [folder / f"{index}.png" for index in range(3)]
     for index, path in enumerate(pictures):
         if not path.exists():
             Image.effect_noise((40 + 16 * index, 56), 90).convert("RGB").save(path)
     texts = ("one picture", "a post with two pictures and more words than others", "another post", "the last")
-    images = (pictures[:1], pictures[1:], pictures[2:] if needs_picture else [], pictures[2:])
+    images = [pictures[index % 2 :][:count] for index, count in enumerate(FAMILIES[kind].pictures)]
     labels = ("positive", "negative", "neutral", "positive")
     return [
         Sample(str(index), text, tuple(paths), label=label, rationale=f"Text_analysis: {text}")

@@ -1,10 +1,10 @@
-"""Tiny configs of the families of `distill/models/families.py`, by `model_type`."""
+"""Tiny configs of the model families."""
 
 from typing import Any
 
 import transformers as t
 
-from tests.models.family_folders import Ids, TinyFamily
+from tests.models.family_folders import Ids
 
 
 def text(kind: str, size: int, ids: Ids, **more: Any) -> dict[str, Any]:
@@ -30,8 +30,6 @@ def vision(**more: Any) -> dict[str, Any]:
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def _qwen_ids(ids: Ids) -> dict[str, int]:
@@ -48,14 +46,14 @@ def _qwen_vision(**more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def _qwen2_vl(size: int, ids: Ids) -> Any:
+def qwen2_vl(size: int, ids: Ids) -> Any:
     picture = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "initializer_range": 0.1}
     return t.Qwen2VLConfig(
         text_config=text("qwen2_vl_text", size, ids, rope_parameters=MROPE), vision_config=picture, **_qwen_ids(ids)
     )
 
 
-def _qwen2_5_vl(size: int, ids: Ids) -> Any:
+def qwen2_5_vl(size: int, ids: Ids) -> Any:
     words = text("qwen2_5_vl_text", size, ids, rope_parameters=MROPE)
     return t.Qwen2_5_VLConfig(
         text_config=words, vision_config=_qwen_vision(fullatt_block_indexes=[1]), tie_word_embeddings=True,
@@ -63,13 +61,13 @@ def _qwen2_5_vl(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _qwen3_vl(size: int, ids: Ids) -> Any:
+def qwen3_vl(size: int, ids: Ids) -> Any:
     words = text("qwen3_vl_text", size, ids, rope_parameters=MROPE | {"mrope_interleaved": True})
     picture = _qwen_vision(patch_size=14, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
     return t.Qwen3VLConfig(text_config=words, vision_config=picture, **_qwen_ids(ids))
 
 
-def _qwen3_5(size: int, ids: Ids) -> Any:
+def qwen3_5(size: int, ids: Ids) -> Any:
     words = text(
         "qwen3_5_text", size, ids, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
         linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
@@ -79,7 +77,7 @@ def _qwen3_5(size: int, ids: Ids) -> Any:
     return t.Qwen3_5Config(text_config=words, vision_config=picture, **_qwen_ids(ids))
 
 
-def _llava(size: int, ids: Ids) -> Any:
+def llava(size: int, ids: Ids) -> Any:
     picture = vision(model_type="clip_vision_model", projection_dim=32)
     return t.LlavaConfig(
         vision_config=picture, text_config=text("llama", size, ids), image_token_index=ids("<image>"),
@@ -87,7 +85,7 @@ def _llava(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _llava_next(size: int, ids: Ids) -> Any:
+def llava_next(size: int, ids: Ids) -> Any:
     picture = vision(model_type="clip_vision_model", projection_dim=32)
     return t.LlavaNextConfig(
         vision_config=picture, text_config=mistral(size, ids), image_token_index=ids("<image>"),
@@ -95,7 +93,7 @@ def _llava_next(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _llava_onevision(size: int, ids: Ids) -> Any:
+def llava_onevision(size: int, ids: Ids) -> Any:
     return t.LlavaOnevisionConfig(
         vision_config=vision(model_type="siglip_vision_model", vision_use_head=False),
         text_config=text("qwen2", size, ids, tie_word_embeddings=True), image_token_index=ids("<image>"),
@@ -103,7 +101,7 @@ def _llava_onevision(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _internvl(size: int, ids: Ids) -> Any:
+def internvl(size: int, ids: Ids) -> Any:
     picture = vision(model_type="internvl_vision", image_size=[56, 56], patch_size=[14, 14])
     return t.InternVLConfig(
         vision_config=picture, text_config=text("qwen2", size, ids), image_token_id=ids("<IMG_CONTEXT>"),
@@ -111,33 +109,33 @@ def _internvl(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _idefics3(size: int, ids: Ids) -> Any:
+def idefics3(size: int, ids: Ids) -> Any:
     return t.Idefics3Config(
         vision_config=vision(), text_config=text("llama", size, ids), image_token_id=ids("<image>"), scale_factor=2
     )
 
 
-def _smolvlm(size: int, ids: Ids) -> Any:
+def smolvlm(size: int, ids: Ids) -> Any:
     return t.SmolVLMConfig(
         vision_config=vision(), text_config=text("llama", size, ids), image_token_id=ids("<image>"), scale_factor=2
     )
 
 
-def _mistral3(size: int, ids: Ids) -> Any:
+def mistral3(size: int, ids: Ids) -> Any:
     return t.Mistral3Config(
         vision_config=vision(model_type="pixtral", head_dim=16), text_config=mistral(size, ids),
         image_token_index=ids("[IMG]"), spatial_merge_size=2,
     )  # fmt: skip
 
 
-def _pixtral(size: int, ids: Ids) -> Any:
+def pixtral(size: int, ids: Ids) -> Any:
     return t.LlavaConfig(
         vision_config=vision(model_type="pixtral", head_dim=16), text_config=mistral(size, ids),
         image_token_index=ids("[IMG]"), vision_feature_select_strategy="full", vision_feature_layer=-1,
     )  # fmt: skip
 
 
-def _gemma3(size: int, ids: Ids) -> Any:
+def gemma3(size: int, ids: Ids) -> Any:
     words = text(
         "gemma3_text", size, ids, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
         bos_token_id=ids("<bos>"), query_pre_attn_scalar=16,
@@ -149,7 +147,7 @@ def _gemma3(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _paligemma(kind: str, **more: Any) -> Any:
+def paligemma(kind: str, **more: Any) -> Any:
     def config(size: int, ids: Ids) -> Any:
         size += 1152  # the processor adds tokens of places and segments
         words = text(kind, size, ids, bos_token_id=ids("<bos>"), **more)
@@ -161,7 +159,7 @@ def _paligemma(kind: str, **more: Any) -> Any:
     return config
 
 
-def _minicpm(size: int, ids: Ids) -> Any:
+def minicpm(size: int, ids: Ids) -> Any:
     words = text(
         "qwen3_5_text", size, ids, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
         linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
@@ -172,7 +170,7 @@ def _minicpm(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _molmo2(size: int, ids: Ids) -> Any:
+def molmo2(size: int, ids: Ids) -> Any:
     words = text("molmo2_text", size - 16, ids, additional_vocab_size=16)
     picture = vision(image_size=[56, 56], num_key_value_heads=2, head_dim=16, num_position_embeddings=16)
     adapter = {
@@ -187,7 +185,7 @@ def _molmo2(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _lfm2_vl(size: int, ids: Ids) -> Any:
+def lfm2_vl(size: int, ids: Ids) -> Any:
     words = text("lfm2", size, ids, layer_types=["conv", "full_attention"], block_multiple_of=32)
     return t.Lfm2VlConfig(
         text_config=words, vision_config=vision(model_type="siglip2_vision_model", num_patches=16),
@@ -195,7 +193,7 @@ def _lfm2_vl(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
-def _mllama(size: int, ids: Ids) -> Any:
+def mllama(size: int, ids: Ids) -> Any:
     # the embeddings have eight more rows than the head; the image token, the last one, is one of them
     words = text(
         "mllama_text_model",
@@ -209,145 +207,3 @@ def _mllama(size: int, ids: Ids) -> Any:
     picture = vision(num_global_layers=1, intermediate_layers_indices=[0, 1], vision_output_dim=96, attention_heads=2)
     picture.pop("num_attention_heads")
     return t.MllamaConfig(text_config=words, vision_config=picture, image_token_index=ids("<|image|>"))
-
-
-def _processor(
-    name: str, image: str, video: str = "", *, options: dict[str, Any] | None = None, **settings: Any
-) -> dict[str, Any]:
-    parts: dict[str, Any] = {"processor_class": name, "image_processor": {"image_processor_type": image} | settings}
-    if video:
-        parts["video_processor"] = {"video_processor_type": video}
-    return parts | (options or {})
-
-
-SQUARE = {"height": 56, "width": 56}
-CROP = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
-PATCHES = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-QWEN_IMAGES = {"patch_size": 14, "size": {"shortest_edge": 784, "longest_edge": 3136}}
-QWEN_VISION = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
-QWEN3 = _processor("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", **QWEN_IMAGES)
-PIXTRAL = _processor(
-    "PixtralProcessor", "PixtralImageProcessor", patch_size=14, size={"longest_edge": 56},
-    options={"patch_size": 14, "image_token": "[IMG]"},
-)  # fmt: skip
-IDEFICS = {
-    "size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}, "do_image_splitting": False,
-    "options": {"image_seq_len": 4},
-}  # fmt: skip
-SMOLVLM = _processor("SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor", **IDEFICS)
-IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>")
-MOLMO_TOKENS = (
-    "<|image|>", "<|video|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
-    "<frame_start>", "<frame_end>", *(f"<unused_{index}>" for index in range(6)),
-)  # fmt: skip
-MINICPM_TOKENS = {
-    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
-    "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
-    "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
-}  # fmt: skip
-PALIGEMMA = _processor("PaliGemmaProcessor", "SiglipImageProcessor", size=SQUARE, image_seq_length=16)
-INTERNVL = _processor(
-    "InternVLProcessor", "GotOcr2ImageProcessor", "InternVLVideoProcessor", size=SQUARE, options={"image_seq_length": 4}
-)
-MINICPM = _processor(
-    "MiniCPMV4_6Processor",
-    "MiniCPMV4_6ImageProcessor",
-    "MiniCPMV4_6VideoProcessor",
-    scale_resolution=56,
-    max_slice_nums=1,
-    slice_mode=False,
-)
-MOLMO2 = _processor(
-    "Molmo2Processor",
-    "Molmo2ImageProcessor",
-    "Molmo2VideoProcessor",
-    size=SQUARE,
-    max_crops=1,
-    overlap_margins=[0, 0],
-    patch_size=14,
-)
-
-FAMILIES: dict[str, TinyFamily] = {
-    "qwen2_vl": TinyFamily(_qwen2_vl, _processor("Qwen2VLProcessor", *QWEN_VISION), QWEN_IMAGE),
-    "qwen2_5_vl": TinyFamily(_qwen2_5_vl, _processor("Qwen2_5_VLProcessor", *QWEN_VISION), QWEN_IMAGE),
-    "qwen3_vl": TinyFamily(
-        _qwen3_vl, QWEN3, QWEN_IMAGE
-    ),
-    "qwen3_5": TinyFamily(_qwen3_5, QWEN3, QWEN_IMAGE),
-    "llava": TinyFamily(
-        _llava, _processor("LlavaProcessor", "CLIPImageProcessor", **CROP, options=PATCHES), "<image>",
-        {"image_token": "<image>"},
-    ),
-    "llava_next": TinyFamily(
-        _llava_next,
-        _processor(
-            "LlavaNextProcessor", "LlavaNextImageProcessor", **CROP, image_grid_pinpoints=[[56, 112], [112, 56]],
-            options=PATCHES,
-        ),
-        "<image>", {"image_token": "<image>"},
-    ),
-    "llava_onevision": TinyFamily(
-        _llava_onevision,
-        _processor(
-            "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", "LlavaOnevisionVideoProcessor", size=SQUARE,
-            image_grid_pinpoints=[[56, 112], [112, 56]],
-            options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
-        ),
-        "<image>", {"image_token": "<image>", "video_token": "<video>"},
-    ),
-    "internvl": TinyFamily(
-        _internvl,
-        INTERNVL,
-        "<IMG_CONTEXT>",
-        {
-            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        },
-    ),
-    "idefics3": TinyFamily(
-        _idefics3, _processor("Idefics3Processor", "Idefics3ImageProcessor", **IDEFICS), "<image>",
-        more_tokens=IDEFICS_TOKENS,
-    ),
-    "smolvlm": TinyFamily(
-        _smolvlm, SMOLVLM, "<image>",
-        more_tokens=IDEFICS_TOKENS,
-    ),
-    "mistral3": TinyFamily(
-        _mistral3, PIXTRAL | {"spatial_merge_size": 2}, "[IMG]", more_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    ),
-    "pixtral": TinyFamily(_pixtral, PIXTRAL, "[IMG]", more_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]")),
-    "gemma3": TinyFamily(
-        _gemma3,
-        _processor("Gemma3Processor", "Gemma3ImageProcessor", size=SQUARE, options={"image_seq_length": 4}),
-        "<start_of_image>",
-        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
-        bos="<bos>",
-    ),
-    "paligemma": TinyFamily(_paligemma("gemma"), PALIGEMMA, "<image>", {"image_token": "<image>"}, bos="<bos>"),
-    "paligemma2": TinyFamily(
-        _paligemma("gemma2", final_logit_softcapping=0.5, query_pre_attn_scalar=16, sliding_window=8),
-        PALIGEMMA, "<image>", {"image_token": "<image>"}, bos="<bos>", attention="eager",
-    ),
-    "minicpmv4_6": TinyFamily(
-        _minicpm,
-        MINICPM,
-        "<|image_pad|>", MINICPM_TOKENS,
-    ),
-    "molmo2": TinyFamily(
-        _molmo2,
-        MOLMO2,
-        "<|image|>", {"image_token": "<|image|>", "video_token": "<|video|>"}, MOLMO_TOKENS,
-    ),
-    "lfm2_vl": TinyFamily(
-        _lfm2_vl,
-        _processor(
-            "Lfm2VlProcessor", "Lfm2VlImageProcessor", tile_size=56, encoder_patch_size=14, min_image_tokens=4,
-            max_image_tokens=4, do_image_splitting=False, use_thumbnail=False,
-        ),
-        "<image>", {"image_token": "<image>"}, ("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),
-    ),
-    "mllama": TinyFamily(
-        _mllama, _processor("MllamaProcessor", "MllamaImageProcessor", size=SQUARE, max_image_tiles=4), "<|image|>",
-        {"image_token": "<|image|>"}, ("<|python_tag|>",), bos="<|begin_of_text|>",
-    ),
-}  # fmt: skip

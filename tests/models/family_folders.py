@@ -37,6 +37,7 @@ class TinyFamily:
         tokens: special tokens; those with a name are attributes of the tokenizer.
         bos: the BOS token, with which the chat template begins.
         image_size, attention: `model.image_size` and `model.attention` of the family.
+        pictures: numbers of pictures of posts that a batch can hold.
     """
 
     config: Callable[[int, Ids], PretrainedConfig]
@@ -47,6 +48,7 @@ class TinyFamily:
     bos: str = ""
     image_size: int = 56
     attention: str = "sdpa"
+    pictures: tuple[int, ...] = (1, 2, 0, 1)
 
 
 def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:

@@ -10,7 +10,7 @@ from distill.models import families
 from distill.models.backbone import Backbone, LoraSettings
 from distill.task.sample import Sample
 from tests.models import family_checks
-from tests.models.family_configs import FAMILIES
+from tests.models.family_table import FAMILIES
 
 Load = Callable[..., tuple[Backbone, Sequence[Sample]]]
 
@@ -31,7 +31,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
             if "needs torchvision" in str(error) or "num2words" in str(error):
                 pytest.skip(str(error).partition(" needs ")[2] or str(error))
             raise
-        return backbone, family_checks.posts(root / "posts", backbone.family.needs_picture)
+        return backbone, family_checks.posts(root / "posts", kind)
 
     return loaded
 

@@ -14,8 +14,8 @@ from transformers.utils import is_torchvision_available
 
 from distill.errors import SettingsError
 from distill.models.processors import image_only, processor_class
-from tests.models.family_configs import FAMILIES
 from tests.models.family_folders import write
+from tests.models.family_table import FAMILIES
 
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")

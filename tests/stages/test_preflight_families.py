@@ -10,8 +10,8 @@ import torch
 import transformers as t
 from transformers.utils import is_torchvision_available
 
-from tests.models.family_configs import FAMILIES
 from tests.models.family_folders import write as write_family
+from tests.models.family_table import FAMILIES
 from tests.stages.preflight_runs import pretrained, refused
 
 __all__ = ["refused"]

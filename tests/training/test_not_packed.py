@@ -15,7 +15,7 @@ from tests.training.training_runs import QUIET
 
 
 def train(backbone: Backbone, folder: Path) -> AssistantModule:
-    posts = family_checks.posts(folder / "posts", needs_picture=False)
+    posts = family_checks.posts(folder / "posts")
     module = AssistantModule(backbone, TrainSettings(tasks=family_checks.TASKS))
     data = ReasoningDataModule(backbone, posts, posts, module.settings.tasks, module.encode, batch_size=2)  # type: ignore[arg-type]
     fit(module, data, folder, QUIET | {"max_epochs": 1})
@@ -33,7 +33,7 @@ def test_a_family_that_does_not_pack(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert warnings_of(caplog) == [
         "packing: Gemma 3 cannot keep the answers in one sequence apart; each answer has its own sequence"
     ]
-    posts = family_checks.posts(tmp_path / "posts", needs_picture=False)
+    posts = family_checks.posts(tmp_path / "posts")
     assert len(module.encode(posts[:2]).inputs["input_ids"]) == 4
 
 
