@@ -25,13 +25,11 @@ Prompt = tuple[str, tuple[Path, ...]]
 
 Side = Literal["left", "right"]
 
-_ALIGNED = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
-"""Model inputs of shape [B, T, ...] with a value for each token."""
-
 
 def token_aligned(features: Features) -> Features:
-    """The inputs that have a value for each token."""
-    return {name: features[name] for name in _ALIGNED if name in features}
+    """The inputs of shape [B, T] or [B, T, ...] that have a value for each token."""
+    shape = features["input_ids"].shape
+    return {name: value for name, value in features.items() if value.shape == shape or name == "cross_attention_mask"}
 
 
 class PromptWithAnswers(NamedTuple):

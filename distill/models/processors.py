@@ -94,9 +94,12 @@ def processor_class(config: PretrainedConfig, path: str, revision: str = "main")
     Raises:
         SettingsError: the processor of the model needs torchvision, which is not installed.
     """
-    named = _class_name(path, revision)
-    name = named if named in PROCESSOR_MAPPING_NAMES.values() else PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    if is_torchvision_available() or name is None:
+    if is_torchvision_available():
+        return AutoProcessor
+    name = _class_name(path, revision)
+    if name not in PROCESSOR_MAPPING_NAMES.values():  # such as the class of an earlier version of this package
+        name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if name is None:
         return AutoProcessor
     standard = _class_of(name)
     backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distill.cascade.thresholds import threshold_for_risk
+from distill.data.corpus import Corpus
 from distill.errors import SettingsError, in_section
 from distill.evaluation.reasoning import left_out
 from distill.models.backbone import Backbone, ModelSettings
@@ -99,6 +100,7 @@ def notices(recipe: Recipe, stages: Collection[str]) -> list[str]:
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
     model = _load(context, settings.model)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
+    _check_pictures(model, context.corpus)
     tasks: Any = settings.tasks if settings.packing and model.packs and not published else ()
     _check_inputs(model, posts, list(tasks))
 
@@ -125,7 +127,9 @@ def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample]) 
     if isinstance(teacher, EndpointSettings):
         read_key(teacher)
     elif isinstance(teacher, ModelSettings):
-        _check_inputs(_load(context, teacher, train=False), posts)
+        model = _load(context, teacher, train=False)
+        _check_pictures(model, context.corpus)
+        _check_inputs(model, posts)
 
 
 def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:
@@ -138,12 +142,6 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
     if not posts:
         return
     most, fewest = posts[0], posts[-1]
-    if model.family.needs_picture and not fewest.images:
-        count = sum(not post.images for post in posts)
-        raise SettingsError(
-            f"model.path: {model.family.name} needs a picture in each post; {count} of {len(posts)} posts have none, "
-            f"such as {fewest.id}"
-        )
     texts = [
         prompts.render(task, most, model.labels, synthetic_answers(most, model.labels) if task == "review" else None)
         for task in packed
@@ -152,6 +150,17 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
     if texts:
         end = [[model.processor.tokenizer.eos_token_id]]
         model.encoder.pack([[PromptWithAnswers((text, most.images), [], end) for text in texts]])
+
+
+def _check_pictures(model: Backbone, corpus: Corpus) -> None:
+    """Raise SettingsError if posts have no picture and the model's family needs one in each."""
+    posts = [*corpus.train, *corpus.validation, *corpus.test]
+    without = [post.id for post in posts if not post.images]
+    if model.family.needs_picture and without:
+        raise SettingsError(
+            f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {len(posts)} posts have "
+            f"none, such as {without[0]}"
+        )
 
 
 def _check_student(context: Context, posts: Sequence[Sample]) -> None:

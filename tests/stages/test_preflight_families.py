@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from PIL import Image
 from transformers.utils import is_torchvision_available
 
 from tests.models.family_folders import write as write_family
@@ -75,15 +76,18 @@ def test_posts_without_a_picture_that_the_family_needs(refused: Refused, tmp_pat
     path = str(write_family(FAMILIES["paligemma"], tmp_path / "model"))
     data = tmp_path / "data"
     data.mkdir()
+    Image.new("RGB", (56, 56)).save(data / "a.png")
     for split in ("train", "validation", "test"):
-        rows = [{"id": f"{split}{n}", "text": f"{split} {n}", "label": "neutral"} for n in range(3)]
+        rows = [{"id": f"{split}{n}", "text": f"{split} {n}", "label": "neutral", "image": "a.png"} for n in range(3)]
+        if split == "validation":
+            del rows[1]["image"]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [f"{split}.jsonl"] for split in ("train", "validation", "test")}
     message = refused(
         data={"source": "jsonl", "root": str(data)} | files, student__model=pretrained(path, image_size=56)
     )
     assert message == (
-        "student.model.path: PaliGemma needs a picture in each post; 3 of 3 posts have none, such as train2"
+        "student.model.path: PaliGemma needs a picture in each post; 1 of 9 posts have none, such as validation1"
     )
 
 
