@@ -219,7 +219,8 @@ def check_ours(case: Case) -> dict[str, float]:
 
     differences = {}
     for name, weight in (("cross-entropy", 0.0), ("KL", 1.0)):
-        fused, plain = fused_loss(online, weight), _plain_loss(hidden, student.head, packed, *online, weight)
+        fused = fused_loss(online, weight)
+        plain = _plain_loss(hidden, student.head, packed, online.hidden, online.head, weight)
         differences[name] = _relative_difference(fused, plain)
         fused_gradient = gradient(fused)
         differences[f"gradient of the {name}"] = _relative_difference(fused_gradient, gradient(plain))

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen2_5_VLProcessor
 from transformers.utils import is_torchvision_available
 
 from distill.data import jsonl
 from distill.data.corpus import Corpus
 from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone
-from distill.models.tiny import ImageOnlyProcessor
+from distill.models.processors import image_only
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 from tests.documents import PAGES, ROOT, blocks, text
@@ -68,7 +68,7 @@ def test_the_exported_student_answers_as_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if not is_torchvision_available():  # the project's processor replaces transformers' own
-        monkeypatch.setattr(AutoProcessor, "from_pretrained", ImageOnlyProcessor.from_pretrained)
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", image_only(Qwen2_5_VLProcessor).from_pretrained)
     sample = postcards.test[0]
     shown, without_torchvision = (block for block in blocks("python", EXPORT) if "from_pretrained" in block)
     loading, asking = shown.split("labels = ", 1)

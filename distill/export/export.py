@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from peft import PeftModel
 
 from distill.export.check import Check
-from distill.files import atomic_folder, read_json, write_json, write_text
+from distill.files import atomic_folder, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars, load
 from distill.models.hub import load_from_hub
 from distill.models.text_models import TEMPLATE_VARIABLES
@@ -74,7 +74,6 @@ def export(
         with hide_progress_bars():
             model.save_pretrained(new)  # type: ignore[operator]
             student.processor.save_pretrained(new)
-        _name_standard_classes(new)
         if (adapter / "adapter_config.json").exists() and student.settings.keep_layers is None:  # peft loads all layers
             shutil.copytree(adapter, new / "adapter")
         check.reload(new)
@@ -208,22 +207,3 @@ def base_licence(path: str, revision: str) -> str:
 
 def _front_matter(header: Mapping[str, str]) -> str:
     return "".join(f"{key}: {value}\n" for key, value in header.items())
-
-
-def _name_standard_classes(folder: Path) -> None:
-    """Replace ImageOnlyProcessor by the transformers class, and add the video processor config that it requires."""
-    path = folder / "processor_config.json"
-    if not path.exists():
-        return
-    config = read_json(path)
-    if config.get("processor_class") != "ImageOnlyProcessor":
-        return
-    config["processor_class"] = "Qwen2_5_VLProcessor"
-    video = dict(config["image_processor"])
-    video.pop("image_processor_type", None)
-    config["video_processor"] = video | {"video_processor_type": "Qwen2VLVideoProcessor"}
-    write_json(path, config)
-    path = folder / "tokenizer_config.json"
-    config = read_json(path)
-    config["processor_class"] = "Qwen2_5_VLProcessor"
-    write_json(path, config)

@@ -53,7 +53,7 @@ class Source:
         return self._first(_TOKENIZER)
 
     def _first(self, files: tuple[str, ...]) -> tuple[str, str]:
-        own = self.adapter and any(_find(self.adapter, name, self.adapter_revision) for name in files)
+        own = self.adapter and any(find_file(self.adapter, name, self.adapter_revision) for name in files)
         return (self.adapter, self.adapter_revision) if own else (self.path, self.revision)
 
 
@@ -63,12 +63,12 @@ def find_source(path: str, revision: str = "main") -> Source:
     Raises:
         SettingsError: an adapter names no base model, or one that is an adapter itself.
     """
-    config = _find(path, ADAPTER, revision)
+    config = find_file(path, ADAPTER, revision)
     if config is None or (base := adapter_base(config.parent)) is None:
         return Source(path, revision)
     if not base[0]:
         raise SettingsError(f"model.path: the adapter in {path} names no base model in {ADAPTER}")
-    if _find(base[0], ADAPTER, base[1]) is not None:
+    if find_file(base[0], ADAPTER, base[1]) is not None:
         raise SettingsError(
             f"model.path: the base model {base[0]} of the adapter in {path} is an adapter itself; "
             "merge it into its own base first"
@@ -155,7 +155,7 @@ def _log_difference(config: PeftConfig, lora: LoraSettings, path: str) -> None:
         )
 
 
-def _find(path: str, name: str, revision: str) -> Path | None:
+def find_file(path: str, name: str, revision: str) -> Path | None:
     """A file of a model in a folder, the cache, or on the hub; None if it has none, or the hub cannot be asked."""
     if Path(path).is_dir():
         file = Path(path) / name

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, Cache
 
 from distill.errors import SettingsError, first_line
-from distill.models import tiny
+from distill.models import families, tiny
 from distill.models.adapters import Source, find_source, load_adapter, merge
 from distill.models.encoding import (
     IGNORE,
@@ -26,7 +26,7 @@ from distill.models.encoding import (
     use_chat_template,
 )
 from distill.models.lora import LoraSettings, add_lora, head_weight
-from distill.models.packing import Features, Packed, packed_batch, pad_rows, tree_positions
+from distill.models.packing import Features, Packed, TreeRow, packed_batch, pad_rows, tree_positions
 from distill.models.pretrained import (
     ModelSettings,
     attention_of_shapes,
@@ -55,6 +55,9 @@ class Backbone:
     Attributes:
         label_tokens: K lists, the tokens of each label after the forced prefix, with the end token.
         label_ids: [K], the first token of each label; not unique if `labels_share_tokens`.
+        family: the row of the model in `families.py`.
+        packs: whether packed rows are computed exactly; False: one sequence per prompt and answer.
+        cap: of the logits (`families.logit_cap`).
 
     Raises:
         SettingsError: the processor has no chat template, the tokenizer has no end token or cannot encode the labels,
@@ -73,7 +76,9 @@ class Backbone:
             tokenizer.pad_token = tokenizer.eos_token
         use_chat_template(processor, settings.path or "the tiny model")
         limit_pixels(processor, settings)
-        self.encoder = Encoder(processor, settings.image_size, settings.images)
+        self.family, self.packs = families.find(model.config), families.packs(model.config)
+        self.cap, self._scale = families.logit_cap(model.config), families.logit_scale(model.config)
+        self.encoder = Encoder(processor, settings.image_size, settings.images, self.family.answer_type)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
         if self.labels_share_tokens and settings.attention == "flash_attention_2":
@@ -134,27 +139,28 @@ class Backbone:
             ImageError: an image cannot be read.
             SettingsError: the chat template places the images where the prompts cannot share them.
         """
-        first, packed, lengths = self.encoder.pack(rows)
-        masks = first["attention_mask"].bool()
-        inputs = {name: value for name, value in first.items() if value.shape != first["input_ids"].shape}
-        # token-aligned tensors mark image tokens, all of which are in the shared prefix
-        for name in first.keys() - inputs.keys() - {"input_ids", "attention_mask"}:
-            inputs[name] = pad_rows([
-                (values[mask].tolist()[:length] + [0] * len(row.tokens))[: len(row.tokens)]
-                for values, mask, row, length in zip(first[name], masks, packed, lengths, strict=True)
-            ], 0)  # fmt: skip
-        inputs["input_ids"] = pad_rows([row.tokens for row in packed], self.processor.tokenizer.pad_token_id)
-        if any(row.branches for row in packed):
-            inputs["ends"] = pad_rows([row.ends for row in packed])
-            positions = self.positions(first)
+        return self.branch(*self.encoder.pack(rows))
+
+    def branch(self, first: Features, rows: Sequence[TreeRow], lengths: Sequence[int]) -> Packed:
+        """Continue B prompts as packed rows.
+
+        Args:
+            first: padded prompts, from `encode`.
+            rows: each begins with a prompt.
+            lengths: how many tokens of each prompt are in its row.
+        """
+        tails = [row.tokens[length:] for row, length in zip(rows, lengths, strict=True)]
+        inputs = self.encoder.append(first, tails, lengths=lengths)
+        if any(row.branches for row in rows):
+            del inputs["attention_mask"]
+            inputs["ends"] = pad_rows([row.ends for row in rows]).to(inputs["input_ids"].device)
+            positions, masks = self.positions(first), first["attention_mask"].bool()
             shared = [positions[..., row, mask][..., : lengths[row]] for row, mask in enumerate(masks)]
-            inputs["position_ids"] = tree_positions(shared, packed)
-        else:
-            inputs["attention_mask"] = pad_rows([[1] * len(row.tokens) for row in packed], 0)
-        return packed_batch(inputs, packed)
+            inputs["position_ids"] = tree_positions(shared, rows)
+        return packed_batch(inputs, rows)
 
     def hidden_states(self, inputs: Features, cache: Cache | None = None) -> torch.Tensor:
-        """Last hidden states [B, T, D], the input of the output head. Differentiable.
+        """Last hidden states [B, T, D], scaled such that the logits are their product with `head`. Differentiable.
 
         Args:
             cache: stores the keys and values of all columns, for generation.
@@ -165,7 +171,12 @@ class Backbone:
             given["attention_mask"] = attention_mask(ends, self.settings.attention, config)
         output = self._base_model.base_model(**given, past_key_values=cache, use_cache=cache is not None)
         hidden: torch.Tensor = output.last_hidden_state
-        return hidden
+        return hidden * self._scale if self._scale != 1 else hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] from `hidden_states` [..., D], as the model computes them."""
+        # on a CPU in bfloat16, `@` with a slice [B, 1, D] of [B, T, D] takes 500 times as long as `linear`
+        return capped(torch.nn.functional.linear(hidden, self.head), self.cap)
 
     @property
     def head(self) -> torch.Tensor:
@@ -195,6 +206,11 @@ class Backbone:
     def merged(self) -> torch.nn.Module:
         """The transformers model with the adapter merged into its weights."""
         return self.model.merge_and_unload() if isinstance(self.model, PeftModel) else self.model
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """c · tanh(z / c) of logits z; the logits themselves without a cap c."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def create(

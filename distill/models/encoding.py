@@ -26,6 +26,12 @@ Prompt = tuple[str, tuple[Path, ...]]
 Side = Literal["left", "right"]
 
 
+def token_aligned(features: Features) -> Features:
+    """The inputs of shape [B, T] or [B, T, ...] that have a value for each token."""
+    shape = features["input_ids"].shape
+    return {name: value for name, value in features.items() if value.shape == shape or name == "cross_attention_mask"}
+
+
 class PromptWithAnswers(NamedTuple):
     """A prompt, the tokens of its forced answer prefix, and its answers as tokens, each with its end token."""
 
@@ -41,13 +47,15 @@ class Encoder:
         processor: tokenizer, chat template and image processor.
         image_size: images are resized to squares of this many pixels; 0: no resizing.
         images: whether the model is given the images of the messages.
+        answer_type: value of `token_type_ids` for appended tokens (`families.py`).
 
     Attributes:
         reads_images: whether it is, and can read them.
     """
 
-    def __init__(self, processor: Any, image_size: int, images: bool = True) -> None:
+    def __init__(self, processor: Any, image_size: int, images: bool = True, answer_type: int = 0) -> None:
         self.processor = processor
+        self.answer_type = answer_type
         self.image_size = image_size
         self.reads_images = images and processor.image_processor is not None
         self._leaves_images_out = not images
@@ -70,29 +78,42 @@ class Encoder:
         Raises:
             ImageError: an image cannot be read.
         """
-        tokenizer = self.processor.tokenizer
         features = self._process(prompts)
-        masks = [mask.bool() for mask in features["attention_mask"]]
-        shape = features["input_ids"].shape
-        endings = endings or [()] * len(prompts)
-
-        def extend(name: str, tails: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
-            rows = [
-                torch.cat([row[mask], row.new_tensor(tail)])
-                for row, mask, tail in zip(features[name], masks, tails, strict=True)
-            ]
-            return torch.nn.utils.rnn.pad_sequence(rows, True, padding, padding_side)
-
         if labelled:
-            features["labels"] = torch.full(shape, IGNORE)
-        aligned = {name: value for name, value in features.items() if value.shape == shape}
-        for name in aligned:
-            if name in ("input_ids", "labels"):
-                tails, padding = endings, IGNORE if name == "labels" else tokenizer.pad_token_id
-            else:  # mm_token_type_ids marks image tokens; endings contain none
-                tails, padding = [[int(name == "attention_mask")] * len(ending) for ending in endings], 0
-            aligned[name] = extend(name, tails, padding)
-        return features | aligned
+            features["labels"] = torch.full(features["input_ids"].shape, IGNORE)
+        return self.append(features, endings or [()] * len(prompts), padding_side)
+
+    def append(
+        self,
+        features: Features,
+        endings: Sequence[Sequence[int]],
+        padding_side: Side = "right",
+        lengths: Sequence[int] | None = None,
+    ) -> Features:
+        """Append B token sequences to B messages and pad them to the longest.
+
+        Args:
+            features: padded on either side.
+            lengths: keep only this many tokens of each message; None: all.
+        """
+        masks = [mask.nonzero()[:, 0] for mask in features["attention_mask"]]
+        kept = masks if lengths is None else [mask[:length] for mask, length in zip(masks, lengths, strict=True)]
+        paddings = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE}
+        longer = {}
+        for name, values in token_aligned(features).items():
+            rows = [
+                torch.cat([row[mask], self._tail(name, row[mask], ending)])
+                for row, mask, ending in zip(values, kept, endings, strict=True)
+            ]
+            longer[name] = torch.nn.utils.rnn.pad_sequence(rows, True, paddings.get(name, 0), padding_side)
+        return features | longer
+
+    def _tail(self, name: str, row: torch.Tensor, ending: Sequence[int]) -> torch.Tensor:
+        """The values of appended tokens; they are text that sees what the last token sees."""
+        if name in ("input_ids", "labels"):
+            return row.new_tensor(ending)
+        tail = row[-1:].repeat(len(ending), *[1] * (row.dim() - 1))
+        return tail.fill_(self.answer_type) if name == "token_type_ids" else tail
 
     def pack(self, rows: Sequence[Sequence[PromptWithAnswers]]) -> tuple[Features, list[TreeRow], list[int]]:
         """Pack B rows of prompts; the prompts of a row have the same images, and their common prefix is stored once.
@@ -163,17 +184,19 @@ class Encoder:
         self.check_images(max(len(images) for _, images in prompts))
         texts = [self.render(*prompt) for prompt in prompts]
         nested = [[self.load_image(path) for path in images if self.reads_images] for _, images in prompts]
-        images = nested if all(nested) else [image for row in nested for image in row] or None
+        images = nested if any(nested) else None  # a flat list would not say which post an image belongs to
         special = not self._starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
-            return dict(self.processor(text=texts, images=images, **options))
+            features = dict(self.processor(text=texts, images=images, **options))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SettingsError(
                 f"model.path: the processor does not take posts with {max(map(len, nested))} images and image_size "
                 f"{self.image_size}: {reason}"
             ) from error
+        features.pop("labels", None)  # some processors add labels that ignore all tokens
+        return features
 
     def _prompt_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of messages before their image placeholders are expanded."""

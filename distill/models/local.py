@@ -179,7 +179,8 @@ class Local:
         """Whether a joint prefill gives the same label scores as `classify`: checked once, on the sample with the most
         images."""
         if self._joint_prefill is None:
-            supported = self.backbone.settings.attention != "flash_attention_2" and _has_full_cache(self.backbone)
+            flash = self.backbone.settings.attention == "flash_attention_2"
+            supported = self.backbone.packs and not flash and _has_full_cache(self.backbone)
             sample = max(samples, key=lambda sample: len(sample.images))
             if supported:
                 try:
@@ -315,8 +316,10 @@ def _class_scores(
 
 def _has_full_cache(backbone: Backbone) -> bool:
     """Whether all layers cache keys and values of every token, so that the cache can be truncated."""
-    cache = DynamicCache(config=backbone.model.config)
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    config: Any = backbone.model.config
+    if getattr(config.get_text_config(), "cross_attention_layers", None):  # these cache the pictures
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def tree_positions(shared: Sequence[torch.Tensor], rows: Sequence[TreeRow]) -> t
     width, padded = max(len(row.tokens) for row in rows), []
     for prefix, row in zip(shared, rows, strict=True):
         length = prefix.shape[-1]
-        suffix = prefix[..., -1:] + torch.tensor(row.depths[length:]) - (length - 1)
+        suffix = prefix[..., -1:] + torch.tensor(row.depths[length:], device=prefix.device) - (length - 1)
         padded.append(torch.nn.functional.pad(torch.cat([prefix, suffix], -1), (0, width - len(row.tokens))))
     return torch.stack(padded, -2)
 

@@ -13,7 +13,9 @@ from distill.errors import SettingsError, first_line
 from distill.models import layers, tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
+from distill.models.kinds import attention_problem, check_kind
 from distill.models.lora import LoraSettings
+from distill.models.processors import processor_class
 from distill.models.text_models import TextProcessor, is_text_only, model_class
 from distill.models.tiny import TinySettings
 from distill.settings import Count, Range, Settings
@@ -82,12 +84,15 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             config = tiny.build_config(settings.tiny, tokenizer)
             return model_class(config).from_config(config)
         source = find_source(settings.path, settings.revision)
+        check_kind(source.path, source.revision)
         try:
             config = _load_config(source)
             model = model_class(config).from_config(config, attn_implementation=attention_of_shapes(settings))
         except SettingsError:
             raise
         except (OSError, ValueError, ImportError) as error:
+            if problem := attention_problem(error, settings.attention):
+                raise SettingsError(problem) from error
             raise _not_loaded(source, first_line(error)) from error
         return _keep_layers(model, settings, source)
 
@@ -189,10 +194,14 @@ def load_processor(model: Any, source: Source) -> Any:
         if is_text_only(model.config):
             path, revision = source.tokenizer
             return TextProcessor(load_from_hub(AutoTokenizer.from_pretrained, path, revision=revision))
-        processor = load_from_hub(tiny.processor_class(model.config).from_pretrained, path, revision=revision)
+        processor = load_from_hub(
+            processor_class(model.config, path, revision).from_pretrained, path, revision=revision
+        )
         if (tokenizer := source.tokenizer) != (path, revision):
             processor.tokenizer = load_from_hub(AutoTokenizer.from_pretrained, tokenizer[0], revision=tokenizer[1])
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
+    except SettingsError:
+        raise
     except Exception as error:  # each tokenizer raises its own types if files are missing
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor"):

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache
 
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, capped
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Features, build_tree_row
-from distill.models.tree_attention import layers_with_state
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.sample import Sample
@@ -50,7 +49,7 @@ def next_token_logits(backbone: Backbone, features: Features) -> torch.Tensor:
     """Logits [B, V] of the token after right-padded prompts."""
     last = features["attention_mask"].sum(1) - 1
     hidden = backbone.hidden_states(features)[torch.arange(len(last)), last]
-    return hidden @ backbone.head.T
+    return backbone.logits(hidden)
 
 
 def normalise_labels(logits: torch.Tensor, label_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,56 +62,29 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
     """Log-probabilities [B, K] of all tokens of each label with its end token; differentiable.
 
     All labels are scored in one forward pass, as branches after the prompt that do not attend to each other; if the
-    model has layers that cannot keep them apart, each in a pass of its own.
+    model does not pack, in one forward pass per label.
 
     Args:
         features: right-padded prompts that end with the forced prefix, from `Backbone.encode`.
     """
-    config: Any = backbone.model.config
-    if layers_with_state(config.get_text_config()):
-        scores = [_label_log_probability(backbone, features, label) for label in backbone.label_tokens]
-        return torch.stack(scores, 1)
-    ids, mask = features["input_ids"], features["attention_mask"].bool()
-    branches = build_tree_row([], [([], backbone.label_tokens)])
-    width, size = ids.shape[1], len(branches.tokens)
-
-    def append(row: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
-        return torch.cat([row, torch.tensor(values).to(row).expand(len(ids), -1)], 1)
-
-    inputs = {
-        name: torch.nn.functional.pad(value, (0, size)) if value.shape == ids.shape else value
-        for name, value in features.items()
-        if name != "attention_mask"
-    }
-    inputs["input_ids"] = append(ids, branches.tokens)
-    itself = torch.arange(1, width + 1, device=ids.device)  # padding attends only to itself
-    inputs["ends"] = append(torch.where(mask, width + size, itself), [width + end for end in branches.ends])
-    positions = backbone.positions(features)
-    last = mask.sum(1, keepdim=True) - 1
-    depths = torch.tensor(branches.depths, device=ids.device)
-    root = positions.gather(-1, last.expand(*positions.shape[:-1], 1))
-    inputs["position_ids"] = torch.cat([positions, root + 1 + depths], -1)
-
-    columns = torch.tensor([column for label in branches.predictions for column, _ in label], device=ids.device)
-    columns = torch.where(columns < 0, last, width + columns)
+    if not backbone.packs:
+        parts = [_one_label_log_probabilities(backbone, features, label) for label in backbone.label_tokens]
+        return torch.stack(parts, 1)
+    unpadded = [
+        ids[mask].tolist() for ids, mask in zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
+    ]
+    rows = [build_tree_row(ids, [([], backbone.label_tokens)]) for ids in unpadded]
+    inputs, columns, *_ = backbone.branch(features, rows, [len(ids) for ids in unpadded])
+    columns = (columns % inputs["input_ids"].shape[1]).view(len(rows), -1).to(backbone.device)
     return _whole_label_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns))
 
 
-def _label_log_probability(backbone: Backbone, features: Features, label: Sequence[int]) -> torch.Tensor:
-    """Log-probability [B] of the tokens of one label, from sequences of prompt and label."""
-    shape, size = features["input_ids"].shape, len(label)
-    tokens = features["input_ids"].new_tensor(label).expand(shape[0], -1)
+def _one_label_log_probabilities(backbone: Backbone, features: Features, label: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [B] of all tokens of a label, appended to right-padded prompts."""
     lengths = features["attention_mask"].sum(1, keepdim=True)
-    columns = lengths + torch.arange(size, device=lengths.device)
-    inputs = {
-        name: torch.nn.functional.pad(value, (0, size)) if value.shape == shape else value
-        for name, value in features.items()
-    }
-    inputs["input_ids"] = inputs["input_ids"].scatter(1, columns, tokens)
-    inputs["attention_mask"] = inputs["attention_mask"].scatter(1, columns, 1)
-    hidden = backbone.hidden_states(inputs)
-    logits = hidden.gather(1, (columns - 1)[..., None].expand(-1, -1, hidden.shape[-1])) @ backbone.head.T
-    return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(1)
+    inputs = backbone.encoder.append(features, [label[:-1]] * len(lengths))
+    columns = lengths - 1 + torch.arange(len(label), device=lengths.device)
+    return _token_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns), label).sum(1)
 
 
 def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
@@ -120,6 +92,8 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
 
     A packed row (`models/packing.py`) holds the common prefix of both prompts and two branches that do not attend to
     each other: the rest of the second prompt, and the rest of the *classify* prompt with the forced prefix and labels.
+
+    For models that pack (`Backbone.packs`); `classify_then_reason` does the same for others, in two passes.
 
     Args:
         template: template of the second prompt.
@@ -147,7 +121,7 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
         scores = _normalise_whole_labels(_whole_label_log_probabilities(backbone, _at(hidden, scored)))
     else:
         last = hidden[torch.arange(len(samples)), scored[:, 0]]
-        scores = normalise_labels(last @ backbone.head.T, backbone.label_ids.to(last.device))
+        scores = normalise_labels(backbone.logits(last), backbone.label_ids.to(last.device))
     classify_end = scored[:, :1]
     every = torch.arange(width, device=classify_end.device)
     lengths = ((every <= classify_end) & (inputs["ends"] > classify_end)).sum(1)  # tokens that the last one attends to
@@ -194,7 +168,8 @@ def label_scores(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
     if backbone.labels_share_tokens:
         return _whole_label_log_probabilities(backbone, hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # a few logits: their rounding would cost more than time
-        return hidden[:, 0].float() @ backbone.head[backbone.label_ids.to(hidden.device)].float().T
+        rows = backbone.head[backbone.label_ids.to(hidden.device)]
+        return capped(hidden[:, 0].float() @ rows.float().T, backbone.cap)
 
 
 def _at(hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -208,12 +183,18 @@ def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> 
     Args:
         hidden: hidden states [B, N, D] that predict the N tokens of all labels.
     """
-    tokens = torch.tensor([token for label in backbone.label_tokens for token in label], device=hidden.device)
-    logits = hidden @ backbone.head.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_scores = logits.gather(-1, tokens.expand(len(hidden), -1)[..., None])[..., 0] - logits.logsumexp(-1)
+    tokens = [token for label in backbone.label_tokens for token in label]
+    token_scores = _token_log_probabilities(backbone, hidden, tokens)
     lengths = [len(label) for label in backbone.label_tokens]
     return torch.stack([part.sum(1) for part in token_scores.split(lengths, 1)], 1)
+
+
+def _token_log_probabilities(backbone: Backbone, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [B, N] of N tokens, each from one of the hidden states [B, N, D]."""
+    logits = backbone.logits(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = torch.tensor(tokens, device=hidden.device).expand(len(hidden), -1)
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def _normalise_whole_labels(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoProcessor,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLProcessor,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
 
+from distill.models.processors import VideoSettings, image_only, video_settings
 from distill.settings import Range, Settings
 
 SPECIAL_TOKENS = (
@@ -54,22 +48,6 @@ class TinySettings(Settings):
     """Size of the byte-pair vocabulary trained on the corpus, including the 256 bytes and the special tokens."""
 
 
-class ImageOnlyProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without the video processor, which needs torchvision; loads the standard folders."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-
-def processor_class(config: PretrainedConfig) -> Any:
-    """Class that loads a model's processor: AutoProcessor, or ImageOnlyProcessor for Qwen2.5-VL without torchvision.
-
-    Registering ImageOnlyProcessor with AutoProcessor has no effect: AutoProcessor uses the class that the folder names.
-    """
-    image_only = isinstance(config, Qwen2_5_VLConfig) and not is_torchvision_available()
-    return ImageOnlyProcessor if image_only else AutoProcessor
-
-
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on `texts`, with Qwen's special tokens and chat template."""
     tokenizer = Tokenizer(models.BPE())
@@ -91,9 +69,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> ImageOnlyProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
     """Combine an image processor (without torchvision) and the tokenizer."""
-    return ImageOnlyProcessor(Qwen2VLImageProcessorPil(), tokenizer, chat_template=CHAT_TEMPLATE)
+    images = Qwen2VLImageProcessorPil()
+    video = VideoSettings(video_settings(images) | {"video_processor_type": "Qwen2VLVideoProcessor"})
+    return image_only(Qwen2_5_VLProcessor)(images, tokenizer, video, chat_template=CHAT_TEMPLATE)
 
 
 def build_config(settings: TinySettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:

@@ -215,15 +215,20 @@ def _packed_counts(
     answered = {
         task: weight for task, weight in tasks.items() if target_answer(task, sample, backbone.labels) is not None
     }
+    packing = packing and backbone.packs
     tokens = logits = patches = pairs = 0
     separate: list[tuple[dict[Template, float], LabelTargets]] = [({task: w}, {}) for task, w in answered.items()]
     separate += [({}, targets)] if labels else []
     for row, label_row in [(answered, targets)] if packing else separate:
         batch = encode([sample], backbone, row, packing, label_row)
         width = batch.inputs["input_ids"].shape[1]
-        ends = batch.inputs.get("ends", torch.tensor([[width] * width]))
-        tokens, logits = tokens + width, logits + len(batch.tokens)
-        pairs += int((ends - torch.arange(width)).sum())  # a token is visible from itself to the end of its branch
+        if "ends" in batch.inputs:
+            lengths = [width]
+            pairs += int((batch.inputs["ends"] - torch.arange(width)).sum())  # visible from itself to its branch's end
+        else:
+            lengths = batch.inputs["attention_mask"].sum(1).tolist()
+            pairs += sum(length * (length + 1) // 2 for length in lengths)
+        tokens, logits = tokens + sum(lengths), logits + len(batch.tokens)
         patches += count_patches(backbone.model, batch.inputs.get("pixel_values"))
     return TokenCounts(tokens, logits, patches, pairs, tokens)
 

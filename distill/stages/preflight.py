@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distill.cascade.thresholds import threshold_for_risk
+from distill.data.corpus import Corpus
 from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
 from distill.evaluation.reasoning import left_out
@@ -25,7 +26,7 @@ from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.tracking import not_logged_in
 from distill.training.assistant import TrainSettings
-from distill.training.batches import check_layers, synthetic_answers
+from distill.training.batches import synthetic_answers
 from distill.training.soft_targets import check_same_inputs
 from distill.training.student import StudentSettings
 
@@ -114,10 +115,10 @@ def _check_training(context: Context, settings: TrainSettings, posts: Sequence[S
     model = _load(context, settings.model)
     model.encoder.check_images(max(images, default=0))
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
-    tasks: Any = list(settings.tasks) if settings.packing and not published else []
+    _check_pictures(model, context.corpus)
+    tasks: Any = list(settings.tasks) if settings.packing and model.packs and not published else []
     if tasks and isinstance(settings, StudentSettings) and settings.distillation.label_weight > 0:
         tasks.append("classify")  # the prompt of the label distribution
-    check_layers(model, tasks)
     _check_inputs(model, posts, tasks)
 
 
@@ -148,26 +149,39 @@ def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample], 
     elif isinstance(teacher, ModelSettings):
         model = _load(context, teacher, train=False)
         model.encoder.check_images(max(images, default=0))
+        _check_pictures(model, context.corpus)
         _check_inputs(model, posts)
 
 
 def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:
-    """Encode the post with the most images, and pack it with the prompts of these tasks.
+    """Encode the posts with the most and the fewest images, and pack the first with the prompts of these tasks.
 
     Raises:
-        SettingsError: the processor does not take the post.
+        SettingsError: the processor does not take the posts.
     """
-    post = max((post for post in posts if post.label is not None), key=lambda post: len(post.images), default=None)
-    if post is None:
+    posts = sorted((post for post in posts if post.label is not None), key=lambda post: -len(post.images))
+    if not posts:
         return
+    most, fewest = posts[0], posts[-1]
     texts = [
-        prompts.render(task, post, model.labels, synthetic_answers(post, model.labels) if task == "review" else None)
+        prompts.render(task, most, model.labels, synthetic_answers(most, model.labels) if task == "review" else None)
         for task in packed
     ]
-    model.encode([post], "classify")
+    model.encode([most, fewest] if len(fewest.images) < len(most.images) else [most], "classify")
     if texts:
         end = [[model.processor.tokenizer.eos_token_id]]
-        model.encoder.pack([[PromptWithAnswers((text, post.images), [], end) for text in texts]])
+        model.encoder.pack([[PromptWithAnswers((text, most.images), [], end) for text in texts]])
+
+
+def _check_pictures(model: Backbone, corpus: Corpus) -> None:
+    """Raise SettingsError if posts have no picture and the model's family needs one in each."""
+    posts = [*corpus.train, *corpus.validation, *corpus.test]
+    without = [post.id for post in posts if not (post.images and model.encoder.reads_images)]
+    if model.family.needs_picture and without:
+        raise SettingsError(
+            f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {len(posts)} posts have "
+            f"none, such as {without[0]}"
+        )
 
 
 def _check_student(context: Context, posts: Sequence[Sample]) -> None:

@@ -15,7 +15,15 @@ from distill.models.backbone import Backbone, Features, ModelSettings
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
-from distill.training.batches import Batch, LabelTargets, check_compatibility, encode, row_lengths
+from distill.training.batches import (
+    NOT_PACKED,
+    Batch,
+    LabelTargets,
+    PackingError,
+    check_compatibility,
+    encode,
+    row_lengths,
+)
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
@@ -36,7 +44,8 @@ class TrainSettings(Settings):
     """Samples per step and process."""
     packing: bool = True
     """true: all tasks of a sample share one sequence, in which the images and the common prompt prefix occur once;
-    false: one sequence per task, required for flash_attention_2."""
+    false: one sequence per task, required for flash_attention_2. A model that cannot keep the tasks apart gets one
+    sequence per answer in either case."""
     learning_rate: Positive = 3e-4
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
@@ -92,9 +101,14 @@ class AssistantModule(L.LightningModule):
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         tasks: Any = list(self.settings.tasks)
-        check_compatibility(
-            self.backbone, data.train, tasks, self.settings.packing, label_targets=bool(self.label_targets)
-        )
+        labels = bool(self.label_targets)
+        try:
+            check_compatibility(self.backbone, data.train, tasks, self.settings.packing, label_targets=labels)
+        except PackingError:
+            self.backbone.packs = False
+            check_compatibility(self.backbone, data.train, tasks, False, label_targets=labels)
+        if self.settings.packing and not self.backbone.packs and self.trainer.is_global_zero:
+            log.warning(NOT_PACKED, self.backbone.family.name)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.current_ids = batch.ids if isinstance(batch, Batch) else ()
@@ -116,7 +130,8 @@ class AssistantModule(L.LightningModule):
 
     def loss(self, batch: Batch) -> AnswerLoss:
         """Return the cross-entropy at the positions that predict an answer token."""
-        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights)
+        cap = self.backbone.cap
+        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights, cap=cap)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the last hidden states [N, D] at the positions that predict an answer token."""

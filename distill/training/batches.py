@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from random import Random
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -13,7 +13,6 @@ from distill.models.backbone import Backbone, Features
 from distill.models.encoding import PromptWithAnswers
 from distill.models.packing import Packed
 from distill.models.scoring import label_prompt
-from distill.models.tree_attention import layers_with_state
 from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -100,6 +99,7 @@ def encode(
 
     Args:
         packing: True puts all tasks of a sample into one sequence; False gives each task its own sequence and images.
+            If the model does not pack (`Backbone.packs`), each answer has its own sequence.
         label_targets: the label distributions to learn; they are read from a further prompt, `label_prompt`.
     """
     rows: list[list[PromptWithAnswers]] = []
@@ -120,7 +120,7 @@ def encode(
             task_prompts.append(prompt := label_prompt(backbone, sample))
             weights += [(_NO_TASK, 0.0)] * len(prompt.answers)
             targets_of_labels.append(label_targets[sample.id])
-        rows += [task_prompts] if packing and task_prompts else [[prompt] for prompt in task_prompts]
+        rows += _rows(task_prompts, backbone, packing)
     packed = backbone.pack(rows)
     indices, token_weights = (torch.tensor(column)[packed.answers] for column in zip(*weights, strict=True))
     learned = indices != _NO_TASK
@@ -139,6 +139,15 @@ def encode(
         tuple(sample.id for sample in samples),
         labels,
     )
+
+
+def _rows(
+    task_prompts: Sequence[PromptWithAnswers], backbone: Backbone, packing: bool
+) -> list[list[PromptWithAnswers]]:
+    """The sequences of a sample."""
+    if not backbone.packs:
+        return [[prompt._replace(answers=[answer])] for prompt in task_prompts for answer in prompt.answers]
+    return [[*task_prompts]] if packing and task_prompts else [[prompt] for prompt in task_prompts]
 
 
 def prompts_and_answers(sample: Sample, labels: LabelSpace, tasks: Iterable[Template]) -> list[tuple[str, str]]:
@@ -182,21 +191,12 @@ def encode_tasks(samples: Sequence[Sample], backbone: Backbone, tasks: Mapping[T
     return batch
 
 
-def check_layers(backbone: Backbone, tasks: Sequence[Template]) -> None:
-    """Check that the layers of a model can keep the packed answers to these tasks apart; needs no weights.
+NOT_PACKED = "packing: %s cannot keep the answers in one sequence apart; each answer has its own sequence"
+"""Warning about a model that does not pack."""
 
-    `check_compatibility` measures it, for these and all other reasons.
 
-    Raises:
-        SettingsError: there are layers other than those of full and sliding attention, such as linear attention or
-            convolutions, which carry a state through all tokens of a sequence.
-    """
-    config: Any = backbone.model.config
-    if len(tasks) > 1 and (others := layers_with_state(config.get_text_config())):
-        raise SettingsError(
-            f"packing: the model has layers of {others[0].replace('_', ' ')}, which ignore the mask of a packed "
-            "sequence; set packing to false"
-        )
+class PackingError(SettingsError):
+    """The model cannot keep the answers in a packed sequence apart."""
 
 
 def check_compatibility(
@@ -210,15 +210,17 @@ def check_compatibility(
     """Check on one sample that the model supports the training layout.
 
     The log-probabilities of the answer tokens, computed from hidden states and output head, alone and packed, are
-    compared with the model's own logits for each answer in a separate sequence. In a packed sequence, no answer may
-    influence the prediction of another one. The sample is the one with the most answers, then with the most images.
+    compared with the model's own logits for each answer in a separate sequence. No token may depend on later tokens of
+    its answer, or on other answers in a packed sequence. The sample is the one with the most answers, then with the
+    most images.
 
     Args:
         label_targets: whether a sample has the prompt of a label distribution as well.
 
     Raises:
-        SettingsError: the logits are not the output head applied to the last hidden states, or the model attends to
-            tokens of a packed sequence that its mask hides.
+        SettingsError: the logits are not the output head applied to the last hidden states, or the model sees the
+            tokens that it learns to predict.
+        PackingError: the model attends to tokens of a packed sequence that its mask hides.
     """
     labels = backbone.labels
     sample = max(
@@ -227,7 +229,7 @@ def check_compatibility(
     task_prompts = [encoded[0] for task in tasks if (encoded := _task_prompt(task, sample, backbone)) is not None]
     task_prompts += [label_prompt(backbone, sample)] if label_targets else []
     separate = backbone.pack([[p._replace(answers=[answer])] for p in task_prompts for answer in p.answers])
-    packed = backbone.pack([task_prompts] if packing else [[prompt] for prompt in task_prompts])
+    packed = backbone.pack(_rows(task_prompts, backbone, packing))
     training = backbone.model.training
     backbone.model.eval()
     with torch.no_grad():
@@ -235,6 +237,7 @@ def check_compatibility(
         logits = backbone.model(**inputs).logits.flatten(0, 1)[separate.columns]
         expected = _token_log_probs(logits, separate.tokens)
         from_head, from_packed = (_head_log_probs(backbone, rows) for rows in (separate, packed))
+        ahead = _sees_later_tokens(backbone, separate)
         leaks = _leaks_between_branches(backbone, packed)
     backbone.model.train(training)
     tolerance = 0.01 if backbone.settings.dtype == "float32" else 0.3  # nats per token; a wrong mask costs whole nats
@@ -249,10 +252,39 @@ def check_compatibility(
             "model: its logits are not the output head applied to its last hidden states (they are scaled or capped); "
             "such a model cannot be trained"
         )
-    if leaks or differs(from_packed):
+    if ahead:
         raise SettingsError(
-            "packing: the model attends to tokens of a packed sequence that its mask hides; set packing to false"
+            "model: it attends to later tokens of an answer, so that it sees what it learns to predict; "
+            "such a model cannot be trained"
         )
+    if leaks or differs(from_packed):
+        raise PackingError("packing: the model attends to tokens of a packed sequence that its mask hides")
+
+
+def _sees_later_tokens(backbone: Backbone, separate: Packed) -> bool:
+    """Whether a hidden state that predicts an answer token changes with later tokens of the answer.
+
+    Args:
+        separate: one answer per row.
+    """
+    inputs = {name: value.to(backbone.device) for name, value in separate.inputs.items()}
+    changed = inputs["input_ids"].flatten().clone()
+    kept = []
+    for answer in separate.answers.unique():
+        own = separate.columns[separate.answers == answer]  # the first of them is the last token of the prompt
+        middle = max(1, len(own) // 2)
+        kept.append(own[:middle])
+        changed[own[middle:]] = backbone.processor.tokenizer.eos_token_id
+    return _changes(backbone, inputs, changed, torch.cat(kept))
+
+
+def _changes(backbone: Backbone, inputs: Features, ids: torch.Tensor, columns: torch.Tensor) -> bool:
+    """Whether other token ids [B · T] change the hidden states at some columns by more than rounding."""
+    before, after = (
+        backbone.hidden_states(inputs | {"input_ids": tokens.view_as(inputs["input_ids"])}).flatten(0, 1)[columns]
+        for tokens in (inputs["input_ids"], ids)
+    )
+    return float((after - before).abs().max()) > 1e-3 * float(before.abs().max())
 
 
 def _leaks_between_branches(backbone: Backbone, packed: Packed) -> bool:
@@ -260,15 +292,12 @@ def _leaks_between_branches(backbone: Backbone, packed: Packed) -> bool:
     if "ends" not in packed.inputs:
         return False
     inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
-    states = backbone.hidden_states(inputs).flatten(0, 1)
     # the position that predicts an answer's first token holds a prompt token, which stays
     first = packed.answers.diff(prepend=packed.answers[:1] - 1) != 0
     for answer in packed.answers.unique():
-        own = packed.columns[packed.answers == answer]
         changed = inputs["input_ids"].flatten().clone()
         changed[packed.columns[(packed.answers != answer) & ~first]] = backbone.processor.tokenizer.eos_token_id
-        other = backbone.hidden_states(inputs | {"input_ids": changed.view_as(inputs["input_ids"])}).flatten(0, 1)
-        if float((other[own] - states[own]).abs().max()) > 1e-3 * float(states[own].abs().max()):
+        if _changes(backbone, inputs, changed, packed.columns[packed.answers == answer]):
             return True
     return False
 
@@ -277,7 +306,7 @@ def _head_log_probs(backbone: Backbone, packed: Packed) -> torch.Tensor:
     """Return the log-probabilities [N] of the answer tokens, computed with the output head from hidden states."""
     inputs = {name: value.to(backbone.device) for name, value in packed.inputs.items()}
     hidden = backbone.hidden_states(inputs).flatten(0, 1)[packed.columns]
-    return _token_log_probs(hidden @ backbone.head.T, packed.tokens)
+    return _token_log_probs(backbone.logits(hidden), packed.tokens)
 
 
 def _token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,11 @@ CACHED_ELEMENTS = 2**21
 
 
 class HiddenTargets(NamedTuple):
-    """Soft targets as the assistant's last hidden states [..., D'] and its output head [V', D']."""
+    """Soft targets as the assistant's last hidden states [..., D'], its output head [V', D'], and its logits' cap."""
 
     hidden: torch.Tensor
     head: torch.Tensor
+    cap: float | None = None
 
 
 class TopKTargets(NamedTuple):
@@ -67,6 +68,7 @@ def answer_loss(
     temperature: float = 2.0,
     divergence: Divergence = FORWARD_KL,
     chunk: int | None = None,
+    cap: float | None = None,
 ) -> AnswerLoss:
     """Compute Σ_n w_n ((1 - weight) CE_n + weight D(softmax(z_a / T), softmax(z_s / T))_n), without a T² factor.
 
@@ -87,6 +89,7 @@ def answer_loss(
         divergence: D; by default KL(assistant || student).
         chunk: number of positions whose logits are held at a time; None chooses it from V (64 MiB per buffer, 512 MiB
             on a GPU).
+        cap: c of a student whose logits are c · tanh(z / c) (Gemma 2, arXiv 2408.00118); None: they are not capped.
 
     Raises:
         ValueError: shapes do not match, or the chunk is below 1.
@@ -95,7 +98,7 @@ def answer_loss(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 position")
     if isinstance(soft_targets, HiddenTargets):
-        soft_targets = HiddenTargets(soft_targets.hidden.flatten(0, -2), soft_targets.head)
+        soft_targets = soft_targets._replace(hidden=soft_targets.hidden.flatten(0, -2))
     elif soft_targets is not None:
         log_q, ids, log_rest = soft_targets
         soft_targets = TopKTargets(log_q.flatten(0, -2), ids.flatten(0, -2).long(), log_rest.flatten())
@@ -103,7 +106,7 @@ def answer_loss(
         weight, temperature = 0.0, 1.0
     total, hard, soft = _AnswerLoss.apply(
         hidden.flatten(0, -2), head, tokens.flatten(), loss_weights.flatten(), soft_targets, weight, temperature,
-        divergence, chunk, torch.is_grad_enabled(),
+        divergence, chunk, torch.is_grad_enabled(), cap,
     )  # fmt: skip
     return AnswerLoss(total, hard.view(tokens.shape), soft.view(tokens.shape))
 
@@ -122,7 +125,7 @@ def _check_shapes(
         "loss_weights": loss_weights.shape == positions,
     }
     if isinstance(soft_targets, HiddenTargets):
-        other, other_head = soft_targets
+        other, other_head, _ = soft_targets
         matches["soft_targets.hidden"] = other.shape[:-1] == positions
         matches["soft_targets.head"] = other_head.dim() == 2 and other_head.shape[1] == other.shape[-1]
     elif soft_targets is not None:
@@ -139,7 +142,7 @@ class _AnswerLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, loss_weights: torch.Tensor,
         soft_targets: SoftTargets | None, weight: float, temperature: float, divergence: Divergence,
-        chunk: int | None, grad_enabled: bool,
+        chunk: int | None, grad_enabled: bool, cap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         matrix, soft_targets = _align_heads(head, soft_targets)
         dtype = torch.promote_types(matrix.dtype, torch.float32)
@@ -162,8 +165,10 @@ class _AnswerLoss(torch.autograd.Function):
                     targets = _add_product(
                         logits[1][: len(z)], soft_targets.hidden[rows], soft_targets.head.T, 0, 1 / temperature
                     )
+                    _cap(targets, soft_targets.cap, temperature)
                 for part in _slices(len(z), block):
                     at = slice(rows.start + part.start, rows.start + part.stop)
+                    slope = _cap(z[part], cap, temperature)
                     hard[at], soft[at] = _block_loss(
                         z[part],
                         _select(targets, part),
@@ -174,6 +179,8 @@ class _AnswerLoss(torch.autograd.Function):
                         divergence,
                         any_grad,
                     )
+                    if slope is not None:
+                        z[part] *= slope
                 grad_logits = z.to(matrix.dtype) if any_grad else z
                 if grad_hidden is not None:
                     _add_product(grad_hidden[rows], grad_logits, matrix, 0)
@@ -195,6 +202,17 @@ class _AnswerLoss(torch.autograd.Function):
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *grads, None, None, None, None, None, None, None, None
+
+
+def _cap(z: torch.Tensor, cap: float | None, temperature: float) -> torch.Tensor | None:
+    """Replace logits / T [n, V] by capped ones, and return the derivative of the cap [n, V]; None without a cap."""
+    if cap is None:
+        return None
+    limit = cap / temperature
+    tanh = z.div_(limit).tanh_()
+    slope = 1 - tanh.square()
+    z.mul_(limit)
+    return slope
 
 
 def _block_loss(
@@ -267,7 +285,7 @@ def _align_heads(head: torch.Tensor, soft_targets: SoftTargets | None) -> tuple[
     head = _autocast_head(head)
     if isinstance(soft_targets, HiddenTargets):
         other = _autocast_head(soft_targets.head)[: len(head)]
-        return head[: len(other)], HiddenTargets(soft_targets.hidden.to(other.dtype), other)
+        return head[: len(other)], soft_targets._replace(hidden=soft_targets.hidden.to(other.dtype), head=other)
     return head, soft_targets
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from distill import files
 from distill.annotation.ledger import digest
 from distill.errors import NonFiniteError, RunError
-from distill.models.backbone import Backbone, Features
+from distill.models.backbone import Backbone, Features, capped
 from distill.models.memory import memory_errors
 from distill.task.labels import LabelSpace
 from distill.task.prompts import Template
@@ -77,7 +77,8 @@ class CachedTargets:
         self.key = key
         self.locations = {name: location for path in _shards(folder) for name, location in _read_index(path).items()}
         with safe_open(folder / _HEAD, "pt") as file:
-            self.head, self.vocabulary = file.get_tensor("head"), int(file.metadata()["vocabulary"])
+            self.head, written = file.get_tensor("head"), file.metadata()
+        self.vocabulary, self._cap = int(written["vocabulary"]), json.loads(written.get("cap", "null"))
         self._open: dict[str, Any] = {}
 
     def read(self, samples: Sequence[Sample]) -> Features:
@@ -105,7 +106,7 @@ class CachedTargets:
         if "hidden" not in batch.soft_targets:
             return TopKTargets(**batch.soft_targets)
         self.head = self.head.to(batch.positions.device)
-        return HiddenTargets(batch.soft_targets["hidden"].to(self.head.dtype), self.head)
+        return HiddenTargets(batch.soft_targets["hidden"].to(self.head.dtype), self.head, self._cap)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # another process opens the shards itself
@@ -165,7 +166,8 @@ def write(
     targets = assistant()
     targets.assistant.model.to(device)
     head = targets.assistant.head.detach()[: 0 if top_k else targets.vocabulary]
-    _save(folder / _HEAD, {"head": head}, {"vocabulary": str(targets.vocabulary)})
+    written = {"vocabulary": str(targets.vocabulary), "cap": json.dumps(targets.assistant.cap)}
+    _save(folder / _HEAD, {"head": head}, written)
     names, done = list(missing), 0
     for tensors, sizes in _compute_shards(list(missing.values()), encode, targets, top_k, temperature, workers):
         keys = names[done : done + len(sizes)]
@@ -200,7 +202,7 @@ def _compute_shards(
     for batch in DataLoader(samples, batch_size, collate_fn=encode, num_workers=workers):  # type: ignore[arg-type]
         with memory_errors(batch.ids, "reduce assistant.model.batch_size, data.max_tokens or model.image_size"):
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-            hidden, head = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
+            hidden, head, cap = targets(batch._replace(inputs=inputs, positions=batch.positions.to(device)))
         if not hidden.isfinite().all():
             broken = [not part.isfinite().all() for part in hidden.split(batch.sizes.tolist())]
             raise NonFiniteError(
@@ -213,7 +215,8 @@ def _compute_shards(
             parts.append({"hidden": hidden.to(torch.bfloat16).cpu()})
         else:
             for chunk in hidden.split(max(1, 2**25 // len(head))):
-                parts.append(top_k_targets(chunk @ head[: targets.vocabulary].T, top_k, temperature))
+                logits = capped(chunk @ head[: targets.vocabulary].T, cap)
+                parts.append(top_k_targets(logits, top_k, temperature))
         full = sum(value.nbytes for part in parts for value in part.values()) >= SHARD_BYTES
         if full or len(sizes) + batch_size > SHARD_SAMPLES:
             yield _concatenate(parts), sizes

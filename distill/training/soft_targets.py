@@ -27,6 +27,7 @@ class OnlineTargets:
     def __init__(self, assistant: Backbone, student: Backbone) -> None:
         self.assistant = assistant
         self.vocabulary = shared_vocabulary(assistant, student)
+        student.packs = student.packs and assistant.packs  # the assistant reads the student's batches
         assistant.model.requires_grad_(False)
         assistant.model.eval()
 
@@ -36,10 +37,10 @@ class OnlineTargets:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> HiddenTargets:
-        """Return the assistant's hidden states [N, D'] at the answer positions of the batch, and its output head."""
+        """Return the assistant's hidden states [N, D'] at the answer positions, its output head and cap."""
         self._move_to(batch.positions.device)
         hidden = self.assistant.hidden_states(batch.inputs).flatten(0, 1)[batch.positions]
-        return HiddenTargets(hidden, self.assistant.head)
+        return HiddenTargets(hidden, self.assistant.head, self.assistant.cap)
 
     @torch.no_grad()
     def logits(self, features: Features) -> torch.Tensor:

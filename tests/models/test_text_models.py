@@ -26,7 +26,7 @@ from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import CLASSIFY_PREFIX, Template, render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
-from distill.training.batches import check_compatibility, check_layers, encode
+from distill.training.batches import check_compatibility, encode
 from distill.training.soft_targets import check_same_inputs
 from tests.models.text_folders import TEMPLATE, WINDOW, write
 
@@ -131,7 +131,7 @@ def test_packed_answers_are_those_of_separate_sequences(
     settings: ModelSettings, attention: str, texts: list[Sample]
 ) -> None:
     backbone = made(settings, attention=attention)
-    check_layers(backbone, TASKS)
+    assert backbone.packs
     check_compatibility(backbone, texts, TASKS, packing=True)
     found = []
     for packing in (True, False):
@@ -181,10 +181,8 @@ def test_layers_with_a_state_are_not_packed_and_score_each_label_alone(
     settings = ModelSettings(str(write(tmp_path / "lfm2", "lfm2", tokenizer_folder)), batch_size=4)
     assert_scores_of_plain_forward_passes(settings, SCALE, texts)
     backbone = made(settings)
-    check_layers(backbone, ["classify"])
+    assert not backbone.packs
     check_compatibility(backbone, texts, TASKS, packing=False)
-    with pytest.raises(SettingsError, match="packing: the model has layers of conv, which ignore the mask"):
-        check_layers(backbone, TASKS)
 
 
 def test_the_flops_are_twice_the_weights_of_the_linear_layers(settings: ModelSettings) -> None:

@@ -11,12 +11,12 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 from distill.data.corpus import Corpus
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
+from distill.models.processors import processor_class
 from distill.models.tiny import (
     SPECIAL_TOKENS,
     TinySettings,
     build_config,
     load_tokenizer,
-    processor_class,
     train_tokenizer,
 )
 
@@ -57,7 +57,7 @@ def test_the_model_is_the_real_architecture_with_tied_embeddings(backbone: Backb
 def test_a_saved_model_and_processor_load_with_transformers(backbone: Backbone, tmp_path: Path) -> None:
     backbone.save(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    processor = processor_class(model.config).from_pretrained(tmp_path)
+    processor = processor_class(model.config, str(tmp_path)).from_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8))
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>hello<|im_end|>\n"
     features = processor(text=[text], images=[image], return_tensors="pt")

@@ -1,12 +1,10 @@
 """What a later stage would refuse stops a run before its first question, and `distill plan` says the same."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,38 +19,9 @@ from tests.commands import Command
 from tests.fake_stages import Fakes
 from tests.models.openai_server import Server
 from tests.models.text_folders import write as write_text_model
+from tests.stages.preflight_runs import pretrained, refused, write
 
-NO_DISTILLATION = {"student__distillation": {"weight": 0}}
-CARDS = {"labelled": 9, "unlabelled": 0, "validation": 9, "test": 9, "image_size": 28}
-
-
-def write(folder: Path, url: str, **changes: Any) -> Path:
-    """A recipe whose teacher is an endpoint that annotates; `a__b=1` sets the field a.b."""
-    endpoint = {"base_url": url, "model": "big-vl", "max_attempts": 2, "backoff_s": 0.01}
-    content = micro.RECORDED | {"annotate": {"endpoint": endpoint}}
-    return micro.write(folder, content, data__postcards=CARDS, **changes)
-
-
-@pytest.fixture
-def refused(distill: Command, tmp_path: Path) -> Callable[..., str]:
-    """Runs a recipe that cannot work: returns the message of `distill run`, after comparing it with the plan."""
-
-    def check(**changes: Any) -> str:
-        with Server() as server:
-            path = write(tmp_path, server.url, **changes)
-            plan = distill("plan", "--config", path)
-            result = distill("run", "--config", path)
-        assert (result.status, server.requests) == (2, 0), result.stderr
-        assert not (tmp_path / "runs/micro/chain.json").exists()
-        assert plan.status == 0, plan.stderr
-        listed = plan.stdout.partition("Problems that stop distill run before its first stage:\n")[2]
-        listed = listed.partition("\n\n")[0]
-        message, _, more = result.error.partition(" (the first of ")
-        assert listed.splitlines()[0] == message
-        assert len(listed.splitlines()) == int((re.match(r"\d+", more) or ["1"])[0])
-        return message
-
-    return check
+__all__ = ["refused"]
 
 
 def folder_of(model_folder: Path, copy: Path, without: str = "") -> str:
@@ -61,10 +30,6 @@ def folder_of(model_folder: Path, copy: Path, without: str = "") -> str:
     if without:
         (copy / without).unlink()
     return str(copy)
-
-
-def pretrained(path: str, **more: Any) -> dict[str, Any]:
-    return {"path": path, "image_size": 28, "batch_size": 64} | more
 
 
 def test_a_model_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -124,7 +89,8 @@ def test_a_text_only_model_on_posts_with_images(
     refused: Callable[..., str], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     path = write_text_model(tmp_path / "llama", "llama", tokenizer_folder)
-    message = refused(assistant=None, augment=None, student__model=pretrained(str(path)), **NO_DISTILLATION)
+    student = {"student__model": pretrained(str(path)), "student__distillation__weight": 0}
+    message = refused(assistant=None, augment=None, **student)
     expected = "model.images must be false: the model reads text only, and posts have images, which are then left out"
     assert message == f"student.{expected}"
     annotating = {"annotate": {"model": pretrained(str(path))}, "evaluate__teacher": False}

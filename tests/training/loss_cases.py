@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from distill.models.backbone import capped
 from distill.training.divergences import Divergence
 from distill.training.fused_loss import AnswerLoss, HiddenTargets, TopKTargets, answer_loss
 
@@ -38,15 +39,15 @@ class Case:
 
 
 def reference_loss(
-    case: Case, soft: HiddenTargets | None, weight: float = 0.3, t: float = 2.0
+    case: Case, soft: HiddenTargets | None, weight: float = 0.3, t: float = 2.0, cap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return total, cross-entropy and KL from all logits at once, with torch's own losses and autograd."""
     shared = min(len(case.head), len(soft.head)) if soft else len(case.head)
-    logits = (case.hidden @ case.head.T)[:, :shared]
+    logits = capped(case.hidden @ case.head.T, cap)[:, :shared]
     hard = F.cross_entropy(logits, case.tokens, reduction="none")
     if soft is None:
         return (case.loss_weights * hard).sum(), hard, torch.zeros_like(hard)
-    log_q = F.log_softmax((soft.hidden @ soft.head.T)[:, :shared] / t, -1)
+    log_q = F.log_softmax(capped(soft.hidden @ soft.head.T, soft.cap)[:, :shared] / t, -1)
     divergence = F.kl_div(F.log_softmax(logits / t, -1), log_q, reduction="none", log_target=True).sum(-1)
     return (case.loss_weights * ((1 - weight) * hard + weight * divergence)).sum(), hard, divergence
 

@@ -1,6 +1,5 @@
 """Encoding of training batches: samples, answers, loss weights, and the check of the packed layout."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,8 +16,8 @@ from distill.task.sample import Sample
 from distill.training.batches import (
     SYNTHETIC_ACCURACY,
     Batch,
+    PackingError,
     check_compatibility,
-    check_layers,
     check_tasks,
     encode,
     encode_tasks,
@@ -132,7 +131,7 @@ def test_a_model_that_ignores_its_mask_is_rejected_unless_packing_is_off(
     inner.forward = lambda **inputs: forward(**inputs | {"attention_mask": None})
     check_compatibility(backbone, rows, tasks, False)
     with pytest.raises(
-        SettingsError, match="packing: the model attends to tokens of a packed sequence that its mask hides"
+        PackingError, match="packing: the model attends to tokens of a packed sequence that its mask hides"
     ):
         check_compatibility(backbone, rows, tasks, True)
 
@@ -151,10 +150,7 @@ QWEN_3_5 = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("tasks", "refused"), [(["classify"], False), (["reason", "classify"], True)])
-def test_linear_attention_is_refused_by_its_config_as_by_its_weights(
-    backbone: Backbone, tasks: list[Template], refused: bool
-) -> None:
+def test_linear_attention_is_known_by_its_config_and_by_its_weights(backbone: Backbone) -> None:
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaConfig
 
     qwen = pytest.importorskip("transformers.models.qwen3_5")
@@ -169,10 +165,12 @@ def test_linear_attention_is_refused_by_its_config_as_by_its_weights(
     model = AutoModelForImageTextToText.from_config(config)
     linear = Backbone(model, backbone.processor, backbone.labels, backbone.settings)
     posts = [Sample("a", "a post", label="neutral", rationale="some words about it")]
-    for check in (lambda: check_layers(linear, tasks), lambda: check_compatibility(linear, posts, tasks, True)):
-        with pytest.raises(SettingsError, match=r"^packing: the model ") if refused else nullcontext():
-            check()
-    check_compatibility(linear, posts, tasks, False)
+    assert not linear.packs
+    check_compatibility(linear, posts, list(BOTH), True)
+    linear.packs = True
+    with pytest.raises(PackingError):
+        check_compatibility(linear, posts, list(BOTH), True)
+    check_compatibility(linear, posts, list(BOTH), False)
 
 
 @pytest.mark.parametrize(

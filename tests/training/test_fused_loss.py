@@ -28,6 +28,20 @@ def test_value_and_gradients_equal_the_plain_formula(
     assert not found.hard.requires_grad and not found.soft.requires_grad
 
 
+@pytest.mark.parametrize(("cap", "assistants"), [(4.0, None), (None, 4.0), (4.0, 7.0)])
+@pytest.mark.parametrize("chunk", [4, None])
+def test_capped_logits_of_student_or_assistant(cap: float | None, assistants: float | None, chunk: int | None) -> None:
+    case = Case(1).require_grad()
+    targets = case.targets._replace(cap=assistants)
+    expected = reference_loss(case, targets, 0.4, 1.7, cap)
+    found = case.loss(targets, weight=0.4, temperature=1.7, chunk=chunk, cap=cap)
+    assert_all_close(tuple(found), expected)
+    assert_all_close(case.gradients(found.total), case.gradients(expected[0]))
+    hard = case.loss(cap=cap)
+    assert_all_close(tuple(hard), reference_loss(case, None, cap=cap))
+    assert_all_close(case.gradients(hard.total), case.gradients(reference_loss(case, None, cap=cap)[0]))
+
+
 def test_without_soft_targets_the_loss_is_the_cross_entropy() -> None:
     case = Case(2).require_grad()
     expected, found = reference_loss(case, None), case.loss(weight=0.9, temperature=7.0)
@@ -105,7 +119,7 @@ def test_positions_may_have_several_dimensions() -> None:
     for soft in (case.targets, top_k_of(logits, 4)):
         row = case.loss(soft, chunk=5)
         hidden = case.hidden.detach().view(3, 4, D).requires_grad_()
-        folded = type(soft)(*(x if len(x) != 12 else x.unflatten(0, (3, 4)) for x in soft))
+        folded = type(soft)(*(x if x is None or len(x) != 12 else x.unflatten(0, (3, 4)) for x in soft))
         grid = answer_loss(hidden, case.head, case.tokens.view(3, 4), case.loss_weights.view(3, 4), folded, chunk=5)
         assert grid.hard.shape == grid.soft.shape == (3, 4)
         assert_all_close((grid.total, grid.hard.flatten(), grid.soft.flatten()), tuple(row), 0)
@@ -136,7 +150,7 @@ def test_a_frozen_head_and_the_assistant_receive_no_gradient() -> None:
     case = Case(10).require_grad()
     expected = case.gradients(case.loss(case.targets).total)
     case.head.requires_grad_(False)
-    targets = HiddenTargets(*(x.clone().requires_grad_() for x in case.targets))
+    targets = HiddenTargets(*(x.clone().requires_grad_() for x in case.targets[:2]))
     case.loss(targets).total.backward()
     assert case.head.grad is None and targets.hidden.grad is None and targets.head.grad is None
     assert_all_close((case.hidden.grad,), expected[:1])  # type: ignore[arg-type]

@@ -68,12 +68,14 @@ def rows(postcards: Corpus) -> list[Sample]:
     return [a, replace(b, rationale=None), replace(c, images=()), replace(d, text=d.text * 4), again]
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("top_k", [0, 768])
 def test_the_loss_equals_that_with_online_targets(
-    make_backbone: Any, rows: list[Sample], tmp_path: Path, top_k: int
+    make_backbone: Any, rows: list[Sample], tmp_path: Path, top_k: int, cap: float | None
 ) -> None:
     """In value and gradient; bfloat16 hidden states lose precision, log-probabilities of all tokens do not."""
     setup = Setup(make_backbone, tmp_path, top_k)
+    setup.assistant.cap = cap
     found = []
     for targets in (setup.load(), setup.write(rows)):
         module = setup.module(targets)

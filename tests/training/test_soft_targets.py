@@ -25,7 +25,8 @@ def test_targets_are_the_assistants_logits_at_the_answer_positions(make_backbone
     batch = encode(postcards.train[:3], student, TASKS, True)
     targets = OnlineTargets(assistant, student)
     assert targets.read(postcards.train[:3]) == {}
-    hidden, head = targets(batch)
+    hidden, head, cap = targets(batch)
+    assert cap is None
     assert hidden.shape == (len(batch.tokens), 128) and not hidden.requires_grad
     published = encode_tasks(postcards.train[:3], student, TASKS)
     with torch.no_grad():

@@ -1,0 +1,104 @@
+"""What model families can do that their configs do not say, by `model_type`; one row per family.
+
+A family without a row is treated like Llama with images: packed, and checked before training. What a config or a class
+says is read from it instead: layers that cannot be packed, processors without torchvision (`processors.py`), attention
+implementations.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from distill.models.tree_attention import layers_with_state
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        name: as its publisher writes it.
+        packs: whether answers in one packed row are computed as in separate sequences.
+        answer_type: value of `token_type_ids` for answer tokens.
+        needs_picture: whether each post must have a picture.
+        note: what a user should know, for the documentation.
+    """
+
+    name: str
+    packs: bool = True
+    answer_type: int = 0
+    needs_picture: bool = False
+    note: str = ""
+
+
+_SLIDING = "sliding windows"
+_HYBRID = "hybrid layers"
+_CROSS = "posts of a batch should have the same number of pictures: what precedes them also sees the padding"
+
+_PALIGEMMA = Family(
+    "PaliGemma",
+    packs=False,
+    answer_type=1,
+    needs_picture=True,
+    note="attends both ways over the prompt; version 2 needs `attention: eager`",
+)
+
+FAMILIES = {
+    "qwen2_vl": Family("Qwen2-VL"),
+    "qwen2_5_vl": Family("Qwen2.5-VL"),
+    "qwen3_vl": Family("Qwen3-VL"),
+    "qwen3_5": Family("Qwen3.5", note=_HYBRID),
+    "llava": Family("LLaVA, Pixtral"),
+    "llava_next": Family("LLaVA-NeXT"),
+    "llava_onevision": Family("LLaVA-OneVision"),
+    "internvl": Family("InternVL"),
+    "idefics3": Family("Idefics3"),
+    "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),
+    "mistral3": Family("Mistral 3"),
+    "gemma3": Family("Gemma 3", packs=False, note=f"{_SLIDING}; attends both ways within a picture"),
+    "paligemma": _PALIGEMMA,
+    "minicpmv4_6": Family("MiniCPM-V", note=_HYBRID),
+    "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
+    "lfm2_vl": Family("LFM2-VL", note=_HYBRID),
+    "mllama": Family("Llama 3.2 Vision", needs_picture=True, note=_CROSS),
+}
+
+_CAPPED = {
+    "gemma2", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "paligemma", "vaultgemma",
+}  # fmt: skip
+"""Families whose logits are capped by `final_logit_softcapping`; others have the field without using it."""
+
+_MULTIPLIED = {
+    "cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale", "falcon_h1": "lm_head_multiplier",
+    "hyperclovax": "logits_scaling", "hyperclovax_vision_v2": "logits_scaling",
+}  # fmt: skip
+_DIVIDED = {"granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "granite4_vision", "minicpm3"}
+"""Families whose logits are multiplied by this field, or divided by `logits_scaling`."""
+
+
+def find(config: PretrainedConfig) -> Family:
+    """The row of a model."""
+    return FAMILIES.get(config.model_type, Family(config.model_type))
+
+
+def packs(config: PretrainedConfig) -> bool:
+    """Whether a model computes packed rows exactly.
+
+    Layers of linear attention and convolution carry a state through all tokens of a sequence.
+    """
+    return find(config).packs and not layers_with_state(config.get_text_config())
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """Factor by which a model multiplies the product of output head and last hidden states."""
+    text: Any = config.get_text_config()
+    if config.model_type in _DIVIDED:
+        return 1 / float(text.logits_scaling)
+    return float(getattr(text, _MULTIPLIED[config.model_type])) if config.model_type in _MULTIPLIED else 1.0
+
+
+def logit_cap(config: PretrainedConfig) -> float | None:
+    """The cap c of a model whose logits are c · tanh(z / c); None without a cap."""
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return float(cap) if cap and config.model_type in _CAPPED else None
