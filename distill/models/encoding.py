@@ -13,6 +13,7 @@ import torch
 from distill.data.images import decode
 from distill.data.text import clean
 from distill.errors import SettingsError
+from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX
@@ -189,7 +190,9 @@ class Encoder:
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
             features = dict(self.processor(text=texts, images=images, **options))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SettingsError(
                 f"model.path: the processor does not take posts with {max(map(len, nested))} images and image_size "

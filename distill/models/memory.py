@@ -25,7 +25,7 @@ def memory_errors(ids: Sequence[str] | Callable[[], Sequence[str]], remedy: str)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RunError) or not _is_out_of_memory(error):
+        if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
         posts = list(ids() if callable(ids) else ids)
         shown = ", ".join(posts[:_SHOWN]) + (", ..." if len(posts) > _SHOWN else "")
@@ -33,6 +33,7 @@ def memory_errors(ids: Sequence[str] | Callable[[], Sequence[str]], remedy: str)
         raise RunError(f"out of memory{where}; {remedy}") from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on the GPU or in this machine."""
     text = str(error).casefold()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in _SIGNS)

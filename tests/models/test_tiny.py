@@ -64,7 +64,8 @@ def test_a_saved_model_and_processor_load_with_transformers(backbone: Backbone, 
     assert int((features["input_ids"] == processor.image_token_id).sum()) == 4  # 56 / 14 patches a side, merged 2 x 2
     expected = backbone.processor(text=[text], images=[image], return_tensors="pt")
     with torch.inference_mode():
-        assert torch.equal(model(**features).logits, backbone.model(**expected).logits)
+        # with torchvision, its image processor rounds differently
+        torch.testing.assert_close(model(**features).logits, backbone.model(**expected).logits, atol=1e-3, rtol=1e-3)
 
 
 def test_the_logits_depend_on_the_image(backbone: Backbone, postcards: Corpus) -> None:
