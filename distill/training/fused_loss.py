@@ -201,7 +201,7 @@ class _AnswerLoss(torch.autograd.Function):
             None if tensor is None else (tensor * grad).to(dtype)
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None, None, None
 
 
 def _cap(z: torch.Tensor, cap: float | None, temperature: float) -> torch.Tensor | None:

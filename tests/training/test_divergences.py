@@ -143,7 +143,7 @@ def test_extreme_temperatures_and_half_precision_are_finite(divergence: Divergen
     case = Case(9, vocabulary=3000, assistant_vocabulary=3000)
     case.loss_weights = case.loss_weights.float()
     case.hidden, case.head = case.hidden.bfloat16(), case.head.bfloat16()
-    case.targets = HiddenTargets(*(x.bfloat16() for x in case.targets))
+    case.targets = HiddenTargets(*(x.bfloat16() for x in case.targets[:2]))
     case.require_grad()
     for soft in (case.targets, top_k_of(case.targets.hidden.float() @ case.targets.head.float().T, 4, temperature)):
         loss = case.loss(soft, temperature=temperature, divergence=divergence)
