@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import write_text
-from distill.fingerprints import contents, fingerprints, translate
+from distill.fingerprints import contents, fingerprints, reads, translate
 from distill.manifest import Manifest
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
@@ -123,7 +124,7 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             state.adopt()
             state.log_edited()
             if only is not None:
-                _check_inputs(only, STAGES[only].reads, state.done)
+                _check_inputs(only, [*state.inputs(only)], state.done)
                 names = [only]
             pending = [name for name in names if not state.done[name]]
             for name in pending:  # before anything is paid for
@@ -230,8 +231,8 @@ class _State:
 
     def inputs(self, name: str) -> dict[str, str]:
         """The identities of the stages that a stage reads."""
-        known = self.context.fingerprints
-        return {read: known[read] for read in STAGES[name].reads if read in known}
+        known, section = self.context.fingerprints, asdict(getattr(self.context.recipe, name))
+        return {read: known[read] for read in reads(name, STAGES[name], section) if read in known}
 
     def adopt(self) -> None:
         """Complete the manifest of a run that an earlier version finished."""

@@ -212,10 +212,21 @@ def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]
             settings["task"],
             settings[name],
             *_section_values(settings, stage.sections),
-            *(hashes.get(earlier) for earlier in stage.reads),
+            *(hashes.get(earlier) for earlier in reads(name, stage, settings[name])),
         ]
         hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return hashes
+
+
+def reads(name: str, stage: Inputs, section: Mapping[str, Any]) -> tuple[str, ...]:
+    """The earlier stages that a stage reads; the student also the teacher, if it learns the teacher's labels.
+
+    Args:
+        section: the settings of the stage.
+    """
+    options = section.get("distillation") or {}
+    labels = name == "student" and options.get("label_weight") and options.get("label_teacher") == "teacher"
+    return (*stage.reads, "teacher") if labels else stage.reads
 
 
 def _section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> list[Any]:

@@ -309,7 +309,7 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("student.packing must be false if assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
-        check_label_teacher(options, recipe.assistant, recipe.annotating_teacher if annotate is not None else None)
+        check_label_teacher(options, recipe.assistant, recipe.annotating_teacher)
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")

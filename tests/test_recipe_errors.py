@@ -196,7 +196,7 @@ def test_an_error_of_a_section_has_its_dotted_name(name: str, value: Any, messag
          "student.distillation.label_teacher: assistant needs an assistant section; or set label_weight to 0"),
         ({"student.distillation.label_weight": 1.0, "student.distillation.label_teacher": "teacher", "teacher": None,
           "annotate.recorded": True, "calibrate": None, "cascade": None},
-         "student.distillation.label_teacher: teacher needs an annotate section with a teacher"),
+         "student.distillation.label_teacher: teacher needs a teacher section, or an annotate section with a teacher"),
         ({"student.distillation.label_weight": 1.0, "assistant.tasks": {"reason": 1.0}},
          "assistant.tasks needs classify, because the student learns its label distribution"),
         ({"student.distillation.label_weight": 1.0, "student.distillation.label_teacher": "teacher",

@@ -59,17 +59,18 @@ def unlabelled(posts: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:
 
 @contextmanager
 def _scorer(context: Context) -> Iterator[CachedTeacher]:
-    """The model that scores the labels. The teacher shares the ledger of `annotate`, which may have scored posts."""
+    """The model that scores the labels. A teacher that annotates shares the ledger, which may have scored posts."""
     recipe = context.recipe
     assert recipe.student is not None
+    own = context.folder / "student" / "ledger.jsonl"
     if recipe.student.distillation.label_teacher == "assistant":
-        with Ledger(context.folder / "student" / "ledger.jsonl") as ledger:
+        with Ledger(own) as ledger:
             yield CachedTeacher(_Assistant(context), context.labels, ledger, _CHUNK)
         return
     teacher = context.teacher(recipe.annotating_teacher)
     assert teacher is not None
     first = context.first_answers("student") if isinstance(teacher, Endpoint) else None
-    with Ledger(context.folder / "annotate" / "ledger.jsonl") as ledger:
+    with Ledger(context.folder / "annotate" / "ledger.jsonl" if recipe.annotate is not None else own) as ledger:
         yield CachedTeacher(teacher, context.labels, ledger, _CHUNK, recipe.other_servers(), first)
         if first is not None:
             first.end()

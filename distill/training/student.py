@@ -49,8 +49,8 @@ class DistillationSettings(Settings):
     """Weight of the divergence from the label distribution of `label_teacher`, which is added to the loss. It needs no
     common tokenizer, and the unlabelled posts take part; 0: none."""
     label_teacher: Literal["assistant", "teacher"] = "assistant"
-    """Whose label distribution is learned: that of the assistant, or of the teacher that annotates, which may be a
-    server that returns log-probabilities."""
+    """Whose label distribution is learned: that of the assistant, or of the teacher that is trained or annotates, which
+    may be a server that returns log-probabilities."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +87,7 @@ def check_label_teacher(options: DistillationSettings, assistant: TrainSettings 
     """Check that the recipe has the model whose label distribution the student learns.
 
     Args:
-        teacher: the settings of the teacher that annotates; None without one.
+        teacher: the settings of the teacher that is trained or annotates; None without one.
 
     Raises:
         SettingsError: it has not, or that model does not train the *classify* task.
@@ -97,7 +97,7 @@ def check_label_teacher(options: DistillationSettings, assistant: TrainSettings 
     role = options.label_teacher
     model, needs = {
         "assistant": (assistant, "an assistant section"),
-        "teacher": (teacher, "an annotate section with a teacher"),
+        "teacher": (teacher, "a teacher section, or an annotate section with a teacher"),
     }[role]
     if model is None:
         raise SettingsError(f"student.distillation.label_teacher: {role} needs {needs}; or set label_weight to 0")

@@ -125,6 +125,25 @@ def test_a_model_on_this_machine_teaches_its_label_distribution(tmp_path: Path, 
     assert not (recipe.folder / "student" / "ledger.jsonl").exists()
 
 
+def test_a_teacher_that_the_chain_trains_teaches_its_label_distribution(tmp_path: Path) -> None:
+    """Without rationales: the student depends on the teacher, and its scores are in the student's ledger."""
+    learner = TRAINING | {"tasks": {"classify": 1.0}}
+    student = learner | {"distillation": LABELS_ONLY | {"label_teacher": "teacher"}}
+    teacher = {key: value for key, value in learner.items() if key != "hard_labels_baseline"}
+    write(tmp_path, teacher=teacher, student=student, annotate=None, assistant=None, augment=None)
+    recipe = micro.read(tmp_path / "recipe.yaml")
+    assert chain.run(recipe) == ["teacher", "student"]
+    assert len(stored(recipe)) == 36 and None not in stored(recipe).values()
+    answers = (recipe.folder / "student" / "ledger.jsonl").read_text().splitlines()
+    assert len(answers) == 36 and not (recipe.folder / "annotate").exists()
+    assert chain.run(recipe) == []
+    other = micro.read(tmp_path / "recipe.yaml", "--teacher.learning_rate", "1e-4")
+    assert chain.run(other) == ["teacher", "student"]
+    alone = ("--student.distillation.label_weight", "0")
+    assert chain.run(micro.read(tmp_path / "recipe.yaml", *alone)) == ["teacher", "student"]
+    assert chain.run(micro.read(tmp_path / "recipe.yaml", *alone, "--teacher.learning_rate", "1e-4")) == ["teacher"]
+
+
 @pytest.mark.slow
 def test_an_assistant_teaches_a_student_of_another_family(tmp_path: Path, model_folder: Path, distill: Command) -> None:
     """Qwen2.5-VL teaches LLaVA with another tokenizer, through all stages."""
