@@ -13,6 +13,9 @@ from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 
+_LOGITS = 2**26
+"""Largest number of logits that are held at once."""
+
 
 class ScoredPrefill(NamedTuple):
     """Label scores of B samples, and the prefilled key-value cache of a second prompt about them.
@@ -84,7 +87,8 @@ def _one_label_log_probabilities(backbone: Backbone, features: Features, label: 
     lengths = features["attention_mask"].sum(1, keepdim=True)
     inputs = backbone.encoder.append(features, [label[:-1]] * len(lengths))
     columns = lengths - 1 + torch.arange(len(label), device=lengths.device)
-    return _token_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns), label).sum(1)
+    hidden = _at(backbone.hidden_states(inputs), columns)
+    return _token_log_probabilities(backbone, hidden, range(len(label)), label).sum(1)
 
 
 def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: Template) -> ScoredPrefill:
@@ -180,21 +184,39 @@ def _at(hidden: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def _whole_label_log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [B, K] of each label, summed over its tokens.
 
+    Columns after the same tokens, such as those of the first tokens of all labels, have the same logits, which are
+    computed once.
+
     Args:
         hidden: hidden states [B, N, D] that predict the N tokens of all labels.
     """
-    tokens = [token for label in backbone.label_tokens for token in label]
-    token_scores = _token_log_probabilities(backbone, hidden, tokens)
-    lengths = [len(label) for label in backbone.label_tokens]
-    return torch.stack([part.sum(1) for part in token_scores.split(lengths, 1)], 1)
+    first: dict[tuple[int, ...], int] = {}  # of the columns after some tokens of a label
+    columns: list[int] = []
+    tokens: list[int] = []
+    for label in backbone.label_tokens:
+        for position, token in enumerate(label):
+            columns.append(first.setdefault(tuple(label[:position]), len(tokens)))
+            tokens.append(token)
+    distinct = list(first.values())
+    scores = _token_log_probabilities(backbone, hidden[:, distinct], [distinct.index(n) for n in columns], tokens)
+    return torch.stack([part.sum(1) for part in scores.split([len(label) for label in backbone.label_tokens], 1)], 1)
 
 
-def _token_log_probabilities(backbone: Backbone, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """Log-probabilities [B, N] of N tokens, each from one of the hidden states [B, N, D]."""
-    logits = backbone.logits(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ids = torch.tensor(tokens, device=hidden.device).expand(len(hidden), -1)
-    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+def _token_log_probabilities(
+    backbone: Backbone, hidden: torch.Tensor, columns: Sequence[int], tokens: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities [B, N] of N tokens, each predicted by one of the hidden states [B, U, D].
+
+    Args:
+        columns: N indices below U.
+    """
+    rows = max(1, _LOGITS // (hidden.shape[1] * len(backbone.head)))
+    scores = []
+    for states in hidden.split(rows):
+        logits = backbone.logits(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores.append(logits[:, list(columns), list(tokens)] - logits.logsumexp(-1)[:, list(columns)])
+    return torch.cat(scores)
 
 
 def _normalise_whole_labels(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.data.corpus import Corpus
-from distill.models import tiny
+from distill.models import scoring, tiny
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
 from distill.models.local import Local, label_log_probabilities, normalise_labels, score_labels
 from distill.models.packing import shared_prefix_length
@@ -131,11 +131,14 @@ class LogitPositions(TorchDispatchMode):
         return found
 
 
-def test_images_are_encoded_once_and_logits_computed_only_for_label_tokens(
+def test_images_are_encoded_once_and_logits_computed_once_where_labels_branch(
     backbone: Backbone, posts: list[Sample]
 ) -> None:
     calls: list[int] = []
-    for space, tokens in ((SCALE, sum(map(len, with_labels(backbone, SCALE).label_tokens))), (LabelSpace(), 1)):
+    labels = with_labels(backbone, SCALE).label_tokens
+    branches = {tuple(label[:length]) for label in labels for length in range(len(label))}
+    assert len(branches) < sum(map(len, labels))
+    for space, tokens in ((SCALE, len(branches)), (LabelSpace(), 1)):
         scored = with_labels(backbone, space)
         hook = scored.model.model.visual.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
         features = scored.encode(posts, "classify")
@@ -272,3 +275,17 @@ def test_a_joint_prefill_processes_images_and_common_tokens_once(backbone: Backb
     assert lengths[check:] == [sum(map(len, prompts)) - shared] + [1] * 4
     assert scores.costs[0].prompt_tokens == len(prompts[0])
     assert answer.prompt_tokens == len(prompts[1]) - shared
+
+
+def test_chunks_of_logits_give_the_same_scores(
+    backbone: Backbone, posts: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = with_labels(backbone, SCALE)
+    features = scaled.encode(posts, "classify")
+    with torch.inference_mode():
+        whole = label_log_probabilities(scaled, features)
+        monkeypatch.setattr(scoring, "_LOGITS", 1)  # one post at a time
+        with LogitPositions(768) as positions:
+            torch.testing.assert_close(label_log_probabilities(scaled, features), whole)
+    branches = {tuple(label[:length]) for label in scaled.label_tokens for length in range(len(label))}
+    assert positions.seen == {len(branches)}
