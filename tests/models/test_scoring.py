@@ -282,7 +282,7 @@ def test_chunks_of_logits_give_the_same_scores(
 ) -> None:
     scaled = with_labels(backbone, SCALE)
     features = scaled.encode(posts, "classify")
-    with torch.inference_mode():
+    with torch.no_grad():
         whole = label_log_probabilities(scaled, features)
         monkeypatch.setattr(scoring, "_LOGITS", 1)  # one post at a time
         with LogitPositions(768) as positions:
