@@ -32,7 +32,6 @@ class Family:
     note: str = ""
 
 
-_SLIDING = "sliding windows"
 _HYBRID = "hybrid layers"
 _CROSS = "posts of a batch should have the same number of pictures: what precedes them also sees the padding"
 
@@ -56,7 +55,7 @@ FAMILIES = {
     "idefics3": Family("Idefics3"),
     "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),
     "mistral3": Family("Mistral 3"),
-    "gemma3": Family("Gemma 3", packs=False, note=f"{_SLIDING}; attends both ways within a picture"),
+    "gemma3": Family("Gemma 3", packs=False, note="attends both ways within a picture"),
     "paligemma": _PALIGEMMA,
     "minicpmv4_6": Family("MiniCPM-V", note=_HYBRID),
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
