@@ -231,13 +231,14 @@ def test_a_model_of_images_and_text_can_leave_them_out(model_folder: Path, mixed
 def test_an_architecture_that_generates_no_text_is_named(tokenizer_folder: Path, tmp_path: Path) -> None:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
     T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
-    for weights in (True, False):
+    said = {
+        True: "a model of the architecture T5ForConditionalGeneration does not generate text from a prompt",
+        False: f"{tmp_path} is an encoder-decoder model (t5); it must be a decoder, which continues its prompt",
+    }
+    for weights, sentence in said.items():
         with pytest.raises(SettingsError) as error:
             create(ModelSettings(str(tmp_path)), LABELS, tmp_path, weights=weights)
-        expected = (
-            "model.path: a model of the architecture T5ForConditionalGeneration does not generate text from a prompt"
-        )
-        assert str(error.value) == expected
+        assert str(error.value) == f"model.path: {sentence}"
 
 
 @pytest.mark.parametrize(
