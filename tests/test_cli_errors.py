@@ -37,7 +37,8 @@ def test_a_typo_in_a_recipe(distill: Command, tmp_path: Path) -> None:
     assert result.status == 2
     assert result.error == (
         "student.distillation.wieght is not a field (did you mean weight?); "
-        "the fields of student.distillation are weight, temperature, positions, soft_targets, top_k"
+        "the fields of student.distillation are weight, temperature, positions, soft_targets, top_k, divergence, "
+        "beta, skew, label_weight, label_teacher"
     )
     assert not (tmp_path / "runs").exists()
 

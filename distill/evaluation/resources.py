@@ -100,8 +100,11 @@ def missing_encoder(model: str) -> str | None:
         return "similarity_model is empty"
     if Path(model).is_dir() or (model == SIMILARITY_MODEL and importlib.util.find_spec(module) is not None):
         return None
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return None
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return None
+    except ValueError:
+        return f"the model {model!r} cannot be loaded ({_remedy(model)}): it is no folder, and no name of a hub model"
     if not constants.HF_HUB_OFFLINE and hub_reachable():
         return None
     return f"the model {model!r} cannot be loaded ({_remedy(model)}): it is not on this machine"

@@ -183,6 +183,11 @@ def test_a_missing_encoder_names_the_package_that_brings_it(monkeypatch: pytest.
         resources.embed(["a post"], resources.SIMILARITY_MODEL)
 
 
+def test_a_name_that_no_hub_model_can_have_is_said_without_asking() -> None:
+    said = resources.missing_encoder("(")
+    assert said is not None and said.endswith("it is no folder, and no name of a hub model")
+
+
 @pytest.mark.skipif(not resources.DEBIAN_WORDNET.is_dir(), reason="needs Debian's wordnet-base")
 def test_wordnet_of_debian() -> None:
     pytest.importorskip("nltk")

@@ -215,9 +215,11 @@ def test_two_processes_equal_one_process_with_twice_the_batch_size(runs: Runs, t
         difference = flat({name: found[name] - weights for name, weights in expected.items()})
         assert float(difference.norm() / update.norm()) < 1e-2  # AdamW amplifies rounding errors of gradients near zero
         for one, two in zip(metrics(tmp_path / "one"), metrics(folder), strict=True):
-            assert {name: float(value) for name, value in one.items() if value} == pytest.approx(
-                {name: float(value) for name, value in two.items() if value}, abs=1e-3
+            values, expected_values = (
+                {name: float(value) for name, value in row.items() if value and name != "train/tokens_per_second"}
+                for row in (one, two)
             )
+            assert values == pytest.approx(expected_values, abs=1e-3)
         assert load_file(folder / "adapter" / "adapter_model.safetensors")
 
 

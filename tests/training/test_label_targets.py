@@ -173,7 +173,7 @@ def test_the_layout_of_the_label_prompt_is_checked_as_well(make_backbone: Any, p
 
     backbone.hidden_states = leaking
     check_compatibility(backbone, postcards.train[:2], ["classify"], False)
-    with pytest.raises(SettingsError, match="set packing to false"):
+    with pytest.raises(SettingsError, match="tokens of a packed sequence that its mask hides"):
         check_compatibility(backbone, postcards.train[:2], ["classify"], True, label_targets=True)
 
 
