@@ -61,6 +61,10 @@ FAMILIES = {
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
     "lfm2_vl": Family("LFM2-VL", note=_HYBRID),
     "mllama": Family("Llama 3.2 Vision", needs_picture=True, note=_CROSS),
+    "llama": Family("Llama, SmolLM 1 and 2"),
+    "qwen3": Family("Qwen3"),
+    "gemma3_text": Family("Gemma 3, text"),
+    "smollm3": Family("SmolLM3"),
 }
 
 _CAPPED = {

@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from distill.errors import SettingsError
 from distill.models import families
+from distill.models.adapters import Source
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
 from distill.models.encoding import save_processor
 from distill.models.local import Local
-from distill.models.processors import processor_class
+from distill.models.pretrained import load_processor
 from distill.models.reasoner import Sampling
 from distill.models.scoring import label_log_probabilities, score_labels
+from distill.models.text_models import model_class
 from distill.task.labels import LabelSpace
 from distill.task.prompts import CLASSIFY_PREFIX, render
 from distill.task.sample import Sample
@@ -133,10 +135,11 @@ def reloads(backbone: Backbone, samples: Sequence[Sample], folder: Path) -> None
     backbone.merged().save_pretrained(folder)  # type: ignore[operator]
     save_processor(backbone.processor, folder)
     features = backbone.encode(samples, "classify")
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=backbone.settings.attention)
+    config = AutoConfig.from_pretrained(folder)
+    model = model_class(config).from_pretrained(folder, attn_implementation=backbone.settings.attention)
     expected = backbone.merged()(**features).logits
     torch.testing.assert_close(model(**features).logits, expected)
-    processor = processor_class(AutoConfig.from_pretrained(folder), str(folder)).from_pretrained(folder)
+    processor = load_processor(model, Source(str(folder), "main"))
     again = Backbone(model, processor, LABELS, backbone.settings).encode(samples, "classify")
     assert again.keys() == features.keys() and all(torch.equal(again[name], features[name]) for name in features)
 

@@ -1,5 +1,6 @@
 """Tiny configs of the model families."""
 
+from collections.abc import Callable
 from typing import Any
 
 import transformers as t
@@ -15,6 +16,11 @@ def text(kind: str, size: int, ids: Ids, **more: Any) -> dict[str, Any]:
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
         "bos_token_id": None, "eos_token_id": end, "pad_token_id": padding, "initializer_range": 0.1,
     } | more  # fmt: skip
+
+
+def text_only(kind: str, **more: Any) -> Callable[[int, Ids], Any]:
+    """The config of a model without images, given the vocabulary's size and a function from a token to its id."""
+    return lambda size, ids: t.CONFIG_MAPPING[kind](**text(kind, size, ids, **more))
 
 
 def mistral(size: int, ids: Ids) -> dict[str, Any]:

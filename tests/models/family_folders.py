@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import PretrainedConfig
 
 from distill.models import tiny
+from distill.models.text_models import model_class
 
 WORDS = ["negative neutral positive", "the sentiment of a post with text and images", "Prediction: Text_analysis"]
 
@@ -32,7 +33,7 @@ class TinyFamily:
 
     Attributes:
         config: the config, given the vocabulary's size and a function from a token to its id.
-        processor: content of `processor_config.json`.
+        processor: content of `processor_config.json`; empty for a text-only model.
         image: the marker of an image in the chat template.
         tokens: special tokens; those with a name are attributes of the tokenizer.
         bos: the BOS token, with which the chat template begins.
@@ -64,13 +65,14 @@ def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:
     tokenizer.chat_template = TEMPLATE.format(image=family.image, bos="{{ bos_token }}" if family.bos else "")
     torch.manual_seed(seed)
     config = family.config(len(tokenizer), tokenizer.convert_tokens_to_ids)
-    model: Any = AutoModelForImageTextToText.from_config(config)
+    model: Any = model_class(config).from_config(config)
     spread(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "processor_config.json").write_text(json.dumps(family.processor, indent=2))
+    if family.processor:
+        (folder / "processor_config.json").write_text(json.dumps(family.processor, indent=2))
     return folder
 
 

@@ -151,4 +151,11 @@ FAMILIES: dict[str, TinyFamily] = {
         configs.mllama, MLLAMA, "<|image|>",
         {"image_token": "<|image|>"}, ("<|python_tag|>",), bos="<|begin_of_text|>", pictures=(1, 1, 1, 1),
     ),
+    "llama": TinyFamily(configs.text_only("llama"), {}, "", pictures=(0, 0, 0, 0)),
+    "qwen3": TinyFamily(configs.text_only("qwen3"), {}, "", pictures=(0, 0, 0, 0)),
+    "gemma3_text": TinyFamily(
+        configs.text_only("gemma3_text", sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
+        {}, "", bos="<bos>", pictures=(0, 0, 0, 0),
+    ),
+    "smollm3": TinyFamily(configs.text_only("smollm3"), {}, "", pictures=(0, 0, 0, 0)),
 }  # fmt: skip
