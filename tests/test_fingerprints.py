@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distill import fingerprints
-from distill.chain import STAGES, run
+from distill.chain import STAGES, run, stages_of
 from distill.data.source import data_fingerprint
 from distill.errors import RunError
 from distill.models.lora import EARLIER_TARGETS
@@ -38,14 +38,21 @@ def make_earlier(recipe: Recipe) -> None:
     written = fingerprints._without(yaml.safe_load(path.read_text()), {"keep_layers"})
     path.write_text(yaml.safe_dump(written, sort_keys=False))
     settings = fingerprints._without(masked(recipe), fingerprints._IRRELEVANT | {"keep_layers"})
+    known = json.loads((recipe.folder / "chain.json").read_text())["stages"].keys()
+    with_trainer = {name for name in known if "trainer" in STAGES[name].sections}
+    assert set_fingerprints(recipe, settings) >= with_trainer | {"teacher", "student", "export"} & known
+
+
+def set_fingerprints(recipe: Recipe, settings: dict[str, Any]) -> set[str]:
+    """Write the fingerprints of settings into the manifest. Returns the stages whose fingerprint is another one."""
     hashes = fingerprints._hashes(settings, data_fingerprint(recipe.data), STAGES)
     manifest = recipe.folder / "chain.json"
     content = json.loads(manifest.read_text())
+    changed = {name for name, entry in content["stages"].items() if entry["fingerprint"] != hashes[name]}
     for name, entry in content["stages"].items():
-        assert entry["fingerprint"] != hashes[name] or "trainer" not in STAGES[name].sections
-        assert entry["fingerprint"] != hashes[name] or name not in ("teacher", "student", "export")
         entry["fingerprint"] = hashes[name]
     manifest.write_text(json.dumps(content))
+    return changed
 
 
 def pretrained(folder: Path, **lora: Any) -> Path:
@@ -65,14 +72,9 @@ def of_version_without_images(recipe: Recipe) -> None:
         settings[name]["model"]["lora"]["targets"] = EARLIER_TARGETS
     file.write_text(yaml.safe_dump(settings))
     names = fingerprints._IRRELEVANT | fingerprints._DEVICES
-    hashes = fingerprints._hashes(fingerprints._without(settings, names), data_fingerprint(recipe.data), STAGES)
-    manifest = recipe.folder / "chain.json"
-    content = json.loads(manifest.read_text())
-    for name, entry in content["stages"].items():
-        changed = {"assistant", "student"} & {name, *STAGES[name].reads}
-        assert (entry["fingerprint"] != hashes[name]) == bool(changed)
-        entry["fingerprint"] = hashes[name]
-    manifest.write_text(json.dumps(content))
+    learners = {"assistant", "student"}
+    changed = {name for name in stages_of(recipe) if learners & {name, *STAGES[name].reads}}
+    assert set_fingerprints(recipe, fingerprints._without(settings, names)) == changed
 
 
 def test_a_run_of_the_version_before_is_finished_with_the_new_default_of_the_targets(
@@ -164,12 +166,7 @@ def test_a_run_of_a_version_without_the_new_fields_is_kept(path: Path, fakes: Fa
     assert written != yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump(written))
     names = fingerprints._IRRELEVANT | fingerprints._DEVICES
-    hashes = fingerprints._hashes(fingerprints._without(written, names), data_fingerprint(recipe.data), STAGES)
-    manifest = recipe.folder / "chain.json"
-    content = json.loads(manifest.read_text())
-    for name, entry in content["stages"].items():
-        entry["fingerprint"] = hashes[name]
-    manifest.write_text(json.dumps(content))
+    assert "student" in set_fingerprints(recipe, fingerprints._without(written, names))
     assert run(micro.read(path)) == []
     assert run(micro.read(path, "--student.distillation.divergence", "jsd"))[0] == "student"
 
