@@ -132,14 +132,17 @@ class Backbone:
         """The tokens of an answer with the end token."""
         return [*self.encoder.tokens(text), self.processor.tokenizer.eos_token_id]
 
-    def pack(self, rows: Sequence[Sequence[PromptWithAnswers]]) -> Packed:
+    def pack(self, rows: Sequence[Sequence[PromptWithAnswers]], width: int = 0) -> Packed:
         """Pack B rows into one sequence each (`models/packing.py`); the prompts of a row have the same images.
+
+        Args:
+            width: rows without images are joined up to this many tokens; 0: they are not.
 
         Raises:
             ImageError: an image cannot be read.
             SettingsError: the chat template places the images where the prompts cannot share them.
         """
-        return self.branch(*self.encoder.pack(rows))
+        return self.branch(*self.encoder.pack(rows, width))
 
     def branch(self, first: Features, rows: Sequence[TreeRow], lengths: Sequence[int]) -> Packed:
         """Continue B prompts as packed rows.

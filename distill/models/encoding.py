@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +38,14 @@ class PromptWithAnswers(NamedTuple):
     prompt: Prompt
     prefix: Sequence[int]
     answers: Sequence[Sequence[int]]
+
+
+_Branch = tuple[PromptWithAnswers, list[int]]
+"""A prompt of a packed row, and its tokens without the forced prefix."""
+
+
+def _tree(branches: Sequence[_Branch]) -> TreeRow:
+    return build_tree_row([([*prompt, *item.prefix], item.answers) for item, prompt in branches])
 
 
 class Encoder:
@@ -116,33 +123,55 @@ class Encoder:
         tail = row[-1:].repeat(len(ending), *[1] * (row.dim() - 1))
         return tail.fill_(self.answer_type) if name == "token_type_ids" else tail
 
-    def pack(self, rows: Sequence[Sequence[PromptWithAnswers]]) -> tuple[Features, list[TreeRow], list[int]]:
+    def pack(
+        self, rows: Sequence[Sequence[PromptWithAnswers]], width: int = 0
+    ) -> tuple[Features, list[TreeRow], list[int]]:
         """Pack B rows of prompts; the prompts of a row have the same images, and their common prefix is stored once.
 
+        Args:
+            width: rows without images are joined to the row before while they have at most this many tokens together.
+
         Returns:
-            The features of each row's first prompt, padded by the processor; B packed rows (`build_tree_row`); and B
-            lengths of the common prefixes, in tokens.
+            The features of each row's first prompt, padded by the processor; at most B packed rows (`build_tree_row`);
+            and the lengths of their common prefixes, in tokens.
 
         Raises:
             ImageError: an image cannot be read.
             SettingsError: the chat template places the images after the common prefix.
         """
-        features = self._process([row[0].prompt for row in rows])
         tokens = iter(self._prompt_tokens([item.prompt for row in rows for item in row]))
+        branches = [[(item, next(tokens)) for item in row] for row in rows]
+        branches = self._joined(branches, width) if width else branches
+        features = self._process([row[0][0].prompt for row in branches])
         packed, lengths = [], []
-        for row, ids, mask in zip(rows, features["input_ids"], features["attention_mask"], strict=True):
+        for row, ids, mask in zip(branches, features["input_ids"], features["attention_mask"], strict=True):
             first = ids[mask.bool()].tolist()  # with the image tokens expanded
-            unexpanded = list(islice(tokens, len(row)))
-            shared = shared_prefix_length(unexpanded)
-            length = len(first) - len(unexpanded[0]) + shared
-            if first[length:] != unexpanded[0][shared:]:
+            shared = shared_prefix_length([prompt for _, prompt in row])
+            length = len(first) - len(row[0][1]) + shared
+            if first[length:] != row[0][1][shared:]:
                 raise SettingsError("packing: the chat template places images after the text; set packing to false")
-            branches = [
-                ([*prompt[shared:], *item.prefix], item.answers) for prompt, item in zip(unexpanded, row, strict=True)
-            ]
-            packed.append(build_tree_row(first[:length], branches))
+            packed.append(_tree([(item, [*first[:length], *prompt[shared:]]) for item, prompt in row]))
             lengths.append(length)
         return features, packed, lengths
+
+    def _joined(self, rows: Sequence[list[_Branch]], width: int) -> list[list[_Branch]]:
+        """Join neighbouring rows without images that have at most `width` tokens together."""
+        joined: list[list[_Branch]] = []
+        length = width  # of the last row; no row joins one with images
+        for row in rows:
+            if self.reads_images and row[0][0].prompt[1]:
+                joined.append(row)
+                length = width
+                continue
+            own = len(_tree(row).tokens)
+            shared = shared_prefix_length([joined[-1][-1][1], row[0][1]]) if joined else 0
+            if shared and length + own - shared <= width:
+                joined[-1] = [*joined[-1], *row]
+                length += own - shared
+            else:
+                joined.append(row)
+                length = own
+        return joined
 
     def tokens(self, text: str) -> list[int]:
         """Tokenize a text; control tokens in it are escaped."""

@@ -1,8 +1,8 @@
 """Packing of sequences with a common prefix into one row (tree attention), so that the prefix is computed once.
 
-A row is a token tree in depth-first order: the shared prefix, then for each prompt its own suffix followed by its
-answers. A token attends only to its ancestors and has the position id it would have in a separate sequence. Each path
-from the root to a leaf is therefore equivalent to a separate sequence.
+A row is a token tree in depth-first order: the tokens that all its prompts share, then for each prompt its own tokens
+and the tree of its answers. A token attends only to its ancestors and has the position id it would have in a separate
+sequence. Each path from the root to a leaf is therefore equivalent to a separate sequence.
 """
 
 from collections.abc import Sequence
@@ -54,35 +54,33 @@ class TreeRow:
         return any(end < len(self.tokens) for end in self.ends)
 
 
-def build_tree_row(root: Sequence[int], prompts: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> TreeRow:
-    """Build a row from the shared prefix and, per prompt, its own suffix and the answers to it.
+def build_tree_row(prompts: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> TreeRow:
+    """Build a row in which each sequence of a prompt and an answer shares its common prefix with the one before it.
 
     Args:
-        root: tokens that all prompts share.
-        prompts: pairs of the tokens that follow the root, and the answers, each with its end token.
+        prompts: pairs of the tokens of a prompt, and the answers to it, each with its end token.
     """
-    row = TreeRow(list(root), [0] * len(root), list(range(len(root))))
-
-    def append(tokens: Sequence[int], depth: int) -> None:
-        row.tokens += tokens
-        row.ends += [0] * len(tokens)
-        row.depths += range(depth, depth + len(tokens))
-
-    def close_branch(first: int) -> None:
-        row.ends[first:] = [end or len(row.tokens) for end in row.ends[first:]]
-
-    for suffix, answers in prompts:
-        begin = len(row.tokens)
-        append(suffix, len(root))
-        last = len(row.tokens) - 1 if suffix else len(root) - 1
+    row = TreeRow([])
+    path: list[int] = []  # columns of the last sequence
+    for prompt, answers in prompts:
         for answer in answers:
-            first = len(row.tokens)
-            append(answer[:-1], len(root) + len(suffix))
-            row.ends[first:] = [len(row.tokens)] * (len(answer) - 1)
-            row.predictions.append(list(zip([last, *range(first, len(row.tokens))], answer, strict=True)))
-        close_branch(begin)
-    close_branch(0)
+            sequence = [*prompt, *answer[:-1]]
+            shared = shared_prefix_length([[row.tokens[column] for column in path], sequence])
+            _end_at(row, path[shared:])
+            path = [*path[:shared], *range(len(row.tokens), len(row.tokens) + len(sequence) - shared)]
+            row.tokens += sequence[shared:]
+            row.ends += [0] * (len(sequence) - shared)
+            row.depths += range(shared, len(sequence))
+            before = path[len(prompt) - 1 :] if prompt else [-1, *path]
+            row.predictions.append(list(zip(before, answer, strict=True)))
+    _end_at(row, path)
     return row
+
+
+def _end_at(row: TreeRow, columns: Sequence[int]) -> None:
+    """End the subtrees of some columns at the current end of the row."""
+    for column in columns:
+        row.ends[column] = len(row.tokens)
 
 
 def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:

@@ -76,7 +76,7 @@ def label_log_probabilities(backbone: Backbone, features: Features) -> torch.Ten
     unpadded = [
         ids[mask].tolist() for ids, mask in zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
     ]
-    rows = [build_tree_row(ids, [([], backbone.label_tokens)]) for ids in unpadded]
+    rows = [build_tree_row([(ids, backbone.label_tokens)]) for ids in unpadded]
     inputs, columns, *_ = backbone.branch(features, rows, [len(ids) for ids in unpadded])
     columns = (columns % inputs["input_ids"].shape[1]).view(len(rows), -1).to(backbone.device)
     return _whole_label_log_probabilities(backbone, _at(backbone.hidden_states(inputs), columns))

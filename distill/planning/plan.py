@@ -116,7 +116,7 @@ def _forecast_training(
             assistant = forecast.model(forecast.recipe.assistant.model)
         except SettingsError:  # reported for the assistant's own training
             return training
-        disk = soft_target_bytes(len(samples) * ours.logits, settings.distillation, assistant)
+        disk = soft_target_bytes(len(samples) * ours.answers, settings.distillation, assistant)
         use_cache = settings.distillation.use_cache(epochs, disk, *disk_space(forecast.recipe.folder))
         source = "cached" if use_cache else "online"
     module = None if assistant is None else assistant.model

@@ -6,7 +6,7 @@ set, computes logits at all positions and runs the assistant in every epoch.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from distill.planning.flops import count_patches, flops, saved_activations
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.assistant import TrainSettings
-from distill.training.batches import LabelTargets, encode, synthetic_answers, target_answer
+from distill.training.batches import encode, row_lengths, synthetic_answers, target_answer
 from distill.training.fused_loss import CPU_ELEMENTS, CUDA_ELEMENTS
 from distill.training.soft_target_cache import bytes_per_token
 from distill.training.student import DistillationSettings, StudentSettings
@@ -26,13 +26,19 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Mean counts per sample, as arguments of `flops`; `longest` is the number of tokens of the longest sample."""
+    """Mean counts per sample, as arguments of `flops`.
+
+    Attributes:
+        longest: number of tokens of the longest sample.
+        answers: answer tokens with soft targets; those after the same tokens have the same logits. 0 where not counted.
+    """
 
     tokens: float
     logits: float
     patches: float
     pairs: float
     longest: int
+    answers: float = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,13 @@ def count_tokens(
     published = [_separate_counts([widths[task] for task in lengths], patches) for lengths, patches in separate]
     if uses_all_positions(settings):
         return _mean(published), _mean([_separate_counts(lengths.values(), patches) for lengths, patches in separate])
-    labels = learns_labels(settings)
-    return _mean(published), _mean([
-        _packed_counts(sample, backbone, tasks, settings.packing, labels) for sample in samples
-    ])  # fmt: skip
+    labels, size = learns_labels(settings), settings.batch_size
+
+    def packed(part: Sequence[Sample]) -> TokenCounts:
+        return _packed_counts(part, backbone, tasks, settings.packing, labels)
+
+    batches = _mean([packed(samples[first : first + size]) for first in range(0, len(samples), size)], len(samples))
+    return _mean(published), replace(batches, longest=max(packed([sample]).longest for sample in samples))
 
 
 def uses_all_positions(settings: TrainSettings) -> bool:
@@ -208,29 +217,20 @@ def _separate_lengths(
 
 
 def _packed_counts(
-    sample: Sample, backbone: Backbone, tasks: dict[Template, float], packing: bool, labels: bool
+    samples: Sequence[Sample], backbone: Backbone, tasks: dict[Template, float], packing: bool, labels: bool
 ) -> TokenCounts:
-    """Return the counts of one sequence per sample, or per task without packing. Rows are encoded without padding."""
-    targets = {sample.id: [1 / len(backbone.labels)] * len(backbone.labels)} if labels else {}
-    answered = {
-        task: weight for task, weight in tasks.items() if target_answer(task, sample, backbone.labels) is not None
-    }
-    packing = packing and backbone.packs
-    tokens = logits = patches = pairs = 0
-    separate: list[tuple[dict[Template, float], LabelTargets]] = [({task: w}, {}) for task, w in answered.items()]
-    separate += [({}, targets)] if labels else []
-    for row, label_row in [(answered, targets)] if packing else separate:
-        batch = encode([sample], backbone, row, packing, label_row)
-        width = batch.inputs["input_ids"].shape[1]
-        if "ends" in batch.inputs:
-            lengths = [width]
-            pairs += int((batch.inputs["ends"] - torch.arange(width)).sum())  # visible from itself to its branch's end
-        else:
-            lengths = batch.inputs["attention_mask"].sum(1).tolist()
-            pairs += sum(length * (length + 1) // 2 for length in lengths)
-        tokens, logits = tokens + sum(lengths), logits + len(batch.tokens)
-        patches += count_patches(backbone.model, batch.inputs.get("pixel_values"))
-    return TokenCounts(tokens, logits, patches, pairs, tokens)
+    """Return the sums over a batch, without its padding."""
+    count = len(backbone.labels)
+    targets = {sample.id: [1 / count] * count for sample in samples} if labels else {}
+    batch = encode(samples, backbone, tasks, packing, targets)
+    lengths = row_lengths(batch)
+    pairs = int((lengths * (lengths + 1) // 2).sum())
+    if (ends := batch.inputs.get("ends")) is not None:  # visible from itself to its branch's end
+        columns = torch.arange(ends.shape[1])
+        pairs = int(((ends - columns) * (columns < lengths[:, None])).sum())
+    tokens, logits = int(lengths.sum()), len(batch.positions.unique())
+    patches = count_patches(backbone.model, batch.inputs.get("pixel_values"))
+    return TokenCounts(tokens, logits, patches, pairs, tokens, len(batch.tokens))
 
 
 def _separate_counts(lengths: Collection[int], patches: int) -> TokenCounts:
@@ -239,9 +239,9 @@ def _separate_counts(lengths: Collection[int], patches: int) -> TokenCounts:
     return TokenCounts(tokens, tokens, patches, sum(length * (length + 1) // 2 for length in lengths), tokens)
 
 
-def _mean(parts: list[TokenCounts]) -> TokenCounts:
-    n = len(parts)
-    tokens, logits, patches, pairs = (
-        sum(getattr(part, name) for part in parts) / n for name in ("tokens", "logits", "patches", "pairs")
-    )
-    return TokenCounts(tokens, logits, patches, pairs, max(part.longest for part in parts))
+def _mean(parts: list[TokenCounts], samples: int = 0) -> TokenCounts:
+    """Return the mean over the samples; by default each part has one."""
+    n = samples or len(parts)
+    names = "tokens", "logits", "patches", "pairs", "answers"
+    mean = {name: sum(getattr(part, name) for part in parts) / n for name in names}
+    return TokenCounts(**mean, longest=max(part.longest for part in parts))

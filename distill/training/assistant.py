@@ -130,8 +130,10 @@ class AssistantModule(L.LightningModule):
 
     def loss(self, batch: Batch) -> AnswerLoss:
         """Return the cross-entropy at the positions that predict an answer token."""
-        cap = self.backbone.cap
-        return answer_loss(self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights, cap=cap)
+        return answer_loss(
+            self.hidden_states(batch), self.backbone.head, batch.tokens, batch.loss_weights, cap=self.backbone.cap,
+            positions=batch.positions,
+        )  # fmt: skip
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return the last hidden states [N, D] at the positions that predict an answer token."""

@@ -70,6 +70,10 @@ LabelTargets = Mapping[str, Sequence[float]]
 
 _NO_TASK = -1  # in place of a task's index: the tokens of `label_prompt`
 
+JOINED_TOKENS = 256
+"""Tokens up to which the sequences of posts without images are joined, so that they share the beginning of their
+prompts. Attention costs more than that saves in longer ones."""
+
 SYNTHETIC_ACCURACY = 0.6
 """Accuracy of each of the two synthetic earlier answers in a *review* prompt."""
 
@@ -98,8 +102,9 @@ def encode(
     probability.
 
     Args:
-        packing: True puts all tasks of a sample into one sequence; False gives each task its own sequence and images.
-            If the model does not pack (`Backbone.packs`), each answer has its own sequence.
+        packing: True puts all tasks of a sample into one sequence, which short posts without images share; False gives
+            each task its own sequence and images. If the model does not pack (`Backbone.packs`), each answer has its
+            own sequence.
         label_targets: the label distributions to learn; they are read from a further prompt, `label_prompt`.
     """
     rows: list[list[PromptWithAnswers]] = []
@@ -121,7 +126,7 @@ def encode(
             weights += [(_NO_TASK, 0.0)] * len(prompt.answers)
             targets_of_labels.append(label_targets[sample.id])
         rows += _rows(task_prompts, backbone, packing)
-    packed = backbone.pack(rows)
+    packed = backbone.pack(rows, JOINED_TOKENS if packing and backbone.packs else 0)
     indices, token_weights = (torch.tensor(column)[packed.answers] for column in zip(*weights, strict=True))
     learned = indices != _NO_TASK
     labels = None
@@ -299,8 +304,10 @@ def _leaks_between_branches(backbone: Backbone, packed: Packed) -> bool:
     first = packed.answers.diff(prepend=packed.answers[:1] - 1) != 0
     for answer in packed.answers.unique():
         changed = inputs["input_ids"].flatten().clone()
-        changed[packed.columns[(packed.answers != answer) & ~first]] = backbone.processor.tokenizer.eos_token_id
-        if _changes(backbone, inputs, changed, packed.columns[packed.answers == answer]):
+        own = packed.columns[packed.answers == answer]
+        others = packed.columns[(packed.answers != answer) & ~first]
+        changed[others[~torch.isin(others, own)]] = backbone.processor.tokenizer.eos_token_id
+        if _changes(backbone, inputs, changed, own):
             return True
     return False
 

@@ -69,6 +69,7 @@ def answer_loss(
     divergence: Divergence = FORWARD_KL,
     chunk: int | None = None,
     cap: float | None = None,
+    positions: torch.Tensor | None = None,
 ) -> AnswerLoss:
     """Compute Σ_n w_n ((1 - weight) CE_n + weight D(softmax(z_a / T), softmax(z_s / T))_n), without a T² factor.
 
@@ -89,6 +90,8 @@ def answer_loss(
         divergence: D; by default KL(assistant || student).
         chunk: number of positions whose logits are held at a time; None chooses it from V (64 MiB per buffer, 512 MiB
             on a GPU).
+        positions: [...], tokens with the same number have the same hidden state and soft targets, as in a token tree;
+            their logits are computed once. None: all are different.
         cap: c of a student whose logits are c · tanh(z / c) (Gemma 2, arXiv 2408.00118); None: they are not capped.
 
     Raises:
@@ -104,11 +107,19 @@ def answer_loss(
         soft_targets = TopKTargets(log_q.flatten(0, -2), ids.flatten(0, -2).long(), log_rest.flatten())
     else:
         weight, temperature = 0.0, 1.0
-    total, hard, soft = _AnswerLoss.apply(
-        hidden.flatten(0, -2), head, tokens.flatten(), loss_weights.flatten(), soft_targets, weight, temperature,
-        divergence, chunk, torch.is_grad_enabled(), cap,
+    order, first, rows, ends = _distinct(
+        torch.arange(tokens.numel(), device=tokens.device) if positions is None else positions.flatten()
+    )
+    if isinstance(soft_targets, HiddenTargets):
+        soft_targets = soft_targets._replace(hidden=soft_targets.hidden[first])
+    elif soft_targets is not None:
+        soft_targets = _select(soft_targets, first)
+    total, *losses = _AnswerLoss.apply(
+        hidden.flatten(0, -2)[first], head, tokens.flatten()[order], loss_weights.flatten()[order], rows, ends,
+        soft_targets, weight, temperature, divergence, chunk, torch.is_grad_enabled(), cap,
     )  # fmt: skip
-    return AnswerLoss(total, hard.view(tokens.shape), soft.view(tokens.shape))
+    hard, soft = (torch.empty_like(loss).index_copy(0, order, loss).view(tokens.shape) for loss in losses)
+    return AnswerLoss(total, hard, soft)
 
 
 def _check_shapes(
@@ -137,58 +148,71 @@ def _check_shapes(
             raise ValueError(f"the shape of {name} does not match hidden states of shape {tuple(hidden.shape)}")
 
 
+def _distinct(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Group N tokens by their positions, of which U are distinct.
+
+    Returns:
+        The order [N] that sorts the tokens by position; the first token [U] of each position; the index [N] below U of
+        each sorted token's position; and the end of each position's tokens in this order.
+    """
+    _, rows, counts = positions.unique(return_inverse=True, return_counts=True)
+    order = rows.argsort(stable=True)
+    ends = counts.cumsum(0)
+    return order, order[ends - counts], rows[order], ends.tolist()
+
+
 class _AnswerLoss(torch.autograd.Function):
+    """The loss of N tokens from U hidden states; `rows` [N] is sorted, and `ends` has the end of each row's tokens."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.Tensor, tokens: torch.Tensor, loss_weights: torch.Tensor,
-        soft_targets: SoftTargets | None, weight: float, temperature: float, divergence: Divergence,
-        chunk: int | None, grad_enabled: bool, cap: float | None,
+        rows: torch.Tensor, ends: list[int], soft_targets: SoftTargets | None, weight: float, temperature: float,
+        divergence: Divergence, chunk: int | None, grad_enabled: bool, cap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         matrix, soft_targets = _align_heads(head, soft_targets)
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         states, loss_weights = hidden.to(matrix.dtype), loss_weights.to(dtype)
+        begins = [0, *ends]
+        row_weights = torch.segment_reduce(loss_weights, "sum", offsets=rows.new_tensor(begins))
+        shares = torch.where(loss_weights == 0, 0, loss_weights / row_weights[rows])
         hidden_grad, head_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         any_grad = hidden_grad or head_grad
         grad_hidden = hidden.new_empty(hidden.shape, dtype=dtype) if hidden_grad else None
         grad_head = head.new_zeros(head.shape, dtype=dtype) if head_grad else None
-        hard, soft = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        hard, soft = (hidden.new_empty(len(tokens), dtype=dtype) for _ in range(2))
 
         size, block = _chunk_sizes(len(hidden), len(matrix), chunk, hidden.is_cuda)
         hidden_targets, top_k_targets = (isinstance(soft_targets, kind) for kind in (HiddenTargets, TopKTargets))
         logits = [hidden.new_empty(size, len(matrix), dtype=dtype) for _ in range(1 + hidden_targets)]
         buffers = [torch.empty_like(logits[0][:block]) for _ in range(1 + top_k_targets)]
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(hidden), size):
-                z = _add_product(logits[0][: len(states[rows])], states[rows], matrix.T, 0, 1 / temperature)
-                targets = _select(soft_targets, rows)
+            for part in _slices(len(hidden), size):
+                z = _add_product(logits[0][: len(states[part])], states[part], matrix.T, 0, 1 / temperature)
+                targets = _select(soft_targets, part)
                 if isinstance(soft_targets, HiddenTargets):
                     targets = _add_product(
-                        logits[1][: len(z)], soft_targets.hidden[rows], soft_targets.head.T, 0, 1 / temperature
+                        logits[1][: len(z)], soft_targets.hidden[part], soft_targets.head.T, 0, 1 / temperature
                     )
                     _cap(targets, soft_targets.cap, temperature)
-                for part in _slices(len(z), block):
-                    at = slice(rows.start + part.start, rows.start + part.stop)
-                    slope = _cap(z[part], cap, temperature)
+                for piece in _slices(len(z), block):
+                    first, last = part.start + piece.start, part.start + piece.stop
+                    at = slice(begins[first], begins[last])
+                    slope = _cap(z[piece], cap, temperature)
                     hard[at], soft[at] = _block_loss(
-                        z[part],
-                        _select(targets, part),
-                        tokens[at],
-                        buffers,
-                        weight,
-                        temperature,
-                        divergence,
-                        any_grad,
-                    )
+                        z[piece], _select(targets, piece), (rows[at] - first, tokens[at]), shares[at], buffers, weight,
+                        temperature, divergence, any_grad,
+                    )  # fmt: skip
                     if slope is not None:
-                        z[part] *= slope
+                        z[piece] *= slope
                 grad_logits = z.to(matrix.dtype) if any_grad else z
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[rows], grad_logits, matrix, 0)
+                    _add_product(grad_hidden[part], grad_logits, matrix, 0)
                 if grad_head is not None:
-                    weighted = (states[rows] * loss_weights[rows, None]).to(matrix.dtype)
+                    weighted = (states[part] * row_weights[part, None]).to(matrix.dtype)
                     _add_product(grad_head[: len(matrix)], grad_logits.T, weighted, 1)
         if grad_hidden is not None:
-            grad_hidden *= loss_weights[:, None]
+            grad_hidden *= row_weights[:, None]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtypes = hidden.dtype, head.dtype
         ctx.mark_non_differentiable(hard, soft)
@@ -201,7 +225,7 @@ class _AnswerLoss(torch.autograd.Function):
             None if tensor is None else (tensor * grad).to(dtype)
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None, None, None, None, None, None
+        return *grads, *[None] * 11
 
 
 def _cap(z: torch.Tensor, cap: float | None, temperature: float) -> torch.Tensor | None:
@@ -216,17 +240,21 @@ def _cap(z: torch.Tensor, cap: float | None, temperature: float) -> torch.Tensor
 
 
 def _block_loss(
-    z: torch.Tensor, targets: torch.Tensor | TopKTargets | None, tokens: torch.Tensor, buffers: list[torch.Tensor],
-    weight: float, temperature: float, divergence: Divergence, needs_grad: bool,
+    z: torch.Tensor, targets: torch.Tensor | TopKTargets | None, tokens: tuple[torch.Tensor, torch.Tensor],
+    shares: torch.Tensor, buffers: list[torch.Tensor], weight: float, temperature: float, divergence: Divergence,
+    needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Compute cross-entropy [n] and divergence [n] from logits / T [n, V]; overwrites z with the logits' gradient.
+    """Compute cross-entropy [m] and divergence [m] of m tokens from logits / T [n, V]; overwrites z with its gradient.
 
-    Targets are the assistant's logits / T [n, V], which are overwritten, or its top-k tokens. Softmax at temperature 1
-    is the normalized T-th power of softmax at T, so that the exponentials are computed only once.
+    The gradient is that of the mean over the tokens of a row, weighted by their shares [m], which sum to 1. `tokens`
+    are their rows [m] and ids [m]. Targets are the assistant's logits / T [n, V], which are overwritten, or its top-k
+    tokens. Softmax at temperature 1 is the normalized T-th power of softmax at T, so that the exponentials are computed
+    only once.
     """
-    token_logits = temperature * z.gather(1, tokens[:, None])[:, 0]
+    rows, _ = tokens
+    token_logits = temperature * z[tokens]
     first, *others = (buffer[: len(z)] for buffer in buffers)
-    gradient, value = None, torch.zeros_like(token_logits)
+    gradient, value = None, z.new_zeros(len(z))
     if targets is None:
         log_sum, p = softmax(z, first), first
     elif isinstance(targets, TopKTargets):
@@ -236,13 +264,13 @@ def _block_loss(
     peak = p.amax(-1)  # powers of p / peak, because powers of a nearly uniform p would underflow
     powers = torch.mul(p, 1 / peak[:, None], out=z).pow_(temperature)
     sums = powers.sum(-1)
-    hard = temperature * (log_sum + peak.log()) + sums.log() - token_logits
+    hard = (temperature * (log_sum + peak.log()) + sums.log())[rows] - token_logits
     if needs_grad:
         z.mul_((1 - weight) / sums[:, None])
-        z[torch.arange(len(z), device=z.device), tokens] -= 1 - weight
+        z.index_put_(tokens, (weight - 1) * shares, accumulate=True)
         if gradient is not None:
             z.add_(gradient, alpha=weight / temperature)
-    return hard, value
+    return hard, value[rows]
 
 
 def _top_k_divergence(
@@ -302,7 +330,7 @@ def _chunk_sizes(positions: int, vocabulary: int, chunk: int | None, cuda: bool)
     return size, size if cuda else min(size, max(CACHED_ELEMENTS // vocabulary, torch.get_num_threads()))
 
 
-def _select(targets: Any, rows: slice) -> Any:
+def _select(targets: Any, rows: slice | torch.Tensor) -> Any:
     """Return the given positions of logits or top-k targets; None for other targets."""
     if isinstance(targets, TopKTargets):
         return TopKTargets(*(tensor[rows] for tensor in targets))

@@ -165,7 +165,7 @@ class StudentModule(AssistantModule):
         states = self.backbone.hidden_states(batch.inputs).flatten(0, 1)
         loss = answer_loss(
             states[batch.positions], head, batch.tokens, batch.loss_weights, targets, options.weight,
-            options.temperature, self.divergence, cap=self.backbone.cap,
+            options.temperature, self.divergence, cap=self.backbone.cap, positions=batch.positions,
         )  # fmt: skip
         if batch.labels is None:
             return loss

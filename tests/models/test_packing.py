@@ -21,7 +21,7 @@ TASKS: tuple[Template, ...] = ("reason", "classify", "predict")
 
 
 def test_a_row_is_in_depth_first_order() -> None:
-    row = build_tree_row([1, 2], [([3], [[4, 5, 9], [6, 9]]), ([7, 8], [[9]])])
+    row = build_tree_row([([1, 2, 3], [[4, 5, 9], [6, 9]]), ([1, 2, 7, 8], [[9]])])
     assert row.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
     assert row.ends == [8, 8, 6, 5, 5, 6, 8, 8]
     assert row.depths == [0, 1, 2, 3, 4, 3, 2, 3]
@@ -30,14 +30,23 @@ def test_a_row_is_in_depth_first_order() -> None:
 
 
 def test_one_prompt_with_one_answer_is_a_plain_sequence() -> None:
-    row = build_tree_row([1, 2], [([], [[3, 9]])])
+    row = build_tree_row([([1, 2], [[3, 9]])])
     assert (row.tokens, row.depths, row.branches) == ([1, 2, 3], [0, 1, 2], False)
     assert row.predictions == [[(1, 3), (2, 9)]]
-    assert build_tree_row([], [([], [[3, 9], [4, 9]])]).predictions == [[(-1, 3), (0, 9)], [(-1, 4), (1, 9)]]
+    assert build_tree_row([([], [[3, 9], [4, 9]])]).predictions == [[(-1, 3), (0, 9)], [(-1, 4), (1, 9)]]
+
+
+def test_answers_and_prompts_with_the_same_beginning_share_its_columns() -> None:
+    """Two posts with a common first token; the answers to the second begin alike, as -3 and -2 do."""
+    row = build_tree_row([([1, 2], [[5, 9]]), ([1, 3], [[6, 7, 9], [6, 8, 9], [9]])])
+    assert row.tokens == [1, 2, 5, 3, 6, 7, 8]
+    assert row.ends == [7, 3, 3, 7, 7, 6, 7]
+    assert row.depths == [0, 1, 2, 1, 2, 3, 3]
+    assert row.predictions == [[(1, 5), (2, 9)], [(3, 6), (4, 7), (5, 9)], [(3, 6), (4, 8), (6, 9)], [(3, 9)]]
 
 
 def test_a_column_attends_to_its_own_path_and_padding_to_itself() -> None:
-    rows = [build_tree_row([1, 2], [([3], [[4, 9]]), ([5], [[6, 9]])]), build_tree_row([1], [([], [[2, 9]])])]
+    rows = [build_tree_row([([1, 2, 3], [[4, 9]]), ([1, 2, 5], [[6, 9]])]), build_tree_row([([1], [[2, 9]])])]
     mask = tree_mask(pad_rows([row.ends for row in rows]))[:, 0]
     assert [row.nonzero().flatten().tolist() for row in mask[0]] == [
         [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5],
@@ -168,3 +177,28 @@ def test_a_chat_template_with_images_after_the_text_is_rejected(make_backbone: A
             backbone.pack([prompts(backbone, posts[0])])
     finally:
         backbone.processor.chat_template = template
+
+
+def test_rows_without_images_are_joined_up_to_a_width(make_backbone: Any, posts: list[Sample]) -> None:
+    """Their log-probabilities and gradients stay those of separate rows; their order stays too."""
+    backbone = make_backbone(1)
+    bare = [replace(post, id=str(index), images=(), text=f"{index} {post.text}") for index, post in enumerate(posts)]
+    rows = [prompts(backbone, sample) for sample in [*bare, posts[1], bare[1], bare[2]]]
+
+    def run(width: int) -> tuple[Packed, torch.Tensor, list[torch.Tensor]]:
+        backbone.model.zero_grad()
+        packed = backbone.pack(rows, width)
+        found = log_probabilities(backbone, packed)
+        (found * torch.arange(len(found))).mean().backward()
+        return packed, found.detach(), [w.grad.clone() for w in backbone.model.parameters() if w.grad is not None]
+
+    (apart, expected, gradients), (joined, found, found_gradients) = run(0), run(10**4)
+    assert len(apart.inputs["input_ids"]) == 7 and len(joined.inputs["input_ids"]) == 3, "four, one with an image, two"
+    assert joined.inputs["ends"][0, 0] < apart.inputs["ends"][:4, 0].sum()
+    assert torch.equal(joined.tokens, apart.tokens) and torch.equal(joined.answers, apart.answers)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-6)
+    for one, other in zip(found_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    lengths = apart.inputs["ends"][:, 0].tolist()
+    narrow = backbone.pack(rows, lengths[0] + lengths[1]).inputs["ends"][:, 0]
+    assert 3 < len(narrow) < 7 and max(narrow.tolist()) <= max(lengths[0] + lengths[1], *lengths)

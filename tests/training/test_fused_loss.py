@@ -50,6 +50,24 @@ def test_without_soft_targets_the_loss_is_the_cross_entropy() -> None:
     assert not found.soft.any()
 
 
+@pytest.mark.parametrize("targets", ["none", "full", "top-k"])
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_tokens_of_the_same_position_share_its_logits(targets: str, chunk: int | None) -> None:
+    """As the first tokens of all labels do; some of them are the same token, and some have no weight."""
+    case = Case(6).require_grad()
+    positions = torch.tensor([7, 2, 7, 9, 2, 7, 0])  # of hidden states 0 to 3, in the order of the positions
+    rows = torch.tensor([2, 1, 2, 3, 1, 2, 0])
+    tokens, weights = torch.tensor([3, 5, 3, 8, 1, 0, 2]), torch.tensor([0.3, 0.0, 0.2, 0.5, 0.0, 0.1, 1.0])
+    soft: Any = case.targets._replace(hidden=case.targets.hidden[rows])
+    if targets == "top-k":
+        soft = top_k_of((case.targets.hidden @ case.targets.head.T)[rows], 4, 2.0)
+    options: dict[str, Any] = {"weight": 0.4, "chunk": chunk, "soft_targets": None if targets == "none" else soft}
+    expected = answer_loss(case.hidden[rows], case.head, tokens, weights, **options)
+    found = answer_loss(case.hidden[rows], case.head, tokens, weights, **options, positions=positions)
+    assert_all_close(tuple(found), tuple(expected))
+    assert_all_close(case.gradients(found.total), case.gradients(expected.total))
+
+
 @pytest.mark.parametrize("k", [None, 1, 6, V])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.5])
 def test_gradients_match_finite_differences(k: int | None, temperature: float) -> None:
