@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from peft.tuners.lora import LoraLayer
-from transformers import Qwen2_5_VLConfig
+from transformers import Gemma3TextConfig, Qwen2_5_VLConfig
 
 from distill.errors import SettingsError
 from distill.models.backbone import LoraSettings, ModelSettings, on_meta
@@ -32,10 +32,19 @@ def qwen_config(hidden: int, layers: int, heads: int, kv: int, intermediate: int
     )  # fmt: skip
 
 
+def gemma_config() -> Gemma3TextConfig:
+    """The config of Gemma 3 270M."""
+    return Gemma3TextConfig(
+        hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+        intermediate_size=2048, vocab_size=262_144, architectures=["Gemma3ForCausalLM"],
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Configs of the hub models that the recipes use."""
     sizes = {
+        "models/gemma-3-270m": gemma_config(),
         "Qwen/Qwen2.5-VL-3B-Instruct": qwen_config(2048, 36, 16, 2, 11008, 151_936, True),
         "Qwen/Qwen2.5-VL-7B-Instruct": qwen_config(3584, 28, 28, 4, 18944, 152_064, False),
     }
@@ -45,8 +54,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-PARAMETERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 3.7546e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.2922e9}
-LAYERS = {"Qwen/Qwen2.5-VL-3B-Instruct": 36, "Qwen/Qwen2.5-VL-7B-Instruct": 28}
+SIZES = {
+    ("models/gemma-3-270m", None): (0.2681e9, 18),
+    ("models/gemma-3-270m", 6): (0.2012e9, 6),
+    ("Qwen/Qwen2.5-VL-3B-Instruct", None): (3.7546e9, 36),
+    ("Qwen/Qwen2.5-VL-7B-Instruct", None): (8.2922e9, 28),
+}
+"""Parameters and layers by model and the layers that are kept."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -63,12 +77,13 @@ def test_a_recipe_starts_with_its_command_and_its_models_can_be_built(path: Path
             continue
         model = on_meta(dataclasses.replace(settings, path=str(hub[settings.path])))
         assert {weights.device.type for weights in model.parameters()} == {"meta"}
-        assert sum(w.numel() for w in model.parameters()) == pytest.approx(PARAMETERS[settings.path], rel=1e-3)
+        parameters, layers = SIZES[settings.path, settings.keep_layers]  # type: ignore[index]
+        assert sum(w.numel() for w in model.parameters()) == pytest.approx(parameters, rel=1e-3)
         assert settings.lora is not None
         model = add_lora(model, settings.lora).get_base_model()
         adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-        assert len(adapted) == 7 * LAYERS[settings.path]
-        assert all("language_model" in name and "visual" not in name for name in adapted)
+        assert len(adapted) == 7 * layers
+        assert all("layers" in name and "visual" not in name for name in adapted)
 
 
 @pytest.mark.parametrize("name", ["twitter15", "twitter17", "mvsa-single", "mvsa-multiple"])
