@@ -165,16 +165,16 @@ def test_posts_without_an_answer_are_trained_on_if_they_have_a_target(
 
 def test_the_layout_of_the_label_prompt_is_checked_as_well(make_backbone: Any, postcards: Corpus) -> None:
     backbone = make_backbone(1)
-    check_compatibility(backbone, postcards.train[:2], ["classify"], True, label_targets=True)
+    check_compatibility(backbone, postcards.train[:2], ["reason"], True, label_targets=True)
     states = type(backbone).hidden_states
 
     def leaking(inputs: Any, *rest: Any) -> torch.Tensor:
         return states(backbone, {k: v for k, v in inputs.items() if k != "ends"}, *rest)
 
     backbone.hidden_states = leaking
-    check_compatibility(backbone, postcards.train[:2], ["classify"], False)
+    check_compatibility(backbone, postcards.train[:2], ["reason"], True)
     with pytest.raises(SettingsError, match="tokens of a packed sequence that its mask hides"):
-        check_compatibility(backbone, postcards.train[:2], ["classify"], True, label_targets=True)
+        check_compatibility(backbone, postcards.train[:2], ["reason"], True, label_targets=True)
 
 
 def run(folder: Path, model_folder: Path, corpus: Corpus, kill: Any = None, **arguments: Any) -> StudentModule:
