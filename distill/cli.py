@@ -86,12 +86,7 @@ def _command(command: str, arguments: Sequence[str]) -> None:
     from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
-    options = recipe.parser(command)
-    if command == "run":
-        options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
-    if command == "plan":
-        options.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
-    settings, parsed = recipe.load(options, arguments)
+    settings, parsed = recipe.load(recipe.parser(command), arguments)
     if command == "plan":
         print(plan_text(settings, probes=parsed.probe))
         return
