@@ -7,7 +7,7 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -22,9 +22,17 @@ from distill.models.backbone import Backbone, ModelSettings, create
 from distill.models.tiny import TinySettings
 from distill.task.labels import LabelSpace
 from distill.task.prompts import render
+from tests import reloads
 from tests.commands import Command, Result
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_reloads() -> Iterator[None]:
+    """Exports are reloaded in forks of one process, except in tests of the command itself."""
+    with reloads.forked():
+        yield
 
 
 @pytest.fixture(scope="session")

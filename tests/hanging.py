@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 
+from tests.forks import Script
+
 STACKS = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1)\n"
 """First line of a script whose stacks are to be printed; processes that it forks have the handler, too."""
 
 
-def communicate(process: "subprocess.Popen[str]", timeout: float) -> tuple[str, str]:
+def communicate(process: "subprocess.Popen[str] | Script", timeout: float) -> tuple[str, str]:
     """Output and messages of a process that must end; after the timeout, all its processes are killed.
 
     Raises:

@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from distill import cli
 from distill.chain import STAGES, run, stages_of
 from distill.recipe import Recipe
 from tests import micro
+from tests.forks import processes
 from tests.models.openai_server import Server
 
 
@@ -31,8 +31,6 @@ def command(path: Path) -> None:
 
 def start(path: Path) -> Any:
     """Start the command in a process that has the libraries preloaded."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["distill.cli", "distill.chain"])
     process = processes.Process(target=command, args=(path,))
     process.start()
     return process

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from distill.data.corpus import read_corpus
 from distill.recipe import Recipe
 from tests import micro
+from tests.forks import Script
 from tests.hanging import STACKS, communicate, once_more
 from tests.models.openai_server import Server
 from tests.training.test_processes import is_running
@@ -97,18 +96,11 @@ def recipe(folder: Path, data: Path, **changes: Any) -> Path:
     return micro.write(folder, content, **changes)
 
 
-def start(path: Path, *flags: str, what: str = "runs") -> "subprocess.Popen[str]":
+def start(path: Path, *flags: str, what: str = "runs") -> Script:
     driver = path.with_name("driver.py")
     driver.write_text(DRIVER)
-    return subprocess.Popen(
-        [sys.executable, str(driver), "run", "--config", str(path), *flags],
-        env=os.environ
-        | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WHAT": what}
-        | {"FOLDER": str(path.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WHAT": what}
+    return Script(driver, "run", "--config", str(path), *flags, env=os.environ | env | {"FOLDER": str(path.parent)})
 
 
 def run(path: Path, *flags: str, what: str = "runs") -> tuple[int, str, str]:

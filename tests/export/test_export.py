@@ -18,6 +18,7 @@ from distill.export.check import Check
 from distill.export.export import ExportSettings, base_licence, export, model_card
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.task.labels import LabelSpace
+from tests.reloads import new_interpreter
 
 LABELS = LabelSpace()
 FEW = ExportSettings(check_samples=4)
@@ -34,7 +35,8 @@ def exported(model_folder: Path, postcards: Corpus, tmp_path_factory: pytest.Tem
     """The export of a tiny student; read-only for tests."""
     student = load(ModelSettings(image_size=56), LABELS, model_folder)
     folder = tmp_path_factory.mktemp("run") / "export"
-    result = export(student, postcards.test, folder, model_folder, CARD, FEW)
+    with new_interpreter():
+        result = export(student, postcards.test, folder, model_folder, CARD, FEW)
     assert result["samples"] == result["labels_equal"] == 4 and result["difference"] <= 1e-4
     return folder
 

@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
 from distill.training.processes import last_message
+from tests.forks import Script
 from tests.training.training_runs import LABELS, QUIET, metrics, state
 
 SCRIPT = """
@@ -67,16 +66,11 @@ def train(model_folder: str, corpus: Corpus, folder: Path, **arguments: Any) -> 
     return module
 
 
-def start(what: str, model_folder: Path, corpus: Corpus, folder: Path) -> "subprocess.Popen[str]":
+def start(what: str, model_folder: Path, corpus: Corpus, folder: Path) -> Script:
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    return subprocess.Popen(
-        [sys.executable, str(script), str(model_folder), str(corpus.root), str(folder), what],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return Script(script, str(model_folder), str(corpus.root), str(folder), what, env=os.environ | env)
 
 
 def ids_of(folder: Path, names: list[str]) -> list[int]:
