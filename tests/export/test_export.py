@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 from distill.data.corpus import Corpus
 from distill.errors import RunError
+from distill.export.card import base_licence, model_card
 from distill.export.check import Check
-from distill.export.export import ExportSettings, base_licence, export, model_card
+from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.task.labels import LabelSpace
 
@@ -51,7 +52,7 @@ def logits_of(model: torch.nn.Module, student: Backbone, corpus: Corpus) -> torc
 def test_the_folder_is_complete_and_no_temporary_files_remain(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "processor_config.json", "README.md", "export.json",
+        "chat_template.jinja", "processor_config.json", "README.md", "export.json", "scoring.json",
     }  # fmt: skip
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
     assert (exported / "README.md").read_text() == CARD
