@@ -1,5 +1,7 @@
 """The programs of docs/use-elsewhere.md give the labels and rationales of `Local`."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2_5_VLProcesso
 from transformers.utils import is_torchvision_available
 
 from distill.data.corpus import Corpus
-from distill.export.card import scoring
+from distill.export.card import model_card, scoring
 from distill.files import write_json
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
 from distill.models.local import Local
@@ -84,6 +86,28 @@ def test_requests_to_servers_score_texts(engine: str, text_student: Backbone, te
     with engines.serve(text_folder) as address:
         names = run(code.replace(f"http://{engine}", address))
         assert names["classify"](POST.text) == pytest.approx(probabilities(text_student), abs=1e-5)
+
+
+def test_the_requests_in_the_model_card_give_the_label(text_student: Backbone, text_folder: Path) -> None:
+    card = model_card("mine", "", "mit", "posts", "", {}, POST, text_student)
+    vllm, llama = (json.loads(body) for body in re.findall(r"<<'JSON'\n(.*?)\nJSON\n", card, re.DOTALL))
+    engine, names, expected = engines.Engine(text_folder), text_student.labels.names, probabilities(text_student)
+    vllm |= {"add_special_tokens": False, "chat_template_kwargs": {}}
+    if text_student.labels_share_tokens:
+        assert "Labels share their first token" in card
+        scores = []
+        for name, tokens in zip(names, text_student.label_tokens, strict=True):
+            vllm["messages"][1]["content"] = f'"Prediction": {name}'
+            reply = engine.reply("/v1/chat/completions", vllm)
+            (top,) = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            ends = zip(reply["prompt_logprobs"][1 - len(tokens) :], tokens, strict=False)
+            scores.append(top["logprob"] + sum(entry[str(token)]["logprob"] for entry, token in ends))
+    else:
+        reply = engine.reply("/v1/chat/completions", vllm | {"prompt_logprobs": None})
+        scores = [top["logprob"] for top in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
+    assert torch.tensor(scores).softmax(0).tolist() == pytest.approx(list(expected.values()), abs=1e-5)
+    assert llama["messages"][1]["content"] == '"Prediction":' and llama["top_logprobs"] == 100
+    assert all(f"| {name} | {tokens[0]}" in card for name, tokens in zip(names, text_student.label_tokens, strict=True))
 
 
 @pytest.fixture

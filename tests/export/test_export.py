@@ -212,6 +212,12 @@ def test_a_card_contains_base_licence_data_recipe_and_metrics(student: Backbone,
     assert "The weights are in float32; `export.json` compares them" in card.text
     assert "confusion" not in card.text and "Labels: negative, neutral, positive." in card.text
     assert f'Post: "{postcards.test[0].text}"' in card.text
+    request = json.loads(card.text.partition("<<'JSON'\n")[2].partition("\nJSON\n")[0])
+    (image, prompt), prefix = request["messages"][0]["content"], request["messages"][1]["content"]
+    assert image["type"] == "image_url" and prompt["text"].endswith('Answer: "Prediction": <label>')
+    assert prefix == '"Prediction":' and request["logprob_token_ids"] == student.label_ids.tolist()
+    assert "llama-server --model student.gguf --mmproj mmproj.gguf" in card.text
+    assert "Resize images to 56 × 56 pixels before they are sent." in card.text
 
 
 def test_the_licence_is_read_from_the_card_of_the_base_model(tmp_path: Path) -> None:
