@@ -215,7 +215,7 @@ class Encoder:
         texts = [self.render(*prompt) for prompt in prompts]
         nested = [[self.load_image(path) for path in images if self.reads_images] for _, images in prompts]
         images = nested if any(nested) else None  # a flat list would not say which post an image belongs to
-        special = not self._starts_with_bos(texts[0])
+        special = not self.starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
             features = dict(self.processor(text=texts, images=images, **options))
@@ -233,11 +233,11 @@ class Encoder:
     def _prompt_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of messages before their image placeholders are expanded."""
         texts = [self.render(*prompt) for prompt in prompts]
-        special = not self._starts_with_bos(texts[0])
+        special = not self.starts_with_bos(texts[0])
         encoded = self.processor.tokenizer(texts, add_special_tokens=special)["input_ids"]
         return [list(tokens) for tokens in encoded]
 
-    def _starts_with_bos(self, text: str) -> bool:
+    def starts_with_bos(self, text: str) -> bool:
         """Whether the chat template has already written the BOS token."""
         bos = self.processor.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)

@@ -2,7 +2,8 @@
 
 import logging
 
-from distill.export.export import base_licence, export, model_card
+from distill.export.card import base_licence, model_card
+from distill.export.export import export
 from distill.models.adapters import Source, find_source
 from distill.recipe import to_yaml
 from distill.stages.context import Context

@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 from distill.data.corpus import Corpus
 from distill.errors import RunError
+from distill.export.card import base_licence, model_card
 from distill.export.check import Check
-from distill.export.export import ExportSettings, base_licence, export, model_card
+from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.task.labels import LabelSpace
 from tests.reloads import new_interpreter
@@ -53,7 +54,7 @@ def logits_of(model: torch.nn.Module, student: Backbone, corpus: Corpus) -> torc
 def test_the_folder_is_complete_and_no_temporary_files_remain(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "processor_config.json", "README.md", "export.json",
+        "chat_template.jinja", "processor_config.json", "README.md", "export.json", "scoring.json",
     }  # fmt: skip
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
     assert (exported / "README.md").read_text() == CARD
@@ -213,6 +214,12 @@ def test_a_card_contains_base_licence_data_recipe_and_metrics(student: Backbone,
     assert "The weights are in float32; `export.json` compares them" in card.text
     assert "confusion" not in card.text and "Labels: negative, neutral, positive." in card.text
     assert f'Post: "{postcards.test[0].text}"' in card.text
+    request = json.loads(card.text.partition("<<'JSON'\n")[2].partition("\nJSON\n")[0])
+    (image, prompt), prefix = request["messages"][0]["content"], request["messages"][1]["content"]
+    assert image["type"] == "image_url" and prompt["text"].endswith('Answer: "Prediction": <label>')
+    assert prefix == '"Prediction":' and request["logprob_token_ids"] == student.label_ids.tolist()
+    assert "llama-server --model student.gguf --mmproj mmproj.gguf" in card.text
+    assert "Resize images to 56 × 56 pixels before they are sent." in card.text
 
 
 def test_the_licence_is_read_from_the_card_of_the_base_model(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from transformers import (
 
 from distill.data.corpus import Corpus
 from distill.errors import SettingsError
-from distill.export.export import ExportSettings, export, model_card
+from distill.export.card import model_card
+from distill.export.export import ExportSettings, export
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create, load
 from distill.models.local import Local
 from distill.models.reasoner import Sampling

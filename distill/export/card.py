@@ -1,0 +1,241 @@
+"""What an exported folder says about its use: the model card, and `scoring.json`, which programs read."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, hf_hub_download
+
+from distill.models.backbone import Backbone
+from distill.models.hub import load_from_hub
+from distill.models.text_models import TEMPLATE_VARIABLES
+from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.sample import Sample
+
+_FENCE = "`" * 3
+
+_METRICS = (
+    "n", "accuracy", "weighted_f1", "macro_f1", "ece", "mae", "correlation", "acc2_with_zero", "acc2_without_zero",
+    "reasoned_accuracy", "parse_rate", "consistency",
+)  # fmt: skip
+
+
+def scoring(student: Backbone) -> dict[str, Any]:
+    """How a label is read from a student, in terms of texts and tokens.
+
+    Returns:
+        `prompt`: the *classify* prompt with `{text}` for the text of a post, on one line; `prompt_with_aspect`: that
+        for posts with a target, `{aspect}`. `prefix`: the forced prefix of the answer. `labels`: K names.
+        `label_tokens`: K lists of token ids that follow the prefix; the probability of a label is proportional to the
+        product of their probabilities. `values`: the K bin centres of a scale, None without one. `image_size`: the
+        side of square images in pixels, 0 if the processor resizes them; None if the student reads none.
+        `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
+        `template_variables`: of the chat template.
+    """
+    labels, shared = student.labels, student.labels_share_tokens
+    return {
+        "prompt": render("classify", Sample("", "{text}"), labels),
+        "prompt_with_aspect": render("classify", Sample("", "{text}", aspect="{aspect}"), labels),
+        "prefix": CLASSIFY_PREFIX,
+        "labels": list(labels.names),
+        "label_tokens": [tokens if shared else tokens[:1] for tokens in student.label_tokens],
+        "values": labels.scale and labels.scale.centres.tolist(),
+        "image_size": student.settings.image_size if student.encoder.reads_images else None,
+        "add_special_tokens": not student.encoder.starts_with_bos(student.encoder.render("")),
+        "template_variables": _template_variables(student),
+    }
+
+
+def model_card(
+    name: str,
+    base: str,
+    licence: str,
+    data: str,
+    recipe: str,
+    metrics: Mapping[str, Any],
+    example: Sample,
+    student: Backbone,
+    reasons: bool = True,
+) -> str:
+    """Text of the model card (README.md): prompts, requests to servers, test metrics, data and recipe.
+
+    Args:
+        base: name of the base model; empty for a tiny model.
+        recipe: the resolved recipe as YAML.
+        metrics: test metrics of the student.
+        example: sample for which the prompts are shown.
+        reasons: whether the student was trained to generate rationales.
+    """
+    with_images, text_only = student.encoder.reads_images, student.processor.image_processor is None
+    task = "text-generation" if text_only else "image-text-to-text"
+    header = {"library_name": "transformers", "pipeline_tag": task, "license": licence}
+    if base:
+        header["base_model"] = base
+    rows = "\n".join(
+        f"| {key} | {value:.4g} |" for key in _METRICS if isinstance(value := metrics.get(key), int | float)
+    )
+    origin = base or "a tiny Qwen2.5-VL with random weights"
+    if student.settings.keep_layers is not None:
+        config: Any = student.model.config
+        origin = f"{config.get_text_config().num_hidden_layers} layers of {origin}"
+    posts = "posts with text and images" if with_images else "the texts of posts"
+    text = f"""# {name}
+
+A student model that classifies the sentiment of {posts}{" and explains it" if reasons else ""},
+trained with `distill` (MulCoT-RD, arXiv 2508.05234) from {origin}.
+Labels: {", ".join(student.labels.names)}.
+
+## Usage
+
+{_usage(example, student, reasons)}
+
+## Serving
+
+{_serving(example, student)}
+
+## Test metrics
+
+| metric | value |
+| --- | --- |
+{rows}
+
+## Data
+
+{data}
+
+## Recipe
+
+{_block("yaml", recipe.strip())}
+"""
+    card = ModelCard(f"---\n{_front_matter(header)}---\n\n{text}")
+    return str(card)
+
+
+def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
+    """The rule by which a label is read, with the prompts for one post."""
+    rule = "the most probable label token"
+    if student.labels_share_tokens:
+        rule = "the label with the highest probability of all its tokens and the end token"
+    images = student.encoder.reads_images
+    before = ", whose images go before the text in the message" if images else ""
+    parts = [
+        f"The label is {rule} after the *classify* prompt and the forced prefix `{CLASSIFY_PREFIX}`.\n"
+        f"The prompt for one post{before}:",
+        _block("text", render("classify", example, student.labels)),
+        "`scoring.json` has the prompt, the prefix and the tokens of the labels for programs.",
+    ]
+    if (scale := student.labels.scale) is not None:
+        centres = ", ".join(f"{centre:g}" for centre in scale.centres)
+        parts.append(f"The value is the sum of the bin centres ({centres}), weighted by the label probabilities.")
+    if reasons:
+        parts.append("The *reason* prompt generates a rationale of five fields:")
+        parts.append(_block("text", render("reason", example, student.labels)))
+    if images:
+        size = f"{student.settings.image_size} pixels"
+        parts.append(f"Images are resized to squares of {size} (0: resized by the processor).")
+    if used := _template_variables(student):
+        values = ", ".join(f"`{name}={value!r}`" for name, value in used.items())
+        parts.append(f"The chat template was applied with {values}.")
+    parts.append(
+        f"The weights are in {student.settings.dtype}; `export.json` compares them with the\n"
+        "student before its adapter was merged."
+    )
+    return "\n\n".join(parts)
+
+
+def _serving(example: Sample, student: Backbone) -> str:
+    """The commands that serve the student with vLLM and llama.cpp, and the requests for the label of one post."""
+    images, shared = student.encoder.reads_images, student.labels_share_tokens
+    scored = scoring(student)["label_tokens"]
+    convert, projector = "python convert_hf_to_gguf.py . --outfile student.gguf", ""
+    if images:
+        convert += "\npython convert_hf_to_gguf.py . --outfile mmproj.gguf --mmproj"
+        projector = " --mmproj mmproj.gguf"
+    serve = f"{convert}\nllama-server --model student.gguf{projector}"
+    vllm_note = llama_note = "The label is the one whose token has the highest log-probability in `top_logprobs`."
+    if shared:
+        first = student.labels.names[0]
+        vllm_note = (
+            f"Labels share their first token. Send this for each label instead of *{first}*, and add the\n"
+            "log-probabilities of its tokens, which are the last in `prompt_logprobs`, and that of the end token in\n"
+            "`top_logprobs`."
+        )
+        llama_note = (
+            "Labels share their first token, so that the token after this prefix does not decide between them. Send a\n"
+            "request for each beginning of a label, as the program in `docs/serve-elsewhere.md` does."
+        )
+    rows = [f"| {name} | {', '.join(map(str, ids))} |" for name, ids in zip(student.labels.names, scored, strict=True)]
+    parts = [
+        "With [vLLM](https://docs.vllm.ai), in this folder:",
+        _block("bash", "vllm serve . --served-model-name student\n" + _curl(8000, _vllm_request(example, student))),
+        vllm_note,
+        "With [llama.cpp](https://github.com/ggml-org/llama.cpp), if its converter knows the model:",
+        _block("bash", f"{serve}\n{_curl(8080, _request(example, student) | {'top_logprobs': 100})}"),
+        llama_note,
+        "\n".join(["| label | token ids |", "| --- | --- |", *rows]),
+    ]
+    if images and (size := student.settings.image_size):
+        parts.append(f"Resize images to {size} × {size} pixels before they are sent.")
+    return "\n\n".join([*parts, "`docs/serve-elsewhere.md` of `distill` has programs for both, and for other tools."])
+
+
+def _request(example: Sample, student: Backbone, answer: str = CLASSIFY_PREFIX) -> dict[str, Any]:
+    """A chat request for the log-probabilities of the token that follows the beginning of an answer."""
+    prompt: Any = render("classify", example, student.labels)
+    if student.encoder.reads_images:
+        url = "data:image/png;base64,(an image)"
+        prompt = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    variables = _template_variables(student)
+    request = {"messages": messages, "max_tokens": 1, "temperature": 0, "logprobs": True}
+    return request | ({"chat_template_kwargs": variables} if variables else {})
+
+
+def _vllm_request(example: Sample, student: Backbone) -> dict[str, Any]:
+    """The request to vLLM for the label tokens, or for the tokens of the first label if labels share tokens."""
+    options = {"model": "student", "add_generation_prompt": False, "continue_final_message": True}
+    if not student.labels_share_tokens:
+        ids = {"logprob_token_ids": student.label_ids.tolist(), "return_tokens_as_token_ids": True}
+        return options | _request(example, student) | ids
+    ids = {"prompt_logprobs": 0, "logprob_token_ids": student.label_tokens[0][-1:], "return_tokens_as_token_ids": True}
+    return options | _request(example, student, f"{CLASSIFY_PREFIX} {student.labels.names[0]}") | ids
+
+
+def base_licence(path: str, revision: str) -> str:
+    """The licence in the card of the base model; `other` if the card cannot be read, `apache-2.0` for tiny models."""
+    if not path:
+        return "apache-2.0"
+    try:
+        if Path(path).is_dir():
+            source: str | Path = Path(path) / "README.md"
+        else:
+            source = load_from_hub(partial(hf_hub_download, filename="README.md"), path, revision=revision)
+        card = ModelCard.load(source)
+        return str(card.data.get("license") or "other")
+    except Exception:  # noqa: BLE001 - offline, no card, or an invalid card: the licence is unknown
+        return "other"
+
+
+def _template_variables(student: Backbone) -> dict[str, Any]:
+    """The variables that the chat template of a text-only student reads, with the values it was trained with."""
+    if student.processor.image_processor is not None:
+        return {}
+    template = student.processor.chat_template
+    return {name: value for name, value in TEMPLATE_VARIABLES.items() if name in template}
+
+
+def _curl(port: int, body: Mapping[str, Any]) -> str:
+    """A chat request with curl."""
+    content = json.dumps(body, indent=1, ensure_ascii=False)
+    url = f"http://localhost:{port}/v1/chat/completions"
+    return f"\ncurl {url} -H 'Content-Type: application/json' -d @- <<'JSON'\n{content}\nJSON"
+
+
+def _block(language: str, content: str) -> str:
+    return f"{_FENCE}{language}\n{content}\n{_FENCE}"
+
+
+def _front_matter(header: Mapping[str, str]) -> str:
+    return "".join(f"{key}: {value}\n" for key, value in header.items())
