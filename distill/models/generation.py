@@ -126,8 +126,9 @@ def decode(
 def draw(scores: torch.Tensor) -> torch.Tensor:
     """Draw one token per row [B] from softmax(scores) of scores [B, V]: first a block of tokens, then one in it."""
     probabilities = scores.softmax(-1)
-    padded = torch.nn.functional.pad(probabilities, (0, -scores.shape[1] % _BLOCK))
-    blocks = padded.view(len(scores), -1, _BLOCK)
+    if rest := -scores.shape[1] % _BLOCK:
+        probabilities = torch.nn.functional.pad(probabilities, (0, rest))
+    blocks = probabilities.view(len(scores), -1, _BLOCK)
     block = blocks.sum(-1).multinomial(1)
     inside = blocks.take_along_dim(block[..., None], 1)[:, 0].multinomial(1)
     return (block * _BLOCK + inside)[:, 0]
