@@ -17,11 +17,11 @@ from distill.models.backbone import Backbone
 from distill.models.packing import Features
 from distill.models.reasoner import Sampling
 
-Check = Callable[[torch.Tensor, torch.Tensor], None]
-"""Called at each step with the logits [N, V] of the model, before temperature is applied, and the rows [N] of the batch
-that they belong to."""
+Check = Callable[[torch.Tensor, Sequence[int]], None]
+"""Called at each step with the logits [N, V] of the model, before temperature is applied, and the indices of their N
+rows in the batch."""
 
-Record = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+Record = Callable[[torch.Tensor, torch.Tensor, Sequence[int]], None]
 """Called after `Check` with the same and, between them, the tokens [N] that were chosen."""
 
 
@@ -93,7 +93,7 @@ def decode(
         input_ids: prompts [B, T].
         state: model inputs that `generate` has prepared; each step adds a column to them.
     """
-    rows = torch.arange(len(input_ids), device=input_ids.device)
+    rows = list(range(len(input_ids)))
     answers: list[list[int]] = [[] for _ in rows]
     outputs = model._prefill(input_ids, generation_config, state)
     if isinstance(cache := state.get("past_key_values"), DynamicCache):
@@ -108,7 +108,7 @@ def decode(
             tokens = draw(scores) if generation_config.do_sample else scores.argmax(-1)
             if record is not None:
                 record(logits, tokens, rows)
-            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            for row, token in zip(rows, tokens.tolist(), strict=True):
                 answers[row].append(token)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
             kept = (~stopping_criteria(input_ids, None)).nonzero()[:, 0]
@@ -116,7 +116,7 @@ def decode(
                 return answers
             if len(kept) < len(rows):
                 state = _select(state, kept, len(rows))
-                rows, input_ids = rows[kept], input_ids[kept]
+                rows, input_ids = [rows[place] for place in kept.tolist()], input_ids[kept]
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=1 if state["use_cache"] else None, **state
             )
@@ -245,13 +245,13 @@ class LogprobRecorder:
     def __init__(self, count: int, token_ids: Sequence[int], device: torch.device) -> None:
         self._count = count
         self._token_ids = torch.tensor(token_ids, dtype=torch.long, device=device)
-        self._steps: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._steps: list[tuple[Sequence[int], torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    def __call__(self, logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[int]) -> None:
         log_probabilities = logits.log_softmax(-1)
         top = log_probabilities.topk(self._count).indices
         ids = torch.cat([tokens[:, None], top, self._token_ids.expand(len(top), -1)], 1)
-        self._steps.append((rows.tolist(), ids.cpu(), log_probabilities.gather(1, ids).cpu()))
+        self._steps.append((rows, ids.cpu(), log_probabilities.gather(1, ids).cpu()))
 
     def tokens(self, row: int, tokenizer: Any) -> tuple[Token, ...]:
         """The generated tokens of one row of the batch."""

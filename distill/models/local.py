@@ -193,8 +193,8 @@ class Local:
             posts: the B samples of the prompts, which an error names.
         """
 
-        def check(logits: torch.Tensor, rows: torch.Tensor) -> None:
-            self._require_finite(logits, [posts[row] for row in rows.tolist()] if posts else [])
+        def check(logits: torch.Tensor, rows: Sequence[int]) -> None:
+            self._require_finite(logits, [posts[row] for row in rows] if posts else [])
 
         seed = hash((sampling.seed, sampling.attempt, first))
         prompts = features["attention_mask"].sum(1).tolist()

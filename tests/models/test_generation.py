@@ -50,7 +50,7 @@ def test_a_batch_whose_rows_end_apart_has_the_answers_of_transformers(kind: str,
     expected = plain(backbone, features)
     rows_of_steps, recorder = [], LogprobRecorder(1, [], backbone.device)
     found = generate(
-        backbone, features, Sampling(0.0, LIMIT), 0, lambda logits, rows: rows_of_steps.append(rows.tolist()), recorder
+        backbone, features, Sampling(0.0, LIMIT), 0, lambda logits, rows: rows_of_steps.append(rows), recorder
     )
     assert found == expected
     assert len({len(answer) for answer in found}) > 1, "all rows end together"
