@@ -5,7 +5,8 @@ transformers computes it until the last row ends. A token is drawn in two steps,
 for each token of a large vocabulary takes as long as half of the output head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, DynamicLayer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, wide_linear
 from distill.models.packing import Features
 from distill.models.reasoner import Sampling
 
@@ -98,7 +99,7 @@ def decode(
     outputs = model._prefill(input_ids, generation_config, state)
     if isinstance(cache := state.get("past_key_values"), DynamicCache):
         write_in_place(cache)
-    with model._optimize_model_for_decode():
+    with model._optimize_model_for_decode(), _wide_head(model):
         while True:
             state = model._update_model_kwargs_for_generation(outputs, state, is_encoder_decoder=False)
             logits = outputs.logits[:, -1].float()
@@ -121,6 +122,20 @@ def decode(
                 input_ids, next_sequence_length=1 if state["use_cache"] else None, **state
             )
             outputs = model(**inputs, return_dict=True)
+
+
+@contextmanager
+def _wide_head(model: Any) -> Iterator[None]:
+    """The output head of a model computes `wide_linear`."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:  # another kind of layer has its own computation
+        yield
+        return
+    head.forward = lambda hidden: wide_linear(hidden, head.weight, head.bias)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
