@@ -197,18 +197,18 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['extra_bytes'] / 1e6:>10.0f}  {row['ours']:<10}{ratios}", flush=True)
 
 
-def read_rows(options: argparse.Namespace, count: int) -> list[Sample]:
+def read_rows(options: argparse.Namespace) -> list[Sample]:
     """Posts of dev.jsonl without their pictures, shuffled."""
     samples = [replace(sample, images=()) for sample in workload.read_posts(options.data)]
     random.Random(0).shuffle(samples)
-    return samples[:count]
+    return samples
 
 
 def compare(options: argparse.Namespace, description: dict[str, Any]) -> int:
     """Check the losses, and measure all implementations at each precision. Returns the exit status."""
     torch.set_num_threads(options.threads)
     size = options.batch_size[0]
-    samples = read_rows(options, size * (options.repeats + 1))
+    samples = read_rows(options)
     trained = "LoRA adapters" if options.lora else "all weights"
     print(
         f"{options.model.name} and {options.teacher.name}, training {trained}; {len(samples)} rows, batch size {size}"
