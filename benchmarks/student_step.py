@@ -3,6 +3,10 @@
     python benchmarks/student_step.py                                   # tiny models, Qwen's vocabularies, on a CPU
     python benchmarks/student_step.py --repeats 9 --json student_step.json
     python benchmarks/student_step.py --device cuda --batch-size 2 8    # 3B and 7B with random weights in bfloat16
+    python benchmarks/student_step.py --model FOLDER --teacher FOLDER --lora --dtype float32 bfloat16
+
+The last command takes pretrained text models, and is described in pretrained_step.py. The rest of this text is about
+the others.
 
 Implementations:
     published: published.py; two padded sequences per sample, each through student and assistant, logits and KL at
@@ -36,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pretrained_step
 import psutil
 import published
 import torch
@@ -247,6 +252,8 @@ def main() -> int:
     options = parse_options()
     begin, description = time.perf_counter(), describe(options)
     print(", ".join(f"{name} {value}" for name, value in description.items()))
+    if options.model:
+        return pretrained_step.compare(options, description)
     peak = bf16_peak() if options.device == "cuda" else None
     if peak:
         print(f"utilisation is relative to {peak / 1e12:.0f} TFLOP/s, the dense bfloat16 peak")
@@ -280,10 +287,21 @@ def parse_options() -> argparse.Namespace:
     tokenizer = SHARED / "tokenizers" / "qwen2" / "tokenizer.json"
     parser.add_argument("--tokenizer", type=Path, default=tokenizer, help="Qwen2's tokenizer.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--model", type=Path, help="folder of a pretrained student, which reads text only")
+    parser.add_argument("--teacher", type=Path, help="with --model: folder of the teacher (default: the student's)")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument(
+        "--dtype", choices=dtypes, nargs="+", default=dtypes[:1], help="with --model (default: float32)"
+    )
+    names = pretrained_step.IMPLEMENTATIONS
+    parser.add_argument(
+        "--implementations", choices=names, nargs="+", default=names, help="with --model (default: all)"
+    )
     parser.add_argument("--json", type=Path, help="file for all results")
     options = parser.parse_args()
     options.size = options.size or ("published" if options.device == "cuda" else "tiny")
     options.lora |= options.size == "published"
+    options.teacher = options.teacher or options.model
     return options
 
 

@@ -2,18 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import DynamicCache, DynamicLayer, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, DynamicLayer
 
 from distill.errors import NonFiniteError, SettingsError
 from distill.models.backbone import Backbone
 from distill.models.encoding import Features, Prompt
+from distill.models.generation import LogprobRecorder, Token, end_tokens, generate
 from distill.models.memory import memory_errors
 from distill.models.reasoner import Answer, ClassScores, Cost, Sampling, classify_then_reason
 from distill.models.scoring import (
@@ -31,24 +32,6 @@ __all__ = ["Completion", "Local", "Token", "label_log_probabilities", "normalise
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_LOWEST_TEMPERATURE = 1e-4
-"""Below it decoding is greedy, its limit: logits divided by a smaller temperature overflow."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
-
-    Attributes:
-        text: the decoded token.
-        logprob: its log-probability.
-        top_logprobs: log-probabilities by text of the top-k and the requested tokens at this position, highest first.
-    """
-
-    text: str
-    logprob: float
-    top_logprobs: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ class Local:
         completions: list[Completion] = []
         for first, batch in self._batches(prompts):
             features = self.backbone.encoder.encode(batch, padding_side="left")
-            recorder = _LogprobRecorder(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
+            recorder = LogprobRecorder(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
             completions += self._generate(self._to_device(features), sampling, first, recorder)
         return completions
 
@@ -195,13 +178,12 @@ class Local:
             self._joint_prefill = supported
         return self._joint_prefill
 
-    @torch.inference_mode()
     def _generate(
         self,
         features: dict[str, Any],
         sampling: Sampling,
         first: int,
-        recorder: "_LogprobRecorder | None" = None,
+        recorder: LogprobRecorder | None = None,
         posts: Sequence[Sample] = (),
     ) -> list[Completion]:
         """Answers to B left-padded prompts.
@@ -210,28 +192,25 @@ class Local:
             first: index of the first prompt among all prompts of the call; part of the seed.
             posts: the B samples of the prompts, which an error names.
         """
-        tokenizer, stops = self.backbone.processor.tokenizer, _end_tokens(self.backbone)
-        options = _options(sampling) | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        check = _FiniteLogits(lambda logits: self._require_finite(logits, posts))
-        options["logits_processor"] = LogitsProcessorList([check] if recorder is None else [check, recorder])
-        # isolate the random state: callers may draw random numbers between two batches
-        with torch.random.fork_rng(_devices(self.backbone.device)):
-            torch.manual_seed(hash((sampling.seed, sampling.attempt, first)))
-            output = self.backbone.model.generate(**features, **options)  # type: ignore[operator]
-        completions = []
+
+        def check(logits: torch.Tensor, rows: Sequence[int]) -> None:
+            self._require_finite(logits, [posts[row] for row in rows] if posts else [])
+
+        seed = hash((sampling.seed, sampling.attempt, first))
         prompts = features["attention_mask"].sum(1).tolist()
-        for index, row in enumerate(output[:, features["input_ids"].shape[1] :].cpu()):
-            ends = torch.isin(row, torch.tensor(stops)).nonzero()
-            length = int(ends[0]) if len(ends) else len(row)
-            generated = length + bool(len(ends))
-            text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            tokens = recorder.tokens(output, index, generated, tokenizer) if recorder is not None else ()
-            completions.append(Completion(text, bool(len(ends)), prompts[index], generated, tokens))
+        answers = generate(self.backbone, features, sampling, seed, check, recorder)
+        tokenizer, stops = self.backbone.processor.tokenizer, end_tokens(self.backbone)
+        completions = []
+        for row, answer in enumerate(answers):
+            finished = answer[-1] in stops
+            text = tokenizer.decode(answer[: len(answer) - finished], skip_special_tokens=True)
+            tokens = recorder.tokens(row, tokenizer) if recorder is not None else ()
+            completions.append(Completion(text, finished, prompts[row], len(answer), tokens))
         return completions
 
     def _require_finite(self, values: torch.Tensor, posts: Sequence[Sample]) -> None:
         """Raise NonFiniteError if a row of probabilities or logits [B, K] has a NaN or no finite value."""
-        broken = values.isnan().any(-1) | ~values.isfinite().any(-1)
+        broken = ~values.amax(-1).isfinite()  # NaN if the row has one
         if broken.any():
             ids = [post.id for post, bad in zip(posts, broken.tolist(), strict=False) if bad]
             raise NonFiniteError(f"the probabilities of {self.name} are", ids, "its weights or precision are at fault")
@@ -242,60 +221,6 @@ class Local:
 
     def _to_device(self, features: Features) -> Features:
         return {name: value.to(self.backbone.device) for name, value in features.items()}
-
-
-class _FiniteLogits(LogitsProcessor):
-    """Calls `check` with the logits of each generation step: a NaN would otherwise give arbitrary tokens."""
-
-    def __init__(self, check: Callable[[torch.Tensor], None]) -> None:
-        self._check = check
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._check(scores)
-        return scores
-
-
-class _LogprobRecorder(LogitsProcessor):
-    """Records the requested log-probabilities at each generation step, before temperature is applied.
-
-    The token sampled in a step is only known when the next step begins; until then the full distribution is kept.
-
-    Args:
-        count: number of most probable tokens per step.
-        token_ids: tokens that are always recorded.
-    """
-
-    def __init__(self, count: int, token_ids: Sequence[int], device: torch.device) -> None:
-        self._count = count
-        self._token_ids = torch.tensor(token_ids, dtype=torch.long, device=device)
-        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._pending: torch.Tensor | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._record_pending(input_ids)
-        self._pending = scores.log_softmax(-1)
-        return scores
-
-    def tokens(self, output: torch.Tensor, row: int, length: int, tokenizer: Any) -> tuple[Token, ...]:
-        """The first `length` generated tokens of one row of the output."""
-        self._record_pending(output)
-        tokens = []
-        for ids, values in self._steps[:length]:
-            texts = [tokenizer.decode([token]) for token in ids[row].tolist()]
-            pairs = list(zip(texts, values[row].tolist(), strict=True))
-            top: dict[str, float] = {}
-            for text, value in sorted(pairs[1:], key=lambda pair: -pair[1]):
-                top.setdefault(text, value)  # of tokens with the same text, keep the most probable
-            tokens.append(Token(*pairs[0], top))
-        return tuple(tokens)
-
-    def _record_pending(self, sequences: torch.Tensor) -> None:
-        """Record the previous step; its token is the last column of the sequences [B, T]."""
-        if self._pending is not None:
-            top = self._pending.topk(self._count).indices
-            ids = torch.cat([sequences[:, -1:], top, self._token_ids.expand(len(top), -1)], 1)
-            self._steps.append((ids.cpu(), self._pending.gather(1, ids).cpu()))
-            self._pending = None
 
 
 def _naming(batch: Sequence[Sample]) -> AbstractContextManager[None]:
@@ -320,27 +245,3 @@ def _has_full_cache(backbone: Backbone) -> bool:
     if getattr(config.get_text_config(), "cross_attention_layers", None):  # these cache the pictures
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-
-
-def _options(sampling: Sampling) -> dict[str, Any]:
-    """Sampling options of `generate`; they override the generation config that a published model brings."""
-    options: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "repetition_penalty": 1.0}
-    if sampling.temperature >= _LOWEST_TEMPERATURE:
-        return options | {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    return options | {
-        "do_sample": False,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-    }  # the defaults of transformers
-
-
-def _end_tokens(backbone: Backbone) -> list[int]:
-    """Ids of the end tokens: the tokenizer's and those of the generation config."""
-    published = backbone.model.generation_config.eos_token_id  # type: ignore[union-attr]
-    ids = published if isinstance(published, list) else [published]
-    return sorted({backbone.processor.tokenizer.eos_token_id, *ids} - {None})
-
-
-def _devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

@@ -18,6 +18,7 @@ from distill.models.backbone import (
     create,
     load,
     on_meta,
+    wide_linear,
 )  # fmt: skip
 from distill.models.local import Local
 from distill.models.reasoner import Sampling
@@ -302,3 +303,12 @@ def test_on_meta_has_shapes_and_allocates_no_memory(model_folder: Path) -> None:
         model = on_meta(settings)
         assert {weights.device.type for weights in model.parameters()} == {"meta"}
         assert sum(weights.numel() for weights in model.parameters()) > 100_000
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(0, 1, 20_001)])
+def test_a_wide_head_is_computed_in_blocks(bias: torch.Tensor | None) -> None:
+    hidden, weight = torch.randn(3, 2, 8), torch.randn(20_001, 8, requires_grad=True)
+    found, expected = wide_linear(hidden, weight, bias), torch.nn.functional.linear(hidden, weight, bias)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(logits.square().sum(), weight)[0] for logits in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -90,13 +90,10 @@ def ending_at(backbone: Backbone, length: int) -> Backbone:
         def __getattr__(self, name: str) -> Any:
             return getattr(backbone.model, name)
 
-        def generate(self, **options: Any) -> torch.Tensor:
-            output = generate(**options)  # type: ignore[operator]
-            start = options["input_ids"].shape[1]
-            if output.shape[1] >= start + length:
-                output[:, start + length - 1] = options["eos_token_id"][0]
-                output[:, start + length :] = options["pad_token_id"]
-            return output
+        def generate(self, **options: Any) -> list[list[int]]:
+            end = options["eos_token_id"][0]
+            found = generate(**options)  # type: ignore[operator]
+            return [[*tokens[: length - 1], end] if len(tokens) >= length else tokens for tokens in found]
 
     copy = Backbone.__new__(Backbone)
     copy.__dict__ |= backbone.__dict__ | {"model": Ending()}
