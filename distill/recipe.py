@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -213,7 +212,6 @@ class RecipeParser(jsonargparse.ArgumentParser):
         return str(mask(super().dump(namespace, **options)))
 
 
-@functools.cache  # building it takes as long as a third of all parsing
 def parser(command: str) -> RecipeParser:
     """The argument parser of a command: `--config`, every field of the recipe by its dotted name, its own options."""
     options = RecipeParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)

@@ -179,7 +179,9 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the preprocessing: tokenizer, chat template, image processor and image size."""
-        parts = [self.processor.tokenizer.backend_tokenizer.to_str(), str(self.processor.chat_template)]
+        tokenizer = self.processor.tokenizer.backend_tokenizer
+        tokenizer.no_padding(), tokenizer.no_truncation()  # it keeps those of its last call
+        parts = [tokenizer.to_str(), str(self.processor.chat_template)]
         if self.reads_images:
             parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()

@@ -171,8 +171,8 @@ def packs(backbone: Backbone, samples: Sequence[Sample]) -> bool:
     finally:
         backbone.packs = expected
     assert exact == families.packs(backbone.model.config)  # type: ignore[arg-type]
-    rows = encode(samples, backbone, TASKS, True).inputs["input_ids"]
-    assert len(rows) == len(samples) * (1 if exact else len(TASKS))
+    rows = [len(encode([sample], backbone, TASKS, True).inputs["input_ids"]) for sample in samples]
+    assert rows == [1 if exact else len(TASKS)] * len(samples)
     return exact
 
 

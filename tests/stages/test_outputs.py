@@ -33,7 +33,7 @@ OUTPUTS = {
     "evaluate": ("metrics.json", "predictions.jsonl"),
     "calibrate": ("calibration.json",),
     "cascade": ("decisions.jsonl", "deferral_curve.csv", "metrics.json"),
-    "export": ("README.md", *ADAPTER, "export.json"),
+    "export": ("README.md", *ADAPTER, "export.json", "scoring.json"),
 }
 FILES = [(stage, file) for stage, files in OUTPUTS.items() for file in files]
 TEXTS = (".md",)  # cut anywhere, it is still a text
