@@ -1,6 +1,5 @@
 """The command line: `distill COMMAND --config RECIPE`."""
 
-import gc
 import os
 import sys
 import traceback
@@ -83,15 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    gc.disable()  # collections find nothing among the objects of imports, and take a sixth of their time
-    try:
-        from distill import chain, recipe  # imported here, so that `distill --help` does not import torch
-        from distill.planning.tables import plan_text
-        from distill.stages import report, serve
-    finally:
-        gc.enable()
+    from distill import chain, recipe  # imported here, so that `distill --help` does not import torch
+    from distill.planning.tables import plan_text
+    from distill.stages import report, serve
 
-    settings, parsed = recipe.load(recipe.parser(command), arguments)
+    options = recipe.parser(command)
+    if command == "run":
+        options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
+    if command == "plan":
+        options.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+    settings, parsed = recipe.load(options, arguments)
     if command == "plan":
         print(plan_text(settings, probes=parsed.probe))
         return

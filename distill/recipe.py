@@ -27,12 +27,13 @@ from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import (
     Natural,
+    SectionHelp,
     Seed,
     Settings,
-    add_section_help,
     build,
     check_names,
     fields,
+    optional_sections,
     parse_error_message,
     read_yaml,
 )
@@ -179,8 +180,9 @@ class Recipe(Settings):
         one, other = self.annotating_teacher, self.cascade_teacher
         if not isinstance(one, EndpointSettings) or not isinstance(other, EndpointSettings):
             return []
-        confusable = one.model == other.model and one.address != other.address
-        return [one.address if for_cascade else other.address] if confusable else []
+        if one.model != other.model or one.address == other.address:
+            return []
+        return [one.address if for_cascade else other.address]
 
     @property
     def reviews(self) -> bool:
@@ -213,15 +215,14 @@ class RecipeParser(jsonargparse.ArgumentParser):
 
 
 def parser(command: str) -> RecipeParser:
-    """The argument parser of a command: `--config`, every field of the recipe by its dotted name, its own options."""
+    """The argument parser of a command: `--config`, and every field of the recipe by its dotted name."""
     options = RecipeParser(prog=f"distill {command}", exit_on_error=False, allow_abbrev=False)
     options.add_argument("--config", action="config", help="The recipe, a YAML file.")
     options.add_class_arguments(Recipe, None)
-    add_section_help(options, Recipe)
-    if command == "run":
-        options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
-    if command == "plan":
-        options.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+    optional = dict(optional_sections(Recipe))
+    for path, section in optional.items():
+        if any(path.startswith(f"{outer}.") for outer in optional):  # jsonargparse shows it, but does not add it
+            options.add_argument(f"--{path}.help", action=SectionHelp, const=section)
     return options
 
 
@@ -293,7 +294,8 @@ def check(recipe: Recipe) -> None:
         learner: TrainSettings | None = getattr(recipe, stage)
         allowed = {"classify", "review"} if stage == "teacher" else {"classify"}
         if annotate is None and learner is not None and not {"classify"} <= set(learner.tasks) <= allowed:
-            raise SettingsError(f"{stage}.tasks takes only {' and '.join(sorted(allowed))} without an annotate section")
+            tasks = " and ".join(sorted(allowed))
+            raise SettingsError(f"{stage}.tasks takes only {tasks} without an annotate section")
     if annotate is not None and recipe.task.scale is not None:
         raise SettingsError("annotate does not support task.scale: rationales need label names; remove one of the two")
     if recipe.augment is not None and (recipe.assistant is None or "reason" not in recipe.assistant.tasks):

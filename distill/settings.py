@@ -225,14 +225,6 @@ class SectionHelp(argparse.Action):
         parser.exit()
 
 
-def add_section_help(options: jsonargparse.ArgumentParser, root: type) -> None:
-    """Add the help of optional sections inside other ones, which jsonargparse shows but does not add."""
-    optional = dict(optional_sections(root))
-    for path, section in optional.items():
-        if any(path.startswith(f"{outer}.") for outer in optional):
-            options.add_argument(f"--{path}.help", action=SectionHelp, const=section)
-
-
 _TYPE_NAMES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text; quote it in YAML",
     "list": "a list such as [a, b]", "dict": "a mapping such as {name: value}",
