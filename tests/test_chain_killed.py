@@ -1,6 +1,7 @@
 """A chain in a separate process that is killed or interrupted: it resumes, and no request is paid for twice."""
 
 import csv
+import faulthandler
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from tests.models.openai_server import Server
 def command(path: Path) -> None:
     """`distill run`, as the target of a process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
+    faulthandler.register(signal.SIGUSR1)
     sys.exit(cli.main(["run", "--config", str(path)]))
 
 
@@ -133,6 +135,10 @@ def test_an_interrupted_training_ends_and_keeps_its_checkpoint(
     wait_until_in_progress(process, "assistant", recipe)
     os.kill(process.pid, number)
     process.join(30)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGUSR1)  # prints the stacks of a process that hangs
+        process.join(2)
+        process.kill()
     assert process.exitcode == status
     assert micro.manifest(recipe)["assistant"]["status"] == "failed"
     last = torch.load(recipe.folder / "assistant" / "checkpoints" / "last.ckpt", weights_only=True)

@@ -10,18 +10,21 @@ same N *classify* prompts, each difference being the maximum absolute one:
 - saving: the rounded weights against the folder, loaded in float32.
 
 Merging and saving must keep the logits within the limit of float32, 1e-4 or 1e-5 of the largest logit: an error in the
-weights appears there, whatever the dtype is. The folder may then differ from the evaluated student by that limit +
+weights appears there, whatever the dtype is. Logits do not show every error: a norm after a projection undoes a factor
+of its weights. So each weight after merging must be W + B A alpha / r, and each weight of the folder that which was
+saved, bit for bit. The folder may then differ from the evaluated student by that limit +
 quantisation + rounding + casting (the triangle inequality); all three are 0 for a student in float32. At least 99% of
 the labels agree (of fewer than 100 posts, all but one), and a label that does not is within that tolerance of a tie: so
 much more does the student prefer its label to the next one. Labels that quantisation changes are reported and not
 limited: they are a property of the student, not of its export.
 """
 
+import json
 import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,8 @@ class Check:
 
     Attributes:
         stages: logits [N, V] of the student as evaluated, and after each of the steps recorded so far.
+        weights: digests of the weights that are saved (`reload.digests`).
+        wrong: for merging and saving, the names of the weights that are not as they must be.
     """
 
     samples: Sequence[Sample]
@@ -55,6 +60,8 @@ class Check:
     dtype: str
     batches: list[Features]
     stages: list[torch.Tensor] = field(default_factory=list)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    wrong: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, student: Backbone, samples: Sequence[Sample]) -> "Check":
@@ -76,39 +83,48 @@ class Check:
         ]
         self.stages.append(torch.cat(logits).float().cpu() if logits else torch.zeros(0, 1))
 
+    def compare(self, step: str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+        """Record which weights differ after a step, by their digests."""
+        self.wrong[step] = [name for name, digest in expected.items() if found.get(name) != digest]
+
     def reload(self, folder: Path) -> None:
-        """Record the logits of a folder that a new process loads, which does not import this package.
+        """Record logits and weights of a folder that a new process loads, which does not import this package.
 
         Raises:
             RunError: the folder does not load.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            batches, logits = Path(scratch) / "batches.pt", Path(scratch) / "logits.pt"
+            batches, logits, weights = (Path(scratch) / name for name in ("batches.pt", "logits.pt", "weights.json"))
             torch.save(self.batches, batches)
             script = Path(__file__).with_name("reload.py")
-            command = [sys.executable, "-I", *map(str, (script, folder, batches, logits))]
+            command = [sys.executable, "-I", *map(str, (script, folder, batches, logits, weights))]
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             if process.returncode:
                 lines = process.stderr.strip().splitlines()
                 reason = lines[-1] if lines else "no output"
                 raise RunError(f"export: {folder} does not load with transformers alone: {reason}")
             self.stages.append(torch.load(logits, weights_only=True))
+            self.compare("saving", self.weights, json.loads(weights.read_text()))
 
     def result(self) -> dict[str, Any]:
         """Compare the recorded stages.
 
         Returns:
-            `dtype`, `samples`, `labels_equal`; `difference` of the folder from the evaluated student, and its
-            `tolerance`; `float32_limit`; `steps`, the difference by each step; and `disagreements`, the posts whose
-            labels differ, with both labels and the `margin` between the student's first two labels, in logits.
+            `dtype`, `weights` (the number of tensors), `samples`, `labels_equal`; `difference` of the folder from the
+            evaluated student, and its `tolerance`; `float32_limit`; `steps`, the difference by each step; and
+            `disagreements`, the posts whose labels differ, with both labels and the `margin` between the student's
+            first two labels, in logits.
             Differences are None without samples.
 
         Raises:
             RunError: the folder gives other results than the student.
         """
         student, exported = self.stages[0], self.stages[-1]
-        result: dict[str, Any] = {"dtype": self.dtype, "samples": len(self.samples)}
+        result: dict[str, Any] = {"dtype": self.dtype, "weights": len(self.weights), "samples": len(self.samples)}
+        changed = next((f"{step} changes {names[0]}" for step, names in self.wrong.items() if names), "")
         if not self.samples:
+            if changed:
+                raise RunError(f"export: {changed}")
             return result | {"labels_equal": 0, "difference": None, "tolerance": None,
                              "float32_limit": None, "steps": None, "disagreements": []}  # fmt: skip
         pairs = zip(self.stages, self.stages[1:], strict=False)
@@ -124,7 +140,7 @@ class Check:
             "steps": steps,
             "disagreements": disagreements,
         }
-        if reason := _refusal(result, self._disagreements(self.stages[1], exported)):
+        if reason := _refusal(result, self._disagreements(self.stages[1], exported)) or changed:
             raise RunError(
                 f"export: after reloading, {result['labels_equal']} of {result['samples']} labels agree and logits "
                 f"differ by {result['difference']:.1e}; the limit is {tolerance:.1e}; {reason}"

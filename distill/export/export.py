@@ -11,8 +11,10 @@ from peft import PeftModel
 
 from distill.export.card import scoring
 from distill.export.check import Check
+from distill.export.reload import digests
 from distill.files import atomic_folder, write_json, write_text
 from distill.models.backbone import Backbone, hide_progress_bars, load
+from distill.models.lora import merged_weights
 from distill.settings import Natural, Settings
 from distill.task.sample import Sample
 
@@ -62,11 +64,14 @@ def export(
     if rounded:
         student = _in_float32(student, adapter)
     check.record(student, changed=rounded)
+    expected = digests(merged_weights(student.model))
     student.model = model = student.merged().eval()
+    check.compare("merging", expected, digests(model.named_parameters(remove_duplicate=False)))
     check.record(student, changed=adapted)
     _cast(model, dtype, torch.float32)
     check.record(student, changed=adapted and rounded)  # weights without an adapter are in the dtype already
     _cast(model, dtype)
+    check.weights = digests(model.named_parameters(remove_duplicate=False))
     with atomic_folder(folder, keep) as new:
         with hide_progress_bars():
             model.save_pretrained(new)  # type: ignore[operator]

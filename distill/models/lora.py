@@ -2,13 +2,16 @@
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 from distill.errors import SettingsError, first_line
 from distill.settings import Count, Range, Settings
@@ -120,10 +123,40 @@ def head_weight(head: Any) -> torch.Tensor:
 
     Label scoring and the training loss multiply by them; the forward pass of the head itself is not used there.
     """
-    weight: torch.Tensor = head.weight
-    if isinstance(head, LoraLayer) and not head.merged and not head.disable_adapters:
-        for name in set(head.active_adapters) & {*head.lora_A}:
-            weight = weight + head.get_delta_weight(name).to(weight)
+    adapted = isinstance(head, LoraLayer) and not head.merged and not head.disable_adapters
+    weight: torch.Tensor = _adapted_weight(head) if adapted else head.weight
+    return weight
+
+
+def merged_weights(model: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of the weights of a model after merging its adapter: W + B A alpha / r where LoRA adapts.
+
+    What another kind of adapter changes, such as DoRA or LoRA of a bias, is left out.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if isinstance(model, ModulesToSaveWrapper):
+        model = model.modules_to_save[model.active_adapter]
+    if isinstance(model, LoraLayer):
+        layer = model.base_layer
+        if isinstance(model, ParamWrapper) or not isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            return
+        if not model.lora_variant:
+            yield f"{prefix}weight", _adapted_weight(model)
+        if not any(model.lora_bias.values()):
+            yield from ((prefix + name, value) for name, value in layer.named_parameters() if name != "weight")
+    elif not isinstance(model, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        yield from ((prefix + name, value) for name, value in model.named_parameters(recurse=False))
+        for name, module in model.named_children():
+            yield from merged_weights(module, f"{prefix}{name}.")
+
+
+def _adapted_weight(layer: LoraLayer) -> torch.Tensor:
+    """Weights of a layer, including those of its LoRA adapter. Differentiable."""
+    weight: torch.Tensor = layer.weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A or name in layer.lora_embedding_A:
+            weight = weight + layer.get_delta_weight(name).to(weight)
     return weight
 
 

@@ -148,8 +148,9 @@ def _watch(
                 return
             time.sleep(max(0.0, deadline - time.monotonic()))  # the process itself may still hang at its exit
     kill(children())
-    if parent is None:
-        print(message, file=sys.stderr, flush=True)
+    # not print, and not into a full pipe: the main thread may be waiting in a write to sys.stderr, and hold its lock
+    if parent is None and select.select([], [2], [], 0)[1]:
+        os.write(2, f"{message}\n".encode())
     os._exit(status)
 
 

@@ -164,6 +164,20 @@ def scaled(name: str) -> Callable[[Path], None]:
     return change
 
 
+def change_smallest(weights: torch.Tensor) -> None:
+    """Change the smallest value that is not 0 by 10%."""
+    values = weights.view(-1)
+    values[values.abs().where(values != 0, torch.inf).argmin()] *= 1.1
+
+
+def one_value(folder: Path) -> None:
+    """Change a small value of one tensor by 10%, too little to be seen in the logits."""
+    weights = load_file(folder / "model.safetensors")
+    key = next(key for key in weights if "layers.0.mlp.up_proj" in key)
+    change_smallest(weights[key])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def swap_layers(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     swapped = {
@@ -247,6 +261,36 @@ def test_a_wrong_merge_is_refused(
 
     monkeypatch.setattr(Backbone, "merged", wrong)
     with pytest.raises(RunError, match=r"; merging changes them by .*, more than 1\.0e-04$"):
+        export(load(settings, LABELS, trained), postcards.validation, tmp_path / "export", trained, "card", SETTINGS)
+
+
+@pytest.mark.parametrize("settings", ["bfloat16"], indirect=True)
+def test_one_wrong_value_is_refused(
+    settings: ModelSettings, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes the logits by less than the limit, with and without posts to compare them on."""
+    trained = train(settings, tmp_path / "student")
+    reload = Check.reload
+    monkeypatch.setattr(Check, "reload", lambda check, folder: (one_value(folder), reload(check, folder)))
+    for posts in (postcards.validation, []):
+        with pytest.raises(RunError, match=r"^export: .*saving changes .*layers\.0\.mlp\.up_proj\.weight$"):
+            export(load(settings, LABELS, trained), posts, tmp_path / "export", trained, "card", SETTINGS)
+
+
+def test_a_merge_that_leaves_the_logits_alone_is_refused(
+    settings: ModelSettings, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train(settings, tmp_path / "student")
+    merged = Backbone.merged
+
+    def wrong(student: Backbone) -> torch.nn.Module:
+        model = merged(student)
+        weights = dict(model.named_parameters())
+        change_smallest(weights["model.language_model.layers.1.mlp.gate_proj.weight"].data)
+        return model
+
+    monkeypatch.setattr(Backbone, "merged", wrong)
+    with pytest.raises(RunError, match=r"; merging changes model\.language_model\.layers\.1\.mlp\.gate_proj\.weight$"):
         export(load(settings, LABELS, trained), postcards.validation, tmp_path / "export", trained, "card", SETTINGS)
 
 
