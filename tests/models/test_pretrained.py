@@ -60,7 +60,7 @@ def test_an_adapter_is_trained_further_and_exported(
     again = load(settings, LABELS, tmp_path / "trained")
     assert abs(Local(again, "").classify(posts).probabilities - trained).max() < 1e-4
     result = export(again, posts, tmp_path / "export", tmp_path / "trained", "card", ExportSettings(check_samples=4))
-    assert result["labels_equal"] == 4 and result["difference"] <= result["tolerance"] < 1e-3
+    assert result["labels_equal"] == 4 and result["difference"] < 5e-4  # logits are up to 154
     exported = create(ModelSettings(str(tmp_path / "export"), image_size=56), LABELS, tmp_path, train=False)
     assert abs(Local(exported, "").classify(posts).probabilities - trained).max() < 1e-4
 
