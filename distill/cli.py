@@ -25,6 +25,13 @@ COMMANDS = {
     "report": "write report.html again and print the table of results",
     "serve": "serve the cascade with an OpenAI-compatible API",
 }
+"""The commands that read a recipe."""
+
+SHIPPED = {
+    "recipes": "list the recipes that come with distill",
+    "init": "write one of them into this folder: distill init quickstart",
+}
+"""The commands about recipes that come with the package."""
 
 _USAGE = """usage: distill COMMAND --config RECIPE [--FIELD VALUE ...]
 
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted), 143 (SIGTERM).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    listed = "\n".join(f"  {name:<10} {description}" for name, description in COMMANDS.items())
+    listed = "\n".join(f"  {name:<10} {description}" for name, description in (COMMANDS | SHIPPED).items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(commands=listed))
         return 0 if arguments else 2
@@ -55,14 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS:
-        print(f"distill: {arguments[0]} is not a command; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+    if arguments[0] not in COMMANDS | SHIPPED:
+        names = ", ".join(COMMANDS | SHIPPED)
+        print(f"distill: {arguments[0]} is not a command; the commands are {names}", file=sys.stderr)
         return 2
     is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
     logs.configure(main=is_main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
-        _command(arguments[0], arguments[1:])
+        if arguments[0] in SHIPPED:
+            _shipped(arguments[0], arguments[1:])
+        else:
+            _command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except (SettingsError, RunError) as error:
         print(f"distill: {describe(error)}", file=sys.stderr)
@@ -79,6 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distill: {describe(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _shipped(command: str, arguments: Sequence[str]) -> None:
+    from distill import shipped
+
+    names = f"the recipes are {', '.join(shipped.recipes())}"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"usage: distill {command}{' RECIPE' * (command == 'init')}\n\n{SHIPPED[command]}\n{names}")
+    elif command == "recipes" and not arguments:
+        for name, purpose in shipped.recipes().items():
+            print(f"{name:<16} {purpose}")
+    elif command == "init" and len(arguments) == 1:
+        path = shipped.write(arguments[0])
+        print(f"wrote {path}; its first line is the command that runs it")
+    else:
+        takes = "one recipe" if command == "init" else "no arguments"
+        raise SettingsError(f"{command} takes {takes}; {names}")
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
