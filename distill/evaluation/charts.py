@@ -37,7 +37,7 @@ def cascade_charts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Deferral curves of all policies, and risk-coverage curves and reliability diagrams of student and teacher.
 
     Args:
-        metrics: `cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`.
+        metrics: `cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it.
     """
     charts = {}
     curves: dict[str, Points] = {}
@@ -63,7 +63,11 @@ def cascade_charts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         )
         charts[f"{name} by {unit} per post"] = chart(by_cost, bottom=None, markers={marker: (cost, quality)})
     models = metrics.get("selective", {})
-    risks = {role: list(zip(*model["after"]["risk_coverage"].values(), strict=True)) for role, model in models.items()}
+    risks = {
+        role: list(zip(*model["after"]["risk_coverage"].values(), strict=True))
+        for role, model in models.items()
+        if "risk_coverage" in model["after"]
+    }
     charts["risk by coverage"] = chart({role: _downsample(points) for role, points in risks.items()})
     for role, model in models.items():
         lines = {f"{when} calibration": _reliability(model[when]["reliability"]) for when in ("before", "after")}

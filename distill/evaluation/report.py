@@ -92,7 +92,7 @@ class Report:
     annotation: Mapping[str, Any] | None = None
     """`annotate/summary.json`."""
     cascade: Mapping[str, Any] | None = None
-    """`cascade/metrics.json`, with the rows of `deferral_curve.csv` under `deferral`."""
+    """`cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it."""
     gallery: Sequence[Mapping[str, Any]] = ()
     """Test posts: id, text, aspect, image (path or None), gold, answers {role: {label, probability}}, rationale and
     reference (generated text or None)."""

@@ -1,20 +1,24 @@
-"""Stage `cascade`: runs the cascade on the test split and writes its decisions, metrics and deferral curve."""
+"""Stage `cascade`: runs the cascade on the test split and writes its decisions, metrics and curves."""
 
 import csv
-import io
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
 from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
 from distill.data import jsonl
-from distill.files import read_json, write_json, write_text
+from distill.files import read_json, write_csv, write_json
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Cost
 from distill.stages.context import Context
 from distill.tracking import StageRun
 
 log = logging.getLogger(__name__)
+
+RISK_COVERAGE = "risk_coverage.csv"
 
 
 def run(context: Context, tracked: StageRun) -> None:
@@ -58,14 +62,12 @@ def run(context: Context, tracked: StageRun) -> None:
         for role, predictions in after.items()
         if known[role] and any(prediction.answered for prediction in predictions)
     }
+    write_csv(folder / RISK_COVERAGE, ["role", "calibration", "coverage", "risk"], _take_curves(metrics["selective"]))
     rows = []
     if "teacher" in after:
         rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["policy", "deferred", "quality", "low", "high", "seconds", "currency"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "deferral_curve.csv", table.getvalue())
+    columns = ["policy", "deferred", "quality", "low", "high", "seconds", "currency"]
+    write_csv(folder / "deferral_curve.csv", columns, rows)
     jsonl.write_rows(
         folder / "decisions.jsonl",
         (
@@ -75,3 +77,32 @@ def run(context: Context, tracked: StageRun) -> None:
     )
     write_json(folder / "metrics.json", metrics)
     tracked.log({f"cascade/{name}": value for name, value in metrics.items() if isinstance(value, int | float)})
+
+
+def _take_curves(selective: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Take the risk-coverage curves out of the selective metrics; returns the rows of their file."""
+    rows = []
+    for role, model in selective.items():
+        for when, found in model.items():
+            points = zip(*found.pop("risk_coverage").values(), strict=True)
+            rows += [{"role": role, "calibration": when, "coverage": x, "risk": y} for x, y in points]
+    return rows
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """`cascade/metrics.json` of a run's folder, with the rows of `deferral_curve.csv` under `deferral`, and with the
+    risk-coverage curves, which earlier versions wrote into that file."""
+    metrics: dict[str, Any] = read_json(folder / "cascade" / "metrics.json")
+    metrics["deferral"] = _rows(folder / "cascade" / "deferral_curve.csv")
+    if (curves := folder / "cascade" / RISK_COVERAGE).exists():
+        for row in _rows(curves):
+            model = metrics["selective"][row["role"]][row["calibration"]]
+            points = model.setdefault("risk_coverage", {"coverage": [], "risk": []})
+            for name, values in points.items():
+                values.append(float(row[name]))
+    return metrics
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

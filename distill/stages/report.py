@@ -1,6 +1,5 @@
 """`report.html` and the table at the end of a chain, from the files of the stages."""
 
-import csv
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +11,14 @@ from distill.evaluation.report import TITLES, Report, format_table, write_report
 from distill.files import read_json
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, to_yaml
+from distill.stages import cascade
 from distill.stages.evaluate import read_metrics
 from distill.stages.student import HARD_LABELS
 
 _GALLERY = 24
 _SOURCES = (
     "annotate/summary.json", "evaluate/metrics.json", "evaluate/predictions.jsonl", "cascade/metrics.json",
-    "cascade/deferral_curve.csv",
+    "cascade/deferral_curve.csv", "cascade/risk_coverage.csv",
 )  # fmt: skip
 
 
@@ -107,14 +107,10 @@ def _reads_images(recipe: Recipe, role: str) -> bool:
 
 
 def _cascade(recipe: Recipe) -> dict[str, Any] | None:
-    """The cascade metrics with the deferral curve; None if the cascade did not run."""
-    folder = recipe.folder / "cascade"
-    if recipe.cascade is None or not (folder / "metrics.json").exists():
+    """The cascade metrics with their curves; None if the cascade did not run."""
+    if recipe.cascade is None or not (recipe.folder / "cascade" / "metrics.json").exists():
         return None
-    metrics = read_json(folder / "metrics.json")
-    with (folder / "deferral_curve.csv").open(newline="", encoding="utf-8") as file:
-        deferral = list(csv.DictReader(file))
-    return metrics | {"deferral": deferral}
+    return cascade.read_metrics(recipe.folder)
 
 
 def _gallery(recipe: Recipe) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from distill.recipe import Recipe
+from distill.stages.cascade import read_metrics
 
 KEYS = {
     "accuracy", "weighted_f1", "macro_f1", "stage_fractions", "teacher_calls_per_sample", "cost_ratio",
@@ -68,3 +70,27 @@ def test_the_deferral_curve_is_a_table(folder: Path, metrics: dict) -> None:
     first = next(row for row in rows if row["policy"] == "entropy")
     assert float(first["deferred"]) == 0 and float(first["quality"]) == pytest.approx(metrics["student_accuracy"])
     assert all(float(row["low"]) <= float(row["high"]) for row in rows)
+
+
+def test_the_curves_are_in_files_of_their_own(folder: Path, metrics: dict) -> None:
+    assert "risk_coverage" not in json.dumps(metrics)
+    with (folder / "cascade" / "risk_coverage.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["coverage"] for row in rows[:9]] == [str(count / 9) for count in range(1, 10)]
+    known = [(role, when) for role, model in metrics["selective"].items() for when in model]
+    assert len(rows) == 9 * len(known) == 36
+    whole = read_metrics(folder)
+    for role, when in known:
+        risk = [float(row["risk"]) for row in rows if (row["role"], row["calibration"]) == (role, when)]
+        assert whole["selective"][role][when]["risk_coverage"]["risk"] == risk
+        assert sum(risk) / 9 == pytest.approx(metrics["selective"][role][when]["aurc"])
+
+
+def test_the_file_of_an_earlier_version_is_read(folder: Path, tmp_path: Path) -> None:
+    """Its curves are in `metrics.json`."""
+    whole = read_metrics(folder)
+    (tmp_path / "cascade").mkdir()
+    earlier = {name: value for name, value in whole.items() if name != "deferral"}
+    (tmp_path / "cascade" / "metrics.json").write_text(json.dumps(earlier))
+    shutil.copy(folder / "cascade" / "deferral_curve.csv", tmp_path / "cascade")
+    assert read_metrics(tmp_path) == whole
