@@ -1,3 +1,26 @@
 """Knowledge distillation of multimodal teachers into small students that reason, classify and defer when uncertain."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.api import Cascade, Recipe, Run, Student, load_recipe, plan, run
+    from distill.errors import RunError, SettingsError
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Cascade", "Recipe", "Run", "RunError", "SettingsError", "Student", "__version__", "load_recipe", "plan", "run",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` when it is used, since torch and transformers take seconds to import."""
+    if name in __all__:
+        module = "distill.errors" if name.endswith("Error") else "distill.api"
+        return getattr(import_module(module), name)
+    raise AttributeError(f"module 'distill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ def scoring(student: Backbone) -> dict[str, Any]:
 
     Returns:
         `prompt`: the *classify* prompt with `{text}` for the text of a post, on one line; `prompt_with_aspect`: that
-        for posts with a target, `{aspect}`. `prefix`: the forced prefix of the answer. `labels`: K names.
-        `label_tokens`: K lists of token ids that follow the prefix; the probability of a label is proportional to the
-        product of their probabilities. `values`: the K bin centres of a scale, None without one. `image_size`: the
-        side of square images in pixels, 0 if the processor resizes them; None if the student reads none.
+        for posts with a target, `{aspect}`. `prefix`: the forced prefix of the answer. `labels`: K names,
+        and their `polarity`. `label_tokens`: K lists of token ids that follow the prefix; the probability of a label is
+        proportional to the product of their probabilities. `values`: the K bin centres of the `scale`, None without
+        one. `image_size`: the side of square images in pixels, 0 if the processor resizes them; None if the student
+        reads none.
         `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
         `template_variables`: of the chat template.
     """
@@ -41,7 +43,9 @@ def scoring(student: Backbone) -> dict[str, Any]:
         "prefix": CLASSIFY_PREFIX,
         "labels": list(labels.names),
         "label_tokens": [tokens if shared else tokens[:1] for tokens in student.label_tokens],
+        "polarity": list(labels.polarity),
         "values": labels.scale and labels.scale.centres.tolist(),
+        "scale": labels.scale and asdict(labels.scale),
         "image_size": student.settings.image_size if student.encoder.reads_images else None,
         "add_special_tokens": not student.encoder.starts_with_bos(student.encoder.render("")),
         "template_variables": _template_variables(student),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
+from distill.cascade.cascade import Calibration, CascadePolicy, CascadeSettings, run_cascade
 from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
 from distill.data import jsonl
 from distill.files import read_json, write_csv, write_json
@@ -18,17 +18,23 @@ from distill.tracking import StageRun
 
 log = logging.getLogger(__name__)
 
+CALIBRATION = "calibrate/calibration.json"
 RISK_COVERAGE = "risk_coverage.csv"
+
+
+def calibrated_policy(context: Context) -> CascadePolicy:
+    """The policy with the calibration of a chain. Raises SettingsError if it was made with another student."""
+    calibration = Calibration.read(context.folder / CALIBRATION, context.reasoner_name("student"))
+    settings = context.recipe.cascade or CascadeSettings()
+    return CascadePolicy(context.labels, calibration, settings.on_agreement, context.recipe.reviews)
 
 
 def run(context: Context, tracked: StageRun) -> None:
     settings, samples, labels = context.recipe.cascade, context.corpus.test, context.labels
     assert settings is not None
     folder = context.folder / "cascade"
-    student = context.reasoner("student")
-    path = context.folder / "calibrate" / "calibration.json"
-    calibration, fitted = Calibration.read(path, student.name), read_json(path)
-    policy = CascadePolicy(labels, calibration, settings.on_agreement, context.recipe.reviews)
+    student, policy = context.reasoner("student"), calibrated_policy(context)
+    calibration, fitted = policy.calibration, read_json(context.folder / CALIBRATION)
     if not policy.reviews:
         log.warning("stage 3 of the cascade is skipped: teacher.tasks has no review, so the teacher did not learn it")
     gold = [sample.label for sample in samples if sample.label is not None]

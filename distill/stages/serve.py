@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from distill.cascade.cascade import Calibration, CascadePolicy
 from distill.errors import SettingsError, in_section
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.reasoner import Reasoner
 from distill.recipe import Recipe
 from distill.serving.settings import endpoint_for_serving
+from distill.stages.cascade import calibrated_policy
 from distill.stages.context import Context
 
 
@@ -28,12 +28,7 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     assert recipe.student is not None  # `serve` requires the stage
     settings = replace(recipe.serve, rationale=recipe.serve.rationale and "reason" in recipe.student.tasks)
     context = Context(recipe, fingerprints)
-    calibration = Calibration.read(
-        context.folder / "calibrate" / "calibration.json", f"student-{fingerprints['student']}"
-    )
-    policy = CascadePolicy(
-        context.labels, calibration, recipe.cascade.on_agreement if recipe.cascade else "teacher", recipe.reviews
-    )
+    policy = calibrated_policy(context)
     student: Reasoner
     if settings.student is not None:
         endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
