@@ -1,9 +1,12 @@
 """The command line: `distill COMMAND --config RECIPE`."""
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from distill import logs
 from distill.errors import RunError, SettingsError
@@ -27,11 +30,12 @@ COMMANDS = {
 }
 """The commands that read a recipe."""
 
-SHIPPED = {
+OTHERS = {
+    "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
 }
-"""The commands about recipes that come with the package."""
+"""The commands that read no recipe."""
 
 _USAGE = """usage: distill COMMAND --config RECIPE [--FIELD VALUE ...]
 
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted), 143 (SIGTERM).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    listed = "\n".join(f"  {name:<10} {description}" for name, description in (COMMANDS | SHIPPED).items())
+    listed = "\n".join(f"  {name:<10} {description}" for name, description in (COMMANDS | OTHERS).items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(commands=listed))
         return 0 if arguments else 2
@@ -62,16 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS | SHIPPED:
-        names = ", ".join(COMMANDS | SHIPPED)
+    if arguments[0] not in COMMANDS | OTHERS:
+        names = ", ".join(COMMANDS | OTHERS)
         print(f"distill: {arguments[0]} is not a command; the commands are {names}", file=sys.stderr)
         return 2
     is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
     logs.configure(main=is_main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
-        if arguments[0] in SHIPPED:
-            _shipped(arguments[0], arguments[1:])
+        if arguments[0] in OTHERS:
+            _other(arguments[0], arguments[1:])
         else:
             _command(arguments[0], arguments[1:])
         sys.stdout.flush()
@@ -92,21 +96,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shipped(command: str, arguments: Sequence[str]) -> None:
+def _other(command: str, arguments: Sequence[str]) -> None:
+    options = argparse.ArgumentParser(
+        prog=f"distill {command}", description=OTHERS[command], exit_on_error=False, allow_abbrev=False
+    )
+    try:
+        if command == "predict":
+            _predict(options, arguments)
+        else:
+            _shipped(command, options, arguments)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"{command}: {error}") from None
+
+
+def _shipped(command: str, options: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     from distill import shipped
 
-    names = f"the recipes are {', '.join(shipped.recipes())}"
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"usage: distill {command}{' RECIPE' * (command == 'init')}\n\n{SHIPPED[command]}\n{names}")
-    elif command == "recipes" and not arguments:
-        for name, purpose in shipped.recipes().items():
-            print(f"{name:<16} {purpose}")
-    elif command == "init" and len(arguments) == 1:
-        path = shipped.write(arguments[0])
-        print(f"wrote {path}; its first line is the command that runs it")
-    else:
-        takes = "one recipe" if command == "init" else "no arguments"
-        raise SettingsError(f"{command} takes {takes}; {names}")
+    options.epilog = f"the recipes are {', '.join(shipped.recipes())}"
+    if command == "init":
+        options.add_argument("recipe", help="name of the recipe")
+    parsed = _parsed(options, arguments)
+    if command == "init":
+        print(f"wrote {shipped.write(parsed.recipe)}; its first line is the command that runs it")
+        return
+    for name, purpose in shipped.recipes().items():
+        print(f"{name:<16} {purpose}")
+
+
+def _predict(options: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
+    options.add_argument("--input", type=Path, required=True, help="JSONL, CSV, Parquet, or a folder of pictures")
+    options.add_argument("--output", type=Path, required=True, help="a file that ends in .jsonl, .csv or .parquet")
+    options.add_argument("--cascade", action="store_true", help="ask the teacher where the student is not certain")
+    options.add_argument("--rationales", action="store_true", help="generate the student's rationales")
+    options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
+    options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")
+    options.add_argument("--device", help="of torch, for the student alone (default: the first GPU, or the CPU)")
+    parsed = _parsed(options, arguments)
+    from distill.predict import predict
+
+    with raise_on_sigterm():
+        written = predict(
+            parsed.run, parsed.input, parsed.output, cascade=parsed.cascade, rationales=parsed.rationales,
+            images=parsed.images, max_new_tokens=parsed.max_new_tokens, device=parsed.device,
+        )  # fmt: skip
+    print(f"wrote {written.rows} rows to {parsed.output}")
+    if written.dropped:
+        print(f"{written.dropped} rows cannot be used; the reasons are in {written.quarantine}")
+
+
+def _parsed(options: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed arguments. Raises argparse.ArgumentError, also where argparse would end the process."""
+
+    def fail(message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+    options.error = fail  # type: ignore[method-assign]
+    return options.parse_args(arguments)
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:

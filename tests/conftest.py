@@ -14,15 +14,17 @@ import lightning as L
 import pytest
 import torch
 
+from distill import chain
 from distill.cli import main
 from distill.data.corpus import Corpus, DataSettings, read_corpus
 from distill.data.postcards import PostcardSettings
 from distill.models import tiny
 from distill.models.backbone import Backbone, ModelSettings, create
 from distill.models.tiny import TinySettings
+from distill.recipe import Recipe
 from distill.task.labels import LabelSpace
 from distill.task.prompts import render
-from tests import reloads
+from tests import micro, reloads
 from tests.commands import Command, Result
 
 torch.set_num_threads(1)
@@ -88,6 +90,20 @@ def model_folder(make_backbone: MakeBackbone, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("qwen")
     make_backbone(seed=3).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe of a chain with a trained teacher that has run; tests must not change its folder."""
+    recipe = micro.read(micro.write(tmp_path_factory.mktemp("chain"), micro.WITH_TEACHER))
+    assert chain.run(recipe) == chain.stages_of(recipe)
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def folder(finished: Recipe) -> Path:
+    """The folder of that chain."""
+    return finished.folder
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from PIL import Image
 import distill
 from distill.data import jsonl
 from tests import micro
-from tests.stages.conftest import finished, folder  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def posts(folder: Path) -> list[dict]:  # noqa: F811
+def posts(folder: Path) -> list[dict]:
     """The test posts, with paths of their images."""
     recipe = distill.Run(folder).recipe
     rows = [row.fields for row in jsonl.read(folder / "evaluate" / "predictions.jsonl")]
@@ -30,7 +29,7 @@ def posts(folder: Path) -> list[dict]:  # noqa: F811
 def test_the_import_is_quick_and_every_name_is_there() -> None:
     script = "import distill, sys; assert 'torch' not in sys.modules and 'Student' in dir(distill); print(distill.Run)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "distill.api.Run" in result.stdout
+    assert "distill.runs.Run" in result.stdout
     for name in distill.__all__:
         assert getattr(distill, name).__doc__ or name == "__version__", name
     with pytest.raises(AttributeError, match="no attribute 'Stduent'"):
@@ -49,7 +48,7 @@ def test_a_recipe_is_read_as_on_the_command_line(tmp_path: Path) -> None:
         distill.load_recipe(path, {"student.distilation.weight": 0.5})
 
 
-def test_a_run_gives_what_the_stages_wrote(folder: Path, finished: distill.Recipe) -> None:  # noqa: F811
+def test_a_run_gives_what_the_stages_wrote(folder: Path, finished: distill.Recipe) -> None:
     run = distill.run(finished)  # nothing is left to do
     assert run.folder == folder and run.recipe == finished
     assert list(run.stages.index) == list(json.loads((folder / "chain.json").read_text())["stages"])
@@ -71,7 +70,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         distill.Student.from_pretrained(tmp_path)
 
 
-def test_a_student_classifies_as_it_was_evaluated(folder: Path, posts: list[dict]) -> None:  # noqa: F811
+def test_a_student_classifies_as_it_was_evaluated(folder: Path, posts: list[dict]) -> None:
     rows = [row.fields["roles"]["student"] for row in jsonl.read(folder / "evaluate" / "predictions.jsonl")]
     trained = distill.Student.from_run(folder)
     exported = distill.Student.from_pretrained(folder / "export")
@@ -90,7 +89,7 @@ def test_a_student_classifies_as_it_was_evaluated(folder: Path, posts: list[dict
         assert (answer["problem"] is None) == (answer["label"] in trained.labels) == (answer["rationale"] is not None)
 
 
-def test_images_may_be_paths_pictures_bytes_or_rows_of_datasets(folder: Path, posts: list[dict]) -> None:  # noqa: F811
+def test_images_may_be_paths_pictures_bytes_or_rows_of_datasets(folder: Path, posts: list[dict]) -> None:
     student = distill.Student.from_run(folder, device="cpu")
     post = next(post for post in posts if post["images"])
     (path,) = post["images"]
@@ -117,14 +116,14 @@ def test_images_may_be_paths_pictures_bytes_or_rows_of_datasets(folder: Path, po
         ("text", "post 1: must be a mapping with text or image, not str"),
     ],
 )
-def test_a_bad_post_is_named(post: object, message: str, folder: Path) -> None:  # noqa: F811
+def test_a_bad_post_is_named(post: object, message: str, folder: Path) -> None:
     student = distill.Student.from_run(folder)
     with pytest.raises(ValueError, match=f"^{message}"):
         student.classify([{"text": "good"}, post])  # type: ignore[list-item]
     assert student.classify([]) == []
 
 
-def test_a_cascade_decides_as_its_stage(folder: Path, posts: list[dict]) -> None:  # noqa: F811
+def test_a_cascade_decides_as_its_stage(folder: Path, posts: list[dict]) -> None:
     decided = [row.fields for row in jsonl.read(folder / "cascade" / "decisions.jsonl")]
     cascade = distill.Cascade.from_run(folder)
     found = cascade.classify(posts)

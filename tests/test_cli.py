@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from distill import __version__, logs
-from distill.cli import COMMANDS, SHIPPED, main
+from distill.cli import COMMANDS, OTHERS, main
 from tests import micro
 from tests.commands import Command, Result
 
@@ -23,7 +23,7 @@ def test_without_a_command_the_usage_is_printed_and_the_status_is_2(distill: Com
     alone, usage = distill(), distill("--help")
     assert (alone.status, usage.status) == (2, 0)
     assert alone.stdout == usage.stdout
-    for name, description in (COMMANDS | SHIPPED).items():
+    for name, description in (COMMANDS | OTHERS).items():
         assert f"{name} " in usage.stdout and description in usage.stdout
     assert distill("--version") == Result(0, f"{__version__}\n", "")
 
@@ -31,7 +31,7 @@ def test_without_a_command_the_usage_is_printed_and_the_status_is_2(distill: Com
 def test_an_unknown_command_is_named_with_the_known_ones(distill: Command) -> None:
     result = distill("deploy", "--config", "x.yaml")
     assert result.status == 2
-    assert result.error == f"deploy is not a command; the commands are {', '.join(COMMANDS | SHIPPED)}"
+    assert result.error == f"deploy is not a command; the commands are {', '.join(COMMANDS | OTHERS)}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,6 +13,7 @@ from distill import chain, cli, logs, recipe, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import PostcardSettings
 from distill.planning import tables
+from distill.predict import Prediction
 from distill.recipe import Recipe
 from distill.stages import report, serve
 from tests.documents import GENERATED, PAGES, README, RECIPES, ROOT, blocks, commands, named_files, text
@@ -76,8 +77,9 @@ def test_every_distill_command_parses(
         return
     if len(arguments) == 1 and arguments[0] in cli.COMMANDS:  # a command named in running text
         return
-    if arguments[0] in cli.SHIPPED:
+    if arguments[0] in cli.OTHERS:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("distill.predict.predict", lambda *_, **__: Prediction(tmp_path / "out.csv", 1, 0))
         assert cli.main(arguments) == 0
         return
     assert cli.main(arguments) == 0, capsys.readouterr().err

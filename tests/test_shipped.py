@@ -45,9 +45,9 @@ def test_a_copy_is_the_same_recipe_and_is_never_written_over_a_file(
     [
         (("init", "../twitter15"), "init: '../twitter15' is not a recipe of distill; the recipes are "),
         (("init", ""), "init: '' is not a recipe of distill; the recipes are "),
-        (("init",), "init takes one recipe; the recipes are "),
-        (("init", "quickstart", "twitter15"), "init takes one recipe; the recipes are "),
-        (("recipes", "--config"), "recipes takes no arguments; the recipes are "),
+        (("init",), "init: the following arguments are required: recipe"),
+        (("init", "quickstart", "twitter15"), "init: unrecognized arguments: twitter15"),
+        (("recipes", "--config"), "recipes: unrecognized arguments: --config"),
     ],
 )
 def test_what_is_no_recipe_is_refused(
@@ -55,7 +55,7 @@ def test_what_is_no_recipe_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = distill(*arguments)
-    assert result.status == 2 and result.error.startswith(message) and result.error.endswith("twitter17")
+    assert result.status == 2 and result.error.startswith(message)
     assert not list(tmp_path.iterdir())
 
 

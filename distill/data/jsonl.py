@@ -45,13 +45,17 @@ def lines(path: Path) -> Iterator[tuple[int, str, str]]:
 def read(path: Path) -> Iterator[Row]:
     """Yield every row of a file. A line that is not a JSON object yields a row with a `problem`."""
     for number, line, encoding in lines(path):
-        try:
-            fields = json.loads(line, object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            yield Row(number, problem=f"is not valid JSON: {error}")
-        else:
-            problem = None if isinstance(fields, dict) else "is not a JSON object"
-            yield Row(number, {} if problem else fields, problem, encoding)
+        yield parse_line(number, line, encoding)
+
+
+def parse_line(number: int, line: str, encoding: str = "utf-8") -> Row:
+    """The row of one line of a file."""
+    try:
+        fields = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        return Row(number, problem=f"is not valid JSON: {error}")
+    problem = None if isinstance(fields, dict) else "is not a JSON object"
+    return Row(number, {} if problem else fields, problem, encoding)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from distill.data import jsonl
-from distill.data.images import decode
+from distill.data.images import decode, resolve
 from distill.task.sample import Sample
 
 
@@ -30,35 +30,45 @@ def as_samples(posts: Iterable[Mapping[str, Any]]) -> Iterator[list[Sample]]:
         samples = []
         for number, post in enumerate(posts):
             try:
-                samples.append(_sample(post, number, Path(scratch)))
+                samples.append(sample(post, str(number), Path(scratch)))
             except ValueError as error:
                 raise ValueError(f"post {number}: {error}") from None
         yield samples
 
 
-def _sample(post: Mapping[str, Any], number: int, scratch: Path) -> Sample:
+def sample(post: Mapping[str, Any], name: str, scratch: Path, root: Path | None = None) -> Sample:
+    """One post as a sample.
+
+    Args:
+        name: the id of a post without one, and a name for the files of its images.
+        scratch: folder for images that are given as such.
+        root: folder of the images that are given by name, outside of which there are none; None: any path.
+
+    Raises:
+        ValueError: as `as_samples`, without the name of the post.
+    """
     if not isinstance(post, Mapping):
         raise ValueError(f"must be a mapping with text or image, not {type(post).__name__}")
-    one, many = (post.get(name) for name in ("image", "images"))
+    one, many = (post.get(field) for field in ("image", "images"))
     if one is not None and many is not None:
         raise ValueError("image and images are both given")
     given = list(many) if isinstance(many, list | tuple) else [item for item in (one, many) if item is not None]
     names = [str(index) for index in range(len(given))]  # stand for the images while the other fields are checked
-    known = {name: post.get(name) for name in ("text", "aspect")}
     identity = post.get("id")
-    sample = jsonl.to_sample(known | {"id": number if identity is None else identity, "images": names}, scratch)
-    files = tuple(_file(image, scratch / f"{number}-{index}.png") for index, image in enumerate(given))
+    fields = {"text": post.get("text"), "aspect": post.get("aspect"), "images": names}
+    plain = jsonl.to_sample(fields | {"id": name if identity is None else identity}, scratch)
+    files = tuple(_file(image, scratch / f"{name}-{index}.png", root) for index, image in enumerate(given))
     for file in files:
         decode(file)
-    return replace(sample, images=files)
+    return replace(plain, images=files)
 
 
-def _file(image: Any, path: Path) -> Path:
+def _file(image: Any, path: Path, root: Path | None) -> Path:
     """The file of an image, written to `path` unless it has one."""
     if isinstance(image, Mapping):  # a cell of `datasets` that is not decoded
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | PathLike):
-        return Path(image).absolute()
+        return Path(image).absolute() if root is None else resolve(root, str(image))
     if isinstance(image, Image.Image):
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
