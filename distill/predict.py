@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +24,7 @@ from distill.chain import locked
 from distill.data import streams
 from distill.data.jsonl import Row
 from distill.data.posts import sample
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.files import read_json, write_json
 from distill.models.reasoner import Sampling
 from distill.stages.cascade import CALIBRATION
@@ -73,7 +73,7 @@ def predict(
 
     Raises:
         SettingsError: an argument cannot be used, or the output exists or was begun with other arguments.
-        RunError: a model failed; the same call continues.
+        RunError: a model failed, or the disk is full; the same call continues.
     """
     output = output.absolute()
     if output.suffix.casefold() not in (".jsonl", ".csv", ".parquet"):
@@ -88,25 +88,34 @@ def predict(
     if rationales and (opened.recipe.student is None or "reason" not in opened.recipe.student.tasks):
         raise SettingsError(f"--rationales: the student of {run} was not trained to reason")
     parts = output.with_name(f".{output.name}.parts")
-    with locked(parts), ExitStack() as stack:
-        _check_begun(parts, _identity(opened, source, cascade, rationales and max_new_tokens))
-        if cascade:
-            model: Student | Cascade = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
-        else:
-            model = Student.from_run(run, device=device)
-        with (parts / "results.jsonl").open("ab+") as results:
-            done = _complete_lines(results)
-            with tqdm(desc="predict", unit="post", total=total, initial=done) as bar:
-                remaining = islice(streams.rows(source), done, None)
-                while chunk := list(islice(remaining, _CHUNK)):
-                    lines = _results(chunk, root, model, max_new_tokens if rationales else 0)
-                    results.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                    results.flush()
-                    os.fsync(results.fileno())
-                    bar.update(len(chunk))
-        written = _write_output(parts, output, _columns(model, rationales))
-    shutil.rmtree(parts)
+    try:
+        with locked(parts), ExitStack() as stack:
+            _check_begun(parts, _identity(opened, source, cascade, rationales and max_new_tokens))
+            model: Student | Cascade
+            if cascade:
+                model = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
+            else:
+                model = Student.from_run(run, device=device)
+            _answer(parts, source, total, lambda rows: _results(rows, root, model, max_new_tokens * rationales))
+            written = _write_output(parts, output, _columns(model, rationales))
+        shutil.rmtree(parts)
+    except OSError as error:
+        raise RunError(f"{error.filename or output}: {error.strerror or error}") from error
     return written
+
+
+def _answer(parts: Path, source: Path, total: int, results_of: Callable[[Sequence[Row]], list[dict[str, Any]]]) -> None:
+    """Write the results of the rows that have none yet."""
+    with (parts / "results.jsonl").open("ab+") as results:
+        done = _complete_lines(results)
+        with tqdm(desc="predict", unit="post", total=total, initial=done) as bar:
+            remaining = islice(streams.rows(source), done, None)
+            while rows := list(islice(remaining, _CHUNK)):
+                lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in results_of(rows)]
+                results.write("".join(lines).encode())
+                results.flush()
+                os.fsync(results.fileno())
+                bar.update(len(rows))
 
 
 def _results(chunk: Sequence[Row], root: Path, model: Student | Cascade, new_tokens: int) -> list[dict[str, Any]]:

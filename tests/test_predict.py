@@ -177,7 +177,7 @@ def test_a_cascade_decides_as_its_stage_and_asks_for_nothing_twice(
 
     with monkeypatch.context() as patch:
         patch.setattr("distill.data.streams.write", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(distill.RunError, match=r"out\.parquet: No space left on device"):
             predict.predict(folder, source, tmp_path / "out.parquet", images=root, cascade=True)
     assert not (tmp_path / "out.parquet").exists()
     assert (tmp_path / ".out.parquet.parts" / "ledger.jsonl").stat().st_size > 0
