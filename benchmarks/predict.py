@@ -82,9 +82,8 @@ def main() -> int:
     print(f"missing {options.posts - len(set(ids))}, duplicate {len(ids) - len(set(ids))}")
     step = max(1, len(seen) // 10)
     print("memory, GB, by results:", ", ".join(f"{count} {size:.2f}" for count, size in seen[::step]))
-    print(
-        f"last start: {(options.posts - done) / seconds:.1f} posts/s with start and output; in memory {alone:.1f} posts/s"
-    )
+    rate = (options.posts - done) / seconds
+    print(f"last start: {rate:.1f} posts/s with start and output; in memory {alone:.1f} posts/s")
     return 0
 
 
