@@ -1,4 +1,4 @@
-"""Commands that must end: if one hangs, the stacks of all its processes are printed, and the test starts once more.
+"""Commands that must end: if one hangs, the stacks of its processes are shown as a warning, and the test starts once more.
 
 Two chains of several processes hung in some thousand runs, for a reason that is not known. A test that hangs twice
 fails.
@@ -9,6 +9,7 @@ import inspect
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def once_more(test: Callable[..., None]) -> Callable[..., None]:
         try:
             test(**arguments | {"tmp_path": first})
         except subprocess.TimeoutExpired as error:
-            print(*error.__notes__, sep="\n")
+            warnings.warn("\n".join([f"{test.__name__} hung", *error.__notes__]), stacklevel=2)
             test(**arguments | {"tmp_path": second})
 
     run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]  # pytest finds the fixtures by it

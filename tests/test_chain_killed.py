@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,13 +22,15 @@ from distill.chain import STAGES, run, stages_of
 from distill.recipe import Recipe
 from tests import micro
 from tests.forks import processes
+from tests.hanging import once_more
 from tests.models.openai_server import Server
 
 
 def command(path: Path) -> None:
     """`distill run`, as the target of a process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background of a shell
-    faulthandler.register(signal.SIGUSR1)
+    # Lightning resets the handlers of signals, so the stacks of a process that hangs are printed after a time
+    faulthandler.dump_traceback_later(60, file=path.with_name("stacks.txt").open("w"))
     sys.exit(cli.main(["run", "--config", str(path)]))
 
 
@@ -126,6 +129,7 @@ def test_a_chain_killed_in_every_stage_completes_without_paying_for_a_request_tw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@once_more
 def test_an_interrupted_training_ends_and_keeps_its_checkpoint(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -134,11 +138,12 @@ def test_an_interrupted_training_ends_and_keeps_its_checkpoint(
     process = start(path)
     wait_until_in_progress(process, "assistant", recipe)
     os.kill(process.pid, number)
-    process.join(30)
+    process.join(70)
     if process.exitcode is None:
-        os.kill(process.pid, signal.SIGUSR1)  # prints the stacks of a process that hangs
-        process.join(2)
         process.kill()
+        error = subprocess.TimeoutExpired("distill run", 70)
+        error.add_note(path.with_name("stacks.txt").read_text())
+        raise error
     assert process.exitcode == status
     assert micro.manifest(recipe)["assistant"]["status"] == "failed"
     last = torch.load(recipe.folder / "assistant" / "checkpoints" / "last.ckpt", weights_only=True)
