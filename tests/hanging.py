@@ -1,4 +1,4 @@
-"""Commands that must end: if one hangs, the stacks of its processes are shown as a warning, and the test starts once more.
+"""Commands that must end: if one hangs, the stacks of its processes are a warning, and the test starts once more.
 
 Two chains of several processes hung in some thousand runs, for a reason that is not known. A test that hangs twice
 fails.
