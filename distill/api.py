@@ -23,7 +23,7 @@ from distill.models import backbone, text_limit
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import Endpoint
 from distill.models.local import Local
-from distill.models.reasoner import Cost, Reasoner, Sampling
+from distill.models.reasoner import Reasoner, Sampling
 from distill.planning.tables import plan_text
 from distill.recipe import Recipe
 from distill.runs import Run, load_recipe
@@ -42,7 +42,7 @@ Post = Mapping[str, Any]
 there is a text or an image. Other fields are ignored."""
 
 
-def run(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> "Run":
+def run(recipe: Recipe, *, until: str | None = None, only: str | None = None) -> Run:
     """Run the stages that are not up to date, as `distill run`.
 
     Args:
@@ -248,18 +248,15 @@ class Cascade:
         model = self._teacher.teacher if isinstance(self._teacher, CachedTeacher) else self._teacher
         if not isinstance(model, Endpoint):
             return None
-        asked = [prediction.cost for prediction in (decision.teacher, decision.review) if prediction is not None]
-        cost = sum(asked, Cost())
+        cost = decision.teacher_cost
         return model.cost(cost.prompt_tokens, cost.completion_tokens)
 
 
 def _label(labels: LabelSpace, probabilities: np.ndarray) -> dict[str, Any]:
     """Label and probabilities [K] of a post by name, and on a scale the value, whose bin is the label."""
+    label, value = labels.decide(probabilities)
     named = {"probabilities": dict(zip(labels.names, map(float, probabilities), strict=True))}
-    if labels.scale is None:
-        return {"label": labels.names[int(probabilities.argmax())]} | named
-    value = float(np.clip(labels.scale.expectation(probabilities), labels.scale.low, labels.scale.high))
-    return {"label": labels.name(value), "value": value} | named
+    return {"label": label} | ({} if value is None else {"value": value}) | named
 
 
 def _device(name: str | None) -> str:

@@ -56,9 +56,9 @@ class Run:
 
     @property
     def stages(self) -> pd.DataFrame:
-        """The stages that ran: `status`, `started` and `seconds`."""
+        """The stages that ran: `status`, `started` and `seconds`, which a running stage does not have yet."""
         stages = read_json(self.folder / "chain.json")["stages"]
-        return pd.DataFrame.from_dict(stages, orient="index", columns=None)[["status", "started", "seconds"]]
+        return pd.DataFrame.from_dict(stages, orient="index").reindex(columns=["status", "started", "seconds"])
 
     @property
     def metrics(self) -> pd.DataFrame:

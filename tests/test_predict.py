@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +51,13 @@ def read(path: Path) -> list[dict[str, Any]]:
             {name: value if name in ("id", "label") else json.loads(value) for name, value in row.items()}
             for row in csv.DictReader(file)
         ]
+
+
+@contextmanager
+def ended_by(error: BaseException) -> Iterator[None]:
+    """Within the context, a prediction ends with this error when all posts have results, before the output."""
+    with patch("distill.data.streams.write", side_effect=error):
+        yield
 
 
 def without_time(rows: list[dict]) -> list[dict]:
@@ -171,14 +180,9 @@ def test_a_cascade_decides_as_its_stage_and_asks_for_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = write_jsonl(tmp_path / "new.jsonl", posts)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("distill.data.streams.write", full)
-        with pytest.raises(distill.RunError, match=r"out\.parquet: No space left on device"):
-            predict.predict(folder, source, tmp_path / "out.parquet", images=root, cascade=True)
+    full = OSError(28, "No space left on device")
+    with ended_by(full), pytest.raises(distill.RunError, match=r"out\.parquet: No space left on device"):
+        predict.predict(folder, source, tmp_path / "out.parquet", images=root, cascade=True)
     assert not (tmp_path / "out.parquet").exists()
     assert (tmp_path / ".out.parquet.parts" / "ledger.jsonl").stat().st_size > 0
 
@@ -245,17 +249,10 @@ def test_results_of_other_posts_are_not_continued(
     posts: list[dict],
     root: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = write_jsonl(tmp_path / "new.jsonl", posts)
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("distill.data.streams.write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            predict.predict(folder, source, tmp_path / "out.csv", images=root)
+    with ended_by(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        predict.predict(folder, source, tmp_path / "out.csv", images=root)
     with pytest.raises(distill.SettingsError, match=r"parts was begun with other options; delete it, or name another"):
         predict.predict(folder, source, tmp_path / "out.csv", images=root, rationales=True)
     write_jsonl(source, posts[1:])

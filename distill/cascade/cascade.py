@@ -121,6 +121,11 @@ class Decision:
         predictions = (self.student, self.teacher, self.review)
         return sum((prediction.cost for prediction in predictions if prediction is not None), Cost())
 
+    @property
+    def teacher_cost(self) -> Cost:
+        """Cost of the teacher's predictions."""
+        return sum((prediction.cost for prediction in (self.teacher, self.review) if prediction is not None), Cost())
+
     def to_json(self) -> dict[str, Any]:
         """The decision as a row of `decisions.jsonl`; a prediction without an answer has no label and no numbers."""
 

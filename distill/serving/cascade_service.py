@@ -121,7 +121,7 @@ class CascadeService:
         finally:
             if reasoning:
                 reasoning.cancel()
-        label, value = self._label(decision)
+        label, value = self.policy.labels.decide(decision.probabilities)
         cost = decision.cost + (answer.cost if answer else Cost())
         return CascadeResult(decision, label, value, self._rationale(answer, label), cost, self._price(decision))
 
@@ -260,14 +260,6 @@ class CascadeService:
         threads = settings.teacher_concurrency if name == "teacher" else model.settings.concurrency
         return Batcher(work, 1, 0.0, threads=threads, name=name, observe=observe)
 
-    def _label(self, decision: Decision) -> tuple[str, float | None]:
-        """The label name and, on a scale, the value; the name is that of the value's bin."""
-        label, scale = self.policy.label(decision.probabilities), self.policy.labels.scale
-        if isinstance(label, str) or scale is None:
-            return str(label), None
-        value = min(max(label, scale.low), scale.high)  # rounding may exceed the scale
-        return self.policy.labels.name(value), value
-
     def _unanswered(self, cost: Cost) -> Prediction:
         """A teacher's prediction without an answer."""
         count = len(self.policy.labels)
@@ -278,6 +270,5 @@ class CascadeService:
         teacher = self._models[1]
         if not isinstance(teacher, Endpoint):
             return None
-        costs = [prediction.cost for prediction in (decision.teacher, decision.review) if prediction is not None]
-        total = sum(costs, Cost())
+        total = decision.teacher_cost
         return teacher.cost(total.prompt_tokens, total.completion_tokens)

@@ -127,6 +127,14 @@ class LabelSpace:
         """Name of a label, or of the bin of a value. Raises ValueError as `index` does."""
         return self.names[self.index(label)]
 
+    def decide(self, probabilities: np.ndarray) -> tuple[str, float | None]:
+        """The label of probabilities [K]; on a scale the bin of the expected value, and the value."""
+        if self.scale is None:
+            return self.names[int(np.argmax(probabilities))], None
+        value = float(self.scale.expectation(probabilities))
+        value = float(min(max(value, self.scale.low), self.scale.high))  # rounding may exceed the scale
+        return self.name(value), value
+
     def find(self, answer: str | None) -> str | None:
         """The one label that an answer names, as its first line or after `"Prediction":`; None if there is none.
 

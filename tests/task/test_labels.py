@@ -156,3 +156,11 @@ def test_an_empty_list_of_labels_is_not_the_default() -> None:
     assert TaskSettings().label_space == LabelSpace()
     with pytest.raises(ValueError, match=r"task\.labels needs at least two names"):
         TaskSettings(labels=[]).label_space  # noqa: B018
+
+
+def test_a_decision_is_the_most_probable_label_or_the_bin_of_the_expected_value() -> None:
+    assert LabelSpace().decide(np.array([0.2, 0.5, 0.3])) == ("neutral", None)
+    scale = LabelSpace.from_scale(Scale(-1, 1, 3))
+    name, value = scale.decide(np.array([0.45, 0.0, 0.55]))
+    assert name == "0" and value == pytest.approx(0.1)
+    assert scale.decide(np.array([0.0, 0.0, 1.0 + 1e-9])) == ("1", 1.0)
