@@ -13,7 +13,7 @@ import torch
 from distill import chain
 from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger
-from distill.cascade.cascade import CascadePolicy, Decision, run_cascade
+from distill.cascade.cascade import CascadePolicy, run_cascade
 from distill.cascade.uncertainty import uncertainty
 from distill.data.lengths import MAX_TOKENS
 from distill.data.posts import as_samples
@@ -23,14 +23,15 @@ from distill.models import backbone, text_limit
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import Endpoint
 from distill.models.local import Local
-from distill.models.reasoner import Reasoner, Sampling
+from distill.models.reasoner import Cost, Reasoner, Sampling
 from distill.planning.tables import plan_text
 from distill.recipe import Recipe
 from distill.runs import Run, load_recipe
 from distill.stages.cascade import calibrated_policy
 from distill.stages.context import Context
 from distill.task.labels import LabelSpace, Scale
-from distill.task.rationale import FIELDS, InvalidRationale, parse
+from distill.task.prompts import Template
+from distill.task.rationale import FIELDS, InvalidRationale, check
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
@@ -136,27 +137,33 @@ class Student:
         ]
 
     def reason(
-        self, posts: Iterable[Post], *, temperature: float = 0.0, max_new_tokens: int = 512, seed: int = 42
+        self,
+        posts: Iterable[Post],
+        labels: Sequence[str] | None = None,
+        *,
+        temperature: float = 0.0,
+        max_new_tokens: int = 512,
+        seed: int = 42,
     ) -> list[dict[str, Any]]:
-        """The rationale of each post, whose last field is a label of its own; `classify` may give another one.
+        """The rationale of each post.
+
+        Args:
+            labels: one for each post, which the rationale must explain (prompt *explain*). None: its last field is a
+                label of its own, and `classify` may give another one.
 
         Returns:
             For each post `id`, the `text` that was generated, the fields of the `rationale` by name, its `label`, and
-            the `problem`, why the text is no valid rationale: then `rationale` and `label` are None.
+            the `problem`, why the text is no valid rationale: then `rationale` and `label` are None; `seconds`.
 
         Raises:
-            ValueError: as `classify`.
+            ValueError: as `classify`, or a label is unknown.
         """
         with as_samples(posts) as samples:
-            return self.explain(samples, Sampling(temperature, max_new_tokens, seed=seed))
+            return self.rationales(_labelled(samples, labels), Sampling(temperature, max_new_tokens, seed=seed))
 
-    def explain(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
-        """`reason` of samples."""
-        answers = dict(self.model.reason(samples := self.cut(samples), "reason", sampling))
-        return [
-            {"id": post.id, "text": answers[index].text} | self._rationale(answers[index].text)
-            for index, post in enumerate(samples)
-        ]
+    def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
+        """`reason` of samples, of which all or none have a label."""
+        return [row for row, _ in _rationales(self.model, self.cut(samples), self._labels, sampling)]
 
     def cut(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with texts that the model takes: `data.max_tokens` of the run, or half of its context."""
@@ -168,14 +175,6 @@ class Student:
         if long := [post.id for post, text in zip(samples, texts, strict=True) if text != post.text]:
             log.warning("%d texts are cut to %d tokens; the first is that of %s", len(long), limit, long[0])
         return [replace(post, text=text) for post, text in zip(samples, texts, strict=True)]
-
-    def _rationale(self, text: str) -> dict[str, Any]:
-        try:
-            found = parse(text, self._labels)
-        except InvalidRationale as error:
-            return {"rationale": None, "label": None, "problem": str(error)}
-        fields = dict(zip(FIELDS, astuple(found), strict=True))
-        return {"rationale": fields, "label": found.prediction, "problem": None}
 
 
 class Cascade:
@@ -239,17 +238,34 @@ class Cascade:
                 "degraded": decision.degraded,
                 "teacher_calls": decision.teacher_calls,
                 "seconds": decision.cost.seconds,
-                "price": self._price(decision),
+                "price": self._price(decision.teacher_cost),
             }
             for post, decision in zip(samples, decisions, strict=True)
         ]
 
-    def _price(self, decision: Decision) -> float | None:
+    def explain(
+        self, posts: Iterable[Post], labels: Sequence[str], *, max_new_tokens: int = 512
+    ) -> list[dict[str, Any]]:
+        """The teacher's rationale for the label of each post, one call for each.
+
+        Returns:
+            As `Student.reason`, with `teacher_calls` and `price`.
+
+        Raises:
+            ValueError: as `Student.reason`.
+            RunError: as `classify`.
+        """
+        with as_samples(posts) as samples:
+            return self.rationales(_labelled(samples, labels), Sampling(max_new_tokens=max_new_tokens))
+
+    def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
+        """`explain` of samples that have a label."""
+        found = _rationales(self._teacher, self.student.cut(samples), self._policy.labels, sampling)
+        return [row | {"teacher_calls": 1, "price": self._price(cost)} for row, cost in found]
+
+    def _price(self, cost: Cost) -> float | None:
         model = self._teacher.teacher if isinstance(self._teacher, CachedTeacher) else self._teacher
-        if not isinstance(model, Endpoint):
-            return None
-        cost = decision.teacher_cost
-        return model.cost(cost.prompt_tokens, cost.completion_tokens)
+        return model.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(model, Endpoint) else None
 
 
 def _label(labels: LabelSpace, probabilities: np.ndarray) -> dict[str, Any]:
@@ -257,6 +273,37 @@ def _label(labels: LabelSpace, probabilities: np.ndarray) -> dict[str, Any]:
     label, value = labels.decide(probabilities)
     named = {"probabilities": dict(zip(labels.names, map(float, probabilities), strict=True))}
     return {"label": label} | ({} if value is None else {"value": value}) | named
+
+
+def _labelled(samples: Sequence[Sample], labels: Sequence[str] | None) -> list[Sample]:
+    """The samples with their labels."""
+    if labels is None:
+        return list(samples)
+    if len(labels) != len(samples):
+        raise ValueError(f"there are {len(samples)} posts and {len(labels)} labels")
+    return [replace(post, label=label) for post, label in zip(samples, labels, strict=True)]
+
+
+def _rationales(
+    model: Reasoner, samples: Sequence[Sample], labels: LabelSpace, sampling: Sampling
+) -> list[tuple[dict[str, Any], Cost]]:
+    """A model's rationales of posts, which explain their labels if they have any, and their costs."""
+    template: Template = "explain" if any(post.label is not None for post in samples) else "reason"
+    answers = dict(model.reason(samples, template, sampling))
+    found: list[tuple[dict[str, Any], Cost]] = []
+    for index, post in enumerate(samples):
+        answer = answers[index]
+        row: dict[str, Any] = {"id": post.id, "text": answer.text, "rationale": None, "label": None}
+        row |= {"problem": answer.error, "seconds": answer.seconds}
+        try:
+            if answer.answered:
+                rationale = check(answer.text, labels, post.label, finished=answer.finished, post=post.text)
+                row["rationale"] = dict(zip(FIELDS, astuple(rationale), strict=True))
+                row["label"] = rationale.prediction
+        except InvalidRationale as error:
+            row["problem"] = str(error)
+        found.append((row, answer.cost))
+    return found
 
 
 def _device(name: str | None) -> str:

@@ -129,6 +129,11 @@ def _predict(options: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     options.add_argument("--output", type=Path, required=True, help="a file that ends in .jsonl, .csv or .parquet")
     options.add_argument("--cascade", action="store_true", help="ask the teacher where the student is not certain")
     options.add_argument("--rationales", action="store_true", help="generate the student's rationales")
+    options.add_argument(
+        "--explain", choices=("student", "teacher", "none"), default="student",
+        help="who explains the label if the student's rationale is invalid or argues for another one "
+        "(default: student; teacher: one more call, with --cascade)",
+    )  # fmt: skip
     options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
     options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")
     options.add_argument("--device", help="of torch, for the student alone (default: the first GPU, or the CPU)")
@@ -138,7 +143,8 @@ def _predict(options: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     with raise_on_sigterm():
         written = predict(
             parsed.run, parsed.input, parsed.output, cascade=parsed.cascade, rationales=parsed.rationales,
-            images=parsed.images, max_new_tokens=parsed.max_new_tokens, device=parsed.device,
+            explain=parsed.explain, images=parsed.images, max_new_tokens=parsed.max_new_tokens,
+            device=parsed.device,
         )  # fmt: skip
     print(f"wrote {written.rows} rows to {parsed.output}")
     if written.dropped:

@@ -10,11 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -33,6 +33,17 @@ from distill.task.sample import Sample
 
 _CHUNK = 256
 """Posts between two writes of results. Models divide them into batches of their own size."""
+
+
+Explain = Literal["student", "teacher", "none"]
+
+
+@dataclass(frozen=True)
+class _Reasoning:
+    """How rationales are written."""
+
+    max_new_tokens: int
+    explain: Explain
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ def predict(
     *,
     cascade: bool = False,
     rationales: bool = False,
+    explain: Explain = "student",
     images: Path | None = None,
     max_new_tokens: int = 512,
     device: str | None = None,
@@ -68,6 +80,8 @@ def predict(
         output: a file with the suffix .jsonl, .csv or .parquet. It has a row for each post that can be used.
         cascade: ask the teacher about the posts of which the student is not certain.
         rationales: generate the student's rationale for each post.
+        explain: who explains the label if that rationale is invalid or argues for another one: the student, the
+            teacher with one more call, or nobody.
         images: folder of the images that are given by name; None: the folder of the file.
         device: for the student alone; None: the first GPU, or the CPU without one.
 
@@ -87,16 +101,19 @@ def predict(
     opened = Run(run)
     if rationales and (opened.recipe.student is None or "reason" not in opened.recipe.student.tasks):
         raise SettingsError(f"--rationales: the student of {run} was not trained to reason")
+    if explain == "teacher" and rationales and not cascade:
+        raise SettingsError("--explain teacher needs --cascade")
     parts = output.with_name(f".{output.name}.parts")
     try:
         with locked(parts), ExitStack() as stack:
-            _check_begun(parts, _identity(opened, source, cascade, rationales and max_new_tokens))
+            reasoning = _Reasoning(max_new_tokens, explain) if rationales else None
+            _check_begun(parts, _identity(opened, source, cascade, reasoning))
             model: Student | Cascade
             if cascade:
                 model = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
             else:
                 model = Student.from_run(run, device=device)
-            _answer(parts, source, total, lambda rows: _results(rows, root, model, max_new_tokens * rationales))
+            _answer(parts, source, total, lambda rows: _results(rows, root, model, reasoning))
             written = _write_output(parts, output, _columns(model, rationales))
         shutil.rmtree(parts)
     except OSError as error:
@@ -118,7 +135,9 @@ def _answer(parts: Path, source: Path, total: int, results_of: Callable[[Sequenc
                 bar.update(len(rows))
 
 
-def _results(chunk: Sequence[Row], root: Path, model: Student | Cascade, new_tokens: int) -> list[dict[str, Any]]:
+def _results(
+    chunk: Sequence[Row], root: Path, model: Student | Cascade, reasoning: _Reasoning | None
+) -> list[dict[str, Any]]:
     """A result for each row: the columns of the output, or the row and the `problem` with it."""
     results: list[dict[str, Any]] = []
     usable: list[tuple[int, Sample]] = []
@@ -133,36 +152,59 @@ def _results(chunk: Sequence[Row], root: Path, model: Student | Cascade, new_tok
             results.append({"row": row.number} | ({} if problem is None else {"problem": problem}))
         posts = [post for _, post in usable]
         answers = model.label(posts) if posts else []
-        student = model.student if isinstance(model, Cascade) else model
-        reasons = student.explain(posts, Sampling(max_new_tokens=new_tokens)) if posts and new_tokens else []
-    for index, (position, _) in enumerate(usable):
-        answer = answers[index]
+        if reasoning is not None and posts:
+            _add_rationales(posts, answers, model, reasoning)
+    for (position, _), answer in zip(usable, answers, strict=True):
         probabilities = {f"probability_{name}": value for name, value in answer.pop("probabilities").items()}
-        results[position] |= answer | probabilities | (_rationale(answer["label"], reasons[index]) if reasons else {})
+        results[position] |= answer | probabilities
     return results
 
 
-def _rationale(label: str, reason: dict[str, Any]) -> dict[str, Any]:
-    """The rationale as JSON if it is valid and argues for the label; otherwise why there is none."""
-    problem = reason["problem"]
-    if problem is None and reason["label"] != label:
-        problem = f"it argues for {reason['label']}"
-    shown = None if problem else json.dumps(reason["rationale"], ensure_ascii=False)
-    return {"rationale": shown, "rationale_problem": problem}
+def _add_rationales(
+    posts: Sequence[Sample], answers: Sequence[dict[str, Any]], model: Student | Cascade, reasoning: _Reasoning
+) -> None:
+    """Add the rationale that argues for the label as JSON, who wrote it, or why there is none, and what it cost."""
+    sampling, student = Sampling(max_new_tokens=reasoning.max_new_tokens), _student(model)
+    for answer, row in zip(answers, student.rationales(posts, sampling), strict=True):
+        if row["problem"] is None and row["label"] != answer["label"]:
+            row |= {"rationale": None, "problem": f"it argues for {row['label']}"}
+        _add_rationale(answer, row, "student")
+    if reasoning.explain == "none":
+        return
+    missing = [index for index, answer in enumerate(answers) if answer["rationale"] is None]
+    labelled = [replace(posts[index], label=answers[index]["label"]) for index in missing]
+    explaining = model if reasoning.explain == "teacher" else student
+    for index, row in zip(missing, explaining.rationales(labelled, sampling) if missing else [], strict=True):
+        _add_rationale(answers[index], row, reasoning.explain)
+
+
+def _add_rationale(answer: dict[str, Any], row: dict[str, Any], by: Explain) -> None:
+    found, problem = row["rationale"], row["problem"]
+    answer |= {"rationale": None if found is None else json.dumps(found, ensure_ascii=False)}
+    answer |= {"rationale_by": None if found is None else by, "rationale_problem": problem}
+    answer["seconds"] += row["seconds"]
+    if "price" in row:
+        answer["teacher_calls"] += row["teacher_calls"]
+        answer["price"] = None if answer["price"] is None or row["price"] is None else answer["price"] + row["price"]
+
+
+def _student(model: Student | Cascade) -> Student:
+    return model.student if isinstance(model, Cascade) else model
 
 
 def _columns(model: Student | Cascade, rationales: bool) -> dict[str, str]:
-    student = model.student if isinstance(model, Cascade) else model
+    student = _student(model)
     columns = {"row": "int64", "id": "string", "label": "string"}
     columns |= {"value": "double"} if student.model.backbone.labels.scale is not None else {}
     columns |= {f"probability_{name}": "double" for name in student.labels} | {"uncertainty": "double"}
     if isinstance(model, Cascade):
         columns |= {"stage": "string", "reason": "string", "degraded": "bool", "teacher_calls": "int64"}
     columns |= {"seconds": "double"} | ({"price": "double"} if isinstance(model, Cascade) else {})
-    return columns | ({"rationale": "string", "rationale_problem": "string"} if rationales else {})
+    reasoned = dict.fromkeys(("rationale", "rationale_by", "rationale_problem"), "string")
+    return columns | (reasoned if rationales else {})
 
 
-def _identity(run: Run, source: Path, cascade: bool, new_tokens: int | bool) -> dict[str, Any]:
+def _identity(run: Run, source: Path, cascade: bool, reasoning: _Reasoning | None) -> dict[str, Any]:
     """What the results depend on, as JSON: input, weights, calibration and options."""
     digest = hashlib.sha256()
     if source.is_dir():
@@ -172,10 +214,11 @@ def _identity(run: Run, source: Path, cascade: bool, new_tokens: int | bool) -> 
         with source.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    found = {"input": digest.hexdigest(), "student": Context(run.recipe, {}).weights("student"), "tokens": new_tokens}
+    found = {"input": digest.hexdigest(), "student": Context(run.recipe, {}).weights("student"), "cascade": cascade}
+    found["rationales"] = None if reasoning is None else asdict(reasoning)
     if cascade and (calibration := run.folder / CALIBRATION).exists():
         found["calibration"] = hashlib.sha256(calibration.read_bytes()).hexdigest()
-    return found | {"cascade": cascade}
+    return found
 
 
 def _check_begun(parts: Path, identity: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import distill
 from distill import cli, predict
 from distill.api import Cascade, Student
 from distill.data import jsonl
+from distill.errors import SettingsError
 from tests.commands import Command
 from tests.forks import processes
 
@@ -152,24 +153,58 @@ def test_rows_that_cannot_be_used_are_listed_and_the_others_answered(
     assert "lies outside" in problems[7] and problems[8].startswith("text must be text")
 
 
+@pytest.mark.parametrize("explain", ["none", "student"])
 def test_a_rationale_is_written_if_it_argues_for_the_label(
+    explain: predict.Explain,
     folder: Path,
     posts: list[dict],
     root: Path,
     tmp_path: Path,
 ) -> None:
     source = write_jsonl(tmp_path / "new.jsonl", posts)
-    written = predict.predict(folder, source, tmp_path / "out.jsonl", images=root, rationales=True, max_new_tokens=100)
-    rows = read(written.output)
+    options = {"rationales": True, "explain": explain, "max_new_tokens": 100}
+    rows = read(predict.predict(folder, source, tmp_path / "out.jsonl", images=root, **options).output)  # type: ignore[arg-type]
     reference = {row.fields["id"]: row.fields for row in jsonl.read(folder / "evaluate" / "predictions.jsonl")}
     student = Student.from_run(folder)
     paths = [{**post, "images": [str(root / name) for name in post["images"]]} for post in posts]
-    for row, reason in zip(rows, student.reason(paths, max_new_tokens=100), strict=True):
+    reasons = student.reason(paths, max_new_tokens=100)
+    explained = student.reason(paths, [row["label"] for row in rows], max_new_tokens=100)
+    for row, reason, second in zip(rows, reasons, explained, strict=True):
         assert reason["text"] == reference[row["id"]]["roles"]["student"]["rationale"]
-        argues = reason["label"] == row["label"]
-        assert (row["rationale"] is not None) == argues == (row["rationale_problem"] is None)
-        if argues:
-            assert json.loads(row["rationale"]) == reason["rationale"]
+        assert second["label"] in (None, row["label"])
+        found = reason["rationale"] if reason["label"] == row["label"] else None
+        if found is None and explain == "student":
+            found = second["rationale"]
+        assert (row["rationale"] is None) == (found is None) == (row["rationale_problem"] is not None)
+        assert row["rationale_by"] == (None if found is None else "student")
+        if found is not None:
+            assert json.loads(row["rationale"]) == found and found["Prediction"] == row["label"]
+
+
+def test_the_teacher_explains_what_the_student_does_not(
+    folder: Path, posts: list[dict], root: Path, tmp_path: Path
+) -> None:
+    source = write_jsonl(tmp_path / "new.jsonl", posts)
+    options = {"cascade": True, "rationales": True, "max_new_tokens": 100}
+    found, without = (
+        read(
+            predict.predict(
+                folder, source, tmp_path / f"{explain}.jsonl", images=root, explain=explain, **options
+            ).output
+        )
+        for explain in ("teacher", "none")
+    )
+    assert any(row["rationale"] is None for row in without)
+    for row, other in zip(found, without, strict=True):
+        asked = other["rationale"] is None
+        assert row["teacher_calls"] == other["teacher_calls"] + asked
+        assert row["label"] == other["label"]
+        if not asked:
+            assert (row["rationale"], row["rationale_by"]) == (other["rationale"], "student")
+        elif row["rationale"] is not None:
+            assert row["rationale_by"] == "teacher" and json.loads(row["rationale"])["Prediction"] == row["label"]
+    with pytest.raises(SettingsError, match="--explain teacher needs --cascade"):
+        predict.predict(folder, source, tmp_path / "x.jsonl", images=root, rationales=True, explain="teacher")
 
 
 def test_a_cascade_decides_as_its_stage_and_asks_for_nothing_twice(

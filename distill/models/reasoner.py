@@ -58,6 +58,10 @@ class Answer:
     kind: NoAnswer = "unanswered"
 
     @property
+    def answered(self) -> bool:
+        return self.error is None
+
+    @property
     def cost(self) -> Cost:
         return Cost(self.calls, self.prompt_tokens, self.completion_tokens, self.seconds)
 

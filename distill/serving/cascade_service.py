@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
 from distill.serving.breaker import CircuitBreaker
 from distill.serving.metrics import Metrics
 from distill.serving.settings import ServeSettings
-from distill.task.prompts import EarlierAnswers
+from distill.task.prompts import EarlierAnswers, Template
 from distill.task.rationale import InvalidRationale, Rationale, check
 from distill.task.sample import Sample
 
@@ -37,19 +37,41 @@ class StudentUnavailable(Exception):
 
 
 @dataclass(frozen=True)
-class CascadeResult:
-    """A decision with its label, the rationale and the total cost.
+class Explanation:
+    """A rationale that argues for the label, and who wrote it; both are None if there is none.
 
-    `value` is the expected value if the labels are on a scale. `rationale` is the student's, or None if it is invalid
-    or supports another label. `price` is in the currency of the teacher's prices; None without prices.
+    `student` and `teacher` are what both have cost for it, in vain perhaps. `teacher` is None if it was not asked.
+    """
+
+    rationale: Rationale | None = None
+    by: Literal["student", "teacher"] | None = None
+    student: Cost = field(default_factory=Cost)
+    teacher: Cost | None = None
+
+
+@dataclass(frozen=True)
+class CascadeResult:
+    """A decision with its label, the explanation and the price.
+
+    `value` is the expected value if the labels are on a scale. `price` is in the currency of the teacher's prices; None
+    without prices.
     """
 
     decision: Decision
     label: str
     value: float | None
-    rationale: Rationale | None
-    cost: Cost
+    explanation: Explanation
     price: float | None
+
+    @property
+    def teacher_calls(self) -> int:
+        """Calls to the teacher: 0 to 2 for the label, and one for the rationale."""
+        return self.decision.teacher_calls + (self.explanation.teacher is not None)
+
+    @property
+    def cost(self) -> Cost:
+        """Total cost of label and rationale."""
+        return self.decision.cost + self.explanation.student + (self.explanation.teacher or Cost())
 
     @property
     def prediction(self) -> Prediction:
@@ -105,14 +127,14 @@ class CascadeService:
         """Classify one post by a deadline on the clock of `time.monotonic`.
 
         Args:
-            rationale: whether the student generates a rationale.
+            rationale: whether a rationale is generated.
 
         Raises:
             Overloaded: the student did not classify the post by the deadline.
             StudentUnavailable: the student did not answer.
         """
         student: Prediction = await self._ask_student("classify", sample, deadline)
-        reasoning = asyncio.create_task(self._reason(sample, deadline)) if rationale else None
+        reasoning = asyncio.create_task(self._reason("reason", sample, deadline)) if rationale else None
         try:
             decision = self.policy.accept_student(student) or await self._defer(sample, student, deadline)
             if decision.stage == "student" and not student.answered:
@@ -122,8 +144,10 @@ class CascadeService:
             if reasoning:
                 reasoning.cancel()
         label, value = self.policy.labels.decide(decision.probabilities)
-        cost = decision.cost + (answer.cost if answer else Cost())
-        return CascadeResult(decision, label, value, self._rationale(answer, label), cost, self._price(decision))
+        explanation = (
+            await self._explain(replace(sample, label=label), answer, deadline) if rationale else Explanation()
+        )
+        return CascadeResult(decision, label, value, explanation, self._price(decision, explanation))
 
     async def complete(
         self, prompt: Prompt, sampling: Sampling, logprobs: int, token_ids: Sequence[int], deadline: float
@@ -159,32 +183,47 @@ class CascadeService:
         """Stages 2 and 3 of the cascade."""
         if self._teacher is None:
             return self.policy.fallback_to_student(student, "there is no teacher")
-        teacher, reason = await self._ask_teacher(sample, None, deadline)
+        teacher, reason = await self._ask_teacher("classify", (sample, None), self._no_prediction, deadline)
         if teacher is None or reason:
             return self.policy.fallback_to_student(student, reason, teacher)
         if decision := self.policy.accept_teacher(student, teacher):
             return decision
-        review, _ = await self._ask_teacher(sample, self.policy.earlier_answers(student, teacher), deadline)
+        earlier = self.policy.earlier_answers(student, teacher)
+        review, _ = await self._ask_teacher("review", (sample, earlier), self._no_prediction, deadline)
         if review is None:
-            return replace(self.policy.accept_review(student, teacher, self._unanswered(Cost())), review=None)
+            return replace(self.policy.accept_review(student, teacher, self._no_prediction(Cost())), review=None)
         return self.policy.accept_review(student, teacher, review)
 
-    async def _ask_teacher(
-        self, sample: Sample, earlier: EarlierAnswers | None, deadline: float
-    ) -> tuple[Prediction | None, str]:
-        """The teacher's prediction and, if it did not answer, the reason.
+    async def _explain(self, sample: Sample, answer: Answer | None, deadline: float) -> Explanation:
+        """The rationale for the label of a post: the student's answer, or an explanation (`serve.explain`)."""
+        cost, by = answer.cost if answer else Cost(), self._settings.explain
+        if found := self._rationale(answer, sample):
+            return Explanation(found, "student", cost)
+        if by == "student":
+            answer = await self._reason("explain", sample, deadline)
+            found = self._rationale(answer, sample)
+            return Explanation(found, by if found else None, cost + (answer.cost if answer else Cost()))
+        if by == "teacher" and self._teacher is not None:
+            answer, _ = await self._ask_teacher("explain", (sample, None), _no_answer, deadline)
+            found = self._rationale(answer, sample)
+            return Explanation(found, by if found else None, cost, answer.cost if answer else None)
+        return Explanation(student=cost)
 
-        The prediction is None if the teacher did not receive the request.
+    async def _ask_teacher(
+        self, kind: str, item: tuple[Sample, EarlierAnswers | None], unanswered: Callable[[Cost], Any], deadline: float
+    ) -> tuple[Any, str]:
+        """The teacher's prediction or explanation and, if it did not answer, the reason.
+
+        The reply is None if the teacher did not receive the request.
         """
         assert self._teacher is not None and self.breaker is not None
         admitted = self.breaker.admit()
         if admitted is None:
             return None, "the teacher is suspended"
-        begin, prediction, begun = time.monotonic(), None, True
+        begin, reply, begun = time.monotonic(), None, True
         reason = "the teacher did not answer"
         try:
-            future = self._teacher.submit("classify" if earlier is None else "review", (sample, earlier))
-            prediction = await wait_for_result(future, deadline)
+            reply = await wait_for_result(self._teacher.submit(kind, item), deadline)
         except DeadlineExceeded as error:
             begun = error.begun
             reason = "the teacher was late" if begun else "the teacher is busy"
@@ -193,29 +232,29 @@ class CascadeService:
                 log.warning("the teacher failed: %s", error)
         finally:
             seconds = time.monotonic() - begin
-            answered = prediction is not None and prediction.answered
+            answered = reply is not None and reply.answered
             self.breaker.report(admitted, answered, begun and seconds >= self._long_s)
         if not begun:
             return None, reason
         self._teacher_available = answered
-        return prediction or self._unanswered(Cost(1, seconds=seconds)), "" if answered else reason
+        return reply or unanswered(Cost(1, seconds=seconds)), "" if answered else reason
 
-    async def _reason(self, sample: Sample, deadline: float) -> Answer | None:
+    async def _reason(self, kind: Literal["reason", "explain"], sample: Sample, deadline: float) -> Answer | None:
         """The student's generated rationale; None if it fails, because the label does not depend on it."""
         try:
-            return await wait_for_result(self._student.submit("reason", sample, _REASON), deadline)
+            return await wait_for_result(self._student.submit(kind, sample, _REASON), deadline)
         except DeadlineExceeded:
             return None
         except Exception as error:  # noqa: BLE001 - the label is returned without a rationale
             log.warning("the student failed to generate a rationale: %s", error)
             return None
 
-    def _rationale(self, answer: Answer | None, label: str) -> Rationale | None:
-        """The parsed rationale; None if it is missing, invalid or predicts another label."""
-        if answer is None or answer.error is not None:
+    def _rationale(self, answer: Answer | None, sample: Sample) -> Rationale | None:
+        """The parsed rationale; None if it is missing, invalid or predicts another label than that of the post."""
+        if answer is None or not answer.answered:
             return None
         try:
-            return check(answer.text, self.policy.labels, label, finished=answer.finished)
+            return check(answer.text, self.policy.labels, sample.label, finished=answer.finished, post=sample.text)
         except InvalidRationale:
             return None
 
@@ -233,19 +272,24 @@ class CascadeService:
         student = self._models[0]
         if kind == "classify":
             return self.policy.student_predictions(student.classify(items))
-        if kind == "reason":
-            answers = dict(student.reason(items, "reason", Sampling(max_new_tokens=self._settings.max_new_tokens)))
-            return [answers[index] for index in range(len(items))]
+        if kind in ("reason", "explain"):
+            return self._generate(student, items, kind)
         assert self.local is not None
         if kind == "tokenize":
             return [self.local.tokenize(text) for text in items]
         return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids)
 
-    def _run_teacher(self, kind: str, items: list[tuple[Sample, EarlierAnswers]]) -> list[Prediction]:
+    def _run_teacher(self, kind: Any, items: list[tuple[Sample, EarlierAnswers]]) -> Sequence[Prediction | Answer]:
         teacher = self._models[1]
         assert teacher is not None
         samples, earlier = zip(*items, strict=True)
+        if kind == "explain":
+            return self._generate(teacher, samples, kind)
         return self.policy.teacher_predictions(teacher.classify(samples, earlier if kind == "review" else None))
+
+    def _generate(self, model: Reasoner, samples: Sequence[Sample], template: Template) -> list[Answer]:
+        answers = dict(model.reason(samples, template, Sampling(max_new_tokens=self._settings.max_new_tokens)))
+        return [answers[index] for index in range(len(samples))]
 
     def _batcher(self, model: Reasoner, work: Any, name: str, metrics: Metrics | None = None) -> Batcher:
         """Batches on one thread for a model in this process; single requests on several threads for an endpoint."""
@@ -260,15 +304,20 @@ class CascadeService:
         threads = settings.teacher_concurrency if name == "teacher" else model.settings.concurrency
         return Batcher(work, 1, 0.0, threads=threads, name=name, observe=observe)
 
-    def _unanswered(self, cost: Cost) -> Prediction:
+    def _no_prediction(self, cost: Cost) -> Prediction:
         """A teacher's prediction without an answer."""
         count = len(self.policy.labels)
         scores = ClassScores(np.full((1, count), 1 / count), np.zeros(1), (cost,))
         return self.policy.teacher_predictions(scores)[0]
 
-    def _price(self, decision: Decision) -> float | None:
+    def _price(self, decision: Decision, explanation: Explanation) -> float | None:
         teacher = self._models[1]
         if not isinstance(teacher, Endpoint):
             return None
-        total = decision.teacher_cost
+        total = decision.teacher_cost + (explanation.teacher or Cost())
         return teacher.cost(total.prompt_tokens, total.completion_tokens)
+
+
+def _no_answer(cost: Cost) -> Answer:
+    """A teacher's explanation without an answer."""
+    return Answer("", False, error="no answer", calls=cost.calls, seconds=cost.seconds)

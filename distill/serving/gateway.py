@@ -162,20 +162,21 @@ class Gateway:
             sample = Sample(uuid.uuid4().hex, text, paths, (aspect or "").strip() or None)
             reason = self.settings.rationale and with_rationale is not False
             result = await self.cascade.classify(sample, deadline, reason)
-        self.metrics.decision(result.decision)
+        self.metrics.decision(result.decision, result.teacher_calls)
         return result
 
     def _result_json(self, result: CascadeResult) -> Json:
-        decision, prediction, found = result.decision, result.prediction, result.rationale
+        decision, prediction, found = result.decision, result.prediction, result.explanation.rationale
         value = {} if result.value is None else {"value": result.value}
         return {"label": result.label} | value | {
             "probabilities": dict(zip(self.labels.names, decision.probabilities.tolist(), strict=True)),
             "rationale": found and dict(zip(rationale.FIELDS, vars(found).values(), strict=True)),
+            "rationale_by": result.explanation.by,
             "stage": decision.stage,
             "reason": decision.reason,
             "uncertainty": prediction.uncertainty,
             "degraded": decision.degraded,
-            "teacher_calls": decision.teacher_calls,
+            "teacher_calls": result.teacher_calls,
             "cost": vars(result.cost) | {"price": result.price},
         }  # fmt: skip
 
@@ -188,7 +189,7 @@ class Gateway:
         if post is None:
             raise RequestError(400, "messages has no user message; send the post as one", param="messages")
         result = await self._classify(post.text, post.images, body.aspect, body.rationale, deadline)
-        found = result.rationale
+        found = result.explanation.rationale
         content = rationale.render(found) if found else f"{CLASSIFY_PREFIX} {result.label}"
         usage = protocol.usage(result.cost.prompt_tokens, result.cost.completion_tokens)
         extra = {"distill": self._result_json(result)}

@@ -49,14 +49,14 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def decision(self, decision: Decision) -> None:
+    def decision(self, decision: Decision, teacher_calls: int) -> None:
         """Record one classified post. Must be called only from the thread of the event loop."""
         self._posts.labels(decision.stage).inc()
         if decision.degraded:
             self._degraded.labels(decision.reason).inc()
-        self._calls.inc(decision.teacher_calls)
+        self._calls.inc(teacher_calls)
         self._n_posts += 1
-        self._n_calls += decision.teacher_calls
+        self._n_calls += teacher_calls
         self._share.set(self._n_calls / self._n_posts)
 
     def batch(self, kind: str, size: int) -> None:

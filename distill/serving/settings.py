@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from distill.errors import SettingsError
 from distill.models.endpoint import EndpointSettings
@@ -45,10 +45,13 @@ class ServeSettings(Settings):
     """Longest post with its aspect, in tokens of the student."""
     image_hosts: list[str] = field(default_factory=list)
     """Hosts (host or host:port) from which images may be fetched by http(s) URL; empty: no images are fetched."""
-    max_new_tokens: Count = 256
-    """Token limit of the student's rationales and of completions by the student alone."""
+    max_new_tokens: Count = 512
+    """Token limit of rationales, and of completions by the student alone."""
     rationale: bool = True
     """Generate rationales with the student; a request can turn them off."""
+    explain: Literal["student", "teacher", "none"] = "student"
+    """Who explains the label if the student's rationale is invalid or argues for another one: the student, the teacher
+    with one more call, or nobody, and the rationale is null."""
     student: EndpointSettings | None = None
     """Endpoint that serves the student; null: the recipe's student runs in this process."""
 

@@ -136,6 +136,27 @@ def test_a_model_that_ignores_its_mask_is_rejected_unless_packing_is_off(
         check_compatibility(backbone, rows, tasks, True)
 
 
+def test_rounding_of_improbable_answers_is_accepted(make_backbone: Any, postcards: Corpus) -> None:
+    """In 16 bits, log-probabilities of -100 are rounded to whole nats; a model cut to some layers begins with such."""
+    backbone = make_backbone(1)
+    backbone.model.to(torch.bfloat16)
+    backbone.settings = replace(backbone.settings, dtype="bfloat16")
+    backbone.model.lm_head.weight.data *= 100
+    inner = backbone.model.model.language_model
+
+    def rounded(_: Any, __: Any, states: torch.Tensor) -> torch.Tensor:
+        """Rounding that depends on the layout, as with other kernels."""
+        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(states.shape[1]))
+        return states * (1 + 2**-8 * noise).to(states.dtype)
+
+    inner.norm.register_forward_hook(rounded)
+    check_compatibility(backbone, postcards.train[:3], list(BOTH), True)
+    forward = inner.forward
+    inner.forward = lambda **inputs: forward(**inputs | {"attention_mask": None})
+    with pytest.raises(PackingError):
+        check_compatibility(backbone, postcards.train[:3], list(BOTH), True)
+
+
 def test_a_model_that_caps_its_logits_is_rejected(make_backbone: Any, postcards: Corpus) -> None:
     backbone = make_backbone(1)
     backbone.model.lm_head.register_forward_hook(lambda *args: 5 * torch.tanh(args[2] / 5))
