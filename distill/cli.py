@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distill import logs
 from distill.errors import RunError, SettingsError
@@ -34,6 +34,7 @@ OTHERS = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
+    "completion": "print the completion script of a shell: bash, zsh or tcsh",
 }
 """The commands that read no recipe."""
 
@@ -97,25 +98,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _other(command: str, arguments: Sequence[str]) -> None:
+    try:
+        parsed = _parsed(_options(command), arguments)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"{command}: {error}") from None
+    if command == "predict":
+        _predict(parsed)
+    elif command == "completion":
+        from distill import completion
+
+        print(completion.script(parsed.shell, {name: _options(name) for name in COMMANDS | OTHERS}))
+    else:
+        _shipped(command, parsed)
+
+
+def _options(command: str) -> Any:
+    """The parser of a command: a `RecipeParser`, or one of argparse."""
+    if command in COMMANDS:
+        from distill import recipe  # imported here, so that `distill --help` does not import torch
+
+        reads = recipe.parser(command)
+        if command == "run":
+            reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
+        if command == "plan":
+            reads.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+        return reads
     options = argparse.ArgumentParser(
         prog=f"distill {command}", description=OTHERS[command], exit_on_error=False, allow_abbrev=False
     )
-    try:
-        if command == "predict":
-            _predict(options, arguments)
-        else:
-            _shipped(command, options, arguments)
-    except argparse.ArgumentError as error:
-        raise SettingsError(f"{command}: {error}") from None
+    if command == "completion":
+        options.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    elif command == "predict":
+        _add_predict(options)
+    else:
+        from distill import shipped
+
+        options.epilog = f"the recipes are {', '.join(shipped.recipes())}"
+        if command == "init":
+            options.add_argument("recipe", help="name of the recipe")
+    return options
 
 
-def _shipped(command: str, options: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def _shipped(command: str, parsed: argparse.Namespace) -> None:
     from distill import shipped
 
-    options.epilog = f"the recipes are {', '.join(shipped.recipes())}"
-    if command == "init":
-        options.add_argument("recipe", help="name of the recipe")
-    parsed = _parsed(options, arguments)
     if command == "init":
         print(f"wrote {shipped.write(parsed.recipe)}; its first line is the command that runs it")
         return
@@ -123,7 +149,7 @@ def _shipped(command: str, options: argparse.ArgumentParser, arguments: Sequence
         print(f"{name:<16} {purpose}")
 
 
-def _predict(options: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+def _add_predict(options: argparse.ArgumentParser) -> None:
     options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
     options.add_argument("--input", type=Path, required=True, help="JSONL, CSV, Parquet, or a folder of pictures")
     options.add_argument("--output", type=Path, required=True, help="a file that ends in .jsonl, .csv or .parquet")
@@ -137,7 +163,9 @@ def _predict(options: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
     options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")
     options.add_argument("--device", help="of torch, for the student alone (default: the first GPU, or the CPU)")
-    parsed = _parsed(options, arguments)
+
+
+def _predict(parsed: argparse.Namespace) -> None:
     from distill.predict import predict
 
     with raise_on_sigterm():
@@ -162,16 +190,11 @@ def _parsed(options: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, recipe  # imported here, so that `distill --help` does not import torch
+    from distill import chain, recipe
     from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
-    options = recipe.parser(command)
-    if command == "run":
-        options.add_argument("--until", type=str, default=None, help="Stop after this stage.")
-    if command == "plan":
-        options.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
-    settings, parsed = recipe.load(options, arguments)
+    settings, parsed = recipe.load(_options(command), arguments)
     if command == "plan":
         print(plan_text(settings, probes=parsed.probe))
         return
