@@ -33,6 +33,7 @@ from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import Template
 from distill.task.rationale import FIELDS, InvalidRationale, check
 from distill.task.sample import Sample
+from distill.task.wording import Wording
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ class Student:
         try:
             scoring = read_json(Path(folder) / "scoring.json")
             scale = None if scoring["scale"] is None else Scale(**scoring["scale"])
-            labels = LabelSpace(tuple(scoring["labels"]), tuple(scoring["polarity"]), scale)
+            wording = Wording.from_json(scoring["wording"]) if "wording" in scoring else Wording()
+            labels = LabelSpace(tuple(scoring["labels"]), tuple(scoring["polarity"]), scale, wording)
             size = scoring["image_size"]
             dtype = read_json(Path(folder) / "config.json")["dtype"]
         except OSError as error:

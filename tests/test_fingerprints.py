@@ -153,7 +153,7 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
 
 NEW_FIELDS = frozenset({
     "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
-    "divergence", "beta", "skew", "label_weight", "label_teacher",
+    "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 
@@ -169,6 +169,7 @@ def test_a_run_of_a_version_without_the_new_fields_is_kept(path: Path, fakes: Fa
     assert "student" in set_fingerprints(recipe, fingerprints._without(written, names))
     assert run(micro.read(path)) == []
     assert run(micro.read(path, "--student.distillation.divergence", "jsd"))[0] == "student"
+    assert run(micro.read(path, "--task.language", "Chinese"))[0] == "teacher"
 
 
 def test_what_does_not_change_the_weights_runs_nothing(path: Path, fakes: Fakes) -> None:

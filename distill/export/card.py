@@ -34,7 +34,8 @@ def scoring(student: Backbone) -> dict[str, Any]:
         one. `image_size`: the side of square images in pixels, 0 if the processor resizes them; None if the student
         reads none.
         `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
-        `template_variables`: of the chat template.
+        `template_variables`: of the chat template. `wording`: question, definitions and language of the task, from
+        which the prompts are made.
     """
     labels, shared = student.labels, student.labels_share_tokens
     return {
@@ -49,6 +50,7 @@ def scoring(student: Backbone) -> dict[str, Any]:
         "image_size": student.settings.image_size if student.encoder.reads_images else None,
         "add_special_tokens": not student.encoder.starts_with_bos(student.encoder.render("")),
         "template_variables": _template_variables(student),
+        "wording": asdict(labels.wording),
     }
 
 
@@ -85,9 +87,10 @@ def model_card(
         config: Any = student.model.config
         origin = f"{config.get_text_config().num_hidden_layers} layers of {origin}"
     posts = "posts with text and images" if with_images else "the texts of posts"
+    aim = f"classifies the sentiment of {posts}" if student.labels.wording.asks_for_sentiment else f"labels {posts}"
     text = f"""# {name}
 
-A student model that classifies the sentiment of {posts}{" and explains it" if reasons else ""},
+A student model that {aim}{" and explains it" if reasons else ""},
 trained with `distill` (MulCoT-RD, arXiv 2508.05234) from {origin}.
 Labels: {", ".join(student.labels.names)}.
 

@@ -1,7 +1,7 @@
 """Label spaces: ordered label names with their polarity, and the bins of a continuous scale."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from distill.errors import SettingsError
 from distill.settings import NonNegative, Range, Settings, check_limits
 from distill.task import reply
+from distill.task.wording import DEFINITIONS, QUESTION, Wording
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """K label names with their polarities (-1, 0 or 1), and the scale if the labels are numbers.
+    """K label names with their polarities (-1, 0 or 1), the scale if the labels are numbers, and the task's wording.
 
     Raises:
         ValueError: there are fewer than two names, a name is empty, two names differ only in case or punctuation, or
@@ -82,6 +83,7 @@ class LabelSpace:
     names: tuple[str, ...] = ("negative", "neutral", "positive")
     polarity: tuple[int, ...] = (-1, 0, 1)
     scale: Scale | None = None
+    wording: Wording = field(default_factory=Wording)
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
@@ -183,10 +185,23 @@ class TaskSettings(Settings):
     label in the middle. Ignored with task.scale."""
     scale: Scale | None = None
     """Scale of continuous labels and its division into bins; null: labels are names."""
+    question: str = QUESTION
+    """The question about a post. {target} stands for the post, or the post towards its aspect, {labels} for the label
+    names; {scale}, which may be left out, for the ends of a scale."""
+    definitions: dict[str, str] | None = None
+    """What labels mean, by label name, for the teacher; null: those of negative, neutral and positive."""
+    language: str = ""
+    """Language in which rationales are written, such as Chinese; empty: the prompts name none."""
 
     @property
     def label_space(self) -> LabelSpace:
-        """The label space. Raises ValueError for labels that do not form one."""
+        """The label space. Raises ValueError for labels or a wording that do not form one."""
         if self.scale is not None:
-            return LabelSpace.from_scale(self.scale, self.labels)
-        return LabelSpace.from_names(LabelSpace().names if self.labels is None else self.labels, self.polarity)
+            space = LabelSpace.from_scale(self.scale, self.labels)
+        else:
+            space = LabelSpace.from_names(LabelSpace().names if self.labels is None else self.labels, self.polarity)
+        for name in self.definitions or ():
+            if name not in space.names:
+                raise ValueError(f"task.definitions has {name!r}; the labels are {', '.join(space.names)}")
+        definitions = DEFINITIONS if self.definitions is None else self.definitions
+        return replace(space, wording=Wording(self.question, tuple(definitions.items()), self.language))

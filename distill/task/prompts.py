@@ -30,31 +30,25 @@ class EarlierAnswers:
     teacher_confidence: float
 
 
-_DEFINITIONS = {
-    "negative": "disapproval, sadness or mockery",
-    "neutral": "facts, or signals that cancel out",
-    "positive": "approval, joy or affection",
-}
-
 _FIELDS = (
     '"Text_analysis": "<what the words say and how they sound>"',
     '"Image_analysis": "<what the image shows and the mood it sets>"',
     '"Conflict_resolution": "<whether they agree, and which prevails>"',
     '"Final_conclusion": "<what follows from both>"',
-    '"Prediction": <{names}>',
+    '"Prediction": <{labels}>',
 )
 
-_HEAD = "Judge the sentiment of {target}{scale}: {names}.\n{post}\n"
-"""Common prefix of all prompts about one post, so that a model encodes it (and the images before it) only once."""
+_FULL = "{definitions}{hint}Answer{language} with these five fields, one a line, and nothing else{names}:\n{fields}"
 
-_FULL = "{definitions}{hint}Answer with these five fields, one a line, and nothing else:\n{fields}"
+_NAMES = "; keep the names of the fields and the label as they are"
+"""Added where rationales are written in a given language."""
 
-_HINT = "The sentiment is {label}. Explain it from the post itself, as if found on your own.\n"
+_HINT = "The {what} is {label}. Explain it from the post itself, as if found on your own.\n"
 
 _TAILS: dict[str, str] = {
     "predict": _FULL,
     "explain": _FULL,
-    "reason": "Reason in five fields.",
+    "reason": "Reason in five fields{comma}{language}.",
     "classify": "Answer: {prefix} <label>",
     "review": "{earlier}Answer: {prefix} <label>",
 }
@@ -70,16 +64,21 @@ def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earl
     Only *explain* contains the sample's label. Only *review* contains earlier answers, as label names and
     probabilities, never as free text.
 
+    All prompts about one post begin with the question and the post, so that a model encodes them, and the images before
+    them, only once.
+
     Args:
+        labels: the label space, with the wording of the task.
         earlier: the predictions that *review* shows; ignored by the other templates.
 
     Raises:
         ValueError: *explain* for a sample without a label, or *review* without earlier answers or with a label that is
             not in the label space.
     """
+    wording, hint, earlier_text = labels.wording, "", ""
     if template == "explain":
-        labels.index(sample.label)
-    earlier_text = ""
+        what = "sentiment" if wording.asks_for_sentiment else "answer"
+        hint = _HINT.format(what=what, label=labels.name(sample.label))
     if template == "review":
         if earlier is None:
             raise ValueError("a review needs the earlier answers")
@@ -87,19 +86,23 @@ def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earl
             labels.index(name)
         confidences = earlier.student_confidence, earlier.teacher_confidence
         earlier_text = _EARLIER.format(earlier.student, confidences[0], earlier.teacher, confidences[1])
-    defined = [name for name in labels.names if name in _DEFINITIONS]
-    names = ", ".join(labels.names[:-1]) + " or " + labels.names[-1]
-    return (_HEAD + _TAILS[template]).format(
+    names, definitions = ", ".join(labels.names[:-1]) + " or " + labels.names[-1], dict(wording.definitions)
+    question = wording.ask(
         target="the post" if sample.aspect is None else f'the post towards "{_one_line(sample.aspect)}"',
-        names=names,
+        labels=names,
         scale=f" on a scale from {labels.names[0]} (negative) to {labels.names[-1]} (positive)" if labels.scale else "",
-        definitions="".join(f"{name}: {_DEFINITIONS[name]}.\n" for name in defined),
+    )
+    tail = _TAILS[template].format(
+        definitions="".join(f"{name}: {definitions[name]}.\n" for name in labels.names if name in definitions),
         earlier=earlier_text,
-        post=f'Post: "{_one_line(sample.text)}"',
-        hint=_HINT.format(label=labels.name(sample.label)) if template == "explain" else "",
-        fields="\n".join(_FIELDS).format(names=names),
+        hint=hint,
+        fields="\n".join(_FIELDS).format(labels=names),
+        language=f" in {wording.language}" if wording.language else "",
+        comma="," if wording.language else "",
+        names=_NAMES if wording.language else "",
         prefix=CLASSIFY_PREFIX,
     )
+    return f'{question}\nPost: "{_one_line(sample.text)}"\n{tail}'
 
 
 def _one_line(text: str) -> str:
