@@ -116,7 +116,7 @@ def test_the_program_gives_the_probabilities_of_the_student(
     code = block("localhost:8080").replace("runs/mosi/export", str(tmp_path))
     code = code.replace("http://localhost:8080", address).replace("n_probs=100", f"n_probs={len(student.head)}")
     classify = run(code)["classify"]
-    for post in postcards.test[:3]:
+    for post in postcards.test[: 3 if space == "first tokens" else 1]:  # whole labels take many requests
         post = post if images else replace(post, images=())
         found = classify(post.text, post.images)
         assert found == pytest.approx(probabilities(labels, post), abs=3e-3)
