@@ -24,7 +24,7 @@ def test_decisions_are_counted_by_stage_with_teacher_calls_per_post() -> None:
         Decision("teacher_first", "the teacher is certain", prediction.probabilities, prediction, prediction),
         Decision("teacher_review", "reviewed", prediction.probabilities, prediction, prediction, prediction),
     ):
-        metrics.decision(decision)
+        metrics.decision(decision, decision.teacher_calls)
     found = read(metrics)
     assert found["distill_posts_total", "student"] == 2 and found["distill_posts_total", "teacher_review"] == 1
     assert found["distill_degraded_total", "the teacher is busy"] == 1
