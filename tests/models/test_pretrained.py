@@ -77,15 +77,9 @@ def test_a_new_adapter_of_tied_embeddings(postcards: Corpus, tmp_path: Path) -> 
         torch.testing.assert_close(merged(**features).logits, logits, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "names"),
-    [
-        ("float32", ["layers.2.self_attn.q_proj", "layers.2.mlp.gate_proj"]),
-        ("bfloat16", ["layers.2.mlp.up_proj", "embed_tokens"]),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "layers.2.self_attn.q_proj"), ("bfloat16", "embed_tokens")])
 def test_one_wrong_weight_is_refused(
-    dtype: str, names: list[str], postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, name: str, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a model that has norms after its projections, a factor of most projections changes no logit."""
     choice = LoraSettings(r=4, dropout=0.0, targets=r".*(lm_head|embed_tokens|q_proj|down_proj)")
@@ -102,17 +96,16 @@ def test_one_wrong_weight_is_refused(
 
     assert written()["difference"] <= written()["tolerance"]
     merged = Backbone.merged
-    for name in names:
 
-        def wrong(student: Backbone, name: str = name) -> torch.nn.Module:
-            model = merged(student)
-            next(weights for key, weights in model.named_parameters() if name in key).data.mul_(1.1)
-            return model
+    def wrong(student: Backbone) -> torch.nn.Module:
+        model = merged(student)
+        next(weights for key, weights in model.named_parameters() if name in key).data.mul_(1.1)
+        return model
 
-        monkeypatch.setattr(Backbone, "merged", wrong)
-        with pytest.raises(RunError, match=r"; merging changes "):
-            written()
-        monkeypatch.undo()
+    monkeypatch.setattr(Backbone, "merged", wrong)
+    with pytest.raises(RunError, match=r"; merging changes "):
+        written()
+    monkeypatch.undo()
     save = type(backbone.merged()).save_pretrained
 
     def change(model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
