@@ -38,9 +38,9 @@ _FIELDS = (
     '"Prediction": <{labels}>',
 )
 
-_FULL = "{definitions}{hint}Answer{language} with these five fields, one a line, and nothing else{names}:\n{fields}"
+_FULL = "{definitions}{hint}Answer{language} with these five fields, one a line, and nothing else{kept}:\n{fields}"
 
-_NAMES = "; keep the names of the fields and the label as they are"
+_KEPT = "; keep the names of the fields and the label as they are"
 """Added where rationales are written in a given language."""
 
 _HINT = "The {what} is {label}. Explain it from the post itself, as if found on your own.\n"
@@ -99,7 +99,7 @@ def render(template: Template, sample: Sample, labels: LabelSpace, earlier: Earl
         fields="\n".join(_FIELDS).format(labels=names),
         language=f" in {wording.language}" if wording.language else "",
         comma="," if wording.language else "",
-        names=_NAMES if wording.language else "",
+        kept=_KEPT if wording.language else "",
         prefix=CLASSIFY_PREFIX,
     )
     return f'{question}\nPost: "{_one_line(sample.text)}"\n{tail}'

@@ -1,5 +1,6 @@
 """The wording of a task: its question, the definitions of its labels, and the language of rationales."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +50,7 @@ class Wording:
     def ask(self, target: str, labels: str, scale: str) -> str:
         """The question about a post."""
         parts = {"{target}": target, "{labels}": labels, "{scale}": scale}
-        text, rest = "", self.question
-        while found := min((place for place in parts if place in rest), key=rest.index, default=None):
-            before, _, rest = rest.partition(found)
-            text += before + parts[found]
-        return text + rest
+        return re.sub("|".join(map(re.escape, parts)), lambda place: parts[place[0]], self.question)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Wording":

@@ -235,7 +235,7 @@ def check_compatibility(
     task_prompts += [label_prompt(backbone, sample)] if label_targets else []
     separate = backbone.pack([[p._replace(answers=[answer])] for p in task_prompts for answer in p.answers])
     packed = backbone.pack(_rows(task_prompts, backbone, packing))
-    training = backbone.model.training
+    exact, training = backbone.settings.dtype == "float32", backbone.model.training
     backbone.model.eval()
     with torch.no_grad():
         inputs = {name: value.to(backbone.device) for name, value in separate.inputs.items()}
@@ -246,17 +246,14 @@ def check_compatibility(
         ahead = _sees_later_tokens(backbone, separate)
         leaks = _leaks_between_branches(backbone, packed)
     backbone.model.train(training)
-    exact = backbone.settings.dtype == "float32"
     moved = float((in_rows - states).abs().max()) > (5e-3 if exact else 0.2) * float(states.abs().max())
 
     def differs(found: torch.Tensor) -> bool:
         """Compare per answer, so that a long answer does not hide the error of a short one."""
-        sizes = packed.answers.bincount().tolist()
-        for error, answer in zip((found - expected).abs().split(sizes), expected.split(sizes), strict=True):
-            # nats per token; a wrong mask costs whole nats, and so does rounding to 16 bits where they are dozens
-            if float(error.mean()) > (0.01 if exact else max(0.3, 0.05 * float(answer.abs().mean()))):
-                return True
-        return False
+        errors = (found - expected).abs().split(sizes := packed.answers.bincount().tolist())
+        pairs = zip(errors, expected.abs().split(sizes), strict=True)
+        # nats per token; a wrong mask costs whole nats, and so does rounding to 16 bits where they are dozens
+        return any(float(e.mean()) > (0.01 if exact else max(0.3, 0.05 * float(size.mean()))) for e, size in pairs)
 
     if differs(from_head):
         raise SettingsError(
