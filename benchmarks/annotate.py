@@ -61,7 +61,7 @@ def label_responses() -> dict[str, bytes]:
     )
     responses = {}
     for name in LABELS.names:
-        choice = {"message": {"role": "assistant", "content": render(Rationale(*fields, name))}}
+        choice = {"message": {"role": "assistant", "content": render(Rationale(fields, name))}}
         usage = {"prompt_tokens": 400, "completion_tokens": 80}
         body = json.dumps({"choices": [choice | {"finish_reason": "stop"}], "usage": usage}).encode()
         responses[name] = HEAD % (len(body), body)

@@ -44,9 +44,11 @@ from distill.models.tiny import TinySettings
 from distill.recipe import load, parser
 from distill.stages.context import Context
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
 from distill.training.batches import encode
+
+PREFIX = '"Prediction":'
 
 TARGETS = {"label, generated": 5.0, "reasoning, generated": 20.0}
 AGREEMENT = 0.99
@@ -133,7 +135,7 @@ def measure(reasoner: Local, samples: list[Sample], limit: int, repeats: int) ->
 def agreement(answers: dict[str, list[Any]], labels: LabelSpace) -> dict[str, float]:
     """Fractions of the samples on which methods agree, and the largest difference of a probability."""
     one_pass = [labels.names[int(row.argmax())] for row in answers["label, one pass"]]
-    generated = [answer.text.removeprefix(CLASSIFY_PREFIX).strip() for answer in answers["label, generated"]]
+    generated = [answer.text.removeprefix(PREFIX).strip() for answer in answers["label, generated"]]
     rationales = [
         parse_or_none(answer.text, labels, finished=answer.finished) for answer in answers["reasoning, generated"]
     ]

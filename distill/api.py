@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from distill.stages.cascade import calibrated_policy
 from distill.stages.context import Context
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import Template
-from distill.task.rationale import FIELDS, InvalidRationale, check
+from distill.task.rationale import InvalidRationale, check
 from distill.task.sample import Sample
 from distill.task.wording import Wording
 
@@ -300,7 +300,7 @@ def _rationales(
         try:
             if answer.answered:
                 rationale = check(answer.text, labels, post.label, finished=answer.finished, post=post.text)
-                row["rationale"] = dict(zip(FIELDS, astuple(rationale), strict=True))
+                row["rationale"] = rationale.as_dict()
                 row["label"] = rationale.prediction
         except InvalidRationale as error:
             row["problem"] = str(error)

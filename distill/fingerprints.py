@@ -201,7 +201,9 @@ def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fi
 def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]) -> dict[str, str]:
     """Hash of the inputs of each stage: its settings, the data, the seed, and the hashes of the stages it reads."""
     rows = [data, {name: value for name, value in settings["data"].items() if name != "root"}]
-    hashes: dict[str, str] = {}
+    task, hashes = settings["task"], dict[str, str]()
+    if task.get("fields"):
+        task = task | {"fields": list(task["fields"].items())}  # their order counts
     for name, stage in stages.items():
         if settings.get(name) is None:
             continue
@@ -209,7 +211,7 @@ def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]
             rows,
             prompts.VERSION,
             settings["seed"],
-            settings["task"],
+            task,
             settings[name],
             *_section_values(settings, stage.sections),
             *(hashes.get(earlier) for earlier in reads(name, stage, settings[name])),

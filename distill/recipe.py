@@ -204,8 +204,8 @@ class RecipeParser(jsonargparse.ArgumentParser):
 
     def parse_path(self, path: Any, **options: Any) -> jsonargparse.Namespace:
         """Parse the content of a recipe that was read before."""
-        quoted = yaml.safe_dump(self.contents[str(path)], default_style='"', allow_unicode=True)  # text stays text
-        return self.parse_string(quoted, **options)
+        options_of_text: Any = {"default_style": '"', "allow_unicode": True, "sort_keys": False}  # text stays text
+        return self.parse_string(yaml.safe_dump(self.contents[str(path)], **options_of_text), **options)
 
     def dump(self, namespace: jsonargparse.Namespace, **options: Any) -> str:
         """The fields of the recipe as YAML, which `load` can read."""
@@ -267,7 +267,7 @@ def check(recipe: Recipe) -> None:
     if (size := len(recipe.name.encode())) > 255:
         raise SettingsError(f"name has {size} bytes; it takes at most 255, because it names a folder")
     try:
-        recipe.labels  # noqa: B018
+        check_labels(recipe.data, recipe.labels)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     check_trainer(recipe.trainer, "trainer")
@@ -282,8 +282,9 @@ def check(recipe: Recipe) -> None:
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if settings.model.lora is not None and not settings.model.path:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model is not pretrained")
-    check_labels(recipe.data, recipe.labels)
     annotate, student = recipe.annotate, recipe.student
+    if recipe.task.examples and not (annotate and (annotate.endpoint or annotate.model)):
+        raise SettingsError("task.examples needs annotate.endpoint or annotate.model: a trained teacher sees none")
     if annotate is not None:
         teachers = [recipe.teacher, annotate.endpoint, annotate.model]
         if sum(item is not None for item in teachers) > 1:

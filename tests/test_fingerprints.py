@@ -154,6 +154,7 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
 NEW_FIELDS = frozenset({
     "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
     "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
+    "fields", "examples", "templates",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 
@@ -170,6 +171,27 @@ def test_a_run_of_a_version_without_the_new_fields_is_kept(path: Path, fakes: Fa
     assert run(micro.read(path)) == []
     assert run(micro.read(path, "--student.distillation.divergence", "jsd"))[0] == "student"
     assert run(micro.read(path, "--task.language", "Chinese"))[0] == "teacher"
+
+
+def test_other_fields_of_rationales_or_another_order_change_all_stages(path: Path, fakes: Fakes) -> None:
+    def flags(*names: str) -> tuple[str, str]:
+        return "--task.fields", json.dumps(dict.fromkeys(names, "what"))
+
+    run(micro.read(path))
+    assert run(micro.read(path, *flags("Words", "Image", "Label")))[0] == "teacher"
+    assert run(micro.read(path, *flags("Words", "Image", "Label"))) == []
+    assert run(micro.read(path, *flags("Image", "Words", "Label")))[0] == "teacher"
+
+
+def test_templates_count_by_their_content(path: Path, fakes: Fakes, tmp_path: Path) -> None:
+    file = tmp_path / "templates.yaml"
+    flags = ("--task.templates", str(file))
+    file.write_text("classify: 'Judge {text}: {prefix}'")
+    run(first := micro.read(path, *flags))
+    assert run(micro.read(path, *flags)) == []
+    assert run(micro.read(first.folder / "recipe.yaml", "--runs", str(first.runs))) == [], "the run has the content"
+    file.write_text("classify: 'Label {text}: {prefix}'")
+    assert run(micro.read(path, *flags))[0] == "teacher"
 
 
 def test_what_does_not_change_the_weights_runs_nothing(path: Path, fakes: Fakes) -> None:

@@ -154,10 +154,12 @@ def _posts(
 def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -> Rationale:
     """The gold rationale: the attributes of text and image, and the explanation of the label."""
     return Rationale(
-        f"The word {word} sounds {tone}.",
-        f"The card shows a {face} face under a {sky} sky.",
-        why,
-        f"The post is {label}.",
+        (
+            f"The word {word} sounds {tone}.",
+            f"The card shows a {face} face under a {sky} sky.",
+            why,
+            f"The post is {label}.",
+        ),
         label,
     )
 

@@ -141,7 +141,7 @@ def role_metrics(
             settings.similarity_model,
         )
     named = [
-        rationale is not None and value in re.findall(r"\w+", f"{rationale.text_analysis} {rationale.image_analysis}")
+        rationale is not None and value in re.findall(r"\w+", " ".join(rationale.texts[:2]))  # the two analyses
         for sample, text, rationale in zip(samples, outputs.texts, outputs.rationales, strict=True)
         if text is not None
         for value in sample.attributes.values()

@@ -8,7 +8,6 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from functools import cache, partial
 from importlib.util import find_spec
 
@@ -160,7 +159,7 @@ def _is_unspaced(character: str) -> bool:
 
 def _contents(rationale: Rationale) -> str:
     """The contents of the fields, without their names."""
-    return "\n".join(astuple(rationale))
+    return "\n".join((*rationale.texts, rationale.prediction))
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -8,7 +8,7 @@ import base64
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from distill.errors import RunError
 from distill.evaluation.charts import cascade_charts, training_charts
 from distill.files import atomic_write
 from distill.task.labels import LabelSpace
-from distill.task.rationale import FIELDS, InvalidRationale, parse
+from distill.task.rationale import InvalidRationale, parse
 
 Metrics = Mapping[str, Any]
 Roles = Mapping[str, Metrics | Sequence[Metrics]]
@@ -211,10 +211,9 @@ def _fields(text: str | None, labels: LabelSpace) -> dict[str, str] | None:
     if not text:
         return None
     try:
-        values = asdict(parse(text, labels)).values()
+        return {name.replace("_", " "): value for name, value in parse(text, labels).as_dict().items()}
     except InvalidRationale as error:
         return {f"not a rationale ({error.reason})": text}
-    return {name.replace("_", " "): value for name, value in zip(FIELDS, values, strict=True)}
 
 
 def _thumbnail(path: Path | str | None) -> dict[str, Any] | None:

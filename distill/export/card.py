@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from distill.models.backbone import Backbone
 from distill.models.hub import load_from_hub
 from distill.models.text_models import TEMPLATE_VARIABLES
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
 
 _FENCE = "`" * 3
@@ -34,14 +34,14 @@ def scoring(student: Backbone) -> dict[str, Any]:
         one. `image_size`: the side of square images in pixels, 0 if the processor resizes them; None if the student
         reads none.
         `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
-        `template_variables`: of the chat template. `wording`: question, definitions and language of the task, from
+        `template_variables`: of the chat template. `wording`: the texts of the task, from
         which the prompts are made.
     """
     labels, shared = student.labels, student.labels_share_tokens
     return {
         "prompt": render("classify", Sample("", "{text}"), labels),
         "prompt_with_aspect": render("classify", Sample("", "{text}", aspect="{aspect}"), labels),
-        "prefix": CLASSIFY_PREFIX,
+        "prefix": labels.wording.prefix,
         "labels": list(labels.names),
         "label_tokens": [tokens if shared else tokens[:1] for tokens in student.label_tokens],
         "polarity": list(labels.polarity),
@@ -128,7 +128,7 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
     images = student.encoder.reads_images
     before = ", whose images go before the text in the message" if images else ""
     parts = [
-        f"The label is {rule} after the *classify* prompt and the forced prefix `{CLASSIFY_PREFIX}`.\n"
+        f"The label is {rule} after the *classify* prompt and the forced prefix `{student.labels.wording.prefix}`.\n"
         f"The prompt for one post{before}:",
         _block("text", render("classify", example, student.labels)),
         "`scoring.json` has the prompt, the prefix and the tokens of the labels for programs.",
@@ -137,7 +137,7 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
         centres = ", ".join(f"{centre:g}" for centre in scale.centres)
         parts.append(f"The value is the sum of the bin centres ({centres}), weighted by the label probabilities.")
     if reasons:
-        parts.append("The *reason* prompt generates a rationale of five fields:")
+        parts.append(f"The *reason* prompt generates a rationale of {len(student.labels.wording.fields)} fields:")
         parts.append(_block("text", render("reason", example, student.labels)))
     if images:
         size = f"{student.settings.image_size} pixels"
@@ -188,13 +188,16 @@ def _serving(example: Sample, student: Backbone) -> str:
     return "\n\n".join([*parts, "`docs/serve-elsewhere.md` of `distill` has programs for both, and for other tools."])
 
 
-def _request(example: Sample, student: Backbone, answer: str = CLASSIFY_PREFIX) -> dict[str, Any]:
+def _request(example: Sample, student: Backbone, answer: str = "") -> dict[str, Any]:
     """A chat request for the log-probabilities of the token that follows the beginning of an answer."""
     prompt: Any = render("classify", example, student.labels)
     if student.encoder.reads_images:
         url = "data:image/png;base64,(an image)"
         prompt = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    messages = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": answer or student.labels.wording.prefix},
+    ]
     variables = _template_variables(student)
     request = {"messages": messages, "max_tokens": 1, "temperature": 0, "logprobs": True}
     return request | ({"chat_template_kwargs": variables} if variables else {})
@@ -207,7 +210,7 @@ def _vllm_request(example: Sample, student: Backbone) -> dict[str, Any]:
         ids = {"logprob_token_ids": student.label_ids.tolist(), "return_tokens_as_token_ids": True}
         return options | _request(example, student) | ids
     ids = {"prompt_logprobs": 0, "logprob_token_ids": student.label_tokens[0][-1:], "return_tokens_as_token_ids": True}
-    return options | _request(example, student, f"{CLASSIFY_PREFIX} {student.labels.names[0]}") | ids
+    return options | _request(example, student, f"{student.labels.wording.prefix} {student.labels.names[0]}") | ids
 
 
 def base_licence(path: str, revision: str) -> str:

@@ -128,7 +128,7 @@ class Backbone:
         if answers is not None:
             endings = [self.answer_tokens(answer) for answer in answers]
         else:
-            prefix = self.encoder.tokens(prompts.CLASSIFY_PREFIX) if template in prompts.SCORED else []
+            prefix = self.encoder.tokens(self.labels.wording.prefix) if template in prompts.SCORED else []
             endings = [prefix] * len(messages)
         return self.encoder.encode(messages, endings, labelled=answers is not None, padding_side=padding_side)
 

@@ -15,7 +15,6 @@ from distill.errors import SettingsError
 from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX
 
 IGNORE = -100
 """Label of positions without loss."""
@@ -297,10 +296,10 @@ def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    prefix = ids(CLASSIFY_PREFIX)
+    prefix = ids(labels.wording.prefix)
     names: dict[tuple[int, ...], str] = {}
     for name in labels.names:
-        tokens = ids(f"{CLASSIFY_PREFIX} {name}")
+        tokens = ids(f"{labels.wording.prefix} {name}")
         if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
             raise SettingsError(f"task.labels: the tokenizer merges {name!r} with the text before it; rename it")
         suffix = tuple(tokens[len(prefix) :])

@@ -160,7 +160,7 @@ def label_prompt(backbone: Backbone, sample: Sample) -> PromptWithAnswers:
     """
     answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
     text = prompts.render("classify", sample, backbone.labels)
-    return PromptWithAnswers((text, sample.images), backbone.encoder.tokens(prompts.CLASSIFY_PREFIX), answers)
+    return PromptWithAnswers((text, sample.images), backbone.encoder.tokens(backbone.labels.wording.prefix), answers)
 
 
 def label_scores(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,8 @@ class ChainForecast:
     def _rationale_texts(self) -> list[str]:
         """Placeholders for missing rationales: those in the data, or else a filler text."""
         posts = [*self.corpus.train, *self.corpus.validation, *self.corpus.test]
-        filler = Rationale(_FILLER, _FILLER, _FILLER, _FILLER, self.labels.names[0])
+        names = self.labels.wording.names
+        filler = Rationale((_FILLER,) * (len(names) - 1), self.labels.names[0], names)
         return [post.rationale for post in posts if post.rationale] or [render(filler)]
 
     # ---- teacher requests ----
@@ -193,7 +194,7 @@ class ChainForecast:
         optional: bool = False,
     ) -> RequestForecast:
         """Forecast label requests: one per post, or up to `agreement_samples`; possibly none if `optional`."""
-        answer = self._tokens(f"{prompts.CLASSIFY_PREFIX} {self.labels.names[0]}", teacher)
+        answer = self._tokens(f"{self.labels.wording.prefix} {self.labels.names[0]}", teacher)
         samples = teacher.agreement_samples if isinstance(teacher, EndpointSettings) else 1
         minimum, maximum = 0 if optional else len(posts), samples * len(posts)
         purpose = {"classify": "labels", "review": "reviews"}[template]
@@ -213,9 +214,10 @@ class ChainForecast:
     def _prompt_tokens(self, template: Template, posts: Sequence[Sample], teacher: Teacher) -> float:
         """Return the mean prompt tokens of the posts, including image tokens."""
         sampled, total, tokenizer = sample_by_length(posts), 0.0, self.tokenizer(teacher)
+        labels = self.context.teacher_labels
         for post in sampled:
             earlier = synthetic_answers(post, self.labels) if template == "review" else None
-            text = prompts.render(template, post, self.labels, earlier)
+            text = prompts.render(template, post, labels, earlier)
             images = post.images if isinstance(teacher, EndpointSettings) or teacher.images else ()
             total += sum(_image_tokens(path, teacher) for path in images)
             if tokenizer is None:

@@ -27,7 +27,6 @@ from distill.serving.metrics import Metrics
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
-from distill.task.prompts import CLASSIFY_PREFIX
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
@@ -170,7 +169,7 @@ class Gateway:
         value = {} if result.value is None else {"value": result.value}
         return {"label": result.label} | value | {
             "probabilities": dict(zip(self.labels.names, decision.probabilities.tolist(), strict=True)),
-            "rationale": found and dict(zip(rationale.FIELDS, vars(found).values(), strict=True)),
+            "rationale": found and found.as_dict(),
             "rationale_by": result.explanation.by,
             "stage": decision.stage,
             "reason": decision.reason,
@@ -190,7 +189,7 @@ class Gateway:
             raise RequestError(400, "messages has no user message; send the post as one", param="messages")
         result = await self._classify(post.text, post.images, body.aspect, body.rationale, deadline)
         found = result.explanation.rationale
-        content = rationale.render(found) if found else f"{CLASSIFY_PREFIX} {result.label}"
+        content = rationale.render(found) if found else f"{self.labels.wording.prefix} {result.label}"
         usage = protocol.usage(result.cost.prompt_tokens, result.cost.completion_tokens)
         extra = {"distill": self._result_json(result)}
         completion = protocol.completion(body.model, content, "stop", usage, extra=extra)

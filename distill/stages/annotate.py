@@ -32,7 +32,8 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     folder = context.folder / "annotate"
     samples, tally = context.corpus.train, AnnotationCounts()
-    teacher, other_servers = context.teacher(context.recipe.annotating_teacher), context.recipe.other_servers()
+    labels, other_servers = context.teacher_labels, context.recipe.other_servers()
+    teacher = context.teacher(context.recipe.annotating_teacher, labels)
     first = context.first_answers("annotate")
 
     def nothing_kept() -> Exception:
@@ -48,9 +49,7 @@ def run(context: Context, tracked: StageRun) -> None:
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
-        closing(
-            annotate(samples, context.labels, teacher, settings, ledger, tally, show, other_servers, first)
-        ) as results,
+        closing(annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first)) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
     summary = tally.summary

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from distill.annotation.cached_teacher import CachedTeacher
+from distill.annotation.examples import with_examples
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
 from distill.data import jsonl
@@ -78,6 +79,11 @@ class Context:
         return self.recipe.labels
 
     @cached_property
+    def teacher_labels(self) -> LabelSpace:
+        """The label space with the examples that the prompts of the annotating teacher show."""
+        return with_examples(self.labels, self.corpus.train, self.recipe.task.examples)
+
+    @cached_property
     def corpus(self) -> Corpus:
         """The data, read and validated once. Dropped rows are written to `quarantine.jsonl` in the run's folder."""
         corpus = self.posts
@@ -133,7 +139,7 @@ class Context:
         if self._reviews:
             reviews = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
             texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in reviews]
-        return texts + [f"{prompts.CLASSIFY_PREFIX} {name}" for name in self.labels.names for _ in range(100)]
+        return texts + [f"{self.labels.wording.prefix} {name}" for name in self.labels.names for _ in range(100)]
 
     def train(
         self,
@@ -233,16 +239,20 @@ class Context:
         """Name of the model that a stage trained; it contains the stage's fingerprint."""
         return f"{stage}{part}-{self.fingerprints[stage]}"
 
-    def teacher(self, settings: Teacher | None) -> Reasoner | None:
-        """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None."""
+    def teacher(self, settings: Teacher | None, labels: LabelSpace | None = None) -> Reasoner | None:
+        """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None.
+
+        Args:
+            labels: of a teacher that is not trained; None: those of the recipe.
+        """
         if isinstance(settings, TeacherSettings):
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
-                return Endpoint(settings, self.labels, self.recipe.data.max_pixels)
+                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels)
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
-                model = backbone.create(settings, self.labels, self.tokenizer(settings), train=False)
+                model = backbone.create(settings, labels or self.labels, self.tokenizer(settings), train=False)
             images = f"{settings.image_size} px" if settings.images else "no images"
             name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
             if settings.keep_layers is not None:
@@ -260,14 +270,15 @@ class Context:
             RunError: the answers of an endpoint are all invalid. Those of a model on this machine are a result.
         """
         for_cascade = stage != "evaluate"
-        teacher = self.teacher(self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher)
+        settings = self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher
+        teacher = self.teacher(settings, self.teacher_labels)
         if teacher is None:
             yield None
             return
         with Ledger(self.folder / "evaluate" / "ledger.jsonl") as ledger:
             others = self.recipe.other_servers(for_cascade=for_cascade)
             first = self.first_answers(stage) if isinstance(teacher, Endpoint) else None
-            yield CachedTeacher(teacher, self.labels, ledger, 256, others, first)
+            yield CachedTeacher(teacher, self.teacher_labels, ledger, 256, others, first)
             if first is not None:
                 first.end()
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import yaml
 
 from distill.errors import SettingsError
-from distill.settings import NonNegative, Range, Settings, check_limits
+from distill.settings import Natural, NonNegative, Range, Settings, check_limits
 from distill.task import reply
-from distill.task.wording import DEFINITIONS, QUESTION, Wording
+from distill.task.sample import Sample
+from distill.task.wording import DEFINITIONS, FIELDS, QUESTION, Wording
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Scale:
 class LabelSpace:
     """K label names with their polarities (-1, 0 or 1), the scale if the labels are numbers, and the task's wording.
 
+    Attributes:
+        examples: labelled posts that the prompts of the teacher show.
+
     Raises:
         ValueError: there are fewer than two names, a name is empty, two names differ only in case or punctuation, or
             the number of polarities or bins is not K.
@@ -84,6 +90,7 @@ class LabelSpace:
     polarity: tuple[int, ...] = (-1, 0, 1)
     scale: Scale | None = None
     wording: Wording = field(default_factory=Wording)
+    examples: tuple[Sample, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
@@ -140,11 +147,17 @@ class LabelSpace:
     def find(self, answer: str | None) -> str | None:
         """The one label that an answer names, as its first line or after `"Prediction":`; None if there is none.
 
+        `Prediction` stands for the last field of the task's rationales.
+
         Thoughts, tags, code fences, case, surrounding punctuation and a confidence in parentheses are ignored. Anything
         else beside the label, such as "not" or a second label, makes it no label.
         """
         text = reply.final_text(answer)
-        return self._named(reply.label_value(text[reply.label_start(text, self.is_label) :]))
+        return self._named(reply.label_value(text[self.start_of(text) :]))
+
+    def start_of(self, answer: str) -> int:
+        """Offset in an answer without thought where the label begins (`reply.label_start`)."""
+        return reply.label_start(answer, self.is_label, self.wording.names[-1])
 
     def is_label(self, text: str) -> bool:
         """Whether a text is a label up to case and surrounding punctuation."""
@@ -192,6 +205,20 @@ class TaskSettings(Settings):
     """What labels mean, by label name, for the teacher; null: those of negative, neutral and positive."""
     language: str = ""
     """Language in which rationales are written, such as Chinese; empty: the prompts name none."""
+    fields: dict[str, str | None] | None = None
+    """The fields of a rationale and what belongs in each, in order; the last is the prediction, whose text may be
+    left out. null: analysis of text and image, resolution of conflicts, conclusion and prediction."""
+    examples: Natural = 0
+    """Number of labelled training posts that the prompts of the annotating teacher show with their answers, the labels
+    in turn; posts with a rationale come first. Their images are not shown."""
+    templates: str | dict[str, str] | None = None
+    """Whole prompts by template (predict, explain, reason, classify, review), with places such as {text} and {labels};
+    or the path of a YAML file with them. null: those that the other fields make."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.templates, str):
+            self.templates = _read_templates(self.templates)
 
     @property
     def label_space(self) -> LabelSpace:
@@ -203,5 +230,23 @@ class TaskSettings(Settings):
         for name in self.definitions or ():
             if name not in space.names:
                 raise ValueError(f"task.definitions has {name!r}; the labels are {', '.join(space.names)}")
-        definitions = DEFINITIONS if self.definitions is None else self.definitions
-        return replace(space, wording=Wording(self.question, tuple(definitions.items()), self.language))
+        wording: Any = {
+            "definitions": DEFINITIONS if self.definitions is None else self.definitions,
+            "fields": FIELDS if self.fields is None else self.fields,
+            "templates": self.templates or {},
+        }
+        pairs = {part: tuple((name, text or "") for name, text in texts.items()) for part, texts in wording.items()}
+        return replace(space, wording=Wording(question=self.question, language=self.language, **pairs))
+
+
+def _read_templates(path: str) -> dict[str, str]:
+    """The templates in a YAML file. Raises SettingsError for a file that is not a mapping of texts."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"templates: cannot read {path}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"templates: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(text, str) for pair in content.items() for text in pair):
+        raise SettingsError(f"templates: {path} takes a text for each template, such as classify: ...")
+    return content

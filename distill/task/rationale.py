@@ -1,4 +1,4 @@
-"""The five-field rationale of MulCoT-RD (arXiv 2508.05234): parsing, rendering and validation.
+"""The rationale, by default of the five fields of MulCoT-RD (arXiv 2508.05234): parsing, rendering and validation.
 
 Teachers write the fields in several formats: quoted lines, Markdown headings or tables, XML or JSON, fenced or not. A
 field starts only where its name is at the start of a line and has the same markup as the first field. An answer may
@@ -8,21 +8,17 @@ is malformed.
 
 import json
 import re
-from dataclasses import astuple, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 from distill.task.labels import LabelSpace
-from distill.task.reply import LEAD, QUOTES, final_text
-
-FIELDS = ("Text_analysis", "Image_analysis", "Conflict_resolution", "Final_conclusion", "Prediction")
+from distill.task.reply import LEAD, QUOTES, final_text, letters_of, spellings
+from distill.task.wording import FIELDS
 
 Reason = Literal["malformed", "contradicts", "unfinished", "leaks"]
 
-_NAME = {name: name.replace("_", r"(?:\\?_|[ -])?") for name in FIELDS}  # also "Text analysis" and "Text\\_analysis"
 _END = rf"(?:>|[{QUOTES}*_\])）】 \t\u00a0\u3000]*[:：|])"  # `>` of an XML tag, `|` of a table's cell
-_HEADER = re.compile(
-    rf"^((?:{LEAD}|[{{<])*)({'|'.join(_NAME.values())})(?:{_END}|\b[{QUOTES}*_ \t]*$)", re.IGNORECASE | re.MULTILINE
-)
 _BLOCK = re.compile(r"[>|][+-]?[ \t]*\n")  # YAML's marks of a text on the next lines
 _CLOSING = re.compile(r"\s*(?:</\w+>|(?<=\s)\|)\s*$")
 _PLAIN_QUOTES = str.maketrans("“”„‟＂‘’‚＇", '"""""\'\'\'\'')
@@ -43,43 +39,84 @@ class InvalidRationale(ValueError):
 
 @dataclass(frozen=True)
 class Rationale:
-    """The five fields, each on one line; `prediction` is a label name."""
+    """The fields of an answer.
 
-    text_analysis: str
-    image_analysis: str
-    conflict_resolution: str
-    final_conclusion: str
+    Attributes:
+        texts: of the fields before the prediction, each on one line.
+        prediction: a label name.
+        names: of all fields, the prediction's last.
+    """
+
+    texts: tuple[str, ...]
     prediction: str
+    names: tuple[str, ...] = tuple(FIELDS)
+
+    def as_dict(self) -> dict[str, str]:
+        """The texts and the prediction by field."""
+        return dict(zip(self.names, (*self.texts, self.prediction), strict=True))
+
+
+class _Format(NamedTuple):
+    """What a parser looks for: the names of the fields, and patterns.
+
+    Attributes:
+        header: the name of any field at the start of a line, with the markup before it.
+        given: each field's name, with what ends it.
+    """
+
+    names: tuple[str, ...]
+    header: re.Pattern[str]
+    given: tuple[re.Pattern[str], ...]
+
+    def canonical(self, name: str) -> str:
+        """The field that a name is a spelling of, also with a number before it; the name itself if there is none."""
+        letters = letters_of(name)
+        return next((field for field in self.names if letters_of(field) == letters), name)
+
+    def field(self, header: re.Match[str]) -> str:
+        """The field of a header."""
+        return self.canonical(header.group(2))
+
+
+@cache
+def _format(names: tuple[str, ...]) -> _Format:
+    longest_first = sorted(map(spellings, names), key=len, reverse=True)
+    header = rf"^((?:{LEAD}|[{{<])*)({'|'.join(longest_first)})(?:{_END}|\b[{QUOTES}*_ \t]*$)"
+    # a name of one word is also a word of a text: it counts where a line or a quotation begins
+    before = {name: "(?<!/)" if re.search("[_ -]", name) else rf"(?:^|[{QUOTES}{{<*#|,])[ \t]*" for name in names}
+    given = [rf"{before[name]}{spellings(name)}\\*{_END}" for name in names]
+    flags = re.IGNORECASE | re.MULTILINE
+    return _Format(names, re.compile(header, flags), tuple(re.compile(pattern, flags) for pattern in given))
 
 
 def parse(answer: str, labels: LabelSpace) -> Rationale:
-    """Parse the five fields of an answer in any of the formats above.
+    """Parse the task's fields of an answer in any of the formats above.
 
     Raises:
         InvalidRationale: a field is missing, empty, unterminated, duplicated or out of order, the prediction is not a
             label, or two predictions differ.
     """
-    answer = final_text(answer)
-    for name in FIELDS[:4]:
-        if len(re.findall(rf"(?<!/){_NAME[name]}\\*{_END}", answer, re.IGNORECASE)) > 1:
+    form, answer = _format(labels.wording.names), final_text(answer)
+    *reasoning, last = form.names
+    for name, pattern in zip(reasoning, form.given, strict=False):
+        if len(pattern.findall(answer)) > 1:
             raise InvalidRationale("malformed", f"{name} is given twice")  # one is a quotation; ambiguous
-    fields = _from_json(answer) or _from_lines(answer)
-    for name in FIELDS:
+    fields = _from_json(answer, form) or _from_lines(answer, form)
+    for name in form.names:
         if not fields.get(name):
             raise InvalidRationale("malformed", f"{name} is missing")
-    predictions = {labels.find(value) for value in fields["Prediction"]}
+    predictions = {labels.find(value) for value in fields[last]}
     prediction = predictions.pop()
     if predictions or prediction is None:
-        raise InvalidRationale("malformed", f"Prediction is {' and '.join(fields['Prediction'])[:80]!r}, not one label")
-    texts = [" ".join(fields[name][0].split()) for name in FIELDS[:4]]
-    return Rationale(texts[0], texts[1], texts[2], texts[3], prediction)
+        raise InvalidRationale("malformed", f"{last} is {' and '.join(fields[last])[:80]!r}, not one label")
+    return Rationale(tuple(" ".join(fields[name][0].split()) for name in reasoning), prediction, form.names)
 
 
 def render(rationale: Rationale) -> str:
     """The canonical format: one quoted field per line, the prediction unquoted. `parse` returns the same rationale."""
-    *texts, prediction = astuple(rationale)
-    lines = [f'"{name}": "{" ".join(text.split())}"' for name, text in zip(FIELDS, texts, strict=False)]
-    return "\n".join([*lines, f'"Prediction": {prediction}'])
+    *reasoning, last = rationale.names
+    lines = [f'"{name}": "{" ".join(text.split())}"' for name, text in zip(reasoning, rationale.texts, strict=True)]
+    return "\n".join([*lines, f'"{last}": {rationale.prediction}'])
 
 
 def check(
@@ -122,13 +159,13 @@ def _leaks(phrase: str, answer: str, post: str) -> bool:
     return False
 
 
-def _from_json(answer: str) -> dict[str, list[str]] | None:
+def _from_json(answer: str, form: _Format) -> dict[str, list[str]] | None:
     """All values of each field of an answer that contains one JSON object; None if it contains none."""
     fields: dict[str, list[str]] = {}
 
     def collect(pairs: list[tuple[str, Any]]) -> str:
-        named = [(_canonical(name), str(value)) for name, value in pairs]
-        if FIELDS[0] in dict(named):  # may be nested in another object
+        named = [(form.canonical(name), str(value)) for name, value in pairs]
+        if form.names[0] in dict(named):  # may be nested in another object
             for name, value in named:
                 fields.setdefault(name, []).extend([value] if value.strip() else [])
         return "an object"
@@ -140,27 +177,30 @@ def _from_json(answer: str) -> dict[str, list[str]] | None:
     return fields or None
 
 
-def _from_lines(body: str) -> dict[str, list[str]]:
+def _from_lines(body: str, form: _Format) -> dict[str, list[str]]:
     """All values of each field of an answer whose field names start lines, in order; a field ends at the next name."""
-    headers = list(_HEADER.finditer(body))
-    first = next((header for header in headers if _field_name(header) == FIELDS[0]), None)
+    headers = list(form.header.finditer(body))
+    first = next((header for header in headers if form.field(header) == form.names[0]), None)
     if first is None:
         return {}
     headers = [header for header in headers[headers.index(first) :] if _markup(header) == _markup(first)]
-    names = [_field_name(header) for header in headers]
-    conclusion = names.index(FIELDS[3]) if FIELDS[3] in names else len(names)
-    headers = [header for at, header in enumerate(headers) if names[at] != "Prediction" or at > conclusion]
-    order = [FIELDS.index(_field_name(header)) for header in headers]
-    if order != sorted(order) or any(order.count(field) > 1 for field in range(4)):
+    names, (*reasoning, last) = [form.field(header) for header in headers], form.names
+    for name in reasoning:
+        if name not in names:
+            raise InvalidRationale("malformed", f"{name} is missing")
+    end_of_reasoning = names.index(reasoning[-1])
+    headers = [header for at, header in enumerate(headers) if names[at] != last or at > end_of_reasoning]
+    order = [form.names.index(form.field(header)) for header in headers]
+    if order != sorted(order) or any(order.count(field) > 1 for field in range(len(form.names) - 1)):
         raise InvalidRationale("malformed", "a field is given twice or out of order")
     ends = [header.start() for header in headers[1:]] + [len(body)]
     fields: dict[str, list[str]] = {}
     for header, end in zip(headers, ends, strict=True):
-        name, value = _field_name(header), body[header.end() : end].strip()
+        name, value = form.field(header), body[header.end() : end].strip()
         if block := _BLOCK.match(value):
             value = value[block.end() :]
         value = _CLOSING.sub("", value)
-        if name == "Prediction":  # only the line of the label; the rest is commentary
+        if name == last:  # only the line of the label; the rest is commentary
             value = next((line for line in value.splitlines() if line.strip(" \t*_\"'`")), "")
         elif end < len(body):
             value = value.rstrip("# \t\n-,{*")
@@ -174,16 +214,6 @@ def _from_lines(body: str) -> dict[str, list[str]]:
         if value.strip():
             fields.setdefault(name, []).append(value)
     return fields
-
-
-def _field_name(header: re.Match[str]) -> str:
-    return _canonical(header.group(2))
-
-
-def _canonical(name: str) -> str:
-    """The field that a name is a spelling of, also with a number before it; the name itself if there is none."""
-    letters = "".join(re.findall(r"[a-z]", name.lower()))
-    return next((field for field in FIELDS if field.replace("_", "").lower() == letters), name)
 
 
 def _markup(header: re.Match[str]) -> set[str]:

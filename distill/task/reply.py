@@ -6,6 +6,7 @@ Parser of rationales and readers of labels use these functions, so that both acc
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import cache
 
 QUOTES = "\"'`“”„‟‘’‚«»‹›「」『』＂＇"
 INVISIBLE = "\u00ad\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
@@ -40,10 +41,24 @@ _JSON_VALUE = re.compile(r"[ \t\n]*\"([^\"\n]*)\"\s*,\s*\"[^\"\n]*\"\s*:")
 
 _REMOVED = dict.fromkeys(map(ord, INVISIBLE))
 
-_HEADERS = [
-    re.compile(rf"(?:^|[{{,]){LEAD}*{name}[{QUOTES}*]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE)
-    for name in (r"(?:final |the )?prediction", r"(?:final |the |my )?(?:answer|label|sentiment)")
-]
+
+@cache
+def _headers(field: str) -> list[re.Pattern[str]]:
+    """What comes before a label: the name of the prediction's field, or else a usual one."""
+    names = rf"(?:final |the )?(?:{spellings(field)})", r"(?:final |the |my )?(?:prediction|answer|label|sentiment)"
+    return [
+        re.compile(rf"(?:^|[{{,]){LEAD}*{name}[{QUOTES}*]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE) for name in names
+    ]
+
+
+def letters_of(field: str) -> str:
+    """The letters of a field's name, without case and the markup or number before it."""
+    return "".join(filter(str.isalpha, re.sub(f"^{LEAD}+", "", field).casefold()))
+
+
+def spellings(field: str) -> str:
+    """Pattern of a field's name: also with a space, a hyphen or nothing in place of "_"."""
+    return r"(?:\\?_|[ -])?".join(map(re.escape, re.split("[_ -]+", field)))
 
 
 def final_text(reply: str | None) -> str:
@@ -72,15 +87,15 @@ def answer_start(reply: str) -> int:
     return len(reply) if _STARTS_OPEN.match(reply) else 0
 
 
-def label_start(text: str, is_label: Callable[[str], bool]) -> int:
+def label_start(text: str, is_label: Callable[[str], bool], field: str) -> int:
     """Offset in an answer without thought where the label begins.
 
-    It is after the last `"Prediction":` (or `Answer:`, `Label:`, `Sentiment:`) that opens a line or a JSON field; 0 if
-    the first line is a bare label, or there is no such name.
+    It is after the last name of the prediction's field, such as `"Prediction":` (or `Answer:`, `Label:`, `Sentiment:`),
+    that opens a line or a JSON field; 0 if the first line is a bare label, or there is no such name.
     """
     if is_label(first_line(text)):
         return 0
-    for header in _HEADERS:
+    for header in _headers(field):
         if found := list(header.finditer(text)):
             return found[-1].end()
     return 0

@@ -16,7 +16,7 @@ from distill.models.scoring import label_prompt
 from distill.settings import Range
 from distill.task import prompts
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, SCORED, EarlierAnswers, Template
+from distill.task.prompts import SCORED, EarlierAnswers, Template
 from distill.task.sample import Sample
 
 
@@ -84,7 +84,7 @@ def target_answer(template: Template, sample: Sample, labels: LabelSpace) -> str
     None if the sample has no rationale or no label for the task.
     """
     if template in SCORED:
-        return None if sample.label is None else f"{CLASSIFY_PREFIX} {labels.name(sample.label)}"
+        return None if sample.label is None else f"{labels.wording.prefix} {labels.name(sample.label)}"
     return sample.rationale
 
 
@@ -178,7 +178,7 @@ def _task_prompt(
         return None
     prompt = (_render(template, sample, labels), sample.images)
     if template in SCORED and labels.scale is not None and labels.scale.spread > 0:
-        closing = backbone.encoder.tokens(CLASSIFY_PREFIX)
+        closing = backbone.encoder.tokens(labels.wording.prefix)
         targets = labels.scale.targets([float(sample.label)])[0].tolist()  # type: ignore[arg-type]
         return PromptWithAnswers(prompt, closing, backbone.label_tokens), targets
     return PromptWithAnswers(prompt, [], [backbone.answer_tokens(text)]), [1.0]

@@ -20,7 +20,7 @@ from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.models.encoding import USUAL_CONTROL_TOKENS, control_tokens, escape
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
 
 Task = Literal["reason", "classify"]
@@ -89,7 +89,7 @@ def _conversations(
 
     answers = {
         "reason": sample.rationale,
-        "classify": None if sample.label is None else f"{CLASSIFY_PREFIX} {sample.label}",
+        "classify": None if sample.label is None else f"{labels.wording.prefix} {sample.label}",
     }
     for task in tasks:
         if answer := answers[task]:

@@ -64,7 +64,7 @@ def test_only_correct_complete_and_valid_rationales_are_kept(tmp_path: Path) -> 
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         kept, dropped = run(ledger, assistant)
     assert [(sample.id, item.prediction) for sample, item in kept] == [("p0", "negative"), ("p11", "positive")]
-    assert kept[0][0] is POSTS[0] and kept[0][1].text_analysis == "plainly bad"
+    assert kept[0][0] is POSTS[0] and kept[0][1].texts[0] == "plainly bad"
     assert dropped == {"unfinished": 1, "malformed": 1, "leaks": 1, "contradicts": 7}
 
 

@@ -93,8 +93,8 @@ def test_labels_and_rationales_match_the_attributes(corpus: Path) -> None:
             continue
         assert row["label"] == label(row)
         chain = check(row["rationale"], LABELS, row["label"])
-        assert attributes["tone"] in chain.text_analysis and attributes["word"] in chain.text_analysis
-        assert attributes["face"] in chain.image_analysis and attributes["sky"] in chain.image_analysis
+        assert attributes["tone"] in chain.texts[0] and attributes["word"] in chain.texts[0]
+        assert attributes["face"] in chain.texts[1] and attributes["sky"] in chain.texts[1]
 
 
 def test_the_text_does_not_reveal_the_image(corpus: Path) -> None:

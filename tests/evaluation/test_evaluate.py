@@ -131,7 +131,7 @@ def test_grounded_is_the_share_of_attributes_that_the_rationales_name(postcards:
     assert grounded(gold) == 1.0
     assert grounded([None] * 9) == 0.0
     assert grounded([gold[0], *[None] * 8]) == pytest.approx(1 / 9)
-    ungrounded = Rationale("Some words.", "An image, unsmiling.", "They agree.", "Thus.", "negative")
+    ungrounded = Rationale(("Some words.", "An image, unsmiling.", "They agree.", "Thus."), "negative")
     assert grounded([ungrounded] * 9) == 0.0  # a part of a word does not count
 
 

@@ -4,7 +4,6 @@ import builtins
 import logging
 import re
 import socket
-from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +23,12 @@ MISSING = "/nowhere/all-MiniLM-L6-v2"
 
 
 def rationale(words: str, prediction: str = "positive") -> Rationale:
-    return Rationale(
-        f"The words {words} today.", "The image shows a smile.", "Both agree.", f"So it is {words}.", prediction
-    )
+    texts = f"The words {words} today.", "The image shows a smile.", "Both agree.", f"So it is {words}."
+    return Rationale(texts, prediction)
 
 
 def contents(rationale: Rationale) -> str:
-    return "\n".join(astuple(rationale))
+    return "\n".join((*rationale.texts, rationale.prediction))
 
 
 PREDICTIONS = [

@@ -20,12 +20,15 @@ from distill.models.reasoner import Sampling
 from distill.models.scoring import label_log_probabilities, score_labels
 from distill.models.text_models import model_class
 from distill.task.labels import LabelSpace
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import check_compatibility, encode
 from tests.models.family_folders import write
 from tests.models.family_table import FAMILIES
+
+PREFIX = '"Prediction":'
+
 
 LABELS = LabelSpace()
 TASKS: Any = {"reason": 1.0, "classify": 1.0}
@@ -80,9 +83,9 @@ def trains(backbone: Backbone, samples: Sequence[Sample]) -> None:
 def scores_labels(backbone: Backbone, samples: Sequence[Sample]) -> None:
     """Label scores are the log-probabilities of the model's own logits for each answer."""
     found = label_log_probabilities(backbone, backbone.encode(samples, "classify"))
-    prefix = len(backbone.encoder.tokens(CLASSIFY_PREFIX))
+    prefix = len(backbone.encoder.tokens(PREFIX))
     for column, name in enumerate(LABELS.names):
-        features = backbone.encode(samples, "classify", [f"{CLASSIFY_PREFIX} {name}"] * len(samples))
+        features = backbone.encode(samples, "classify", [f"{PREFIX} {name}"] * len(samples))
         answers = features.pop("labels")
         logits = backbone.model(**features).logits.log_softmax(-1)
         for row, answer in enumerate(answers):

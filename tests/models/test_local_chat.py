@@ -14,8 +14,10 @@ from distill.models.backbone import Backbone
 from distill.models.endpoint.logprobs import label_probabilities
 from distill.models.local import Completion, Local
 from distill.models.reasoner import Answer, Sampling
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
+
+PREFIX = '"Prediction":'
 
 
 def prompts_of(model: Backbone, posts: list[Sample], template: Any = "reason") -> list[Any]:
@@ -49,6 +51,7 @@ def plain_distributions(model: Backbone, prompt: Any, answer: list[int]) -> torc
 def test_log_probabilities_do_not_depend_on_the_temperature(
     make_backbone: Any, posts: list[Sample], temperature: float
 ) -> None:
+
     model = make_backbone(1, batch_size=3)
     tokenizer, ids = model.processor.tokenizer, model.label_ids.tolist()
     prompts, sampling = prompts_of(model, posts), Sampling(temperature, 5)
@@ -76,7 +79,7 @@ def test_label_probabilities_from_chat_log_probabilities_equal_label_scoring(
 ) -> None:
     model = make_backbone(seed=2)
     samples = postcards.test[:12]
-    features = model.encode(samples, "classify", [f"{CLASSIFY_PREFIX} {sample.label}" for sample in samples])
+    features = model.encode(samples, "classify", [f"{PREFIX} {sample.label}" for sample in samples])
     optimizer = torch.optim.AdamW(model.model.parameters(), lr=3e-3)
     for _ in range(15):
         loss = model.model(**features).loss
@@ -88,7 +91,7 @@ def test_label_probabilities_from_chat_log_probabilities_equal_label_scoring(
     found = student.chat(
         prompts_of(model, samples, "classify"), Sampling(max_new_tokens=8), token_ids=model.label_ids.tolist()
     )
-    kept = [row for row, completion in enumerate(found) if completion.text.startswith(f"{CLASSIFY_PREFIX} ")]
+    kept = [row for row, completion in enumerate(found) if completion.text.startswith(f"{PREFIX} ")]
     assert len(kept) >= 10
     for row in kept:
         assert not found[row].finished or found[row].tokens[-1].text == "<|im_end|>"

@@ -18,9 +18,11 @@ from distill.models.packing import shared_prefix_length
 from distill.models.reasoner import Sampling
 from distill.models.scoring import score_and_prefill
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, EarlierAnswers, Template
+from distill.task.prompts import EarlierAnswers, Template
 from distill.task.sample import Sample
 from tests.models.test_backbone import build_idefics3, build_llava
+
+PREFIX = '"Prediction":'
 
 SCALE = LabelSpace.from_scale(Scale())
 NESTED = LabelSpace(("qqq one", "qqq", "qqq one two", "negative"), (1, 0, 1, -1))
@@ -66,7 +68,7 @@ def made(
 
 def separate_score(backbone: Backbone, sample: Sample, label: str) -> torch.Tensor:
     """Log-probability of a label and its end token, from a forward pass over the whole text of one sample."""
-    features = backbone.encode([sample], "classify", [f"{CLASSIFY_PREFIX} {label}"])
+    features = backbone.encode([sample], "classify", [f"{PREFIX} {label}"])
     labels = features.pop("labels")
     prompt = backbone.encode([sample], "classify")["input_ids"].shape[1]
     logits = backbone.model(**features).logits.log_softmax(-1)
@@ -189,7 +191,7 @@ def trained(make_backbone: Make, postcards: Corpus) -> Backbone:
     """A model trained to map the words to their values on the scale."""
     scaled = with_labels(make_backbone(seed=1), SCALE)
     samples = [replace(with_value(sample, i), images=()) for i, sample in enumerate(postcards.train[:28])]
-    features = scaled.encode(samples, "classify", [f"{CLASSIFY_PREFIX} {sample.label}" for sample in samples])
+    features = scaled.encode(samples, "classify", [f"{PREFIX} {sample.label}" for sample in samples])
     optimizer = torch.optim.AdamW(scaled.model.parameters(), lr=3e-3)
     for _ in range(40):
         loss = scaled.model(**features).loss

@@ -24,12 +24,15 @@ from distill.models.local import Local
 from distill.models.reasoner import Sampling
 from distill.planning.flops import flops
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, Template, render
+from distill.task.prompts import Template, render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import check_compatibility, encode
 from distill.training.soft_targets import check_same_inputs
 from tests.models.text_folders import TEMPLATE, WINDOW, write
+
+PREFIX = '"Prediction":'
+
 
 LABELS, SCALE = LabelSpace(), LabelSpace.from_scale(Scale())
 TASKS: list[Template] = ["reason", "classify"]
@@ -90,7 +93,7 @@ def assert_scores_of_plain_forward_passes(settings: ModelSettings, space: LabelS
     tokenizer = AutoTokenizer.from_pretrained(settings.path)
     for row, sample in enumerate(texts):
         prompt = prompt_of(settings, sample, "classify", space)
-        prompt += tokenizer(CLASSIFY_PREFIX, add_special_tokens=False)["input_ids"]
+        prompt += tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
         assert len(prompt) > WINDOW
         answers = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in space.names]
         if space is SCALE:

@@ -11,9 +11,11 @@ from distill.errors import SettingsError
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.planning.workload import SAMPLE_SIZE, ChainForecast, sample_by_length
-from distill.task.prompts import CLASSIFY_PREFIX, render
+from distill.task.prompts import render
 from distill.task.sample import Sample
 from tests import micro
+
+PREFIX = '"Prediction":'
 
 TAUGHT: dict[str, Any] = micro.WITH_TEACHER | {"evaluate": {"max_new_tokens": 100}}
 
@@ -116,7 +118,7 @@ def test_prompt_tokens_are_counted_with_the_teachers_tokenizer(tmp_path: Path) -
         "calibrate", "labels"
     ].prompt_tokens
     inputs = model.encode(found.corpus.validation, "classify")
-    closing = len(model.encoder.tokens(CLASSIFY_PREFIX))
+    closing = len(model.encoder.tokens(PREFIX))
     encoded_tokens = inputs["attention_mask"].sum().item() / len(found.corpus.validation)
     assert forecast_tokens == pytest.approx(encoded_tokens - closing)
 

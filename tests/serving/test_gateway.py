@@ -15,10 +15,12 @@ from distill.models.local import Local
 from distill.models.reasoner import ClassScores
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import EarlierAnswers
-from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
+from distill.task.wording import Wording
 from tests.serving.conftest import message, metric, running
 from tests.serving.test_images import huge, png, uri
+
+FIELDS = Wording().names
 
 LABELS = LabelSpace()
 

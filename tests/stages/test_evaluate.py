@@ -103,7 +103,7 @@ def test_grounded_is_the_share_of_attributes_that_the_rationales_name(
     for row in predictions:
         try:
             rationale = parse(row["roles"]["teacher"]["rationale"], finished.labels)
-            words = f"{rationale.text_analysis} {rationale.image_analysis}".replace(".", " ").split()
+            words = " ".join(rationale.texts[:2]).replace(".", " ").split()
         except InvalidRationale:
             words = []
         named += [value in words for value in attributes[row["id"]]]

@@ -6,9 +6,13 @@ import os
 import pytest
 
 from distill.task.labels import LabelSpace, Scale
-from distill.task.prompts import CLASSIFY_PREFIX, VERSION, EarlierAnswers, Template, render
-from distill.task.rationale import FIELDS
+from distill.task.prompts import VERSION, EarlierAnswers, Template, render
 from distill.task.sample import Sample
+from distill.task.wording import Wording
+
+FIELDS = Wording().names
+
+PREFIX = '"Prediction":'
 
 LABELS = LabelSpace()
 TEMPLATES: tuple[Template, ...] = ("predict", "explain", "reason", "classify")
@@ -56,7 +60,7 @@ def test_explain_needs_a_label() -> None:
 
 
 def test_classify_ends_with_the_forced_prefix() -> None:
-    assert CLASSIFY_PREFIX in render("classify", POST, LABELS).splitlines()[-1]
+    assert PREFIX in render("classify", POST, LABELS).splitlines()[-1]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

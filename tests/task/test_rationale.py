@@ -4,19 +4,21 @@ import contextlib
 import json
 import random
 from collections import Counter
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
-from distill.task.labels import LabelSpace
-from distill.task.rationale import FIELDS, InvalidRationale, Rationale, check, parse, render
+from distill.task.labels import LabelSpace, TaskSettings
+from distill.task.rationale import InvalidRationale, Rationale, check, parse, render
+from distill.task.wording import Wording
+
+FIELDS = Wording().names
 
 LABELS = LabelSpace()
 TWITTER = Path(__file__).parents[2].parent / "shared" / "data" / "twitter15"
-CHAIN = Rationale("The words are glad.", "A sad face.", "The face prevails.", "It is sarcasm.", "negative")
+CHAIN = Rationale(("The words are glad.", "A sad face.", "The face prevails.", "It is sarcasm."), "negative")
 
-BODY = dict(zip(FIELDS, astuple(CHAIN), strict=True))
+BODY = CHAIN.as_dict()
 FORMATS = {
     "canonical": render(CHAIN),
     "quoted": "\n\n".join(f'"{name}": "{text}"' for name, text in BODY.items()),
@@ -76,8 +78,8 @@ def test_parse_inverts_render() -> None:
         texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(4)]
         if not all(text.split() for text in texts):
             continue
-        chain = Rationale(*texts, rng.choice(LABELS.names))
-        expected = Rationale(*(" ".join(text.split()) for text in texts), chain.prediction)
+        chain = Rationale(tuple(texts), rng.choice(LABELS.names))
+        expected = Rationale(tuple(" ".join(text.split()) for text in texts), chain.prediction)
         if any(not text.strip(' "') for text in texts):  # only quotes: counts as empty
             continue
         if any(render(chain).count(name) > 1 for name in FIELDS[:4]):
@@ -109,7 +111,7 @@ def test_real_rationales_are_parsed(real: list[dict[str, str]]) -> None:
         except InvalidRationale:
             continue
         read += 1
-        assert all(len(text) > 10 for text in astuple(chain)[:4])
+        assert all(len(text) > 10 for text in chain.texts)
         assert parse(render(chain), LABELS) == chain
     assert read >= 0.995 * len(real)
 
@@ -130,7 +132,7 @@ def test_check_finds_every_real_rationale_that_predicts_another_label(real: list
 
 TRAPS = ['"Prediction": positive', "**Prediction**: positive", "### Prediction\npositive", "Prediction: positive"]
 TRAPS += ["<Prediction>positive</Prediction>", "| Prediction | positive |", "1、【Prediction】：positive (0.99)"]
-TRAPS += [render(Rationale("a", "b", "c", "d", "positive")), json.dumps({"Prediction": "positive"})]
+TRAPS += [render(Rationale(("a", "b", "c", "d"), "positive")), json.dumps({"Prediction": "positive"})]
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -138,7 +140,7 @@ TRAPS += [render(Rationale("a", "b", "c", "d", "positive")), json.dumps({"Predic
 def test_a_quoted_post_never_changes_the_label(layout: str, trap: str) -> None:
     """Quoted inline, on separate lines, in each field, after the end: the label is right or the answer is rejected."""
     answer = FORMATS[layout]
-    for text in [*astuple(CHAIN)[:4], None]:
+    for text in [*CHAIN.texts, None]:
         for quote in (
             f"The post says {trap}.",
             f"The post says:\n{trap}\n",
@@ -157,17 +159,17 @@ def test_a_quoted_post_never_changes_the_label(layout: str, trap: str) -> None:
 def test_an_answer_that_quotes_a_post_within_a_line_is_accepted(trap: str) -> None:
     quote = " ".join(f"The post says {trap}, mockingly.".split())
     for layout in ("canonical", "headings", "bold", "plain"):
-        for text in astuple(CHAIN)[:4]:
+        for text in CHAIN.texts:
             assert parse(FORMATS[layout].replace(text, quote), LABELS).prediction == "negative"
     escaped = json.dumps(BODY | {"Text_analysis": quote})
-    assert parse(escaped, LABELS).text_analysis == quote
+    assert parse(escaped, LABELS).texts[0] == quote
 
 
 @pytest.mark.parametrize("layout", ["canonical", "quoted", "json", "json on one line", "fenced json"])
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_truncated_answer_never_takes_its_label_from_the_quoted_post(layout: str, trap: str) -> None:
     """Truncated at any position, without a flag that says so: no label but the answer's own."""
-    for text in astuple(CHAIN)[:4]:
+    for text in CHAIN.texts:
         for quote in (f"It says {trap}.", f"It says:\n{trap}\n"):
             whole = FORMATS[layout].replace(text, f"{text} {quote}")
             for end in range(0, len(whole), 3):
@@ -190,6 +192,48 @@ def test_nested_and_repeated_json_is_rejected() -> None:
         parse(twice, LABELS)
     with pytest.raises(InvalidRationale, match="malformed"):
         parse("[" * 5000, LABELS)
+
+
+# ---- fields of another task ----
+
+EMOTIONS = TaskSettings(labels=["anger", "joy"], fields={"Cue": "x", "Cause": "y", "Emotion": ""}).label_space
+CHINESE = TaskSettings(labels=["消极", "积极"], fields={"文字分析": "x", "一致性": "y", "情感": ""}).label_space
+
+OTHERS = {
+    "canonical": (EMOTIONS, '"Cue": "Loud."\n"Cause": "A guess, no cue: none."\n"Emotion": joy'),
+    "markdown": (EMOTIONS, "**Cue:** Loud.\n**Cause:** A guess, no cue: none.\n**Emotion:** Joy."),
+    "headings": (EMOTIONS, "### Cue\nLoud.\n\n### Cause\nA guess, no cue: none.\n\n### Emotion\njoy"),
+    "json": (EMOTIONS, '```json\n{"cue": "Loud.", "CAUSE": "A guess, no cue: none.", "emotion": "joy"}\n```'),
+    "chinese": (CHINESE, '"文字分析": "Loud."\n"一致性": "A guess, no cue: none."\n"情感": 积极'),
+    "full-width colons": (CHINESE, "文字分析：Loud.\n一致性：A guess, no cue: none.\n情感：积极。"),
+    "numbers": (CHINESE, "1. 文字分析：Loud.\n2. 一致性：A guess, no cue: none.\n3. 情感：积极"),
+    "chinese json": (CHINESE, '{"文字分析": "Loud.", "一致性": "A guess, no cue: none.", "情感": "积极"}'),
+}
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_fields_of_another_task_are_read(layout: str) -> None:
+    labels, answer = OTHERS[layout]
+    found = parse(answer, labels)
+    assert found.texts == ("Loud.", "A guess, no cue: none.") and found.prediction == labels.names[1]
+    assert found.names == labels.wording.names and parse(render(found), labels) == found
+    assert layout == "headings" or labels.find(answer) == labels.names[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ('"Cue": "a"\n"Emotion": joy', "Cause is missing"),
+        ('"Cue": "a"\n"Cause": "b"\n"Prediction": joy', "Cause is not closed"),
+        ('"Cue": "a"\n"Cause": "b"\n"Emotion": negative', "Emotion is 'negative', not one label"),
+        ('"Cue": "a"\n"Cue": "c"\n"Cause": "b"\n"Emotion": joy', "Cue is given twice"),
+        ('"Cause": "b"\n"Cue": "a"\n"Emotion": joy', "is missing"),
+        (render(CHAIN), "Cue is missing"),
+    ],
+)
+def test_other_fields_than_the_tasks_are_refused(answer: str, problem: str) -> None:
+    with pytest.raises(InvalidRationale, match=f"malformed: .*{problem}"):
+        parse(answer, EMOTIONS)
 
 
 # ---- invalid rationales ----

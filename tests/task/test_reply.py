@@ -103,7 +103,7 @@ def test_rationales(name: str) -> None:
     assert found == prediction
     if valid:
         rationale = check(answer, LABELS, "positive", post="My jar is labeled as fresh, love it")
-        assert rationale.image_analysis == "A crowd cheers in a stadium."
+        assert rationale.texts[1] == "A crowd cheers in a stadium."
     else:
         with pytest.raises(InvalidRationale):
             check(answer, LABELS, "positive", post="My jar is labeled as fresh, love it")

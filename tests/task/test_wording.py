@@ -57,7 +57,8 @@ def test_a_scale_is_named_where_the_question_asks_for_it() -> None:
 
 
 def test_a_wording_survives_json() -> None:
-    for wording in (Wording(), EMOTIONS.wording):
+    fields = TaskSettings(fields=dict(FIELDS), templates={"classify": "{text}"}).label_space.wording
+    for wording in (Wording(), EMOTIONS.wording, fields):
         assert Wording.from_json(json.loads(json.dumps(asdict(wording)))) == wording
 
 
@@ -77,6 +78,89 @@ def test_a_wording_survives_json() -> None:
 def test_a_wording_that_cannot_be_used_is_refused(flags: tuple[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=f"^{message}"):
         micro.read(micro.write(tmp_path, micro.RECORDED), *flags)
+
+
+FIELDS = {"Cues": "words and tone", "Emotion": "of the speaker"}
+
+TEMPLATE = "{text} {fields} {label}"
+
+
+def flags_of(name: str, content: object) -> tuple[str, str]:
+    return f"--task.{name}", json.dumps(content, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (flags_of("fields", {"Emotion": ""}), r"task\.fields takes at least two fields: one of reasoning, and the"),
+        (flags_of("fields", {"Cues": "", "Emotion": ""}), r"task\.fields\.Cues is empty"),
+        (flags_of("fields", {"Cues": "a\nb", "Emotion": ""}), r"task\.fields\.Cues must be one line"),
+        (flags_of("fields", {"1": "a", "Emotion": ""}), r"task\.fields: '1' is no name of a field; it takes letters"),
+        (flags_of("fields", {'Cu"es': "a", "Emotion": ""}), r"task\.fields: 'Cu\"es' is no name of a field"),
+        (
+            flags_of("fields", {"The_cues": "a", "the cues": ""}),
+            r"task\.fields: 'The_cues' and 'the cues' have the same",
+        ),
+        (
+            flags_of("templates", {"judge": "{text}"}),
+            r"task\.templates has 'judge'; the templates are predict, explain",
+        ),
+        (flags_of("templates", {"classify": "Judge."}), r"task\.templates\.classify does not contain \{text\}$"),
+        (
+            flags_of("templates", {"classify": TEMPLATE}),
+            r"task\.templates\.classify contains \{fields\}; it takes",
+        ),
+        (flags_of("templates", {"predict": TEMPLATE}), r"task\.templates\.predict contains \{label\}; it takes"),
+        (flags_of("templates", {"predict": "{text}"}), r"task\.templates\.predict does not contain \{fields\} or the"),
+        (flags_of("templates", {"explain": "{text} {fields}"}), r"task\.templates\.explain does not contain \{label\}"),
+        (
+            flags_of("templates", {"review": "{text} {student}"}),
+            r"task\.templates\.review does not contain",
+        ),
+        (("--task.templates", "no/such.yaml"), r"task\.templates: cannot read no/such\.yaml: No such file"),
+        (("--task.examples", "-1"), r"task\.examples is -1; it takes 0 or more"),
+        (("--task.examples", "2"), r"task\.examples needs annotate\.endpoint or annotate\.model"),
+    ],
+)
+def test_fields_and_templates_that_cannot_be_used_are_refused(
+    flags: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=f"^{message}"):
+        micro.read(micro.write(tmp_path, micro.RECORDED), *flags)
+
+
+@pytest.mark.parametrize("content", ["- a", "classify: [1]", "{", "1"])
+def test_a_file_of_templates_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    (file := tmp_path / "templates.yaml").write_text(content)
+    with pytest.raises(SettingsError, match=r"^task\.templates: .*templates\.yaml (is not valid|takes a text)"):
+        micro.read(micro.write(tmp_path, micro.RECORDED), "--task.templates", str(file))
+
+
+def test_fields_are_asked_for_in_their_order_and_the_last_is_the_prediction() -> None:
+    labels = TaskSettings(labels=["anger", "joy"], fields=dict(FIELDS)).label_space
+    text = render("predict", POST, labels)
+    assert "Answer with these two fields, one a line" in text
+    assert text.endswith('"Cues": "<words and tone>"\n"Emotion": <of the speaker: anger or joy>')
+    assert render("classify", POST, labels).endswith('Answer: "Emotion": <label>')
+    assert render("reason", POST, labels).endswith("Reason in two fields.")
+    many = {f"Field {letter}": "x" for letter in "abcdefghijkl"} | {"Label": None}
+    assert render("predict", POST, TaskSettings(fields=many).label_space).endswith(
+        '"Label": <negative, neutral or positive>'
+    )
+
+
+def test_a_template_replaces_the_whole_prompt() -> None:
+    templates: dict[str, str] = {
+        "explain": "{text}|{aspect}|{label}|{labels}|{definitions}|{fields}|{examples}",
+        "review": "{text}{student}{student_confidence}{teacher}{teacher_confidence}{}{0}\n",
+    }
+    space = TaskSettings(labels=["anger", "joy"], definitions={"joy": "glad"}, templates=templates).label_space
+    post = replace(POST, text="What {label}\na day")
+    text, _, fields = render("explain", post, space).partition('"Text_analysis"')
+    assert text == "What {label} a day|the {labels}|joy|anger or joy|joy: glad.\n|"
+    assert fields.endswith('"Prediction": <anger or joy>|')
+    assert render("review", post, space, EARLIER) == "What {label} a dayanger60%joy50%{}{0}"
+    assert render("classify", POST, space) == render("classify", POST, replace(space, wording=Wording()))
 
 
 def test_other_braces_are_text() -> None:

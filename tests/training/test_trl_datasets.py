@@ -23,7 +23,7 @@ def stored(root: Path) -> Path:
     (root / "images").mkdir(parents=True)
     for i, colour in enumerate(["red", "green", "blue"]):
         Image.new("RGB", (56, 56), colour).save(root / "images" / f"{i}.png")
-    chain = render_rationale(Rationale("Cheerful words.", "A red square.", "They agree.", "Joy.", "positive"))
+    chain = render_rationale(Rationale(("Cheerful words.", "A red square.", "They agree.", "Joy."), "positive"))
     rows = [
         row("a", 'what a day\n"Prediction": negative', "positive", ["images/0.png"], chain),
         row("b", "nothing new", "neutral", ["images/1.png"], None),

@@ -124,4 +124,4 @@ def _bytes(text: str) -> bytes:
 def _label_offset(text: str, labels: LabelSpace) -> int:
     """Offset in an answer to *classify* where the label begins."""
     begin = reply.answer_start(text)
-    return begin + reply.label_start(text[begin:], labels.is_label)
+    return begin + labels.start_of(text[begin:])

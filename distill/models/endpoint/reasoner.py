@@ -23,7 +23,6 @@ from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cos
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.prompts import EarlierAnswers, Template
-from distill.task.rationale import FIELDS
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
@@ -240,12 +239,12 @@ class Endpoint:
             return self._token_ids or ()
 
     def _request_token_ids(self) -> list[int]:
-        prefix = self._client.tokenize(prompts.CLASSIFY_PREFIX)
+        prefix = self._client.tokenize(self.labels.wording.prefix)
         if prefix is None:
             return []
         token_ids: dict[int, None] = {}  # an ordered set
         for name in self.labels.names:
-            prefixed = self._client.tokenize(f"{prompts.CLASSIFY_PREFIX} {name}")
+            prefixed = self._client.tokenize(f"{self.labels.wording.prefix} {name}")
             alone = self._client.tokenize(name)
             if prefixed is None or alone is None:
                 return []
@@ -255,6 +254,11 @@ class Endpoint:
 
 
 def _schema(labels: LabelSpace) -> dict[str, Any]:
-    fields: dict[str, dict[str, Any]] = {name: {"type": "string"} for name in FIELDS}
-    fields["Prediction"]["enum"] = list(labels.names)
-    return {"type": "object", "properties": fields, "required": list(FIELDS), "additionalProperties": False}
+    fields: dict[str, dict[str, Any]] = {name: {"type": "string"} for name in labels.wording.names}
+    fields[labels.wording.names[-1]]["enum"] = list(labels.names)
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(labels.wording.names),
+        "additionalProperties": False,
+    }

@@ -11,8 +11,9 @@ import pytest
 
 from distill.models.reasoner import Sampling
 from distill.task.prompts import EarlierAnswers, render
-from distill.task.rationale import FIELDS, check
+from distill.task.rationale import check
 from distill.task.sample import Sample
+from distill.task.wording import Wording
 from tests.models.openai_server import (
     COLOURS,
     LABELS,
@@ -26,6 +27,9 @@ from tests.models.openai_server import (
 )
 
 # ---- requests ----
+
+
+FIELDS = Wording().names
 
 
 def test_the_answer_changes_with_the_image(tmp_path: Path) -> None:
