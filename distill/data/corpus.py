@@ -37,6 +37,7 @@ class Corpus:
     """The three splits, the dropped rows, and the data root.
 
     Attributes:
+        teacher: further labelled posts, on which only the teacher is trained.
         places: file and row of each post, by the split of the file and the id.
     """
 
@@ -46,6 +47,7 @@ class Corpus:
     dropped: list[Dropped]
     root: Path
     places: Mapping[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    teacher: list[Sample] = field(default_factory=list)
 
 
 @dataclass
@@ -89,7 +91,10 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
                 kept[entry.id].append(entry)
     _log_repairs(entries)
     _check_files(settings, entries)
-    parts = {split: [e.sample for e in entries if e.split == split and e.sample and not e.reason] for split in SPLITS}
+    parts: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, "teacher")}
+    for entry in entries:
+        if entry.sample and not entry.reason:
+            parts[entry.split].append(entry.sample)
     if missing := _splits_to_draw(settings):
         parts |= stratified_split(parts["train"], missing, settings.seed)
     for split in SPLITS:
@@ -99,7 +104,7 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
             )
     dropped = [Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason]
     places = {(e.split, e.id): (e.file, e.row) for e in entries if not e.reason}
-    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root, places)
+    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root, places, parts["teacher"])
 
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
@@ -217,7 +222,7 @@ def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[Path, str], same
         if _content(first.sample) == _content(sample):
             return f"id {sample.id!r} is already used by {first.file} row {first.row} {_LEAKED}"
     if entry.split != "train" and sample.label is None:
-        return f"has no label, which every row of the {entry.split} split needs"
+        return f"has no label, which every row of data.{entry.split} needs"
     return None
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from distill.data.corpus import Corpus, Dropped
 from distill.data.source import SPLITS, DataSettings
@@ -14,12 +15,13 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = 4096
 """Largest default of `data.max_tokens`."""
 
+_PARTS = (*SPLITS, "teacher")
 _SHOWN = 10  # ids in the warning
 
 
 def longest_text(corpus: Corpus) -> int:
     """Bytes of the longest text: an upper bound of its tokens, because a token has at least one byte."""
-    return max(len(sample.text.encode()) for split in SPLITS for sample in getattr(corpus, split))
+    return max(len(sample.text.encode()) for part in _PARTS for sample in getattr(corpus, part))
 
 
 def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Callable[[str, int], str]) -> Corpus:
@@ -35,7 +37,7 @@ def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Calla
     """
     parts: dict[str, list[Sample]] = {}
     dropped, long = list(corpus.dropped), []
-    for split in SPLITS:
+    for split in _PARTS:
         parts[split] = []
         for sample in getattr(corpus, split):
             text = sample.text if len(sample.text.encode()) <= limit else cut(sample.text, limit)
@@ -48,10 +50,11 @@ def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Calla
             else:
                 file, row = corpus.places.get((split, sample.id)) or corpus.places["train", sample.id]
                 dropped.append(Dropped(file, row, sample.id, f"the text has more than {limit} tokens"))
-        if not parts[split]:
+        if not parts[split] and split in SPLITS:
             raise SettingsError(f"data.max_tokens: every post of the {split} split has more than {limit} tokens")
     if long:
         ids = ", ".join(long[:_SHOWN]) + (", ..." if len(long) > _SHOWN else "")
         action = "are cut to" if settings.too_long == "truncate" else "are dropped for having more than"
         log.warning("data: %d posts %s %d tokens (data.max_tokens, data.too_long): %s", len(long), action, limit, ids)
-    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, corpus.root, corpus.places)
+    changed: dict[str, Any] = {**parts, "dropped": dropped}
+    return replace(corpus, **changed)

@@ -3,9 +3,11 @@
 Each post is a drawn card (a face under a sky) and a short text. The sentiment depends on both: cheerful words with a
 frowning face are sarcasm, gloomy words with a smiling face are teasing. The best possible accuracy on the balanced
 corpus is 5/9 from the text alone and 6/9 from the image alone. Gold attributes describe each card, so that rationales
-can be checked against the image. Most training posts are unlabelled.
+can be checked against the image. Most training posts are unlabelled. Posts may have rare words, whose
+tone a teacher knows that is trained on further posts.
 """
 
+import itertools
 import json
 import math
 import random
@@ -18,7 +20,7 @@ from typing import Annotated, Any
 from PIL import Image, ImageDraw
 
 from distill.files import atomic_folder, read_json, write_json
-from distill.settings import Range, Seed, Settings
+from distill.settings import Fraction, Range, Seed, Settings
 from distill.task.rationale import Rationale, render
 
 TONES = ("cheerful", "plain", "gloomy")
@@ -47,6 +49,36 @@ WORDS = {
 }  # fmt: skip
 THINGS = ("market", "harbour", "museum", "station", "garden", "bridge", "festival", "hotel", "beach", "castle", "ferry",
           "lake", "tower", "square", "theatre", "valley")  # fmt: skip
+RARE_WORDS = {
+    "cheerful": (
+        "jovial", "blissful", "radiant", "exquisite", "sublime", "heavenly", "dazzling", "merry", "jolly", "sunny",
+        "festive", "enchanting", "glittering", "idyllic", "halcyon", "gleeful", "jubilant", "triumphant", "luminous",
+        "delicious", "luscious", "stellar", "terrific", "fabulous", "smashing", "grand", "graceful", "elegant",
+        "dreamy", "golden", "blessed", "inspired", "stunning", "gorgeous", "majestic", "uplifting", "thrilling",
+        "spirited", "vivacious", "buoyant", "zestful", "felicitous", "ambrosial", "beatific", "rapturous",
+        "effulgent", "resplendent", "sprightly", "blithe", "jaunty", "sparkling", "angelic", "divine", "peerless",
+        "flawless", "refreshing", "soothing", "ravishing", "scrumptious", "cracking",
+    ),
+    "plain": (
+        "annual", "municipal", "coastal", "adjacent", "eastern", "southern", "western", "fourth", "fifth", "sixth",
+        "seventh", "quarterly", "hourly", "monthly", "central", "lateral", "parallel", "vertical", "upper", "lower",
+        "outer", "inner", "rear", "frontal", "provincial", "regional", "federal", "civic", "rural", "urban",
+        "seasonal", "interim", "provisional", "former", "latter", "prior", "subsequent", "initial", "terminal",
+        "median", "tenth", "ninth", "eighth", "unnumbered", "detached", "fenced", "paved", "gravelled", "brick",
+        "wooden", "tiled", "covered", "roofed", "listed", "registered", "rented", "leased", "public", "communal",
+        "shared",
+    ),
+    "gloomy": (
+        "bleak", "grim", "grisly", "gruesome", "hideous", "loathsome", "vile", "foul", "squalid", "sordid", "sombre",
+        "morose", "mournful", "funereal", "lugubrious", "doleful", "woeful", "tragic", "disastrous", "calamitous",
+        "ruinous", "abysmal", "atrocious", "abominable", "deplorable", "lamentable", "pitiful", "shabby", "seedy",
+        "mouldy", "putrid", "rancid", "fetid", "noxious", "ominous", "sinister", "macabre", "ghoulish", "desolate",
+        "forlorn", "cheerless", "joyless", "hopeless", "despondent", "dejected", "sullen", "surly", "bitter",
+        "harrowing", "gruelling", "wearisome", "tedious", "insipid", "stale", "murky", "dank", "soggy", "clammy",
+        "oppressive", "stifling",
+    ),
+}  # fmt: skip
+"""The long tail: words of a tone that a post has seldom, in addition to the frequent ones."""
 TEXTS = (
     "Greetings from the {word} {thing} in {town}.",
     "{day} at the {thing} in {town}, a {word} one.",
@@ -58,9 +90,9 @@ TEXTS = (
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MARKER = "postcards.json"
-GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "images", MARKER}
+GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "teacher.jsonl", "images", MARKER}
 """Everything in a folder of postcards. A folder that contains anything else is never overwritten."""
-_IMAGE = re.compile(r"(train|validation|test)-\d{4,}\.png")
+_IMAGE = re.compile(r"(train|validation|test|teacher)-\d{4,}\.png")
 
 SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
 
@@ -82,6 +114,10 @@ class PostcardSettings(Settings):
     """Number of validation posts, all labelled."""
     test: Posts = 450
     """Number of test posts, all labelled."""
+    teacher: Posts = 0
+    """Number of labelled posts with a rare word, on which only the teacher is trained."""
+    rare: Fraction = 0.0
+    """Fraction of the other posts whose word is rare."""
     image_size: Annotated[int, Range(16, 4096)] = 56
     """Width and height of the images, in pixels."""
 
@@ -89,7 +125,7 @@ class PostcardSettings(Settings):
 def is_generated(root: Path, settings: PostcardSettings) -> bool:
     """Whether `root` contains the corpus of these settings."""
     marker = root / MARKER
-    return marker.exists() and bool(read_json(marker) == asdict(settings))
+    return marker.exists() and bool(asdict(PostcardSettings()) | read_json(marker) == asdict(settings))
 
 
 def generate(root: str | Path, settings: PostcardSettings) -> None:
@@ -113,13 +149,11 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
     rng = random.Random(settings.seed)
     with atomic_folder(root) as new:
         (new / "images").mkdir()
-        for split, count, labelled in (
-            ("train", settings.labelled + settings.unlabelled, settings.labelled),
-            ("validation", settings.validation, settings.validation),
-            ("test", settings.test, settings.test),
-        ):
+        counts = {"train": settings.labelled + settings.unlabelled, "validation": settings.validation}
+        counts |= {"test": settings.test} | ({"teacher": settings.teacher} if settings.teacher else {})
+        for split, count in counts.items():
             with (new / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for row in _posts(split, count, labelled, rng, settings.image_size, new):
+                for row in _posts(split, count, settings, rng, new):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         write_json(new / MARKER, asdict(settings))
 
@@ -131,19 +165,25 @@ def _foreign(root: Path, found: Set[str]) -> Set[str]:
 
 
 def _posts(
-    split: str, count: int, labelled: int, rng: random.Random, size: int, root: Path
+    split: str, count: int, settings: PostcardSettings, rng: random.Random, root: Path
 ) -> Iterator[dict[str, Any]]:
     cells = [(tone, face) for tone in TONES for face in FACES]
+    labelled = settings.labelled if split == "train" else count
+    every_rare_word = {tone: itertools.cycle(words) for tone, words in RARE_WORDS.items()}
     for number in range(count):
         if number % len(cells) == 0:
             rng.shuffle(cells)  # every nine posts contain each cell once
         tone, face = cells[number % len(cells)]
-        word = rng.choice(WORDS[tone])
+        if split == "teacher":
+            word = next(every_rare_word[tone])
+        else:
+            rare = settings.rare > 0 and rng.random() < settings.rare
+            word = rng.choice((RARE_WORDS if rare else WORDS)[tone])
         blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
         text = rng.choice(TEXTS).format(**blanks)
         sky = rng.choice(tuple(SKIES))
         name = f"images/{split}-{number:04d}.png"
-        draw_card(face, sky, rng, size).save(root / name)
+        draw_card(face, sky, rng, settings.image_size).save(root / name)
         label, why = RULE[tone, face]
         row = {"id": f"{split}-{number:04d}", "text": text, "image": name, "label": None, "rationale": None}
         if number < labelled:

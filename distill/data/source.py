@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +15,9 @@ from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
 
 SPLITS = ("train", "validation", "test")
+_ADDED = ("teacher", "rare")
+"""Fields of the postcards that earlier versions did not have: 0 is what those versions generated."""
+
 Part = Annotated[float, Range(0, 1, below=True)]
 
 
@@ -33,6 +36,9 @@ class DataSettings(Settings):
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
     """Files of the test split; empty: a stratified part of the training rows is used."""
+    teacher: list[str] = field(default_factory=list)
+    """Files with further labelled posts, on which only the teacher section trains: what the teacher knows besides the
+    training split."""
     validation_fraction: Part = 0.1
     """Fraction of the training rows used for validation if data.validation is empty."""
     test_fraction: Part = 0.1
@@ -55,10 +61,12 @@ class DataSettings(Settings):
 
 
 def split_files(settings: DataSettings) -> dict[str, list[str]]:
-    """The files of each split, relative to the root."""
+    """The files of each split and of the teacher's posts, relative to the root."""
     if settings.source == "postcards":
-        return {split: [f"{split}.jsonl"] for split in SPLITS}
-    return {"train": settings.train, "validation": settings.validation, "test": settings.test}
+        files = {split: [f"{split}.jsonl"] for split in SPLITS}
+        return files | {"teacher": ["teacher.jsonl"] if settings.postcards.teacher else []}
+    files = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    return files | {"teacher": settings.teacher}
 
 
 def read_rows(settings: DataSettings) -> Iterator[tuple[str, str, jsonl.Row]]:
@@ -95,7 +103,10 @@ def data_fingerprint(settings: DataSettings) -> str:
         SettingsError: a split file is missing.
     """
     if settings.source == "postcards":
-        return hashlib.sha256(repr(settings.postcards).encode()).hexdigest()
+        values = asdict(settings.postcards)
+        given = {name: value for name, value in values.items() if value or name not in _ADDED}
+        text = f"PostcardSettings({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        return hashlib.sha256(text.encode()).hexdigest()
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):

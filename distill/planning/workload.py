@@ -80,7 +80,7 @@ class ChainForecast:
 
     def teacher_rows(self, tasks: Iterable[str]) -> TrainingRows:
         """Return the rows of the teacher: labelled posts, with a gold rationale if a task requires one."""
-        labelled = self.gold_rows().samples
+        labelled = [*self.gold_rows().samples, *self.corpus.teacher]
         return TrainingRows([post for post in labelled if post.rationale or set(tasks) <= set(prompts.SCORED)], True)
 
     def annotated_rows(self) -> TrainingRows:

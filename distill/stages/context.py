@@ -132,7 +132,7 @@ class Context:
 
     def _texts(self) -> list[str]:
         """Training texts of the tokenizer: posts, rationales, prompts and answers."""
-        posts = self._as_read.train
+        posts = [*self._as_read.train, *self._as_read.teacher]
         texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
         labelled = [post for post in posts if post.label is not None]
         texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]

@@ -175,7 +175,7 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
 
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have no picture and the model's family needs one in each."""
-    posts = [*corpus.train, *corpus.validation, *corpus.test]
+    posts = [*corpus.train, *corpus.validation, *corpus.test, *corpus.teacher]
     without = [post.id for post in posts if not (post.images and model.encoder.reads_images)]
     if model.family.needs_picture and without:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""Stage `teacher`: fine-tunes a local teacher on the labels and gold rationales of the training split."""
+"""Stage `teacher`: fine-tunes a local teacher on gold labels and rationales: the training split and its own posts."""
 
 from distill.errors import SettingsError
 from distill.stages.context import Context
@@ -10,7 +10,7 @@ from distill.training.assistant import AssistantModule
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.teacher
     assert settings is not None
-    rows = [sample for sample in context.corpus.train if sample.label is not None]
+    rows = [sample for sample in (*context.corpus.train, *context.corpus.teacher) if sample.label is not None]
     if not set(settings.tasks) <= set(SCORED):
         rows = [sample for sample in rows if sample.rationale is not None]
         if not rows:

@@ -172,7 +172,7 @@ def test_rows_for_evaluation_need_a_label(tmp_path: Path) -> None:
     corpus = read_corpus(valid_settings(tmp_path), LABELS)
     assert names(corpus)["validation"] == ["b"]
     assert corpus.dropped == [
-        Dropped("validation.jsonl", 1, "a", "has no label, which every row of the validation split needs")
+        Dropped("validation.jsonl", 1, "a", "has no label, which every row of data.validation needs")
     ]
 
 
