@@ -96,7 +96,8 @@ def decode(
     """
     rows = list(range(len(input_ids)))
     answers: list[list[int]] = [[] for _ in rows]
-    outputs = model._prefill(input_ids, generation_config, state)
+    with _wide_head(model):
+        outputs = model._prefill(input_ids, generation_config, state)
     if isinstance(cache := state.get("past_key_values"), DynamicCache):
         write_in_place(cache)
     with model._optimize_model_for_decode(), _wide_head(model):

@@ -14,6 +14,7 @@ from distill.models.backbone import Backbone
 from distill.models.generation import LogprobRecorder, draw, end_tokens, generate, write_in_place
 from distill.models.packing import Features
 from distill.models.reasoner import Sampling
+from distill.task.sample import Sample
 from tests.models import family_checks
 
 LIMIT = 40
@@ -36,6 +37,22 @@ def end_apart(backbone: Backbone, features: Features) -> None:
     rows = plain(backbone, features)
     lengths = {token: {row.index(token) if token in row else LIMIT for row in rows} for row in rows for token in row}
     backbone.model.generation_config.eos_token_id = max(lengths, key=lambda token: len(lengths[token]))  # type: ignore[union-attr]
+
+
+def test_the_head_gets_contiguous_states_at_every_step(make_backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of a slice with weights in bfloat16 copies the weights for each row; the first step has a slice."""
+    backbone: Backbone = make_backbone()
+    plain_linear, contiguous = torch.nn.functional.linear, []
+
+    def linear(hidden: torch.Tensor, weight: torch.Tensor, *bias: Any) -> torch.Tensor:
+        if weight.data_ptr() == backbone.head.data_ptr():
+            contiguous.append(hidden.is_contiguous())
+        return plain_linear(hidden, weight, *bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    features = backbone.encode([Sample("a", "one"), Sample("b", "one two three")], "reason", padding_side="left")
+    answers = generate(backbone, features, Sampling(0.0, 5), 0)
+    assert contiguous == [True] * max(map(len, answers))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3", "gemma3_text", "qwen3_5", "mllama"])
