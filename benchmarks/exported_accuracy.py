@@ -4,8 +4,8 @@
 
 Reads the test posts and the predictions of the run from `evaluate/predictions.jsonl`, images from `data.root`, and how
 a label is read from `export/scoring.json`. Nothing of `distill` is imported. Prints the metrics of both, the number of
-equal labels and the largest difference of the probabilities. The model is computed in the dtype of its weights, or in another
-with --dtype: rounding to bfloat16 moves probabilities by some hundredths.
+equal labels and the largest difference of the probabilities. The model is computed in the dtype of its weights, or in
+that of --dtype: rounding to bfloat16 moves probabilities by some hundredths.
 """
 
 import argparse
