@@ -37,7 +37,7 @@ def finished_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert {"chain", "cascade", "export"} <= {path.stem for path in NOTEBOOKS}
+    assert {"chain", "02_your_data", "cascade", "export"} <= {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
