@@ -6,6 +6,7 @@ seconds, peak memory and the versions of the libraries it ran with.
 
 import errno
 import fcntl
+import gc
 import logging
 import os
 import re
@@ -18,14 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
 from distill.files import write_text
 from distill.fingerprints import contents, fingerprints, reads, translate
 from distill.manifest import Manifest
+from distill.models import memory
 from distill.models.backbone import ModelSettings
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import (
@@ -297,7 +297,9 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
         "versions": {library: version(library) for library in _LIBRARIES},
     }
     manifest.write(name, entry)
-    _reset_peak_memory()
+    gc.collect()
+    memory.return_freed()
+    memory.reset_peak()
     status = "failed"
     try:
         with tracker.stage(name, masked(recipe)) as tracked:
@@ -307,7 +309,7 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
         raise RunError(f"{name}: {error}") from None
     finally:
         entry |= {"status": status, "seconds": round(previous + time.monotonic() - began, 1)}
-        entry["peak_memory_mb"] = _peak_memory_mb()
+        entry["peak_memory_mb"] = memory.peak_mb()
         state.learn_contents(name)
         manifest.write(name, manifest.ended(name, entry | {"contents": state.contents[name]}, context.foreign))
         state.digests.save()
@@ -323,28 +325,3 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RunError(f"{folder} is in use by another process") from None
         yield
-
-
-def _reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux: the peak is that of the whole process so far
-        log.debug("the peak memory of the process cannot be reset on this system")
-
-
-def _peak_memory_mb() -> dict[str, int]:
-    """Peak memory since the start of the stage, in MiB: of this process (host), and of the GPU if there is one."""
-    peak = {}
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        peak["host"] = int(line.split()[1]) // 1024
-    except (OSError, StopIteration):
-        import resource
-
-        unit = 1 << 20 if os.uname().sysname == "Darwin" else 1 << 10
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
-    if torch.cuda.is_available():
-        peak["gpu"] = torch.cuda.max_memory_allocated() >> 20
-    return peak

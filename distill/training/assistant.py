@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from sklearn.metrics import f1_score
 
 from distill.errors import NonFiniteError
 from distill.models.backbone import Backbone, Features, ModelSettings
+from distill.models.memory import return_freed
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
@@ -30,6 +32,9 @@ from distill.training.schedules import DECAYING, Schedule, learning_rate
 from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
+
+_RETURN_MEMORY_S = 30.0
+"""Seconds between two returns of freed memory, which takes some tenths of a second."""
 
 
 @dataclass
@@ -93,6 +98,7 @@ class AssistantModule(L.LightningModule):
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
         self._accumulated: list[int] = []  # batches since the last optimizer step
         self._throughput = Throughput()
+        self._next_return = 0.0
 
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
@@ -162,6 +168,9 @@ class AssistantModule(L.LightningModule):
         self._throughput.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.device.type == "cpu" and time.monotonic() >= self._next_return:
+            return_freed()
+            self._next_return = time.monotonic() + _RETURN_MEMORY_S
         self._throughput.add(int(row_lengths(batch).sum()))
         interval = getattr(self.trainer, "log_every_n_steps", 0)
         if interval and (batch_idx + 1) % interval == 0 and (speed := self._throughput.take()) is not None:

@@ -1,5 +1,7 @@
-"""Out-of-memory errors while scoring and training name the posts and the settings that help."""
+"""Memory: its peak, what is returned to the system, and errors that name the posts and the settings that help."""
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from distill.data.corpus import Corpus
 from distill.errors import RunError
 from distill.models import local
 from distill.models.local import Local
-from distill.models.memory import memory_errors
+from distill.models.memory import memory_errors, peak_mb, reset_peak, return_freed
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
@@ -72,3 +74,28 @@ def test_training_names_the_posts(
     with pytest.raises(RunError, match=r"out of memory with the posts .*; reduce the stage's batch_size") as caught:
         fit(module, data, tmp_path, arguments)
     assert all(post.id in str(caught.value) for post in split[:2])
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_is_returned_to_the_system() -> None:
+    def used_mb() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    torch.ones(4_000_000)  # freed at once: from now on, glibc takes blocks of up to 16 MB from its heap
+    blocks = [torch.ones(500_000) for _ in range(150)]
+    last = blocks.pop()  # above the others: they cannot be cut off the heap's end
+    blocks.clear()
+    before = used_mb()
+    return_freed()
+    assert before - used_mb() > 150 and last.sum() == 500_000
+
+
+def test_the_peak_begins_anew() -> None:
+    reset_peak()
+    start = peak_mb()["host"]
+    block = torch.ones(50_000_000)
+    assert peak_mb()["host"] - start > 150 and block.any()
+    del block
+    return_freed()
+    reset_peak()
+    assert peak_mb()["host"] - start < 100
