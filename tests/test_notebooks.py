@@ -11,7 +11,7 @@ from distill import chain, recipe
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CELL_TIMEOUT_S = 120
+CELL_TIMEOUT_S = 300
 
 
 def code_cells(notebook: Any) -> list[Any]:
