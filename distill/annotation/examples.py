@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import zip_longest
 
 from distill.errors import SettingsError
 from distill.task.labels import LabelSpace
@@ -22,14 +23,9 @@ def with_examples(labels: LabelSpace, posts: Iterable[Sample], count: int) -> La
     found = sorted((_example(post, labels) for post in posts if post.label is not None), key=lambda e: not e.rationale)
     if len(found) < count:
         raise SettingsError(f"task.examples is {count}; {len(found)} posts of the training split have a label")
-    turns: dict[str, int] = dict.fromkeys(labels.names, 0)
-    order = []
-    for example in found:
-        name = labels.name(example.label)
-        order.append((turns[name], labels.names.index(name)))
-        turns[name] += 1
-    ranked = sorted(range(len(found)), key=order.__getitem__)
-    return replace(labels, examples=tuple(found[index] for index in ranked[:count]))
+    by_label = [[example for example in found if labels.name(example.label) == name] for name in labels.names]
+    in_turn = [example for turn in zip_longest(*by_label) for example in turn if example is not None]
+    return replace(labels, examples=tuple(in_turn[:count]))
 
 
 def _example(post: Sample, labels: LabelSpace) -> Sample:

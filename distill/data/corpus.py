@@ -12,7 +12,7 @@ from typing import Any
 from distill.data import jsonl
 from distill.data.images import ImageError, decode
 from distill.data.postcards import generate
-from distill.data.source import SPLITS, DataSettings, read_rows, split_files
+from distill.data.source import PARTS, SPLITS, DataSettings, read_rows, split_files
 from distill.data.split import stratified_split
 from distill.data.text import clean
 from distill.errors import RunError, SettingsError
@@ -91,7 +91,7 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
                 kept[entry.id].append(entry)
     _log_repairs(entries)
     _check_files(settings, entries)
-    parts: dict[str, list[Sample]] = {split: [] for split in (*SPLITS, "teacher")}
+    parts: dict[str, list[Sample]] = {split: [] for split in PARTS}
     for entry in entries:
         if entry.sample and not entry.reason:
             parts[entry.split].append(entry.sample)

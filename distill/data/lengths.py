@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from distill.data.corpus import Corpus, Dropped
-from distill.data.source import SPLITS, DataSettings
+from distill.data.source import PARTS, SPLITS, DataSettings
 from distill.errors import SettingsError
 from distill.task.sample import Sample
 
@@ -15,13 +15,12 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = 4096
 """Largest default of `data.max_tokens`."""
 
-_PARTS = (*SPLITS, "teacher")
 _SHOWN = 10  # ids in the warning
 
 
 def longest_text(corpus: Corpus) -> int:
     """Bytes of the longest text: an upper bound of its tokens, because a token has at least one byte."""
-    return max(len(sample.text.encode()) for part in _PARTS for sample in getattr(corpus, part))
+    return max(len(sample.text.encode()) for part in PARTS for sample in getattr(corpus, part))
 
 
 def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Callable[[str, int], str]) -> Corpus:
@@ -37,7 +36,7 @@ def limit_lengths(corpus: Corpus, settings: DataSettings, limit: int, cut: Calla
     """
     parts: dict[str, list[Sample]] = {}
     dropped, long = list(corpus.dropped), []
-    for split in _PARTS:
+    for split in PARTS:
         parts[split] = []
         for sample in getattr(corpus, split):
             text = sample.text if len(sample.text.encode()) <= limit else cut(sample.text, limit)

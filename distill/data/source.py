@@ -15,6 +15,9 @@ from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
 
 SPLITS = ("train", "validation", "test")
+PARTS = (*SPLITS, "teacher")
+"""The splits, and the posts of the teacher alone."""
+
 _ADDED = ("teacher", "rare")
 """Fields of the postcards that earlier versions did not have: 0 is what those versions generated."""
 
