@@ -73,7 +73,7 @@ class Context:
         """The run's folder."""
         return self.recipe.folder
 
-    @property
+    @cached_property
     def labels(self) -> LabelSpace:
         """The label space of the recipe."""
         return self.recipe.labels
