@@ -129,6 +129,8 @@ def optional_sections(section: type, path: str = "") -> Iterator[tuple[str, type
 
 def build(section: type, values: Any, path: str = "") -> Any:
     """Construct a section from parsed values. Raises SettingsError with the dotted name for a value that it rejects."""
+    if not isinstance(values, Mapping | jsonargparse.Namespace):  # jsonargparse takes a list for a section
+        raise SettingsError(_not_a_section_message(section, path.removesuffix("."), values))
     content = {name: values[name] for name in fields(section) if not _takes_default(section, name, values[name])}
     for name, value in content.items():
         if (inner := section_of(fields(section)[name])) and value is not None:
@@ -201,7 +203,7 @@ def check_names(root: type, values: Mapping[Any, Any], section: type | None = No
         if inner and isinstance(value, Mapping):
             check_names(root, value, inner, f"{path}{name}.")
         elif inner and value is not None:
-            raise SettingsError(_not_a_section_message(root, f"{path}{name}", value))
+            raise SettingsError(_not_a_section_message(inner, f"{path}{name}", value))
 
 
 def _takes_default(section: type, name: str, value: Any) -> bool:
@@ -247,7 +249,12 @@ def parse_error_message(root: type, error: BaseException) -> str:
     given = re.search(r"Got value: (.*)|NestedArg\(.*val='(.*)'\)|Given value: (.*)|Unable to load config '(.*)'", text)
     value = next(filter(None, given.groups()), "") if given else ""
     if re.search("import path|nested key|Not a valid subclass|Unable to load config", text):
-        return _not_a_section_message(root, path, value)
+        section: Any = root
+        for part in path.split("."):
+            section = section_of(fields(section).get(part)) if section else None
+        if section:
+            return _not_a_section_message(section, path, value)
+        return f"{path}: {_short(value)} is not a value that it takes"
     kinds = dict.fromkeys(re.findall(r"Expected an? (\w+(?:\[.*?\])?)", text))
     kinds.pop("NoneType", None)
     if not kinds and "Union subtypes" in text:
@@ -272,12 +279,7 @@ def unknown_field_message(root: type, path: str) -> str:
     return f"{path} is not a field"
 
 
-def _not_a_section_message(root: type, path: str, value: object) -> str:
-    section: Any = root
-    for part in path.split("."):
-        section = section_of(fields(section).get(part)) if section else None
-    if section is None:
-        return f"{path}: {_short(value)} is not a value that it takes"
+def _not_a_section_message(section: type, path: str, value: object) -> str:
     return f"{path}: {_short(value)} is not a section; its fields are {', '.join(fields(section))}"
 
 

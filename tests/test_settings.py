@@ -72,6 +72,12 @@ def test_an_error_of_a_section_has_its_dotted_name(place: str) -> None:
         parsed(f"--{place}.size", "0")
 
 
+def test_a_list_is_not_a_section() -> None:
+    with pytest.raises(SettingsError) as error:
+        parsed("--last.front", "[4]")  # jsonargparse accepts it
+    assert str(error.value) == "last.front: [4] is not a section; its fields are size"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

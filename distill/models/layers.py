@@ -14,8 +14,11 @@ Layers = int | Sequence[int]
 
 def problem(layers: Layers) -> str | None:
     """What is wrong with a choice of layers, whatever the model is, as the end of a sentence; None if nothing is."""
-    chosen = range(layers) if isinstance(layers, int) else layers
-    if chosen and chosen[0] >= 0 and list(chosen) == sorted(set(chosen)):
+    if isinstance(layers, int):
+        valid = layers >= 1
+    else:
+        valid = len(layers) > 0 and layers[0] >= 0 and list(layers) == sorted(set(layers))
+    if valid:
         return None
     return f"is {layers}; it takes a number of layers, 1 or more, or a list of their indices from 0, in ascending order"
 
@@ -32,9 +35,9 @@ def keep_layers(model: Any, layers: Layers) -> None:
     decoder = model.get_decoder()
     configs = {id(config): config for config in _text_configs(model, type(decoder.config))}
     count = decoder.config.num_hidden_layers
-    chosen = list(range(layers) if isinstance(layers, int) else layers)
-    if chosen[-1] >= count:
+    if (layers if isinstance(layers, int) else layers[-1] + 1) > count:
         raise SettingsError(f"model.keep_layers is {layers}; the model has {count} layers")
+    chosen = list(range(layers) if isinstance(layers, int) else layers)
     stacks = [
         (name, child)
         for name, child in decoder.named_children()

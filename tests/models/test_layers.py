@@ -188,7 +188,7 @@ def test_a_choice_that_is_no_ascending_list_is_refused(choice: Any) -> None:
 
 
 def test_layers_that_a_model_does_not_have_are_refused_before_training(base: Path, tmp_path: Path) -> None:
-    for choice in (5, [0, 4]):
+    for choice in (5, 10**30, [0, 4], [0, 10**30]):
         for weights in (True, False):
             with pytest.raises(SettingsError, match=r"^model\.keep_layers is .*; the model has 4 layers$"):
                 create(ModelSettings(str(base), keep_layers=choice), LABELS, tmp_path, weights=weights)
