@@ -108,7 +108,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SettingsError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+        raise SettingsError(
+            f"{path} is not valid JSON ({error}); if a stage wrote it, delete it and run it again"
+        ) from None
 
 
 def damage(path: Path) -> str | None:

@@ -135,11 +135,20 @@ def build(section: type, values: Any, path: str = "") -> Any:
     for name, value in content.items():
         if (inner := section_of(fields(section)[name])) and value is not None:
             content[name] = build(inner, value, f"{path}{name}.")
+        else:
+            content[name] = _plain(value)
     try:
         return section(**content)
     except ValueError as error:  # SettingsError among them
         message = str(error)
         raise SettingsError(message if message.startswith(path) else path + message) from None
+
+
+def _plain(value: Any) -> Any:
+    """A value without the namespaces that jsonargparse makes of mappings with class_path."""
+    if isinstance(value, Mapping | jsonargparse.Namespace):
+        return {name: _plain(item) for name, item in (vars(value) if not isinstance(value, Mapping) else value).items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from distill import chain
 from distill.cli import COMMANDS
+from distill.errors import SettingsError
 from distill.models.backbone import LoraSettings
 from distill.models.endpoint import EndpointSettings
 from distill.recipe import Recipe, load, masked, to_yaml
@@ -176,3 +178,25 @@ def test_the_third_stage_needs_a_teacher_that_can_review(tmp_path: Path) -> None
     assert reviews(teacher__tasks=tasks | {"review": 0.5})
     assert reviews(cascade__teacher={"endpoint": SERVER}) and reviews(calibrate__model={"path": "qwen"})
     assert reviews(teacher=None, annotate={"model": {"path": "qwen"}}) and not reviews(cascade__teacher={})
+
+
+@pytest.mark.parametrize("place", ["trainer", "student.trainer"])
+def test_callbacks_by_class_path_are_plain_values(place: str, tmp_path: Path) -> None:
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.DeviceStatsMonitor"},
+        {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2}},
+        "ModelSummary",
+    ]
+    (tmp_path / "flag").mkdir()
+    (tmp_path / "file").mkdir()
+    flag = f"--{place}={json.dumps({'max_epochs': 1, 'callbacks': callbacks})}"
+    given = micro.read(micro.write(tmp_path / "flag", micro.RECORDED), flag)
+    content = {f"{place.replace('.', '__')}": {"max_epochs": 1, "callbacks": callbacks}}
+    for recipe in (given, micro.read(micro.write(tmp_path / "file", micro.RECORDED, **content))):
+        trainer = recipe.trainer if place == "trainer" else recipe.student.trainer  # type: ignore[union-attr]
+        stats, *others = json.loads(json.dumps(trainer))["callbacks"]
+        assert stats["class_path"] == callbacks[0]["class_path"] and others == callbacks[1:]  # type: ignore[index]
+        assert set(chain.up_to_date(recipe).values()) == {False}  # fingerprints can be made of it
+    for wrong in (None, {}, {"init_args": {}}):
+        with pytest.raises(SettingsError, match=rf"^{place}\.callbacks: .* names no class; each has class_path"):
+            micro.read(tmp_path / "flag" / "recipe.yaml", f"--{place}={json.dumps({'callbacks': [wrong]})}")

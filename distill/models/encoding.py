@@ -220,7 +220,7 @@ class Encoder:
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
             features = dict(self.processor(text=texts, images=images, **options))
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,6 @@
 """Models by name: local files first, then the hub, with one short attempt to reach it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from transformers.utils import (
 )
 
 from distill.connections import hub_reachable
-from distill.files import read_json
+from distill.files import damage
 
 T = TypeVar("T")
 
@@ -60,13 +61,24 @@ def missing_weights(path: str, revision: str, *, adapter: bool = False) -> str |
     found = {name: file for name in names if (file := find(name)) is not None}
     if found:
         name, file = next(iter(found.items()))
-        shards = sorted(set(read_json(file)["weight_map"].values())) if name.endswith(".json") else []
+        shards = _shards(file) if name.endswith(".json") else []
         missing = [shard for shard in shards if find(shard) is None]
         if not missing:
-            return None
+            files = [part for part in map(find, shards or [name]) if part is not None]
+            damaged = ((part.name, problem) for part in files if (problem := damage(part)) is not None)
+            return next((f"{file} is damaged: {problem}" for file, problem in damaged), None)
         problem = f"{len(missing)} of its {len(shards)} files of weights are missing, such as {missing[0]}"
     else:
         problem = f"it has no weights, such as {names[0]}"
     if Path(path).is_dir():
         return problem
     return f"on this machine, {problem}" if constants.HF_HUB_OFFLINE or not hub_reachable() else None
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names. Raises ValueError if it is none."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index.name} has no weight_map")
+    return sorted(set(names.values()))

@@ -57,7 +57,7 @@ def keep_layers(model: Any, layers: Layers) -> None:
         setattr(decoder, name, kept)
     for config in configs.values():
         for name, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and len(value) == count:
+            if isinstance(value, list | tuple) and len(value) == count and not name.endswith("token_id"):
                 setattr(config, name, type(value)(value[index] for index in chosen))
         config.num_hidden_layers = len(chosen)
     _check(decoder)

@@ -59,7 +59,9 @@ def add_lora(model: Any, lora: LoraSettings, revision: str = "main") -> PeftMode
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise SettingsError(f"model.lora.targets: {first_line(error)}") from error
+        kind = re.match(r"Target module (\w+)\(", str(error))
+        problem = f"a module that it matches, {kind[1]}, is no linear layer" if kind else first_line(error)
+        raise SettingsError(f"model.lora.targets: {problem}") from error
     check_head(adapted, "model.lora.targets")
     return adapted
 

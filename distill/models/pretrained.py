@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -90,7 +91,7 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
             model = model_class(config).from_config(config, attn_implementation=attention_of_shapes(settings))
         except SettingsError:
             raise
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a broken config raises various errors of transformers
             if problem := attention_problem(error, settings.attention):
                 raise SettingsError(problem) from error
             raise _not_loaded(source, first_line(error)) from error
@@ -106,19 +107,37 @@ def check_libraries(settings: ModelSettings) -> None:
 
 
 def check_weights(settings: ModelSettings) -> None:
-    """Raise SettingsError if a file of a model's weights is missing; nothing is loaded."""
+    """Raise SettingsError if files of a model's weights are missing or damaged, or lack some weights.
+
+    Of a folder, names and shapes are compared with the model; no weights are read.
+    """
     if not settings.path:
         return
     source = find_source(settings.path, settings.revision)
     try:
         problem = missing_weights(source.path, source.revision)
+        if not problem and Path(source.path).is_dir():
+            with _quiet():
+                _load_weights(source, device_map="meta")
         if source.adapter and not problem:
             problem = missing_weights(source.adapter, source.adapter_revision, adapter=True)
             source = Source(source.adapter, source.adapter_revision)
-    except (OSError, ValueError, LookupError) as error:
-        problem = f"the list of its weights cannot be read: {first_line(error)}"
+    except Exception as error:  # noqa: BLE001 (damaged files and other shapes raise various errors)
+        problem = first_line(error)
     if problem:
         raise _not_loaded(source, problem)
+
+
+@contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Context manager without the progress bars and the reports of transformers."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with hide_progress_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager
@@ -136,7 +155,6 @@ def hide_progress_bars():  # type: ignore[no-untyped-def]
 def load_pretrained(settings: ModelSettings, source: Source) -> Any:
     """Load a model with its weights, without an adapter. Raises SettingsError."""
     options: dict[str, Any] = {
-        "revision": source.revision,
         "dtype": getattr(torch, settings.dtype),
         "attn_implementation": settings.attention,
     }
@@ -144,12 +162,22 @@ def load_pretrained(settings: ModelSettings, source: Source) -> Any:
         options["quantization_config"] = _quantization_config(settings)
     try:
         with hide_progress_bars():
-            model = load_from_hub(model_class(_load_config(source)).from_pretrained, source.path, **options)
+            model = _load_weights(source, **options)
     except SettingsError:
         raise
     except Exception as error:  # a truncated file raises various errors of safetensors and torch
         raise _not_loaded(source, first_line(error)) from error
     return _keep_layers(model, settings, source)
+
+
+def _load_weights(source: Source, **options: Any) -> Any:
+    """A model with the weights of its files. Raises ValueError if they lack some, which would be random values."""
+    load = model_class(_load_config(source)).from_pretrained
+    options |= {"revision": source.revision, "output_loading_info": True}
+    model, found = load_from_hub(load, source.path, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} of its weights, such as {missing[0]}")
+    return model
 
 
 def _keep_layers(model: Any, settings: ModelSettings, source: Source) -> Any:

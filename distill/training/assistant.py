@@ -11,9 +11,9 @@ import lightning as L
 import torch
 from sklearn.metrics import f1_score
 
-from distill.errors import NonFiniteError
+from distill.errors import NonFiniteError, RunError, SettingsError, first_line
 from distill.models.backbone import Backbone, Features, ModelSettings
-from distill.models.memory import return_freed
+from distill.models.memory import is_out_of_memory, return_freed
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
@@ -113,6 +113,13 @@ class AssistantModule(L.LightningModule):
         except PackingError:
             self.backbone.packs = False
             check_compatibility(self.backbone, data.train, tasks, False, label_targets=labels)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if isinstance(error, SettingsError | RunError) or is_out_of_memory(error):
+                raise
+            raise SettingsError(
+                f"model.path: the model does not take what its tokenizer and its processor make of a post: "
+                f"{first_line(error)}"
+            ) from error
         if self.settings.packing and not self.backbone.packs and self.trainer.is_global_zero:
             log.warning(NOT_PACKED, self.backbone.family.name)
 

@@ -193,6 +193,8 @@ def _parse(name: str, items: Any, field: str) -> list[tuple[str, jsonargparse.Ar
     found = []
     for item in items or ():
         path = item.get("class_path") if isinstance(item, Mapping) else item
+        if path is None:
+            raise SettingsError(f"{field}.{name}: {item} names no class; each has class_path and, if needed, init_args")
         options = jsonargparse.ArgumentParser(exit_on_error=False)
         options.add_argument("--item", type=_EXTENSIONS[name])
         try:

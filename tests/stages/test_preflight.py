@@ -5,9 +5,12 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from distill import chain
 from distill.models.backbone import LoraSettings, ModelSettings, create
@@ -22,6 +25,8 @@ from tests.models.text_folders import write as write_text_model
 from tests.stages.preflight_runs import pretrained, refused, write
 
 __all__ = ["refused"]
+
+METADATA = {"format": "pt"}
 
 
 def folder_of(model_folder: Path, copy: Path, without: str = "") -> str:
@@ -61,10 +66,70 @@ def test_a_model_with_a_missing_file(
     assert message.startswith("assistant.model.path: ") and problem in message and path in message
 
 
+def without_a_layer(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    lost = [name for name in weights if ".layers.1." in name]
+    save_file({name: weights[name] for name in weights if name not in lost}, folder / "model.safetensors", METADATA)
+    return f"its files lack {len(lost)} of its weights, such as "
+
+
+def with_another_shape(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name][:, :-1].contiguous()}, folder / "model.safetensors", METADATA)
+    return ""
+
+
+def half(folder: Path) -> str:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    return "model.safetensors is damaged: "
+
+
+def a_pointer(folder: Path) -> str:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return "model.safetensors is damaged: "
+
+
+def an_index_of(content: Any) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        return "model.safetensors.index.json has no weight_map"
+
+    return change
+
+
+def config_with(**values: Any) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] |= values
+        (folder / "config.json").write_text(json.dumps(config))
+        return ""
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [without_a_layer, with_another_shape, half, a_pointer, an_index_of({"weight_map": []}),
+     an_index_of({"weight_map": {"a": 5}}), an_index_of([]), config_with(hidden_size="x"),
+     config_with(num_attention_heads=0), lambda folder: (folder / "config.json").write_text("null") and ""],
+)  # fmt: skip
+def test_a_folder_whose_weights_or_config_are_broken(
+    refused: Callable[..., str], model_folder: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    path = folder_of(model_folder, tmp_path / "model")
+    expected = damage(Path(path))
+    message = refused(assistant__model=pretrained(path))
+    assert message.startswith("assistant.model.path: ") and expected in message and path in message
+    assert "unexpected" not in message
+
+
 def test_targets_of_an_adapter_that_match_nothing(refused: Callable[..., str], model_folder: Path) -> None:
-    for targets in ("nothing_like_it", "(unclosed", r".*norm"):
+    for targets in ("nothing_like_it", "(unclosed", r".*norm", ".*", r".*(mlp|self_attn)"):
         message = refused(student__model=pretrained(str(model_folder), lora={"targets": targets}))
-        assert message.startswith("student.model.lora.targets")
+        assert message.startswith("student.model.lora.targets") and message[-1] not in "(:"
 
 
 def test_different_tokenizers(refused: Callable[..., str]) -> None:
@@ -219,11 +284,11 @@ def test_weights_of_shards_and_adapters(model_folder: Path, tmp_path: Path) -> N
     sharded = Path(folder_of(model_folder, tmp_path / "sharded", "model.safetensors"))
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    (sharded / "model-1.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, sharded / "model-1.safetensors")
     assert missing_weights(str(sharded), "main") == (
         "1 of its 2 files of weights are missing, such as model-2.safetensors"
     )
-    (sharded / "model-2.safetensors").touch()
+    save_file({"b": torch.zeros(1)}, sharded / "model-2.safetensors")
     assert missing_weights(str(sharded), "main") is None
     assert "it has no weights" in (missing_weights("nobody/has-this-model", "main") or "")
     settings = ModelSettings(path=str(model_folder), lora=LoraSettings(), image_size=28)
