@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -92,6 +92,19 @@ def _seconds(run: Run, stage: str) -> float | None:
     return part["cost"]["seconds"] / part["asked"] if part and part["asked"] else None
 
 
+def run_chains(config: Path, seeds: Iterable[int], runs: Path, overrides: Sequence[str] = ()) -> dict[int, Run]:
+    """Run the chain of each seed under the name RECIPE-SEED. Raises CalledProcessError if one fails."""
+    found = {}
+    for seed in dict.fromkeys(seeds):
+        name = f"{config.stem}-{seed}"
+        command = [str(Path(sys.executable).with_name("distill")), "run", "--config", str(config)]
+        command += ["--runs", str(runs), "--name", name, "--seed", str(seed), *overrides]
+        # the chain's output goes to stderr, so that stdout holds only the table
+        subprocess.run(command, stdout=sys.stderr, check=True)
+        found[seed] = Run.read(runs / name)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Test metrics of a recipe over seeds, as a Markdown table.")
     parser.add_argument("--config", type=Path, default=ROOT / "recipes" / "quickstart.yaml", help="the recipe")
@@ -99,17 +112,10 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("overrides", nargs="*", help="further arguments of `distill run`, after --")
     options = parser.parse_args()
-    runs = {}
-    for seed in dict.fromkeys(options.seeds):
-        name = f"{options.config.stem}-{seed}"
-        command = [str(Path(sys.executable).with_name("distill")), "run", "--config", str(options.config)]
-        command += ["--runs", str(options.runs), "--name", name, "--seed", str(seed), *options.overrides]
-        # the chain's output goes to stderr, so that stdout holds only the table
-        process = subprocess.run(command, stdout=sys.stderr, check=False)
-        if process.returncode:
-            return process.returncode
-        runs[seed] = Run.read(options.runs / name)
-    print(table(runs))
+    try:
+        print(table(run_chains(options.config, options.seeds, options.runs, options.overrides)))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     return 0
 
 

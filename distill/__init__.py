@@ -6,19 +6,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill.api import Cascade, Recipe, Run, Student, load_recipe, plan, run
     from distill.errors import RunError, SettingsError
+    from distill.training.fused_loss import HiddenTargets, answer_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Cascade", "Recipe", "Run", "RunError", "SettingsError", "Student", "__version__", "load_recipe", "plan", "run",
+    "Cascade", "HiddenTargets", "Recipe", "Run", "RunError", "SettingsError", "Student", "__version__", "answer_loss",
+    "load_recipe", "plan", "run",
 ]  # fmt: skip
+
+_MODULES = {
+    "HiddenTargets": "distill.training.fused_loss",
+    "RunError": "distill.errors",
+    "SettingsError": "distill.errors",
+    "answer_loss": "distill.training.fused_loss",
+}
+"""Modules of the names that distill.api does not define."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of `__all__` when it is used, since torch and transformers take seconds to import."""
     if name in __all__:
-        module = "distill.errors" if name.endswith("Error") else "distill.api"
-        return getattr(import_module(module), name)
+        return getattr(import_module(_MODULES.get(name, "distill.api")), name)
     raise AttributeError(f"module 'distill' has no attribute {name!r}")
 
 

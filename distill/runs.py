@@ -74,10 +74,12 @@ class Run:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """The test posts: `text`, `aspect`, `gold`, and for each role its label and the text of its rationale."""
+        """The test posts: `text`, `aspect`, `images` (their paths), `gold`, and for each role its label and the text of
+        its rationale."""
         rows = []
         for row in jsonl.read(self._file("evaluate", "predictions.jsonl")):
             fields = {name: row.fields[name] for name in ("id", "text", "aspect", "gold")}
+            fields["images"] = [Path(self.recipe.data.root, name) for name in row.fields["images"]]
             for role, answer in row.fields["roles"].items():
                 fields |= {role: answer["label"], f"{role}_rationale": answer["rationale"]}
             rows.append(fields)
@@ -86,12 +88,14 @@ class Run:
     @property
     def decisions(self) -> pd.DataFrame:
         """The decisions of the cascade on the test posts: `gold`, `label`, `stage`, `reason`, `degraded`,
-        `teacher_calls` and `seconds`."""
-        rows = [row.fields for row in jsonl.read(self._file("cascade", "decisions.jsonl"))]
+        `teacher_calls`, the `uncertainty` of the student, and `seconds`."""
         names = ("id", "gold", "label", "stage", "reason", "degraded", "teacher_calls")
-        return pd.DataFrame(
-            [{name: row[name] for name in names} | {"seconds": row["cost"]["seconds"]} for row in rows]
-        ).set_index("id")
+        rows = []
+        for row in jsonl.read(self._file("cascade", "decisions.jsonl")):
+            fields = {name: row.fields[name] for name in names}
+            fields["uncertainty"] = row.fields["student"]["uncertainty"]
+            rows.append(fields | {"seconds": row.fields["cost"]["seconds"]})
+        return pd.DataFrame(rows).set_index("id")
 
     def _file(self, stage: str, name: str) -> Path:
         path = self.folder / stage / name

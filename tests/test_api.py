@@ -58,9 +58,13 @@ def test_a_run_gives_what_the_stages_wrote(folder: Path, finished: distill.Recip
     decided = json.loads((folder / "cascade" / "metrics.json").read_text())
     assert run.metrics.loc["cascade", "teacher_calls_per_sample"] == decided["teacher_calls_per_sample"]
     assert run.decisions["teacher_calls"].mean() == pytest.approx(decided["teacher_calls_per_sample"])
+    rows = [row.fields for row in jsonl.read(folder / "cascade" / "decisions.jsonl")]
+    assert run.decisions["uncertainty"].to_dict() == {row["id"]: row["student"]["uncertainty"] for row in rows}
     predictions = run.predictions
     assert (predictions["gold"] == predictions["student"]).mean() == pytest.approx(written["student"]["accuracy"])
     assert predictions["student_rationale"].str.len().min() > 0
+    assert all(path.exists() for paths in predictions["images"] for path in paths)
+    assert predictions["images"].str.len().max() >= 1
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

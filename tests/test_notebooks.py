@@ -37,7 +37,9 @@ def finished_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert {"chain", "02_your_data", "cascade", "export"} <= {path.stem for path in NOTEBOOKS}
+    assert {"01_chain", "02_your_data", "03_cascade", "04_distillation", "05_deploy"} <= {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -3,8 +3,8 @@
 Each post is a drawn card (a face under a sky) and a short text. The sentiment depends on both: cheerful words with a
 frowning face are sarcasm, gloomy words with a smiling face are teasing. The best possible accuracy on the balanced
 corpus is 5/9 from the text alone and 6/9 from the image alone. Gold attributes describe each card, so that rationales
-can be checked against the image. Most training posts are unlabelled. Posts may have rare words, whose
-tone a teacher knows that is trained on further posts.
+can be checked against the post. Most training posts are unlabelled. Posts may have rare words: a teacher learns all of
+them from further posts, and the training split has only every other one.
 """
 
 import itertools
@@ -90,11 +90,13 @@ TEXTS = (
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MARKER = "postcards.json"
+VERSION = 2
+"""Of the posts that the same settings give."""
 GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "teacher.jsonl", "images", MARKER}
 """Everything in a folder of postcards. A folder that contains anything else is never overwritten."""
 _IMAGE = re.compile(r"(train|validation|test|teacher)-\d{4,}\.png")
 
-SKIES = {"blue": (126, 178, 222), "grey": (150, 154, 160), "pink": (232, 176, 180), "green": (150, 196, 160)}
+SKIES = {"blue": (80, 150, 230), "grey": (140, 140, 145), "pink": (245, 145, 165), "green": (95, 190, 110)}
 
 
 Posts = Annotated[int, Range(0, 1_000_000)]
@@ -117,7 +119,7 @@ class PostcardSettings(Settings):
     teacher: Posts = 0
     """Number of labelled posts with a rare word, on which only the teacher is trained."""
     rare: Fraction = 0.0
-    """Fraction of the other posts whose word is rare."""
+    """Fraction of the posts of the splits whose word is rare. The training split has only every other rare word."""
     image_size: Annotated[int, Range(16, 4096)] = 56
     """Width and height of the images, in pixels."""
 
@@ -125,7 +127,11 @@ class PostcardSettings(Settings):
 def is_generated(root: Path, settings: PostcardSettings) -> bool:
     """Whether `root` contains the corpus of these settings."""
     marker = root / MARKER
-    return marker.exists() and bool(asdict(PostcardSettings()) | read_json(marker) == asdict(settings))
+    return marker.exists() and bool(read_json(marker) == _content(settings))
+
+
+def _content(settings: PostcardSettings) -> dict[str, int | float]:
+    return {"version": VERSION} | asdict(settings)
 
 
 def generate(root: str | Path, settings: PostcardSettings) -> None:
@@ -155,7 +161,7 @@ def generate(root: str | Path, settings: PostcardSettings) -> None:
             with (new / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 for row in _posts(split, count, settings, rng, new):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        write_json(new / MARKER, asdict(settings))
+        write_json(new / MARKER, _content(settings))
 
 
 def _foreign(root: Path, found: Set[str]) -> Set[str]:
@@ -170,6 +176,7 @@ def _posts(
     cells = [(tone, face) for tone in TONES for face in FACES]
     labelled = settings.labelled if split == "train" else count
     every_rare_word = {tone: itertools.cycle(words) for tone, words in RARE_WORDS.items()}
+    rare_words = {tone: words[::2] if split == "train" else words for tone, words in RARE_WORDS.items()}
     for number in range(count):
         if number % len(cells) == 0:
             rng.shuffle(cells)  # every nine posts contain each cell once
@@ -178,7 +185,7 @@ def _posts(
             word = next(every_rare_word[tone])
         else:
             rare = settings.rare > 0 and rng.random() < settings.rare
-            word = rng.choice((RARE_WORDS if rare else WORDS)[tone])
+            word = rng.choice((rare_words if rare else WORDS)[tone])
         blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
         text = rng.choice(TEXTS).format(**blanks)
         sky = rng.choice(tuple(SKIES))
@@ -187,15 +194,15 @@ def _posts(
         label, why = RULE[tone, face]
         row = {"id": f"{split}-{number:04d}", "text": text, "image": name, "label": None, "rationale": None}
         if number < labelled:
-            row |= {"label": label, "rationale": render(rationale(word, tone, face, sky, label, why))}
-        yield row | {"attributes": {"tone": tone, "face": face, "sky": sky, "word": word}}
+            row |= {"label": label, "rationale": render(rationale(tone, face, sky, label, why))}
+        yield row | {"attributes": {"tone": tone, "face": face, "sky": sky}}
 
 
-def rationale(word: str, tone: str, face: str, sky: str, label: str, why: str) -> Rationale:
+def rationale(tone: str, face: str, sky: str, label: str, why: str) -> Rationale:
     """The gold rationale: the attributes of text and image, and the explanation of the label."""
     return Rationale(
         (
-            f"The word {word} sounds {tone}.",
+            f"The words sound {tone}.",
             f"The card shows a {face} face under a {sky} sky.",
             why,
             f"The post is {label}.",
@@ -212,18 +219,18 @@ def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image
     draw = ImageDraw.Draw(card)
     horizon = side * rng.uniform(0.78, 0.92)
     draw.rectangle((0, horizon, side, side), fill=(110, rng.randint(120, 150), 80))
-    radius = side * rng.uniform(0.38, 0.42)
-    x, y = (side / 2 + side * rng.uniform(-0.02, 0.02) for _ in range(2))
-    skin = (rng.randint(236, 255), rng.randint(205, 228), rng.randint(70, 140))
+    radius = side * rng.uniform(0.39, 0.41)
+    x, y = (side / 2 + side * rng.uniform(-0.01, 0.01) for _ in range(2))
+    skin = (rng.randint(240, 250), rng.randint(210, 222), rng.randint(90, 120))
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=skin, outline=(60, 50, 40), width=side // 60)
     for sign in (-1, 1):
-        eye_x, eye_y, eye = x + sign * radius * 0.38, y - radius * 0.28, radius * rng.uniform(0.10, 0.15)
+        eye_x, eye_y, eye = x + sign * radius * 0.38, y - radius * 0.28, radius * rng.uniform(0.11, 0.13)
         draw.ellipse((eye_x - eye, eye_y - eye, eye_x + eye, eye_y + eye), fill=(40, 30, 30))
-    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.40, 0.50)
+    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.55, 0.65)
     points = []
     for step in range(21):
         across = step / 10 - 1
         bend = curve * (math.cos(across * math.pi / 2) - 0.5)
-        points.append((x + across * radius * 0.55, y + radius * (0.42 + bend)))
-    draw.line(points, fill=(120, 20, 30), width=max(2, int(radius * 0.22)), joint="curve")
+        points.append((x + across * radius * 0.62, y + radius * (0.42 + bend)))
+    draw.line(points, fill=(120, 20, 30), width=max(2, int(radius * 0.30)), joint="curve")
     return card.resize((size, size), Image.Resampling.LANCZOS)

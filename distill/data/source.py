@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
-from distill.data.postcards import PostcardSettings, is_generated
+from distill.data.postcards import VERSION, PostcardSettings, is_generated
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
@@ -17,9 +17,6 @@ from distill.settings import Count, Range, Seed, Settings
 SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
-
-_ADDED = ("teacher", "rare")
-"""Fields of the postcards that earlier versions did not have: 0 is what those versions generated."""
 
 Part = Annotated[float, Range(0, 1, below=True)]
 
@@ -106,10 +103,7 @@ def data_fingerprint(settings: DataSettings) -> str:
         SettingsError: a split file is missing.
     """
     if settings.source == "postcards":
-        values = asdict(settings.postcards)
-        given = {name: value for name, value in values.items() if value or name not in _ADDED}
-        text = f"PostcardSettings({', '.join(f'{name}={value!r}' for name, value in given.items())})"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(f"{settings.postcards}, version={VERSION}".encode()).hexdigest()
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):

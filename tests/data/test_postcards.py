@@ -1,6 +1,7 @@
 """The built-in corpus: deterministic, balanced, and solvable only from text and image together."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.postcards import FACES, RULE, TONES, PostcardSettings, generate
+from distill.data.postcards import FACES, RARE_WORDS, RULE, TONES, PostcardSettings, generate
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 
@@ -88,13 +89,27 @@ def test_neither_text_nor_image_is_sufficient(corpus: Path) -> None:
 def test_labels_and_rationales_match_the_attributes(corpus: Path) -> None:
     for row in every(corpus):
         attributes = row["attributes"]
-        assert attributes["word"] in row["text"]
         if row["label"] is None:
             continue
         assert row["label"] == label(row)
         chain = check(row["rationale"], LABELS, row["label"])
-        assert attributes["tone"] in chain.texts[0] and attributes["word"] in chain.texts[0]
+        assert attributes["tone"] in chain.texts[0]
         assert attributes["face"] in chain.texts[1] and attributes["sky"] in chain.texts[1]
+
+
+def test_the_teacher_alone_meets_every_rare_word(tmp_path: Path) -> None:
+    generate(tmp_path / "data", replace(SMALL, unlabelled=900, validation=90, test=270, rare=0.5, teacher=180))
+
+    def met(split: str) -> Counter[str]:
+        words = {word for words in RARE_WORDS.values() for word in words}
+        texts = [re.findall(r"\w+", row["text"]) for row in rows(tmp_path / "data", split)]
+        assert all(len(words & set(text)) <= 1 for text in texts)
+        return Counter(word for text in texts for word in text if word in words)
+
+    assert met("teacher") == {word: 1 for words in RARE_WORDS.values() for word in words}
+    assert set(met("train")) == {word for words in RARE_WORDS.values() for word in words[::2]}
+    assert met("train").total() == pytest.approx(927 / 2, abs=60)
+    assert 0.35 < sum(word not in met("train") for word in met("test").elements()) / met("test").total() < 0.65
 
 
 def test_the_text_does_not_reveal_the_image(corpus: Path) -> None:
