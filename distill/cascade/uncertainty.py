@@ -56,9 +56,10 @@ def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(probabilities: np.ndarray, gold: np.ndarray) -> float:
     """Return the temperature with the least negative log-likelihood of the gold labels (Guo et al., arXiv 1706.04599).
 
-    The result lies within `TEMPERATURES`: the optimum is 0 if every answer is right, and infinite if answers are no
-    better than chance. If all temperatures are equally good, the result is 1. Probabilities are clipped to at least
-    1e-12, so that a single gold label with probability 0 does not dominate the loss.
+    The result lies within `TEMPERATURES`: the optimum is infinite if answers are no better than chance. If every answer
+    is right, or all temperatures are equally good, the result is 1: without an error the likelihood grows up to a
+    temperature of 0, at which every uncertainty is 0. Probabilities are clipped to at least 1e-12, so that one gold label
+    with probability 0 does not dominate the loss.
 
     Args:
         probabilities: [B, K]; rows sum to 1.
@@ -74,6 +75,8 @@ def fit_temperature(probabilities: np.ndarray, gold: np.ndarray) -> float:
         raise ValueError(f"gold must be indices from 0 to {probabilities.shape[1] - 1}")
     logits = np.log(probabilities.clip(1e-12))
     right = logits[np.arange(len(gold)), gold]
+    if (right == logits.max(axis=1)).all():
+        return 1.0
 
     def loss(temperature: float) -> float:
         return float(np.mean(logsumexp(logits / temperature, axis=1) - right / temperature))

@@ -81,8 +81,8 @@ def _check(decoder: Any) -> None:
         ours, theirs = found.get(name), described.get(name)
         if ours is None or theirs is None or any(ours[key] != theirs[key] for key in ours.keys() & theirs.keys()):
             raise SettingsError(
-                f"model.keep_layers: the layers of this model depend on their position or on each other: {name} would "
-                "be another module; keep its first layers, or leave keep_layers out"
+                f"model.keep_layers: the layers of this model depend on their position or on each other: "
+                f"{name or 'the decoder'} would be another module; keep other layers, or leave keep_layers out"
             )
 
 

@@ -40,6 +40,11 @@ class LoraSettings(Settings):
     quantize: bool = False
     """QLoRA: load the frozen weights in 4 bits; needs bitsandbytes and a GPU."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets or not all(self.targets):
+            raise SettingsError(f"targets is {self.targets!r}; it takes {ALL_LINEAR}, names, or a regular expression")
+
 
 def add_lora(model: Any, lora: LoraSettings, revision: str = "main") -> PeftModel:
     """A transformers model, on the meta device perhaps, with a new adapter.

@@ -128,8 +128,9 @@ def test_the_fit_inverts_a_distortion_of_calibrated_probabilities(labels: int) -
 def test_degenerate_fits_end_at_the_limits() -> None:
     gold = np.array([0, 1, 2] * 20)
     nearly = np.eye(3)[gold] * 0.4 + 0.2
-    assert fit_temperature(np.eye(3)[gold], gold) <= 1  # always right, always certain
-    assert fit_temperature(nearly, gold) == TEMPERATURES[0]  # always right, never certain
+    assert fit_temperature(np.eye(3)[gold], gold) == 1  # always right, always certain
+    assert fit_temperature(nearly, gold) == 1  # always right, never certain
+    assert fit_temperature(nearly, np.append(gold[:-1], 0)) < 1  # right but once
     assert fit_temperature(np.eye(3)[(gold + 1) % 3], gold) == TEMPERATURES[1]  # always wrong, always certain
     assert fit_temperature(np.full((60, 3), 1 / 3), gold) == 1  # no temperature changes anything
     assert fit_temperature(np.array([[0.3, 0.7]]), np.array([0])) == TEMPERATURES[1]

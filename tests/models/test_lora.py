@@ -111,6 +111,12 @@ def test_all_linear_adapts_every_layer_of_the_language_model_and_nothing_else(co
     torch.testing.assert_close(merged, trained, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("targets", ["", [], [""], ["q_proj", ""]])
+def test_empty_targets_are_refused(targets: Any) -> None:
+    with pytest.raises(SettingsError, match=r"^targets is .*; it takes all-linear, names, or a regular expression$"):
+        LoraSettings(targets=targets)
+
+
 def test_targets_that_match_nothing_name_the_modules_that_there_are(model_folder: Path) -> None:
     for targets, message in {
         "nothing_like_it": r"nothing_like_it matches no module; the linear layers of the language model are "
