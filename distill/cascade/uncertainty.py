@@ -58,8 +58,8 @@ def fit_temperature(probabilities: np.ndarray, gold: np.ndarray) -> float:
 
     The result lies within `TEMPERATURES`: the optimum is infinite if answers are no better than chance. If every answer
     is right, or all temperatures are equally good, the result is 1: without an error the likelihood grows up to a
-    temperature of 0, at which every uncertainty is 0. Probabilities are clipped to at least 1e-12, so that one gold label
-    with probability 0 does not dominate the loss.
+    temperature of 0, at which every uncertainty is 0. Probabilities are clipped to at least 1e-12, so that one gold
+    label with probability 0 does not dominate the loss.
 
     Args:
         probabilities: [B, K]; rows sum to 1.

@@ -87,7 +87,7 @@ def test_names_of_layers_are_those_of_the_language_model(model_folder: Path, cap
     assert "leaves out layers of the names gate_proj, k_proj, o_proj, up_proj, v_proj; all-linear" in caplog.text
     with pytest.raises(SettingsError, match=r"model\.lora\.targets: wq, wk matches no module; .*q_proj"):
         targets_of(LoraSettings(targets=["q_proj", "wq", "wk"]), model_folder)
-    with pytest.raises(SettingsError, match=r"model\.lora\.targets"):
+    with pytest.raises(SettingsError, match=r"targets is \[\]"):
         targets_of(LoraSettings(targets=[]), model_folder)
 
 
@@ -122,7 +122,7 @@ def test_targets_that_match_nothing_name_the_modules_that_there_are(model_folder
         "nothing_like_it": r"nothing_like_it matches no module; the linear layers of the language model are "
         r"model\.language_model\.\*\.\(down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\)",
         "*proj": "is no regular expression: nothing to repeat",
-        r".*layernorm": "model.lora.targets: Target module .* is not supported",
+        r".*layernorm": "model.lora.targets: a module that it matches, .*Norm, is no linear layer",
     }.items():
         for weights in (True, False):
             settings = ModelSettings(str(model_folder), lora=LoraSettings(targets=targets), image_size=56)
