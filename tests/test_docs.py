@@ -11,10 +11,11 @@ import yaml
 
 from distill import chain, cli, logs, recipe, settings_reference
 from distill.data import jsonl
-from distill.data.postcards import PostcardSettings
+from distill.data.postcards import RARE_WORDS
 from distill.planning import tables
 from distill.predict import Prediction
 from distill.recipe import Recipe
+from distill.runs import load_recipe
 from distill.stages import report, serve
 from tests.documents import GENERATED, PAGES, README, RECIPES, ROOT, blocks, commands, named_files, text
 
@@ -175,10 +176,14 @@ def test_the_extras_they_install_exist() -> None:
 
 
 def test_the_corpus_is_what_the_docs_say() -> None:
-    cards = PostcardSettings()
+    cards = load_recipe(ROOT / "recipes" / "quickstart.yaml").data.postcards
     words = " ".join(text(ROOT / "docs" / "getting-started.md").split())
     assert f"{cards.labelled} labelled posts with gold rationales and {cards.unlabelled:,} unlabelled ones" in words
     assert f"{cards.validation} posts validate, {cards.test} test" in words
+    assert (
+        f"{cards.teacher:,} further posts" in words
+        and f"one of {sum(map(len, RARE_WORDS.values()))} rare words" in words
+    )
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda path: path.name)

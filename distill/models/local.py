@@ -171,8 +171,12 @@ class Local:
                 except SettingsError:  # the chat template places images after the text
                     supported = False
                 else:
-                    tolerance = 1e-3 if self.backbone.settings.dtype == "float32" else 0.1
-                    supported = bool(abs(joint - self.classify([sample]).probabilities).max() < tolerance)
+                    separate = self.classify([sample]).probabilities
+                    if (
+                        self.backbone.settings.dtype == "float32"
+                    ):  # logarithms, which also differ if one label is certain
+                        joint, separate = (np.log(found.clip(1e-9)) for found in (joint, separate))
+                    supported = bool(abs(joint - separate).max() < (0.01 if separate.min() < 0 else 0.1))
             if not supported:
                 log.info("%s does not support joint prefill: labels and rationales are computed separately", self.name)
             self._joint_prefill = supported

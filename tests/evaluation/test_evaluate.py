@@ -121,7 +121,7 @@ def test_published_metrics_are_those_of_the_answered_posts_and_their_own_referen
 def test_grounded_is_the_share_of_attributes_that_the_rationales_name(postcards: Corpus) -> None:
     posts = postcards.test[:9]
     gold = [parse_or_none(post.rationale, LABELS) for post in posts]
-    assert all(gold) and all(len(post.attributes) == 4 for post in posts)
+    assert all(gold) and all(len(post.attributes) == 3 for post in posts)
     scores = Role([]).classify(posts)
 
     def grounded(rationales: list[Rationale | None]) -> float:

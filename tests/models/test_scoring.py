@@ -193,7 +193,7 @@ def trained(make_backbone: Make, postcards: Corpus) -> Backbone:
     samples = [replace(with_value(sample, i), images=()) for i, sample in enumerate(postcards.train[:28])]
     features = scaled.encode(samples, "classify", [f"{PREFIX} {sample.label}" for sample in samples])
     optimizer = torch.optim.AdamW(scaled.model.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(60):
         loss = scaled.model(**features).loss
         optimizer.zero_grad()
         loss.backward()
