@@ -146,8 +146,10 @@ def build(section: type, values: Any, path: str = "") -> Any:
 
 def _plain(value: Any) -> Any:
     """A value without the namespaces that jsonargparse makes of mappings with class_path."""
-    if isinstance(value, Mapping | jsonargparse.Namespace):
-        return {name: _plain(item) for name, item in (vars(value) if not isinstance(value, Mapping) else value).items()}
+    if isinstance(value, jsonargparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 

@@ -180,10 +180,8 @@ def test_the_corpus_is_what_the_docs_say() -> None:
     words = " ".join(text(ROOT / "docs" / "getting-started.md").split())
     assert f"{cards.labelled} labelled posts with gold rationales and {cards.unlabelled:,} unlabelled ones" in words
     assert f"{cards.validation} posts validate, {cards.test} test" in words
-    assert (
-        f"{cards.teacher:,} further posts" in words
-        and f"one of {sum(map(len, RARE_WORDS.values()))} rare words" in words
-    )
+    assert f"{cards.teacher:,} further posts" in words
+    assert f"one of {sum(map(len, RARE_WORDS.values()))} rare words" in words
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "data.md"], ids=lambda path: path.name)

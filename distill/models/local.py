@@ -172,11 +172,10 @@ class Local:
                     supported = False
                 else:
                     separate = self.classify([sample]).probabilities
-                    if (
-                        self.backbone.settings.dtype == "float32"
-                    ):  # logarithms, which also differ if one label is certain
-                        joint, separate = (np.log(found.clip(1e-9)) for found in (joint, separate))
-                    supported = bool(abs(joint - separate).max() < (0.01 if separate.min() < 0 else 0.1))
+                    exact = self.backbone.settings.dtype == "float32"
+                    if exact:  # logarithms, which also differ if one label is certain
+                        joint, separate = np.log(joint.clip(1e-9)), np.log(separate.clip(1e-9))
+                    supported = bool(abs(joint - separate).max() < (0.01 if exact else 0.1))
             if not supported:
                 log.info("%s does not support joint prefill: labels and rationales are computed separately", self.name)
             self._joint_prefill = supported
