@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -280,17 +279,7 @@ def test_missing_libraries_of_metrics_are_a_notice(
     assert messages[0] in plan and messages[-1] == "stage export"
 
 
-def test_weights_of_shards_and_adapters(model_folder: Path, tmp_path: Path) -> None:
-    sharded = Path(folder_of(model_folder, tmp_path / "sharded", "model.safetensors"))
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"a": torch.zeros(1)}, sharded / "model-1.safetensors")
-    assert missing_weights(str(sharded), "main") == (
-        "1 of its 2 files of weights are missing, such as model-2.safetensors"
-    )
-    save_file({"b": torch.zeros(1)}, sharded / "model-2.safetensors")
-    assert missing_weights(str(sharded), "main") is None
-    assert "it has no weights" in (missing_weights("nobody/has-this-model", "main") or "")
+def test_weights_of_adapters(model_folder: Path, tmp_path: Path) -> None:
     settings = ModelSettings(path=str(model_folder), lora=LoraSettings(), image_size=28)
     create(settings, LabelSpace(), Path("unused")).save(tmp_path / "adapter")
     adapter = ModelSettings(path=str(tmp_path / "adapter"), image_size=28)
