@@ -165,7 +165,9 @@ class Student:
 
     def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
         """`reason` of samples, of which all or none have a label."""
-        return [row for row, _ in _rationales(self.model, self.cut(samples), self._labels, sampling)]
+        samples = self.cut(samples)
+        template: Template = "explain" if any(post.label is not None for post in samples) else "reason"
+        return [row for row, _ in _rationales(self.model, template, samples, self._labels, sampling)]
 
     def cut(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with texts that the model takes: `data.max_tokens` of the run, or half of its context."""
@@ -248,7 +250,10 @@ class Cascade:
     def explain(
         self, posts: Iterable[Post], labels: Sequence[str], *, max_new_tokens: int = 512
     ) -> list[dict[str, Any]]:
-        """The teacher's rationale for the label of each post, one call for each.
+        """The teacher's rationale for the label of each post, one call for each (prompt *explain*).
+
+        A teacher that the chain has trained without *explain* gets the prompt *predict*. If its rationale then argues
+        for another label, that is a `problem`.
 
         Returns:
             As `Student.reason`, with `teacher_calls` and `price`.
@@ -262,7 +267,8 @@ class Cascade:
 
     def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
         """`explain` of samples that have a label."""
-        found = _rationales(self._teacher, self.student.cut(samples), self._policy.labels, sampling)
+        samples, policy = self.student.cut(samples), self._policy
+        found = _rationales(self._teacher, policy.explaining, samples, policy.labels, sampling)
         return [row | {"teacher_calls": 1, "price": self._price(cost)} for row, cost in found]
 
     def _price(self, cost: Cost) -> float | None:
@@ -287,10 +293,9 @@ def _labelled(samples: Sequence[Sample], labels: Sequence[str] | None) -> list[S
 
 
 def _rationales(
-    model: Reasoner, samples: Sequence[Sample], labels: LabelSpace, sampling: Sampling
+    model: Reasoner, template: Template, samples: Sequence[Sample], labels: LabelSpace, sampling: Sampling
 ) -> list[tuple[dict[str, Any], Cost]]:
-    """A model's rationales of posts, which explain their labels if they have any, and their costs."""
-    template: Template = "explain" if any(post.label is not None for post in samples) else "reason"
+    """A model's rationales of posts, which argue for their labels if they have any, and their costs."""
     answers = dict(model.reason(samples, template, sampling))
     found: list[tuple[dict[str, Any], Cost]] = []
     for index, post in enumerate(samples):

@@ -184,11 +184,10 @@ class Recipe(Settings):
             return []
         return [one.address if for_cascade else other.address]
 
-    @property
-    def reviews(self) -> bool:
-        """Whether the cascade has its third stage: a teacher that the chain trains must train the *review* task."""
+    def teacher_learned(self, task: str) -> bool:
+        """Whether the cascade's teacher takes *review* or *explain*: one that the chain trains must learn the task."""
         teacher = self.cascade_teacher
-        return not isinstance(teacher, TeacherSettings) or teacher.tasks.get("review", 0.0) > 0
+        return not isinstance(teacher, TeacherSettings) or teacher.tasks.get(task, 0.0) > 0
 
     @property
     def labels(self) -> LabelSpace:

@@ -171,7 +171,7 @@ def test_two_servers_with_one_model_name_are_known_to_be_different(tmp_path: Pat
 
 def test_the_third_stage_needs_a_teacher_that_can_review(tmp_path: Path) -> None:
     def reviews(**changes: Any) -> bool:
-        return micro.read(micro.write(tmp_path, micro.WITH_TEACHER, **changes)).reviews
+        return micro.read(micro.write(tmp_path, micro.WITH_TEACHER, **changes)).teacher_learned("review")
 
     tasks = {"predict": 1.0, "classify": 1.0}
     assert not reviews() and not reviews(teacher__tasks=tasks)

@@ -154,12 +154,19 @@ class CascadePolicy:
     """Decides which prediction on a post is final. A stage returns a decision, or None if the next stage is needed.
 
     `reviews` is false if the teacher was not trained on the *review* task: its first answer is then always final.
+    `explains` is false if it was not trained on *explain*: it is then asked to *predict* when a rationale is needed.
     """
 
     labels: LabelSpace
     calibration: Calibration
     on_agreement: Literal["teacher", "average"] = "teacher"
     reviews: bool = True
+    explains: bool = True
+
+    @property
+    def explaining(self) -> Literal["explain", "predict"]:
+        """The prompt that asks the teacher for a rationale."""
+        return "explain" if self.explains else "predict"
 
     def student_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The student's predictions on B samples."""

@@ -170,7 +170,7 @@ def _notes(forecast: ChainForecast, trainings: Sequence[TrainingForecast]) -> li
     ]
     if any(forecast.tokenizer(teacher) is None for _, teacher in forecast.teacher_requests()):
         notes.append("teacher requests: no tokenizer is available; tokens are estimated as one per four characters.")
-    if forecast.recipe.cascade is not None and not forecast.recipe.reviews:
+    if forecast.recipe.cascade is not None and not forecast.recipe.teacher_learned("review"):
         notes.append("cascade: stage 3 is skipped, because teacher.tasks has no review.")
     if any(not t.exact for t in trainings):
         notes += [

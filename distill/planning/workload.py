@@ -166,7 +166,7 @@ class ChainForecast:
             ):  # otherwise the ledger has the labels from evaluate
                 optional = not recipe.cascade.deferral_curve
                 yield self._labels("cascade", corpus.test, cascade_teacher, optional=optional), cascade_teacher
-            if recipe.reviews:
+            if recipe.teacher_learned("review"):
                 yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
 
     def posts_for_label_teacher(self) -> list[Sample]:

@@ -204,7 +204,7 @@ class CascadeService:
             found = self._rationale(answer, sample)
             return Explanation(found, by if found else None, cost + (answer.cost if answer else Cost()))
         if by == "teacher" and self._teacher is not None:
-            answer, _ = await self._ask_teacher("explain", (sample, None), _no_answer, deadline)
+            answer, _ = await self._ask_teacher(self.policy.explaining, (sample, None), _no_answer, deadline)
             found = self._rationale(answer, sample)
             return Explanation(found, by if found else None, cost, answer.cost if answer else None)
         return Explanation(student=cost)
@@ -283,7 +283,7 @@ class CascadeService:
         teacher = self._models[1]
         assert teacher is not None
         samples, earlier = zip(*items, strict=True)
-        if kind == "explain":
+        if kind in ("explain", "predict"):
             return self._generate(teacher, samples, kind)
         return self.policy.teacher_predictions(teacher.classify(samples, earlier if kind == "review" else None))
 

@@ -21,7 +21,7 @@ def run(context: Context, tracked: StageRun) -> None:
         (student.name, teacher.name),
         context.labels,
         settings,
-        reviews=context.recipe.reviews,
+        reviews=context.recipe.teacher_learned("review"),
     )
     write_json(context.folder / "calibrate" / "calibration.json", content)
     tracked.log({f"calibrate/{name}": value for name, value in content.items() if isinstance(value, int | float)})

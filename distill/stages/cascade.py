@@ -26,7 +26,8 @@ def calibrated_policy(context: Context) -> CascadePolicy:
     """The policy with the calibration of a chain. Raises SettingsError if it was made with another student."""
     calibration = Calibration.read(context.folder / CALIBRATION, context.reasoner_name("student"))
     settings = context.recipe.cascade or CascadeSettings()
-    return CascadePolicy(context.labels, calibration, settings.on_agreement, context.recipe.reviews)
+    reviews, explains = (context.recipe.teacher_learned(task) for task in ("review", "explain"))
+    return CascadePolicy(context.labels, calibration, settings.on_agreement, reviews, explains)
 
 
 def run(context: Context, tracked: StageRun) -> None:

@@ -1,6 +1,7 @@
 """A rationale whenever one is asked for: it argues for the label, or it is null."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,24 @@ def test_the_teacher_explains_its_own_label(fluent: Backbone) -> None:
     else:
         assert (found["rationale_by"], found["teacher_calls"]) == ("teacher", 2)
     assert found["rationale"]["Prediction"] == label
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_teacher_that_has_not_learned_to_explain_predicts(agrees: bool, fluent: Backbone) -> None:
+    student, cascade = Scripted(fluent), replace(policy(), explains=False)
+
+    def answer(request: ChatRequest) -> str:
+        return rationale(label if agrees else next(name for name in LABELS.names if name != label))
+
+    with Server(answer=answer) as server:
+        with running(student, teacher_at(server.url, deadline_s=30), cascade, explain="teacher") as client:
+            label = ask(client, rationale=False)["label"]
+            found = ask(client, rationale=True)
+        (request,) = server.received
+    assert "The sentiment is " not in request.text and "Final_conclusion" in request.text
+    assert (found["label"], found["teacher_calls"]) == (label, 1)
+    assert found["rationale_by"] == ("teacher" if agrees else None)
+    assert (found["rationale"] is not None) == agrees
 
 
 def test_the_student_explains_the_label_by_default(fluent: Backbone) -> None:
