@@ -5,14 +5,17 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONDONTWRITEBYTECODE  # of 22,000 installed files, those that are imported are compiled, and only once
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test coverage lint docs clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/distill run --config recipes/quickstart.yaml
 
 # the notebooks are tested on the finished quickstart; a finished one is not run again
 test: quickstart
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=distill --cov-report=term
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
+
+coverage: PYTEST_OPTIONS := --cov=distill --cov-report=term
+coverage: test
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
