@@ -156,9 +156,9 @@ def _add_predict(options: argparse.ArgumentParser) -> None:
     options.add_argument("--cascade", action="store_true", help="ask the teacher where the student is not certain")
     options.add_argument("--rationales", action="store_true", help="generate the student's rationales")
     options.add_argument(
-        "--explain", choices=("student", "teacher", "none"), default="student",
+        "--explain", choices=("student", "teacher", "none"),
         help="who explains the label if the student's rationale is invalid or argues for another one "
-        "(default: student; teacher: one more call, with --cascade)",
+        "(default: with --cascade, serve.explain of the recipe, otherwise the student; teacher: one more call)",
     )  # fmt: skip
     options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
     options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")

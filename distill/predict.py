@@ -67,7 +67,7 @@ def predict(
     *,
     cascade: bool = False,
     rationales: bool = False,
-    explain: Explain = "student",
+    explain: Explain | None = None,
     images: Path | None = None,
     max_new_tokens: int = 512,
     device: str | None = None,
@@ -81,7 +81,8 @@ def predict(
         cascade: ask the teacher about the posts of which the student is not certain.
         rationales: generate the student's rationale for each post.
         explain: who explains the label if that rationale is invalid or argues for another one: the student, the
-            teacher with one more call, or nobody.
+            teacher with one more call, or nobody. None: with `cascade`, `serve.explain` of the recipe, otherwise the
+            student.
         images: folder of the images that are given by name; None: the folder of the file.
         device: for the student alone; None: the first GPU, or the CPU without one.
 
@@ -101,6 +102,8 @@ def predict(
     opened = Run(run)
     if rationales and (opened.recipe.student is None or "reason" not in opened.recipe.student.tasks):
         raise SettingsError(f"--rationales: the student of {run} was not trained to reason")
+    if explain is None:
+        explain = opened.recipe.serve.explain if cascade else "student"
     if explain == "teacher" and rationales and not cascade:
         raise SettingsError("--explain teacher needs --cascade")
     parts = output.with_name(f".{output.name}.parts")

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 import distill
 from distill import cli, predict
@@ -179,6 +180,26 @@ def test_a_rationale_is_written_if_it_argues_for_the_label(
         assert row["rationale_by"] == (None if found is None else "student")
         if found is not None:
             assert json.loads(row["rationale"]) == found and found["Prediction"] == row["label"]
+
+
+@pytest.mark.parametrize("explain", ["teacher", "none"])
+def test_the_recipe_says_who_explains_by_default(
+    explain: predict.Explain, folder: Path, posts: list[dict], root: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["serve"]["explain"] = explain
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    source = write_jsonl(tmp_path / "new.jsonl", posts[:6])
+    options = {"images": root, "rationales": True, "max_new_tokens": 100}
+    default, explicit = (
+        read(predict.predict(run, source, tmp_path / f"{name}.jsonl", cascade=True, **options, **chosen).output)
+        for name, chosen in (("default", {}), ("explicit", {"explain": explain}))
+    )
+    assert [row | {"seconds": 0} for row in default] == [row | {"seconds": 0} for row in explicit]
+    alone = read(predict.predict(run, source, tmp_path / "alone.jsonl", **options).output)
+    assert {row["rationale_by"] for row in alone} <= {"student", None}
 
 
 def test_the_teacher_explains_what_the_student_does_not(
