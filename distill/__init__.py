@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.api import Cascade, Recipe, Run, Student, load_recipe, plan, run
+    from distill.comparison import compare
     from distill.errors import RunError, SettingsError
     from distill.training.fused_loss import HiddenTargets, answer_loss
 
@@ -12,7 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cascade", "HiddenTargets", "Recipe", "Run", "RunError", "SettingsError", "Student", "__version__", "answer_loss",
-    "load_recipe", "plan", "run",
+    "compare", "load_recipe", "plan", "run",
 ]  # fmt: skip
 
 _MODULES = {
@@ -20,6 +21,7 @@ _MODULES = {
     "RunError": "distill.errors",
     "SettingsError": "distill.errors",
     "answer_loss": "distill.training.fused_loss",
+    "compare": "distill.comparison",
 }
 """Modules of the names that distill.api does not define."""
 

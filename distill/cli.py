@@ -32,6 +32,7 @@ COMMANDS = {
 
 OTHERS = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
+    "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
     "completion": "print the completion script of a shell: bash, zsh or tcsh",
@@ -99,11 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _other(command: str, arguments: Sequence[str]) -> None:
     try:
-        parsed = _parsed(_options(command), arguments)
+        parsed, rest = _parsed(_options(command), arguments, rest=command == "compare")
     except argparse.ArgumentError as error:
         raise SettingsError(f"{command}: {error}") from None
     if command == "predict":
         _predict(parsed)
+    elif command == "compare":
+        _compare(parsed, rest)
     elif command == "completion":
         from distill import completion
 
@@ -130,6 +133,8 @@ def _options(command: str) -> Any:
         options.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     elif command == "predict":
         _add_predict(options)
+    elif command == "compare":
+        _add_compare(options)
     else:
         from distill import shipped
 
@@ -143,7 +148,12 @@ def _shipped(command: str, parsed: argparse.Namespace) -> None:
     from distill import shipped
 
     if command == "init":
-        print(f"wrote {shipped.write(parsed.recipe)}; its first line is the command that runs it")
+        path = shipped.write(parsed.recipe)
+        print(
+            f"wrote {path}; its first line is the command that runs it"
+            if path.is_file()
+            else f"wrote {path}; the first line of its files is the command that runs them"
+        )
         return
     for name, purpose in shipped.recipes().items():
         print(f"{name:<16} {purpose}")
@@ -179,14 +189,63 @@ def _predict(parsed: argparse.Namespace) -> None:
         print(f"{written.dropped} rows cannot be used; the reasons are in {written.quarantine}")
 
 
-def _parsed(options: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The parsed arguments. Raises argparse.ArgumentError, also where argparse would end the process."""
+def _add_compare(options: argparse.ArgumentParser) -> None:
+    options.usage = (
+        "distill compare RUN RUN ... [--output FILE]\n"
+        "       distill compare --config RECIPE --variants FILE ... [--seeds SEED ...] [--output FILE]\n"
+        "                       [--FIELD VALUE ...]"
+    )
+    options.description = (
+        f"{OTHERS['compare']}; the first is the baseline, and runs that differ in their seed alone are one"
+    )
+    options.add_argument("--config", type=Path, help="a recipe that is run first, as the baseline")
+    options.add_argument(
+        "--variants",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="recipes with the fields alone that differ from it, such as recipes/ablations/*.yaml",
+    )
+    options.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="run each with these seeds")
+    options.add_argument("--output", type=Path, action="append", default=[], metavar="FILE",
+                         help="a file that ends in .csv or .html; may be given twice")  # fmt: skip
+
+
+def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from distill import comparison
+    from distill.evaluation.comparison_page import text_table
+
+    for path in parsed.output:
+        comparison.check_output(path)
+    folders: Sequence[str | Path] = rest
+    if parsed.config is not None:
+        if not parsed.variants:
+            raise SettingsError("compare: --config needs --variants")
+        with raise_on_sigterm():
+            folders = comparison.run_variants(parsed.config, parsed.variants, parsed.seeds, rest)
+    elif unknown := [item for item in rest if item.startswith("-")]:
+        raise SettingsError(f"compare: {unknown[0]} is no option without --config")
+    frame = comparison.compare(folders)
+    for path in parsed.output:
+        comparison.write(frame, path)
+    print(text_table(frame))
+
+
+def _parsed(
+    options: argparse.ArgumentParser, arguments: Sequence[str], rest: bool = False
+) -> tuple[argparse.Namespace, list[str]]:
+    """The parsed arguments, and with `rest` those that are not known.
+
+    Raises:
+        argparse.ArgumentError: also where argparse would end the process.
+    """
 
     def fail(message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
 
     options.error = fail  # type: ignore[method-assign]
-    return options.parse_args(arguments)
+    return options.parse_known_args(arguments) if rest else (options.parse_args(arguments), [])
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:

@@ -10,24 +10,33 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 def recipes() -> dict[str, str]:
-    """Names of the recipes, without `.yaml`, and what each is for: the first sentence of its header."""
-    return {path.stem: _purpose(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+    """Names of the recipes, without `.yaml`, and what each is for: the first sentence of its header.
+
+    A folder is one entry: variants of a recipe, for `distill compare`.
+    """
+    found = {path.stem: _purpose(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+    for folder in sorted(path for path in FOLDER.iterdir() if path.is_dir()):
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        found[folder.name] = f"Variants of a recipe for distill compare: {names}."
+    return found
 
 
 def write(name: str, folder: Path = Path()) -> Path:
-    """Write a copy of a recipe into a folder. Returns its path.
+    """Write a copy of a recipe, or of a folder of them, into a folder. Returns its path.
 
     Raises:
-        SettingsError: there is no such recipe, or the file exists.
+        SettingsError: there is no such recipe, or the file or folder exists.
     """
     stem = name.removesuffix(".yaml")
     if stem not in (known := recipes()):
         raise SettingsError(f"init: {name!r} is not a recipe of distill; the recipes are {', '.join(known)}")
-    source = FOLDER / f"{stem}.yaml"
+    source = FOLDER / stem if (FOLDER / stem).is_dir() else FOLDER / f"{stem}.yaml"
     path = folder / source.name
     if path.exists():
         raise SettingsError(f"init: {path} exists; it is not overwritten")
-    write_text(path, source.read_text(encoding="utf-8").replace(f"recipes/{source.name}", source.name))
+    for file in sorted(source.glob("*.yaml")) if source.is_dir() else [source]:
+        text = re.sub(r"\brecipes/(?=\S+\.yaml)", "", file.read_text(encoding="utf-8"))
+        write_text(folder / file.relative_to(FOLDER), text)
     return path
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_they_are_those_of_the_repository(distill: Command) -> None:
     names = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert {"quickstart", "twitter15"} <= names == set(shipped.recipes())
+    assert {"quickstart", "twitter15"} <= names == set(shipped.recipes()) - {"ablations"}
     result = distill("recipes")
     assert (result.status, result.stderr) == (0, "")
     lines = dict(line.split(None, 1) for line in result.stdout.splitlines())
@@ -38,6 +38,23 @@ def test_a_copy_is_the_same_recipe_and_is_never_written_over_a_file(
     result = distill("init", "quickstart.yaml")
     assert (result.status, result.error) == (2, "init: quickstart.yaml exists; it is not overwritten")
     assert Path("quickstart.yaml").read_text() == "mine"
+
+
+def test_a_folder_is_written_with_its_variants(
+    distill: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert distill("init", "quickstart").status == distill("init", "ablations").status == 0
+    files = sorted(Path("ablations").glob("*.yaml"))
+    assert [path.name for path in files] == sorted(path.name for path in (ROOT / "recipes" / "ablations").iterdir())
+    assert len(files) == 4
+    command = "# distill compare --config quickstart.yaml --variants ablations/*.yaml --seeds 1 2 3"
+    whole, _ = load(parser("run"), ["--config", "quickstart.yaml"])
+    for path in files:
+        assert path.read_text().splitlines()[0] == command
+        variant, _ = load(parser("run"), ["--config", "quickstart.yaml", "--config", str(path)])
+        assert variant != whole and variant.name == "quickstart"
+    assert "it is not overwritten" in distill("init", "ablations").error
 
 
 @pytest.mark.parametrize(
