@@ -16,13 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from distill.cascade.thresholds import Threshold, smallest_risk, threshold_for_budget, threshold_for_risk
+from distill.cascade.thresholds import (
+    Threshold,
+    smallest_risk,
+    threshold_for_budget,
+    threshold_for_quality,
+    threshold_for_risk,
+)
 from distill.evaluation.selective import bootstrap_interval, deferral_curve, gain_over_random, oracle_scores
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "cascade_logs"
 STUDENT, TEACHER = "llama3.1-8b", "llama3.1-70b"
 BUDGETS = (0.1, 0.2, 0.3, 0.5)
 RISKS = (0.2, 0.25, 0.3, 0.1)  # 285 rows do not support the last one
+QUALITIES = (0.65, 0.7, 0.72, 0.75)
 CONFIDENCE = 0.9
 SPLITS = 200
 FRACTIONS = np.linspace(0, 1, 101)
@@ -129,6 +136,42 @@ def evaluate_risk(part: Logs, rest: Logs, target: float) -> dict[str, Any]:
     return {"tau": threshold.tau, "realised": float(1 - rest.student[kept].mean()), "coverage": float(kept.mean())}
 
 
+def evaluate_qualities(train: Logs, test: Logs, resampled: list[tuple[Logs, Logs]]) -> list[dict[str, Any]]:
+    """For each accuracy of the cascade: what is reached on `test`, or why it is refused, and results over the splits.
+
+    `missed` is the fraction of all splits that give a threshold which misses the target on the second part. The
+    guarantee is one for the expected accuracy; one over 1531 rows has sampling noise of its own.
+    """
+    rows = []
+    for target in QUALITIES:
+        results = [evaluate_quality(part, rest, target) for part, rest in resampled]
+        supported = [result for result in results if "error" not in result]
+        missed = [result for result in supported if result["realised"] < target]
+        rows.append(
+            {
+                "quality": target,
+                "confidence": CONFIDENCE,
+                "test": evaluate_quality(train, test, target),
+                "refused": 1 - len(supported) / len(results),
+                "missed": len(missed) / len(results),
+                "mean_calls": float(np.mean([result["calls"] for result in supported])) if supported else None,
+            }
+        )
+    return rows
+
+
+def evaluate_quality(part: Logs, rest: Logs, target: float) -> dict[str, Any]:
+    """Fit a threshold for an accuracy on one part; accuracy and teacher calls of the cascade on the other part."""
+    once = np.ones(len(part.student))
+    try:
+        threshold = threshold_for_quality(part.uncertainty, part.student, part.teacher, once, target, CONFIDENCE)
+    except ValueError as error:
+        return {"error": str(error)}
+    deferred = rest.uncertainty > threshold.tau
+    right = np.where(deferred, rest.teacher, rest.student)
+    return {"tau": threshold.tau, "realised": float(right.mean()), "calls": float(deferred.mean())}
+
+
 def deferral_metrics(test: Logs) -> dict[str, Any]:
     """The deferral curve on `test`, with its bootstrap interval, compared with random deferral and the oracle.
 
@@ -185,6 +228,7 @@ def measure(folder: Path = FOLDER) -> dict[str, Any]:
         "budgets": evaluate_budgets(train, test, resampled),
         "smallest_risk": smallest_risk(train.uncertainty, 1 - train.student, CONFIDENCE),
         "risks": evaluate_risks(train, test, resampled),
+        "qualities": evaluate_qualities(train, test, resampled),
         "deferral": deferral_metrics(test),
     }
 
@@ -213,6 +257,16 @@ def table(results: dict[str, Any]) -> str:
         evaluated = "refused | -" if "error" in test else f"{test['realised']:.1%} | {test['coverage']:.1%}"
         splits = "- | -" if row["kept"] is None else f"{row['kept']:.1%} | {row['mean_coverage']:.1%}"
         lines.append(f"| {row['risk']:.0%} | {evaluated} | {row['refused']:.1%} | {splits} |")
+    lines += [
+        f"\nAccuracy of the cascade at a confidence of {CONFIDENCE:.0%}.\n",
+        "| target | accuracy on test | calls on test | splits refused | splits that miss it | mean calls |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in results["qualities"]:
+        test = row["test"]
+        evaluated = "refused | -" if "error" in test else f"{test['realised']:.1%} | {test['calls']:.1%}"
+        calls = "-" if row["mean_calls"] is None else f"{row['mean_calls']:.1%}"
+        lines.append(f"| {row['quality']:.0%} | {evaluated} | {row['refused']:.1%} | {row['missed']:.1%} | {calls} |")
     curve = results["deferral"]
     lines += [
         "\nDeferral on test: accuracy by fraction of deferred questions.\n",

@@ -8,8 +8,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from distill.cascade.cascade import Calibration, CascadePolicy, Prediction
-from distill.cascade.thresholds import threshold_for_budget, threshold_for_risk
-from distill.cascade.uncertainty import Measure, fit_error_map, fit_temperature
+from distill.cascade.thresholds import (
+    Threshold,
+    largest_quality,
+    threshold_for_budget,
+    threshold_for_quality,
+    threshold_for_risk,
+)
+from distill.cascade.uncertainty import Knots, Measure, Signal, fit_error_map, fit_temperature
 from distill.errors import RunError, SettingsError
 from distill.evaluation.classification import calibration_error
 from distill.models.reasoner import ClassScores
@@ -23,15 +29,18 @@ log = logging.getLogger(__name__)
 class CalibrateSettings(Settings):
     """How the thresholds of the cascade are fitted. Only the validation split is used."""
 
-    by: Literal["budget", "risk", "fixed"] = "budget"
-    """What the student's threshold is fitted to: budget (teacher calls), risk (the student's error rate), or fixed
-    (given thresholds)."""
+    by: Literal["budget", "risk", "quality", "fixed"] = "budget"
+    """What the student's threshold is fitted to: budget (teacher calls), risk (the student's error rate), quality (of
+    the cascade, with the fewest calls), or fixed (given thresholds)."""
     budget: Annotated[float, Range(0, 2)] = 0.3
     """Teacher calls per post; a reviewed post costs two."""
     risk: InnerFraction = 0.05
     """Highest error rate among the posts that the student answers alone, guaranteed with `confidence`."""
+    quality: Annotated[float, Range(0, above=True)] | None = None
+    """Accuracy of the cascade that is reached with `confidence`, or on a scale its mean absolute error; only with
+    `by: quality`."""
     confidence: InnerFraction = 0.9
-    """Probability, over validation sets, that the risk bound holds."""
+    """Probability, over validation sets, that the bound on risk or quality holds."""
     student_threshold: Fraction | None = None
     """Highest uncertainty at which the student's answer is accepted; only with `by: fixed`."""
     teacher_threshold: Fraction | None = None
@@ -39,8 +48,11 @@ class CalibrateSettings(Settings):
     review: Fraction = 0.1
     """Share of the teacher's answers to all validation posts that its threshold does not accept. They are reviewed if
     the student's polarity differs. Among deferred posts, which are harder, the share is larger."""
+    signal: Signal | None = None
+    """What answers are ranked by: entropy (of the paper, divided by ln K), max_probability, margin, or error, the
+    probability of being wrong that isotonic regression estimates from the entropy; null: `measure`."""
     measure: Measure = "entropy"
-    """Uncertainty measure: entropy (of the paper, divided by ln K), max_probability or margin, each from 0 to 1."""
+    """The earlier name of `signal`."""
     min_label_mass: Fraction = 0.5
     """Least total probability of the label tokens; an answer below it has uncertainty 1."""
 
@@ -48,6 +60,8 @@ class CalibrateSettings(Settings):
         super().__post_init__()
         if (self.by == "fixed") != (self.student_threshold is not None):
             raise SettingsError("calibrate.student_threshold must be set if calibrate.by is fixed, and only then")
+        if (self.by == "quality") != (self.quality is not None):
+            raise SettingsError("calibrate.quality must be set if calibrate.by is quality, and only then")
 
 
 def calibrate(
@@ -69,7 +83,7 @@ def calibrate(
         reviews: whether the cascade has its third stage, whose posts cost a second call.
 
     Raises:
-        SettingsError: the posts do not support the risk target; the message gives the smallest supported one.
+        SettingsError: the posts do not support the target of risk or quality; the message gives one that they support.
         RunError: no post was answered by both models.
     """
     answered = student.answered & teacher.answered
@@ -79,10 +93,11 @@ def calibrate(
     student, teacher = student.select(answered), teacher.select(answered)
     truth = np.array([labels.index(label) for label in gold])
     temperatures = [fit_temperature(scores.probabilities, truth) for scores in (student, teacher)]
+    signal = settings.signal or settings.measure
     calibration = Calibration(
         student=names[0],
         teacher=names[1],
-        measure=settings.measure,
+        measure="entropy" if signal == "error" else signal,
         student_temperature=temperatures[0],
         teacher_temperature=temperatures[1],
         student_threshold=0.0,
@@ -91,9 +106,16 @@ def calibrate(
     )
     policy = CascadePolicy(labels, calibration, reviews=reviews)
     predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
-    student_uncertainty, teacher_uncertainty = (
-        np.array([prediction.uncertainty for prediction in of_model]) for of_model in predictions
+    student_errors, teacher_errors = (errors(of_model, gold, labels) for of_model in predictions)
+    knots = (
+        fit_error_map(_uncertainty(predictions[0]), student_errors),
+        fit_error_map(_uncertainty(predictions[1]), teacher_errors),
     )
+    if signal == "error":
+        calibration = replace(calibration, student_errors=knots[0], teacher_errors=knots[1])
+        policy = replace(policy, calibration=calibration)
+        predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
+    student_uncertainty, teacher_uncertainty = (_uncertainty(of_model) for of_model in predictions)
 
     teacher_threshold = settings.teacher_threshold
     if teacher_threshold is None:
@@ -101,8 +123,8 @@ def calibrate(
     calibration = replace(calibration, teacher_threshold=teacher_threshold)
     policy = replace(policy, calibration=calibration)
     # calls per post if it is deferred: a review costs a second one
-    calls = np.array([1 + (policy.accept_teacher(*both) is None) for both in zip(*predictions, strict=True)])
-    student_errors, teacher_errors = (errors(of_model, gold, labels) for of_model in predictions)
+    decisions = [policy.accept_teacher(*both) for both in zip(*predictions, strict=True)]
+    calls = np.array([1 + (decision is None) for decision in decisions])
 
     promise: dict[str, Any] = {"by": settings.by}
     if settings.student_threshold is not None:
@@ -118,8 +140,15 @@ def calibrate(
                         threshold.calls,
                         settings.budget,
                     )
-            else:
+            elif settings.by == "risk":
                 threshold = threshold_for_risk(student_uncertainty, student_errors, settings.risk, settings.confidence)
+            else:
+                final = np.stack([  # a review is not known here: the teacher's first answer counts
+                    (decision or teacher_first).probabilities
+                    for decision, teacher_first in zip(decisions, predictions[1], strict=True)
+                ])  # fmt: skip
+                own = stack_probabilities(predictions[0])
+                threshold = _for_quality(student_uncertainty, own, final, calls, gold, labels, settings)
         except ValueError as error:
             raise SettingsError(f"calibrate.{settings.by}: {error}") from None
         calibration = replace(calibration, student_threshold=threshold.tau)
@@ -139,8 +168,8 @@ def calibrate(
             "student_risk": float(student_errors[~deferred].mean()) if not deferred.all() else None,
         },
         "models": {
-            "student": _model_metrics(student, predictions[0], student_uncertainty, student_errors, truth),
-            "teacher": _model_metrics(teacher, predictions[1], teacher_uncertainty, teacher_errors, truth),
+            "student": _model_metrics(student, predictions[0], knots[0], truth),
+            "teacher": _model_metrics(teacher, predictions[1], knots[1], truth),
         },
     }
 
@@ -161,22 +190,72 @@ def errors(predictions: Sequence[Prediction], gold: Sequence[str | float], label
 
 
 def _model_metrics(
-    scores: ClassScores,
-    predictions: Sequence[Prediction],
-    uncertainty: np.ndarray,
-    wrong: np.ndarray,
-    truth: np.ndarray,
+    scores: ClassScores, predictions: Sequence[Prediction], knots: Knots, truth: np.ndarray
 ) -> dict[str, Any]:
     """ECE of one model before and after temperature scaling, and the map from uncertainty to error probability.
 
     The ECE is None if the model does not return probabilities.
     """
-    knots, known = fit_error_map(uncertainty, wrong), scores.are_probabilities
+    known = scores.are_probabilities
     return {
         "ece_before": calibration_error(scores.probabilities, truth) if known else None,
         "ece_after": calibration_error(stack_probabilities(predictions), truth) if known else None,
         "error_probability": dict(zip(("uncertainty", "error"), knots, strict=True)),
     }
+
+
+def _uncertainty(predictions: Sequence[Prediction]) -> np.ndarray:
+    return np.array([prediction.uncertainty for prediction in predictions])
+
+
+def quality_target(settings: CalibrateSettings, labels: LabelSpace) -> float:
+    """`calibrate.quality` as a mean quality in (0, 1): the accuracy, or on a scale 1 - MAE / width.
+
+    Raises:
+        SettingsError: it is not in this range.
+    """
+    assert settings.quality is not None
+    top = 1.0 if labels.scale is None else labels.scale.high - labels.scale.low
+    if not settings.quality < top:
+        raise SettingsError(f"calibrate.quality is {settings.quality:g}; it takes a number above 0 and below {top:g}")
+    return settings.quality if labels.scale is None else 1 - settings.quality / top
+
+
+def _for_quality(
+    uncertainty: np.ndarray,
+    student: np.ndarray,
+    final: np.ndarray,
+    calls: np.ndarray,
+    gold: Sequence[str | float],
+    labels: LabelSpace,
+    settings: CalibrateSettings,
+) -> Threshold:
+    """The threshold for `calibrate.quality`, with the quality and its interval as accuracy, or on a scale as MAE.
+
+    Args:
+        student, final: probabilities [n, K] of the student, and the final ones of posts that are deferred.
+
+    Raises:
+        ValueError: the posts do not support the target.
+    """
+    target, scale, confidence = quality_target(settings, labels), labels.scale, settings.confidence
+    if scale is None:
+        truth = np.array([labels.index(label) for label in gold])
+        first, last = ((rows.argmax(1) == truth).astype(float) for rows in (student, final))
+        return threshold_for_quality(uncertainty, first, last, calls, target, confidence)
+    values, width = np.array(gold, dtype=np.float64), scale.high - scale.low
+    first, last = ((1 - np.abs(scale.expectation(rows) - values) / width).clip(0, 1) for rows in (student, final))
+    try:
+        found = threshold_for_quality(uncertainty, first, last, calls, target, confidence)
+    except ValueError:
+        raise ValueError(
+            f"{len(gold)} validation posts cannot support a mean absolute error of {settings.quality:g} at a "
+            f"confidence of {confidence:g}; with the teacher's answers alone, "
+            f"the smallest is {(1 - largest_quality(last, confidence)) * width:.3g}"
+        ) from None
+    mae = {name: (1 - getattr(found, name)) * width for name in ("quality", "reached", "reached_low", "reached_high")}
+    mae["reached_low"], mae["reached_high"] = mae["reached_high"], mae["reached_low"]
+    return replace(found, **mae)
 
 
 def _promise_text(promise: Mapping[str, Any], n: int) -> str:
@@ -190,5 +269,12 @@ def _promise_text(promise: Mapping[str, Any], n: int) -> str:
         return (
             f"From {n} validation posts: at most {promise['risk']:.1%} of the posts that the student answers alone are "
             f"wrong, at a confidence of {promise['confidence']:.0%}."
+        )
+    if promise["by"] == "quality":
+        return (
+            f"From {n} validation posts: the cascade reaches {promise['quality']:g} at a confidence of "
+            f"{promise['confidence']:.0%}. On these posts it has {promise['reached']:.3f}, 95% interval "
+            f"{promise['reached_low']:.3f} to {promise['reached_high']:.3f}, "
+            f"with {promise['calls']:.3f} teacher calls per post."
         )
     return "The thresholds are set in the recipe; nothing is guaranteed."

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from distill.cascade.uncertainty import Measure, temper, uncertainty
+from distill.cascade.uncertainty import Knots, Measure, error_probability, temper, uncertainty
 from distill.errors import SettingsError
 from distill.files import read_json
 from distill.models.reasoner import ClassScores, Cost, Reasoner
@@ -40,7 +40,8 @@ class CascadeSettings(Settings):
 class Calibration:
     """Temperatures and thresholds from `calibration.json`.
 
-    `student` and `teacher` are the names of the models that it was fitted to.
+    `student` and `teacher` are the names of the models that it was fitted to. `student_errors` and `teacher_errors` map
+    the measure to the probability of an error; None if answers are ranked by the measure itself.
     """
 
     student: str
@@ -51,6 +52,13 @@ class Calibration:
     student_threshold: float
     teacher_threshold: float
     min_label_mass: float = 0.5
+    student_errors: Knots | None = None
+    teacher_errors: Knots | None = None
+
+    @property
+    def signal(self) -> str:
+        """What answers are ranked by."""
+        return self.measure if self.student_errors is None else "error"
 
     @classmethod
     def read(cls, path: Path, student: str) -> "Calibration":
@@ -61,6 +69,7 @@ class Calibration:
         """
         try:
             content = read_json(path)
+            content = {"student_errors": None, "teacher_errors": None} | content  # those of earlier versions have none
             calibration = cls(**{name: content[name] for name in cls.__dataclass_fields__})
         except OSError:
             raise SettingsError(f"{path} is missing; run: distill calibrate with the same recipe") from None
@@ -170,11 +179,11 @@ class CascadePolicy:
 
     def student_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The student's predictions on B samples."""
-        return self._predictions(scores, self.calibration.student_temperature)
+        return self._predictions(scores, self.calibration.student_temperature, self.calibration.student_errors)
 
     def teacher_predictions(self, scores: ClassScores) -> list[Prediction]:
         """The teacher's predictions on B samples, first answers or reviews."""
-        return self._predictions(scores, self.calibration.teacher_temperature)
+        return self._predictions(scores, self.calibration.teacher_temperature, self.calibration.teacher_errors)
 
     def accept_student(self, student: Prediction) -> Decision | None:
         """Stage 1: accept the student's answer if its uncertainty is at most the threshold and below 1."""
@@ -219,9 +228,11 @@ class CascadePolicy:
             return float(self.labels.scale.expectation(probabilities))
         return self.labels.names[int(np.argmax(probabilities))]
 
-    def _predictions(self, scores: ClassScores, temperature: float) -> list[Prediction]:
+    def _predictions(self, scores: ClassScores, temperature: float, errors: Knots | None) -> list[Prediction]:
         probabilities = temper(scores.probabilities, temperature)
         uncertainties = uncertainty(probabilities, self.calibration.measure)
+        if errors is not None:
+            uncertainties = error_probability(uncertainties, errors)
         # An answer off the format, or a missing one, must be deferred. A NaN mass is unknown and compares as false.
         off_format = scores.label_mass < self.calibration.min_label_mass
         uncertainties = np.where(off_format, 1.0, uncertainties)

@@ -118,13 +118,17 @@ def deferral_rows(
     labels: LabelSpace,
     price: Price,
     resamples: int,
+    error: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Compute `deferral_curve.csv`: quality and cost of deferring a fraction of posts to the teacher's first answer.
 
+    `error` [B] are the student's estimated error probabilities.
+
+
     A row has the policy, the fraction of deferred posts, the mean quality with its bootstrap 95% interval, and the mean
     seconds and currency per post. Quality is the accuracy, or on a scale the negative absolute error. The policies are
-    random deferral, the three uncertainty measures, and the oracle. At fraction 0 the student answers alone, at 1 the
-    teacher.
+    random deferral, the three uncertainty measures, the error probability, and the oracle. At fraction 0 the student
+    answers alone, at 1 the teacher.
     """
     quality = [_quality(predictions, gold, labels) for predictions in (student, teacher)]
     answered = np.array([prediction.answered for prediction in teacher])
@@ -133,7 +137,7 @@ def deferral_rows(
     currency = [price(prediction.cost) for prediction in teacher]
     scores: dict[str, np.ndarray] = {
         name: uncertainty(stack_probabilities(student), name) for name in get_args(Measure)
-    }
+    } | {"error": error}
     # as in the cascade, answers off the format and missing answers are deferred first
     for name, score in scores.items():
         scores[name] = np.where([prediction.uncertainty == 1 for prediction in student], 1.0, score)

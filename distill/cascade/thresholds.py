@@ -7,10 +7,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, binom
+
+from distill.evaluation.selective import bootstrap_interval
 
 GRID = 10
 """Number of sizes of the accepted set that `threshold_for_risk` evaluates."""
+SEQUENCE = np.concatenate([[-1.0], np.geomspace(1e-4, 1.0, 200)])
+"""Thresholds that `threshold_for_quality` tests, in this order; they do not depend on the samples."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class Threshold:
     `coverage` is the accepted share of the n validation samples. For a budget, `calls` is the expected number of
     teacher calls per new sample, and `calls_low` to `calls_high` is the 95% interval of the long-run calls of this
     threshold. For a risk target, the error rate among accepted answers is at most `risk` with probability `confidence`
-    over validation sets.
+    over validation sets. For a quality target, the mean quality of the cascade is at least `quality` with probability
+    `confidence`; it is `reached` on the validation samples, and `reached_low` to `reached_high` is its 95% interval.
     """
 
     tau: float
@@ -31,6 +36,10 @@ class Threshold:
     calls_high: float | None = None
     risk: float | None = None
     confidence: float | None = None
+    quality: float | None = None
+    reached: float | None = None
+    reached_low: float | None = None
+    reached_high: float | None = None
 
 
 def threshold_for_budget(uncertainty: np.ndarray, calls: np.ndarray, budget: float) -> Threshold:
@@ -118,6 +127,107 @@ def threshold_for_risk(uncertainty: np.ndarray, errors: np.ndarray, risk: float,
     largest = supported[-1]
     n = len(uncertainty)
     return Threshold(float(taus[largest]), n, float(accepted[largest] / n), risk=risk, confidence=confidence)
+
+
+def threshold_for_quality(
+    uncertainty: np.ndarray,
+    student: np.ndarray,
+    teacher: np.ndarray,
+    calls: np.ndarray,
+    target: float,
+    confidence: float = 0.9,
+) -> Threshold:
+    """Return the cheapest threshold whose cascade has a mean quality of at least `target`.
+
+    The guarantee holds with probability `confidence` over validation sets, for every n and every distribution. The
+    thresholds of `SEQUENCE` are tested from the one that defers everything to the one that defers least, each against
+    the hypothesis that its mean quality is below the target, and the last one before the first that is not rejected is
+    returned. A fixed sequence needs no correction for the number of tests (Learn then Test; Angelopoulos et al., arXiv
+    2110.01052). For qualities 0 and 1 the test is the exact binomial one, otherwise that of Hoeffding and Bentkus.
+
+    Args:
+        uncertainty: [n] of the student, in [0, 1].
+        student: [n] qualities in [0, 1] of the student's answers.
+        teacher: [n] qualities in [0, 1] of the final answers on samples that are deferred.
+        calls: [n] 1 or 2, teacher calls of each sample if it is deferred.
+        target: in (0, 1).
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: the samples do not support the target; the message gives the largest that they support. Or: no
+            samples, different shapes, or a value out of range.
+    """
+    for name, value in (("quality", target), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}; it takes a number above 0 and below 1")
+    _, student = _checked(uncertainty, student=student)
+    _, teacher = _checked(uncertainty, teacher=teacher)
+    uncertainty, calls = _checked(uncertainty, calls=calls)
+    if not all(((quality >= 0) & (quality <= 1)).all() for quality in (student, teacher)):
+        raise ValueError("qualities must lie between 0 and 1")
+    n, tau = len(uncertainty), None
+
+    def qualities(tau: float) -> np.ndarray:
+        return np.where(_deferred(uncertainty, tau), teacher, student)
+
+    for candidate in SEQUENCE:
+        if _quality_p_value(qualities(candidate), target) > 1 - confidence:
+            break
+        tau = float(candidate)
+    if tau is None:
+        raise ValueError(
+            f"{n} validation posts cannot support a quality of {target:g} at a confidence of {confidence:g}; "
+            f"with the teacher's answers alone, the largest is {largest_quality(teacher, confidence):g}"
+        )
+    found, deferred = qualities(tau), _deferred(uncertainty, tau)
+    low, high = _mean_interval(found)
+    return Threshold(
+        tau, n, float(1 - deferred.mean()), calls=float(calls[deferred].sum() / n), confidence=confidence,
+        quality=target, reached=float(found.mean()), reached_low=low, reached_high=high,
+    )  # fmt: skip
+
+
+def largest_quality(quality: np.ndarray, confidence: float) -> float:
+    """The largest mean quality that n samples in [0, 1] support with `confidence`, rounded down to three digits."""
+    targets = np.arange(1, 1000) / 1000
+    supported = [target for target in targets if _quality_p_value(quality, target) <= 1 - confidence]
+    return float(max(supported, default=0.0))
+
+
+def _deferred(uncertainty: np.ndarray, tau: float) -> np.ndarray:
+    deferred: np.ndarray = (uncertainty > tau) | (uncertainty >= 1)
+    return deferred
+
+
+def _quality_p_value(quality: np.ndarray, target: float) -> float:
+    """p-value of the hypothesis that the mean of n independent qualities in [0, 1] is below the target."""
+    n, total = len(quality), float(quality.sum())
+    if np.isin(quality, (0, 1)).all():
+        return float(binom.sf(round(total) - 1, n, target))
+    risk, allowed = 1 - total / n, 1 - target
+    if risk >= allowed:
+        return 1.0
+    hoeffding = math.exp(-n * _divergence(risk, allowed))  # Hoeffding (1963), theorem 1
+    bentkus = math.e * binom.cdf(math.ceil(n * risk), n, allowed)  # Bentkus (2004), Annals of Probability 32
+    return float(min(hoeffding, bentkus))
+
+
+def _divergence(risk: float, allowed: float) -> float:
+    """The relative entropy of two Bernoulli distributions in nats."""
+    first = risk * math.log(risk / allowed) if risk > 0 else 0.0
+    return first + (1 - risk) * math.log((1 - risk) / (1 - allowed))
+
+
+def _mean_interval(quality: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean: Clopper and Pearson's for 0 and 1, otherwise the bootstrap's."""
+    n = len(quality)
+    if np.isin(quality, (0, 1)).all():
+        right = int(quality.sum())
+        low = beta.ppf(0.025, right, n - right + 1) if right else 0.0
+        high = beta.ppf(0.975, right + 1, n - right) if right < n else 1.0
+        return float(low), float(high)
+    low, high = bootstrap_interval(np.mean, quality)
+    return float(low), float(high)
 
 
 def smallest_risk(uncertainty: np.ndarray, errors: np.ndarray, confidence: float = 0.95) -> float:

@@ -9,6 +9,10 @@ from scipy.special import entr, logsumexp, softmax
 from sklearn.isotonic import IsotonicRegression
 
 Measure = Literal["entropy", "max_probability", "margin"]
+Signal = Literal["entropy", "max_probability", "margin", "error"]
+"""What answers are ranked by: a measure, or the error probability that `fit_error_map` gives for the entropy."""
+Knots = tuple[Sequence[float], Sequence[float]]
+"""Uncertainties and error probabilities, the knots of `fit_error_map`."""
 TEMPERATURES = (0.05, 20.0)
 """Smallest and largest temperature of `fit_temperature`."""
 
@@ -110,7 +114,7 @@ def fit_error_map(uncertainty: np.ndarray, errors: np.ndarray) -> tuple[list[flo
     return fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()
 
 
-def error_probability(uncertainty: np.ndarray, knots: tuple[Sequence[float], Sequence[float]]) -> np.ndarray:
+def error_probability(uncertainty: np.ndarray, knots: Knots) -> np.ndarray:
     """Error probability at each uncertainty [B], interpolated between the knots of `fit_error_map`."""
     return np.interp(uncertainty, *knots)
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distill.cascade.calibration import stack_probabilities
 from distill.cascade.cascade import Calibration, CascadePolicy, CascadeSettings, run_cascade
 from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
+from distill.cascade.uncertainty import error_probability, uncertainty
 from distill.data import jsonl
 from distill.files import read_json, write_csv, write_json
 from distill.models.endpoint import Endpoint
@@ -57,7 +59,7 @@ def run(context: Context, tracked: StageRun) -> None:
         after["teacher"] = policy.teacher_predictions(teacher_scores)
         before["teacher"] = uncalibrated.teacher_predictions(teacher_scores)
     metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
-    metrics["measure"], metrics["reviews"] = calibration.measure, policy.reviews
+    metrics["measure"], metrics["reviews"] = calibration.signal, policy.reviews
     metrics["promise"] = fitted["promise"]["says"]
     known = {role: fitted["models"][role]["ece_before"] is not None for role in ("student", "teacher")}
     if teacher_scores is not None:
@@ -72,7 +74,9 @@ def run(context: Context, tracked: StageRun) -> None:
     write_csv(folder / RISK_COVERAGE, ["role", "calibration", "coverage", "risk"], _take_curves(metrics["selective"]))
     rows = []
     if "teacher" in after:
-        rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples)
+        knots = tuple(fitted["models"]["student"]["error_probability"].values())
+        error = error_probability(uncertainty(stack_probabilities(after["student"]), calibration.measure), knots)
+        rows = deferral_rows(after["student"], after["teacher"], gold, labels, price, settings.resamples, error)
     columns = ["policy", "deferred", "quality", "low", "high", "seconds", "currency"]
     write_csv(folder / "deferral_curve.csv", columns, rows)
     jsonl.write_rows(

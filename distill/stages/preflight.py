@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.cascade.thresholds import threshold_for_risk
+from distill.cascade.calibration import quality_target
+from distill.cascade.thresholds import largest_quality, threshold_for_risk
 from distill.data.corpus import Corpus
 from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
@@ -85,7 +86,7 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
             _check_student(context, posts)
     if "calibrate" in stages:
         with noted():
-            _check_risk(context)
+            _check_promise(context)
     return list(found)
 
 
@@ -198,10 +199,17 @@ def _check_student(context: Context, posts: Sequence[Sample]) -> None:
     check_same_inputs(*models)
 
 
-def _check_risk(context: Context) -> None:
-    """Whether the validation posts support the risk if the student makes no error on them."""
+def _check_promise(context: Context) -> None:
+    """Whether the validation posts support the risk or the quality if there is no error on them."""
     settings, n = context.recipe.calibrate, len(context.corpus.validation)
     assert settings is not None
+    if settings.by == "quality":
+        target = quality_target(settings, context.labels)
+        if largest_quality(np.ones(n), settings.confidence) < target:
+            raise SettingsError(
+                f"calibrate.quality: {n} validation posts cannot support {settings.quality:g} at a confidence of "
+                f"{settings.confidence:g}, even without an error"
+            )
     if settings.by == "risk" and settings.student_threshold is None:
         try:
             threshold_for_risk(np.linspace(0, 0.5, n), np.zeros(n), settings.risk, settings.confidence)

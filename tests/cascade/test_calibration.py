@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 
 from distill.cascade.calibration import CalibrateSettings, calibrate
 from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
+from distill.cascade.uncertainty import Signal
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, ClassScores
 from distill.task.labels import LabelSpace, Scale
@@ -112,6 +113,68 @@ def test_a_risk_target_is_kept_or_refused_with_the_smallest_supported_one() -> N
     )
 
 
+@pytest.mark.parametrize("signal", ["entropy", "margin", "error"])
+def test_a_quality_is_kept_by_the_cascade_with_the_fewest_calls(signal: Signal, tmp_path: Path) -> None:
+    gold, student, teacher = validation()
+    settings = CalibrateSettings(by="quality", quality=0.9, signal=signal, teacher_threshold=1.0)
+    content = calibrate(gold, student, teacher, NAMES, LABELS, settings)
+    (path := tmp_path / "calibration.json").write_text(json.dumps(content))
+    policy = CascadePolicy(LABELS, Calibration.read(path, NAMES[0]))
+    assert policy.calibration.signal == signal
+    posts, promise = [Sample(str(index), "x") for index in range(len(gold))], content["promise"]
+    decisions = run_cascade(posts, student, FixedTeacher(posts, teacher), policy)
+    right = np.mean([policy.label(each.probabilities) == label for each, label in zip(decisions, gold, strict=True)])
+    assert right == pytest.approx(promise["reached"]) and promise["reached_low"] < 0.9 < promise["reached"]
+    assert np.mean([each.teacher_calls for each in decisions]) == pytest.approx(promise["calls"])
+    assert 0 < promise["calls"] < 0.9 and "the cascade reaches 0.9 at a confidence of 90%" in promise["says"]
+    with pytest.raises(SettingsError, match=r"calibrate\.quality: 600 validation posts .* largest is 0\.\d+$"):
+        calibrate(gold, student, teacher, NAMES, LABELS, replace(settings, quality=0.999))
+    with pytest.raises(SettingsError, match=r"calibrate\.quality is 1; it takes a number above 0 and below 1"):
+        calibrate(gold, student, teacher, NAMES, LABELS, replace(settings, quality=1.0))
+
+
+def test_the_error_signal_is_the_estimated_probability_of_an_error() -> None:
+    gold, student, teacher = validation()
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(signal="error"))
+    policy = CascadePolicy(LABELS, _calibration(content))
+    predictions = policy.student_predictions(student)
+    unsure = np.array([prediction.uncertainty for prediction in predictions])
+    wrong = np.array([prediction.label != label for prediction, label in zip(predictions, gold, strict=True)])
+    for value in np.unique(unsure):  # isotonic regression: within a block the estimate is the share of errors
+        if (block := np.isclose(unsure, value)).sum() > 20:
+            assert wrong[block].mean() == pytest.approx(value, abs=0.02)
+    by_entropy = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings())
+    assert content["models"] == by_entropy["models"] and by_entropy["student_errors"] is None
+
+
+def test_on_a_scale_the_quality_is_the_mean_absolute_error() -> None:
+    random, scale = np.random.default_rng(0), Scale(-3, 3, 7)
+    labels, gold = LabelSpace.from_scale(scale), np.random.default_rng(1).uniform(-3, 3, size=400)
+
+    def scores(noise: float) -> ClassScores:
+        seen = (gold + random.normal(0, noise, size=len(gold))).clip(-3, 3)
+        return ClassScores(scale.targets(seen), np.ones(len(gold)))
+
+    student, teacher = scores(1.0), scores(0.2)
+    values = [float(value) for value in gold]
+    content = calibrate(values, student, teacher, NAMES, labels, CalibrateSettings(by="quality", quality=0.6))
+    promise = content["promise"]
+    assert promise["quality"] == pytest.approx(0.6)
+    assert promise["reached_low"] < promise["reached"] < promise["reached_high"] and promise["reached"] < 0.6
+    with pytest.raises(SettingsError, match=r"cannot support a mean absolute error of 0\.01 .* the smallest is 0"):
+        calibrate(values, student, teacher, NAMES, labels, CalibrateSettings(by="quality", quality=0.01))
+    with pytest.raises(SettingsError, match="it takes a number above 0 and below 6"):
+        calibrate(values, student, teacher, NAMES, labels, CalibrateSettings(by="quality", quality=6.0))
+
+
+def test_a_calibration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    gold, student, teacher = validation()
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(measure="margin"))
+    assert content.pop("student_errors") is content.pop("teacher_errors") is None
+    (path := tmp_path / "calibration.json").write_text(json.dumps(content))
+    assert Calibration.read(path, NAMES[0]).signal == "margin"
+
+
 def test_unanswered_posts_are_left_out_and_counted() -> None:
     gold, student, teacher = validation(200)
     mass = np.ones(200)
@@ -172,6 +235,9 @@ def test_on_a_scale_an_error_is_a_wrong_polarity() -> None:
         ({"confidence": 1.0}, r"^confidence"),
         ({"by": "fixed"}, r"calibrate\.student_threshold must be set if"),
         ({"student_threshold": 0.5}, r"calibrate\.student_threshold must be set if"),
+        ({"by": "quality"}, r"calibrate\.quality must be set if"),
+        ({"quality": 0.9}, r"calibrate\.quality must be set if"),
+        ({"by": "quality", "quality": 0.0}, r"^quality is 0\.0"),
         ({"teacher_threshold": 1.5}, r"^teacher_threshold is 1\.5"),
     ],
 )

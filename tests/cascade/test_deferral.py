@@ -100,12 +100,16 @@ def test_a_cascade_without_deferred_posts_has_metrics() -> None:
     assert metrics["cost_ratio"] == {"seconds": None, "currency": None}
 
 
+def unsure(predictions: list[Prediction]) -> np.ndarray:
+    return np.array([prediction.uncertainty for prediction in predictions])
+
+
 def test_the_deferral_curve_runs_from_the_student_to_the_teacher(case: tuple) -> None:
     gold, student, teacher, _ = case
     student_alone, teacher_alone = POLICY.student_predictions(student), POLICY.teacher_predictions(teacher)
-    rows = deferral_rows(student_alone, teacher_alone, gold, LABELS, price, resamples=50)
+    rows = deferral_rows(student_alone, teacher_alone, gold, LABELS, price, 50, unsure(student_alone))
     policies = dict.fromkeys(row["policy"] for row in rows)
-    assert list(policies) == ["entropy", "max_probability", "margin", "random", "oracle"]
+    assert list(policies) == ["entropy", "max_probability", "margin", "error", "random", "oracle"]
     curves = {name: np.array([row["quality"] for row in rows if row["policy"] == name]) for name in policies}
 
     def accuracy(predictions: list[Prediction]) -> float:
@@ -123,7 +127,7 @@ def test_the_deferral_curve_runs_from_the_student_to_the_teacher(case: tuple) ->
     ends = [row for row in rows if row["policy"] == "entropy" and row["deferred"] in (0.0, 1.0)]
     assert [row["seconds"] for row in ends] == pytest.approx([0.1, 1.1])
     assert [row["currency"] for row in ends] == pytest.approx([0.0, price(Cost(1, 8, 2, 1.0))])
-    unpriced = deferral_rows(student_alone, teacher_alone, gold, LABELS, lambda _: None, resamples=5)
+    unpriced = deferral_rows(student_alone, teacher_alone, gold, LABELS, lambda _: None, 5, unsure(student_alone))
     assert {row["currency"] for row in unpriced} == {None}
 
 
@@ -167,5 +171,5 @@ def test_on_a_scale_the_metrics_are_of_values() -> None:
     assert metrics["teacher_mae"] < metrics["student_mae"]
     answered = [stage for stage in metrics["stages"].values() if stage["n"]]
     assert all({"mae", "correlation"} <= set(stage) for stage in answered)
-    curve = deferral_rows(students, teachers, gold, labels, price, resamples=5)
+    curve = deferral_rows(students, teachers, gold, labels, price, 5, unsure(students))
     assert curve[0]["quality"] == pytest.approx(-metrics["student_mae"])

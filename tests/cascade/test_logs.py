@@ -13,6 +13,7 @@ from benchmarks.deferral import (
     FOLDER,
     deferral_metrics,
     evaluate_budgets,
+    evaluate_qualities,
     evaluate_risk,
     evaluate_risks,
     random_splits,
@@ -65,6 +66,14 @@ def test_risk_targets_are_kept_with_the_given_confidence_or_refused(logs: tuple)
     smallest = float(refusal.rsplit(maxsplit=1)[-1])
     train, test, _ = logs
     assert evaluate_risk(train, test, smallest)["realised"] <= smallest
+
+
+@missing
+def test_a_quality_is_missed_no_more_often_than_stated_and_saves_calls(logs: tuple) -> None:
+    for row in evaluate_qualities(*logs):
+        assert row["missed"] <= 1 - CONFIDENCE + 0.04  # 200 splits leave 2 points of noise, and each test split as much
+        assert row["mean_calls"] < 0.6
+        assert row["test"]["realised"] >= row["quality"]
 
 
 @missing

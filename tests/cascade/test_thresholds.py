@@ -3,12 +3,21 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from math import comb
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from distill.cascade.thresholds import GRID, Threshold, smallest_risk, threshold_for_budget, threshold_for_risk
+from distill.cascade.thresholds import (
+    GRID,
+    Threshold,
+    largest_quality,
+    smallest_risk,
+    threshold_for_budget,
+    threshold_for_quality,
+    threshold_for_risk,
+)
 
 DRAWS = 1000
 
@@ -215,6 +224,55 @@ def test_the_smallest_risk_is_supported_and_a_smaller_one_is_refused(n: int, con
     assert threshold_for_risk(uncertainty, errors, smallest, confidence).risk == smallest
     with pytest.raises(ValueError, match=rf"{n} validation samples .* smallest that they support is {smallest:g}$"):
         threshold_for_risk(uncertainty, errors, smallest - 0.0011, confidence)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_quality_target_is_kept_with_the_given_confidence(binary: bool) -> None:
+    """Over 300 validation sets, the cascade's true quality is below the target in at most one of ten."""
+    random, target, kept, calls = np.random.default_rng(0), 0.8, [], []
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        uncertainty = random.random(n)
+        means = 1 - 0.6 * uncertainty, np.full(n, 0.9)
+        if binary:
+            student, teacher = ((random.random(n) < mean).astype(float) for mean in means)
+        else:
+            student, teacher = (random.beta(8 * mean, 8 * (1 - mean)) for mean in means)
+        return uncertainty, student, teacher
+
+    def truth(tau: float) -> float:
+        tau = min(max(tau, 0.0), 1.0)
+        return tau - 0.3 * tau**2 + 0.9 * (1 - tau)
+
+    for _ in range(300):
+        found = threshold_for_quality(*draw(500), np.ones(500), target, 0.9)
+        kept.append(truth(found.tau) >= target)
+        calls.append(found.calls)
+        assert found.reached_low <= found.reached <= found.reached_high and found.reached > target
+    assert np.mean(kept) >= 0.87
+    assert np.mean(calls) < 0.6, "the teacher alone would cost one call"
+
+
+def test_a_quality_that_the_samples_do_not_support_is_refused_with_the_largest() -> None:
+    uncertainty, student, teacher = np.linspace(0, 1, 100), np.zeros(100), np.repeat([1.0, 0.0], [90, 10])
+    with pytest.raises(ValueError, match=r"100 validation posts cannot support a quality of 0\.95") as refused:
+        threshold_for_quality(uncertainty, student, teacher, np.ones(100), 0.95)
+    largest = float(str(refused.value).rsplit(maxsplit=1)[-1])
+    tail = sum(comb(100, k) * largest**k * (1 - largest) ** (100 - k) for k in range(90, 101))
+    assert tail <= 0.1 and largest == largest_quality(teacher, 0.9)
+    found = threshold_for_quality(uncertainty, student, teacher, np.ones(100), largest)
+    assert found.tau < 0.1 and found.calls == pytest.approx(1.0, abs=0.1)
+    for value in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="it takes a number above 0 and below 1"):
+            threshold_for_quality(uncertainty, student, teacher, np.ones(100), value)
+    with pytest.raises(ValueError, match="qualities must lie between 0 and 1"):
+        threshold_for_quality(uncertainty, student - 1, teacher, np.ones(100), 0.5)
+
+
+def test_a_student_as_good_as_its_teacher_answers_everything() -> None:
+    right = np.repeat([1.0, 0.0], [95, 5])
+    found = threshold_for_quality(np.linspace(0, 0.9, 100), right, right, np.ones(100), 0.85)
+    assert (found.tau, found.coverage, found.calls) == (1.0, 1.0, 0.0)
 
 
 def test_a_student_that_is_never_wrong_answers_everything() -> None:

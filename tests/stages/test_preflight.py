@@ -235,6 +235,16 @@ def test_a_risk_that_the_validation_posts_cannot_support(refused: Callable[..., 
     assert message.startswith("calibrate.risk: 9 validation samples cannot support a risk of 0.01 ")
 
 
+def test_a_quality_that_the_validation_posts_cannot_support(refused: Callable[..., str]) -> None:
+    message = refused(calibrate={"by": "quality", "quality": 0.99})
+    assert message.startswith("calibrate.quality: 9 validation posts cannot support 0.99 at a confidence of 0.9")
+
+
+def test_a_quality_out_of_range(refused: Callable[..., str]) -> None:
+    message = refused(calibrate={"by": "quality", "quality": 1.5})
+    assert message == "calibrate.quality is 1.5; it takes a number above 0 and below 1"
+
+
 def test_a_baseline_without_labels(distill: Command, tmp_path: Path) -> None:
     with Server() as server:
         path = write(tmp_path, server.url, annotate__unlabelled="keep_confident")
