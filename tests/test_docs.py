@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from distill import chain, cli, logs, recipe, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import RARE_WORDS
+from distill.evaluation.comparison_page import METRICS
 from distill.planning import tables
 from distill.predict import Prediction
 from distill.recipe import Recipe
@@ -58,6 +60,13 @@ def test_readme_and_docs_show_the_commands_they_promise() -> None:
     assert sum(len(commands("distill", page)) for page in PAGES) >= 15
 
 
+COMPARED = pd.DataFrame([
+    {"role": "student", "variant": "mine", "runs": 1, "posts": 9, "metric": "accuracy", "value": 0.5,
+     "difference": None, "low": None, "high": None, "p": None} | dict.fromkeys(METRICS)
+])  # fmt: skip
+"""What a comparison of one run would give."""
+
+
 @pytest.mark.parametrize(("page", "arguments"), DISTILL, ids=[f"{page}: {' '.join(call)}" for page, call in DISTILL])
 def test_every_distill_command_parses(
     page: str,
@@ -81,6 +90,8 @@ def test_every_distill_command_parses(
     if arguments[0] in cli.OTHERS:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("distill.predict.predict", lambda *_, **__: Prediction(tmp_path / "out.csv", 1, 0))
+        monkeypatch.setattr("distill.comparison.compare", lambda folders: COMPARED)
+        monkeypatch.setattr("distill.comparison.run_variants", lambda *_: [])
         assert cli.main(arguments) == 0
         return
     assert cli.main(arguments) == 0, capsys.readouterr().err
