@@ -213,7 +213,7 @@ def _add_compare(options: argparse.ArgumentParser) -> None:
 
 
 def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    from distill import comparison
+    from distill import comparison, variants
     from distill.evaluation.comparison_page import text_table
 
     for path in parsed.output:
@@ -223,13 +223,15 @@ def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         if not parsed.variants:
             raise SettingsError("compare: --config needs --variants")
         with raise_on_sigterm():
-            folders = comparison.run_variants(parsed.config, parsed.variants, parsed.seeds, rest)
+            folders = variants.run_variants(parsed.config, parsed.variants, parsed.seeds, rest)
     elif unknown := [item for item in rest if item.startswith("-")]:
         raise SettingsError(f"compare: {unknown[0]} is no option without --config")
+    elif parsed.variants or parsed.seeds:
+        raise SettingsError(f"compare: {'--variants' if parsed.variants else '--seeds'} needs --config")
     frame = comparison.compare(folders)
+    print(text_table(frame))
     for path in parsed.output:
         comparison.write(frame, path)
-    print(text_table(frame))
 
 
 def _parsed(

@@ -5,12 +5,10 @@ Runs that differ in their seed alone are one variant.
 
 import dataclasses
 import json
-import logging
+import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,14 +18,16 @@ import pandas as pd
 
 from distill import chain
 from distill.data import jsonl
-from distill.errors import SettingsError
+from distill.digests import Digests
+from distill.errors import RunError, SettingsError
 from distill.evaluation.comparison_page import METRICS, ROLES, page
 from distill.evaluation.paired import difference_interval, mcnemar, paired_differences
-from distill.files import atomic_folder, atomic_write, read_json
-from distill.recipe import Recipe, check, load, parser
+from distill.files import atomic_write, read_json
+from distill.manifest import Manifest
+from distill.recipe import Recipe
 from distill.runs import Run
-
-log = logging.getLogger(__name__)
+from distill.serving.settings import ServeSettings
+from distill.tracking import TrackingSettings
 
 
 @dataclass
@@ -44,52 +44,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The test posts of a run: gold by id, and for each role the quality by id, correctness or minus absolute error."""
+    """The results of a run on its test posts.
+
+    Attributes:
+        gold: by id, the label, or on a scale the value.
+        qualities: by role and id, 1 or 0 for a correct or wrong label, on a scale minus the absolute error; NaN for a
+            post without an answer.
+        metrics: by role, the metrics of METRICS.
+    """
 
     run: Run
-
-    @cached_property
-    def scale(self) -> bool:
-        return self.run.recipe.labels.scale is not None
-
-    @cached_property
-    def rows(self) -> dict[str, Any]:
-        return {row.fields["id"]: row.fields for row in jsonl.read(self.run.folder / "evaluate" / "predictions.jsonl")}
-
-    @cached_property
-    def gold(self) -> dict[str, Any]:
-        return {post: row["value" if self.scale else "gold"] for post, row in self.rows.items()}
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        """`metrics.json` of evaluate and cascade by role, without the baselines."""
-        found = {
-            role: row for role, row in read_json(self.run.folder / "evaluate" / "metrics.json").items() if role in ROLES
-        }
-        path = self.run.folder / "cascade" / "metrics.json"
-        return found | ({"cascade": read_json(path)} if path.exists() else {})
-
-    @cached_property
-    def qualities(self) -> dict[str, dict[str, float]]:
-        answers: dict[str, dict[str, Any]] = {
-            role: {post: row["roles"][role] for post, row in self.rows.items()}
-            for role in self.metrics
-            if role != "cascade"
-        }
-        if "cascade" in self.metrics:
-            decided = jsonl.read(self.run.folder / "cascade" / "decisions.jsonl")
-            answers["cascade"] = {row.fields["id"]: row.fields for row in decided}
-        return {role: dict(self._of(role, by_post)) for role, by_post in answers.items()}
-
-    def _of(self, role: str, answers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-        for post, gold in self.gold.items():
-            if post not in answers:
-                raise SettingsError(f"{self.run.folder}: the {ROLES[role]} has no answer on the test post {post}")
-            answer = answers[post]
-            if not self.scale:
-                yield post, float(answer["label"] == gold)
-            else:
-                yield post, -abs(float(answer["label" if role == "cascade" else "value"]) - gold)
+    gold: dict[str, Any]
+    qualities: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
 
 
 def variants(folders: Sequence[str | os.PathLike[str]]) -> list[Variant]:
@@ -105,8 +72,10 @@ def variants(folders: Sequence[str | os.PathLike[str]]) -> list[Variant]:
         if (path := run.folder.resolve()) in seen:
             raise SettingsError(f"compare: {run.folder} is given twice")
         seen.add(path)
-        recipe = dataclasses.replace(run.recipe, name="run", runs="", seed=0)
-        variant = found.setdefault(json.dumps(dataclasses.asdict(recipe), sort_keys=True, default=str), Variant(""))
+        try:
+            variant = found.setdefault(recipe_key(run.recipe), Variant(""))
+        except SettingsError as error:
+            raise SettingsError(f"{run.folder}: {error}") from None
         if run.recipe.seed in variant.seeds:
             other = variant.runs[variant.seeds.index(run.recipe.seed)]
             raise SettingsError(f"compare: {run.folder} has the recipe and the seed of {other.folder}")
@@ -124,10 +93,19 @@ def variants(folders: Sequence[str | os.PathLike[str]]) -> list[Variant]:
     return list(found.values())
 
 
+def recipe_key(recipe: Recipe) -> str:
+    """The fields of a recipe that its results depend on, without the seed."""
+    same = dataclasses.replace(
+        recipe, name="run", runs="", seed=0, serve=ServeSettings(), tracking=TrackingSettings()
+    )  # fmt: skip
+    return json.dumps(dataclasses.asdict(same), sort_keys=True, default=str)
+
+
 def compare(folders: Sequence[str | os.PathLike[str]], resamples: int = 2000) -> pd.DataFrame:
     """Compare runs on the same test posts with the first one, role by role.
 
-    Runs whose recipes differ in their seed alone are one variant.
+    Runs whose recipes differ in their seed alone are one variant. Posts that a role of any run did not answer are left
+    out for this role.
 
     Args:
         folders: of the runs.
@@ -140,39 +118,40 @@ def compare(folders: Sequence[str | os.PathLike[str]], resamples: int = 2000) ->
         first variant has no difference.
 
     Raises:
-        SettingsError: fewer than two variants, a run that was not evaluated, or runs with different test posts.
+        SettingsError: fewer than two variants, a run without up-to-date results, or runs with different test posts.
     """
     found = variants(folders)
     if len(found) < 2:
         raise SettingsError("compare needs runs of two recipes or more; runs that differ in their seed alone are one")
-    outcomes = {variant.name: [_Outcome(run) for run in variant.runs] for variant in found}
+    outcomes = {variant.name: [_read(run) for run in variant.runs] for variant in found}
     everyone = [outcome for group in outcomes.values() for outcome in group]
-    for outcome in everyone:
-        outcome.run.metrics  # noqa: B018 - raises SettingsError without an evaluation
     _check_same_posts(everyone)
-    first, posts, scale = found[0], list(everyone[0].gold), everyone[0].scale
-    rows = []
+    first, posts, scale = found[0], list(everyone[0].gold), everyone[0].run.recipe.labels.scale is not None
+    sign, rows = -1 if scale else 1, []
     for role in ROLES:
-        base: np.ndarray | None = None
-        for variant in found:
-            group = outcomes[variant.name]
-            if not all(role in outcome.metrics for outcome in group):
-                continue
-            quality = np.array([[outcome.qualities[role][post] for post in posts] for outcome in group]).T
-            sign = -1 if scale else 1
-            row = {"role": role, "variant": variant.name, "runs": len(group), "posts": len(posts)}
+        having = [each for each in found if all(role in outcome.metrics for outcome in outcomes[each.name])]
+        if not having:
+            continue
+        tables = [
+            np.array([[outcome.qualities[role][post] for post in posts] for outcome in outcomes[variant.name]]).T
+            for variant in having
+        ]
+        kept = ~np.isnan(np.concatenate(tables, axis=1)).any(axis=1)
+        if not kept.any():
+            raise SettingsError(f"compare: there is no test post that the {ROLES[role]} of every run answered")
+        for variant, table in zip(having, tables, strict=True):
+            group, quality = outcomes[variant.name], table[kept]
+            row: dict[str, Any] = {"role": role, "variant": variant.name, "runs": len(group), "posts": int(kept.sum())}
             row |= {"metric": "mae" if scale else "accuracy", "value": float(sign * quality.mean())}
             row |= dict.fromkeys(("difference", "low", "high", "p"))
-            if variant is first:
-                base = quality
-            elif base is not None:
+            if variant is not first and having[0] is first:
                 paired = variant.seeds == first.seeds
-                differences = sign * paired_differences(base, quality, paired_runs=paired)
+                differences = sign * paired_differences(tables[0][kept], quality, paired_runs=paired)
                 low, high = difference_interval(differences, resamples=resamples)
                 row |= {"difference": float(differences.mean()), "low": low, "high": high}
                 row |= {"p": None if scale else mcnemar(differences)}
             for name in METRICS:
-                values: list[Any] = [outcome.metrics[role].get(name) for outcome in group]
+                values: list[Any] = [outcome.metrics[role][name] for outcome in group]
                 row[name] = None if None in values else fmean(values)
             rows.append(row)
     return pd.DataFrame(rows)
@@ -184,67 +163,119 @@ def _check_same_posts(outcomes: Sequence[_Outcome]) -> None:
         if outcome.run.recipe.labels.names != first.run.recipe.labels.names:
             raise SettingsError(f"compare: {outcome.run.folder} has other labels than {first.run.folder}")
         if outcome.gold != first.gold:
-            differing = set(outcome.gold.items()) ^ set(first.gold.items())
-            post = min(differing)[0]
+            posts = outcome.gold.keys() | first.gold.keys()
+            post = min(post for post in posts if outcome.gold.get(post) != first.gold.get(post))
             raise SettingsError(
                 f"compare: {outcome.run.folder} and {first.run.folder} have other test posts or labels, such as {post}"
             )
+
+
+# ---- the results of a run ----
+
+
+def _read(run: Run) -> _Outcome:
+    """The results of a run. Raises SettingsError if they are missing, damaged or older than what they are made from."""
+    _check_current(run)
+    cascade = run.recipe.cascade is not None
+    files = ["evaluate/metrics.json", "evaluate/predictions.jsonl"]
+    files += ["cascade/metrics.json", "cascade/decisions.jsonl"] if cascade else []
+    for file in files:
+        if not (run.folder / file).is_file():
+            raise SettingsError(f"{run.folder / file} is missing; run: distill run")
+    scale = run.recipe.labels.scale is not None
+    try:
+        file = files[1]
+        rows = _rows(run.folder / file)
+        gold = {post: float(row["value"]) if scale else str(row["gold"]) for post, row in rows.items()}
+        roles = sorted({role for row in rows.values() for role in row["roles"]})
+        answers = {role: {post: row["roles"][role] for post, row in rows.items()} for role in roles}
+        qualities = {
+            role: {post: _quality(answer, gold[post], "value" if scale else "label") for post, answer in each.items()}
+            for role, each in answers.items()
+        }
+        file = files[0]
+        written = read_json(run.folder / file)
+        metrics = {role: _metrics(written[role]) for role in roles}
+        if cascade:
+            file = files[3]
+            decided = _rows(run.folder / file)
+            qualities["cascade"] = {post: _quality(decided[post], truth, "label") for post, truth in gold.items()}
+            file = files[2]
+            metrics["cascade"] = _metrics(read_json(run.folder / file))
+    except KeyError as error:
+        raise SettingsError(f"{run.folder / file}: {error} is missing; run: distill run") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{run.folder / file} is damaged ({error}); run: distill run") from None
+    return _Outcome(run, gold, qualities, metrics)
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    """The rows of a file by id. Raises KeyError or ValueError for a row that cannot be used."""
+    found: dict[str, Any] = {}
+    for row in jsonl.read(path):
+        if row.problem is not None:
+            raise ValueError(f"row {row.number}: {row.problem}")
+        if not isinstance(post := row.fields["id"], str) or post in found:
+            raise ValueError(f"row {row.number} has no id of its own")
+        found[post] = row.fields
+    if not found:
+        raise ValueError("there are no rows")
+    return found
+
+
+def _quality(answer: Mapping[str, Any], gold: Any, name: str) -> float:
+    if answer[name] is None:
+        return math.nan
+    if isinstance(gold, str):
+        return float(answer[name] == gold)
+    if not math.isfinite(value := float(answer[name])):
+        raise ValueError(f"{name} is {value}")
+    return -abs(value - gold)
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: None if row.get(name) is None else float(row[name]) for name in METRICS}
+
+
+def _manifest(run: Run) -> Manifest:
+    outputs = {name: stage.outputs for name, stage in chain.STAGES.items()}
+    return Manifest(run.folder, Digests(run.folder / ".digests.json"), outputs)
+
+
+def _check_current(run: Run) -> None:
+    """Raise SettingsError if the results are not finished, or older than a stage that they read."""
+    recipe, manifest = run.recipe, _manifest(run)
+    if recipe.evaluate is None:
+        raise SettingsError(f"{run.folder} has no evaluate section, so there is nothing to compare")
+    for name in ("evaluate", *(["cascade"] if recipe.cascade is not None else [])):
+        entry = manifest.stages.get(name, {})
+        if entry.get("status") != "done":
+            raise SettingsError(f"{run.folder}: the stage {name} has not finished; run: distill run")
+        for read, identity in entry.get("inputs", {}).items():
+            of_read = manifest.stages.get(read, {})
+            if of_read.get("status") != "done" or manifest.identity(read) != identity:
+                raise SettingsError(f"{run.folder}: {name} is older than {read}, which it reads; run: distill run")
+
+
+# ---- output ----
 
 
 def check_output(path: Path) -> None:
     """Raise SettingsError for a file that `write` cannot write."""
     if path.suffix.casefold() not in (".csv", ".html"):
         raise SettingsError(f"--output: {path.name} must end in .csv or .html")
+    if path.is_dir():
+        raise SettingsError(f"--output: {path} is a folder")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingsError(f"--output: {path} cannot be written, because {parent} is no writable folder")
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """Write a comparison as CSV or HTML. Raises SettingsError for another suffix, OSError for an unwritable file."""
-    check_output(path)
+    """Write a comparison as CSV or HTML. Raises RunError if the file cannot be written."""
     text = page(frame) if path.suffix.casefold() == ".html" else frame.to_csv(index=False)
-    with atomic_write(path) as file:
-        file.write(text)
-
-
-def run_variants(
-    config: Path, overlays: Sequence[Path], seeds: Sequence[int], overrides: Sequence[str] = ()
-) -> list[Path]:
-    """Run a recipe and its variants with some seeds; what is done is not run again.
-
-    The run of a variant begins as a copy of the recipe's own run, so that only the stages that differ run, and no
-    answer of a teacher is paid for twice.
-
-    Args:
-        overlays: recipes of the variants, with the fields alone that differ.
-        seeds: empty: the recipe's own.
-        overrides: options of the command line for all of them, such as `--data.root`.
-
-    Returns:
-        The folders of the runs: NAME and NAME-VARIANT, with `-SEED` if seeds are given.
-
-    Raises:
-        SettingsError: a recipe is invalid; then none was run.
-        RunError: a stage failed.
-    """
-    if len({path.stem for path in overlays}) < len(overlays):
-        raise SettingsError("compare: two variants have the same file name")
-    recipes: list[tuple[Recipe, Recipe]] = []  # the recipe of each run, and that of the run it begins from
-    for own, suffix in [(["--seed", str(seed)], f"-{seed}") for seed in seeds] or [([], "")]:
-        base: Recipe | None = None
-        for path in [None, *overlays]:
-            files = [item for file in (config, path) if file for item in ("--config", str(file))]
-            recipe = load(parser("run"), [*files, *overrides, *own])[0]
-            name = base.name.removesuffix(suffix) if base is not None else recipe.name
-            name += suffix if path is None else f"-{path.stem}{suffix}"
-            recipe = dataclasses.replace(recipe, name=name)
-            check(recipe)
-            base = base or recipe
-            recipes.append((recipe, base))
-    for recipe, base in recipes:
-        if recipe is not base and not recipe.folder.exists():
-            with chain.locked(base.folder), atomic_folder(recipe.folder) as new:
-                absent = [name for name in chain.STAGES if getattr(recipe, name) is None]
-                ignored = shutil.ignore_patterns("wandb", "report.html", "checkpoints", ".lock", *absent)
-                shutil.copytree(base.folder, new, ignore=ignored, dirs_exist_ok=True)
-        log.info("run %s", recipe.folder)
-        chain.run(recipe)
-    return [recipe.folder for recipe, _ in recipes]
+    try:
+        with atomic_write(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"--output: cannot write {path}: {error.strerror or error}") from error

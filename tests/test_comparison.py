@@ -2,18 +2,18 @@
 
 import csv
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-import distill as api
-from distill.comparison import compare, run_variants, variants
+from distill.comparison import compare, variants
 from distill.errors import SettingsError
 from distill.evaluation.comparison_page import page, text_table
-from tests import micro
 from tests.commands import Command
 
 
@@ -40,7 +40,7 @@ def wrong(run: Path, index: int) -> str:
 
 
 def test_a_difference_is_that_of_the_posts_themselves(folder: Path, tmp_path: Path, distill: Command) -> None:
-    first, other = copy(folder, tmp_path / "first"), copy(folder, tmp_path / "other", evaluate=None)
+    first, other = copy(folder, tmp_path / "first"), copy(folder, tmp_path / "other", augment=None)
     answer(first, "student", {0: "gold", 1: "gold", 2: wrong(first, 2)})
     answer(other, "student", {0: wrong(first, 0), 1: wrong(first, 1), 2: "gold"})
     frame = compare([first, other])
@@ -71,73 +71,102 @@ def test_runs_that_differ_in_their_seed_are_one_variant(folder: Path, tmp_path: 
     assert "without" in text_table(frame)
 
 
-def test_runs_that_cannot_be_compared_are_named(folder: Path, tmp_path: Path, distill: Command) -> None:
-    other = copy(folder, tmp_path / "other", augment=None)
-    path = other / "evaluate" / "predictions.jsonl"
+def edit(path: Path, change: Callable[[list[dict]], object]) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[4]["id"] = "elsewhere"
+    change(rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_other_test_posts_are_named(folder: Path, tmp_path: Path) -> None:
+    other = copy(folder, tmp_path / "other", augment=None, cascade=None)
+    edit(other / "evaluate" / "predictions.jsonl", lambda rows: rows[4].update(id="elsewhere"))
     with pytest.raises(SettingsError, match="have other test posts or labels, such as elsewhere"):
         compare([folder, other])
-    path.unlink()
-    (other / "evaluate" / "metrics.json").unlink()
-    assert "the stage evaluate has not run" in distill("compare", folder, other).error
-    same = copy(folder, tmp_path / "same")
+
+
+def test_posts_without_an_answer_are_left_out_of_all_runs(folder: Path, tmp_path: Path) -> None:
+    other = copy(folder, tmp_path / "other", augment=None)
+    edit(other / "evaluate" / "predictions.jsonl", lambda rows: rows[2]["roles"]["student"].update(label=None))
+    frame = compare([folder, other]).set_index(["role", "variant"])
+    assert set(frame.loc["student"]["posts"]) == {8} and set(frame.loc["teacher"]["posts"]) == {9}
+    assert frame.loc[("student", "other"), "difference"] == 0
+    rows = [json.loads(line) for line in (folder / "evaluate" / "predictions.jsonl").read_text().splitlines()]
+    right = [row["roles"]["student"]["label"] == row["gold"] for row in rows]
+    assert frame.loc[("student", "other"), "value"] == pytest.approx(np.mean(right[:2] + right[3:]))
+
+
+PREDICTIONS, METRICS, DECISIONS = "evaluate/predictions.jsonl", "evaluate/metrics.json", "cascade/decisions.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (PREDICTIONS, lambda path: path.unlink(), "predictions.jsonl is missing"),
+        (DECISIONS, lambda path: path.unlink(), "decisions.jsonl is missing"),
+        (PREDICTIONS, lambda path: path.write_text(path.read_text()[:-20]), "is damaged .row 9"),
+        (PREDICTIONS, lambda path: path.write_text(""), "there are no rows"),
+        (PREDICTIONS, lambda path: edit(path, lambda rows: rows[3].pop("gold")), "'gold' is missing"),
+        (PREDICTIONS, lambda path: edit(path, lambda rows: rows[3].update(id=7)), "row 4 has no id"),
+        (PREDICTIONS, lambda path: edit(path, lambda rows: rows.append(rows[0])), "row 10 has no id"),
+        (PREDICTIONS, lambda path: edit(path, lambda rows: rows[0].update(roles=None)), "is damaged"),
+        (PREDICTIONS, lambda path: edit(path, lambda rows: rows[5]["roles"].pop("student")), "'student' is missing"),
+        (DECISIONS, lambda path: edit(path, lambda rows: rows.pop()), "decisions.jsonl: 'test-"),
+        (METRICS, lambda path: path.write_text("{}"), "metrics.json: 'assistant' is missing"),
+        (METRICS, lambda path: path.write_text("[]"), "metrics.json is damaged"),
+        (METRICS, lambda path: path.write_text(path.read_text()[:50]), "metrics.json is damaged"),
+        ("chain.json", lambda path: path.write_text("{}"), "chain.json is not a valid manifest"),
+    ],
+)
+def test_damaged_results_are_refused_by_file(
+    file: str, damage: Callable[[Path], None], message: str, folder: Path, tmp_path: Path, distill: Command
+) -> None:
+    other = copy(folder, tmp_path / "other", augment=None)
+    damage(other / file)
+    result = distill("compare", folder, other)
+    assert result.status == 2 and re.search(message, result.error), result.error
+
+
+def test_results_that_are_older_than_what_they_are_made_from_are_refused(
+    folder: Path, tmp_path: Path, distill: Command
+) -> None:
+    other = copy(folder, tmp_path / "other", augment=None)
+    manifest = json.loads((other / "chain.json").read_text())
+
+    def refusal(**entries: dict) -> str:
+        stages = manifest["stages"] | {name: manifest["stages"][name] | entry for name, entry in entries.items()}
+        (other / "chain.json").write_text(json.dumps(manifest | {"stages": stages}))
+        return distill("compare", folder, other).error
+
+    assert "the stage evaluate has not finished" in refusal(evaluate={"status": "running"})
+    assert "evaluate is older than student" in refusal(student={"status": "running"})
+    assert "evaluate is older than student" in refusal(student={"identity": "another"})
+    assert "cascade is older than calibrate" in refusal(calibrate={"identity": "another"})
+
+
+def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, distill: Command) -> None:
+    other, same = copy(folder, tmp_path / "other", augment=None), copy(folder, tmp_path / "same", name="another")
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").write_text("")
     for arguments, message in [
         ([folder], "runs of two recipes or more"),
         ([folder, folder], "is given twice"),
         ([folder, same], "has the recipe and the seed of"),
-        ([folder, tmp_path / "none"], "is no run: it has no recipe.yaml"),
-        ([folder, other, "--output", "x.pdf"], "must end in .csv or .html"),
+        ([folder, copy(folder, tmp_path / "none", evaluate=None)], "has no evaluate section"),
+        ([folder, tmp_path / "nothing"], "is no run: it has no recipe.yaml"),
+        ([folder, other, "--output", tmp_path / "x.pdf"], "must end in .csv or .html"),
+        ([folder, other, "--output", tmp_path / "folder.html"], "folder.html is a folder"),
+        ([folder, other, "--output", tmp_path / "file" / "x.csv"], "is no writable folder"),
         ([folder, "--student.batch_size", "3"], "--student.batch_size is no option without --config"),
+        ([folder, other, "--seeds", "1"], "--seeds needs --config"),
+        ([folder, other, "--variants", "x.yaml"], "--variants needs --config"),
         (["--config", folder / "recipe.yaml"], "--config needs --variants"),
     ]:
         result = distill("compare", *arguments)
         assert message in result.error and result.status == 2
-    assert not Path("x.pdf").exists()
+    assert not (tmp_path / "x.pdf").exists()
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro.write(tmp_path_factory.mktemp("variants"), micro.RECORDED)
-
-
-def overlay(folder: Path, name: str, text: str) -> Path:
-    (path := folder / f"{name}.yaml").write_text(text)
-    return path
-
-
-def test_a_recipe_and_its_variants_are_run_and_compared(recipe: Path, tmp_path: Path, distill: Command) -> None:
-    classify = overlay(tmp_path, "no-reasoning", "student: {tasks: {classify: 1.0}}\n")
-    plain = overlay(tmp_path, "no-augment", "augment: null\n")
-    arguments = ("compare", "--config", recipe, "--variants", classify, plain, "--seeds", 1, 2)
-    result = distill(*arguments, "--student.trainer.max_epochs", "1", "--output", tmp_path / "t.csv")
-    assert result.status == 0, result.stderr
-    names = [f"micro{variant}-{seed}" for seed in (1, 2) for variant in ("", "-no-reasoning", "-no-augment")]
-    runs = {name: recipe.parent / "runs" / name for name in names}
-    read = {name: api.Run(path).recipe for name, path in runs.items()}
-    assert read["micro-no-reasoning-2"].student.tasks == {"classify": 1.0}  # type: ignore[union-attr]
-    assert [item.student.trainer["max_epochs"] for item in read.values()] == [1] * 6  # type: ignore[union-attr]
-    assert read["micro-no-augment-1"].augment is None and not (runs["micro-no-augment-1"] / "augment").exists()
-    for name in names[1:3]:  # the stages before the first difference are those of the recipe's own run
-        for stage in ("annotate", "assistant"):
-            of_variant, own = (json.loads((runs[run] / "chain.json").read_text()) for run in (name, names[0]))
-            assert of_variant["stages"][stage] == own["stages"][stage]
-    lines = (tmp_path / "t.csv").read_text().splitlines()
-    assert {line.split(",")[1] for line in lines[1:]} == {"micro", "micro-no-reasoning", "micro-no-augment"}
-
-    before = {path: path.stat().st_mtime_ns for path in recipe.parent.glob("runs/*/*/metrics.*")}
-    again = distill(*arguments, "--student.trainer.max_epochs", "1")
-    assert again.stdout == result.stdout
-    assert {path: path.stat().st_mtime_ns for path in recipe.parent.glob("runs/*/*/metrics.*")} == before
-
-
-def test_nothing_runs_if_a_variant_is_invalid(recipe: Path, tmp_path: Path) -> None:
-    good, bad = overlay(tmp_path, "good", "augment: null\n"), overlay(tmp_path, "bad", "student: {epochs: 3}\n")
-    before = sorted(recipe.parent.rglob("*"))
-    with pytest.raises(SettingsError, match="epochs is not a field"):
-        run_variants(recipe, [good, bad], [5])
-    (tmp_path / "other").mkdir()
-    with pytest.raises(SettingsError, match="two variants have the same file name"):
-        run_variants(recipe, [good, overlay(tmp_path / "other", "good", "")], [])
-    assert sorted(recipe.parent.rglob("*")) == before
+def test_how_a_run_is_served_and_tracked_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    runs = [folder, copy(folder, tmp_path / "two", 2, serve={"explain": "none"}, tracking={"mode": "offline"})]
+    (variant,) = variants(runs)
+    assert variant.seeds == [1, 2]

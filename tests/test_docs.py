@@ -91,7 +91,7 @@ def test_every_distill_command_parses(
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("distill.predict.predict", lambda *_, **__: Prediction(tmp_path / "out.csv", 1, 0))
         monkeypatch.setattr("distill.comparison.compare", lambda folders: COMPARED)
-        monkeypatch.setattr("distill.comparison.run_variants", lambda *_: [])
+        monkeypatch.setattr("distill.variants.run_variants", lambda *_: [])
         assert cli.main(arguments) == 0
         return
     assert cli.main(arguments) == 0, capsys.readouterr().err

@@ -153,7 +153,7 @@ def calibrate(
             raise SettingsError(f"calibrate.{settings.by}: {error}") from None
         calibration = replace(calibration, student_threshold=threshold.tau)
         promise |= {name: value for name, value in asdict(threshold).items() if value is not None}
-    promise["says"] = _promise_text(promise, len(truth))
+    promise["says"] = _promise_text(promise, len(truth), labels)
     deferred = (student_uncertainty > calibration.student_threshold) | (student_uncertainty >= 1)
     return asdict(calibration) | {
         "n": len(truth),
@@ -251,14 +251,14 @@ def _for_quality(
         raise ValueError(
             f"{len(gold)} validation posts cannot support a mean absolute error of {settings.quality:g} at a "
             f"confidence of {confidence:g}; with the teacher's answers alone, "
-            f"the smallest is {(1 - largest_quality(last, confidence)) * width:.3g}"
+            f"the smallest is {(1 - largest_quality(last, confidence)) * width:.6g}"
         ) from None
     mae = {name: (1 - getattr(found, name)) * width for name in ("quality", "reached", "reached_low", "reached_high")}
     mae["reached_low"], mae["reached_high"] = mae["reached_high"], mae["reached_low"]
-    return replace(found, **mae)
+    return replace(found, **mae | {"quality": settings.quality})
 
 
-def _promise_text(promise: Mapping[str, Any], n: int) -> str:
+def _promise_text(promise: Mapping[str, Any], n: int, labels: LabelSpace) -> str:
     """The guarantee in words, for the report."""
     if promise["by"] == "budget":
         return (
@@ -271,8 +271,9 @@ def _promise_text(promise: Mapping[str, Any], n: int) -> str:
             f"wrong, at a confidence of {promise['confidence']:.0%}."
         )
     if promise["by"] == "quality":
+        what = "an accuracy of at least" if labels.scale is None else "a mean absolute error of at most"
         return (
-            f"From {n} validation posts: the cascade reaches {promise['quality']:g} at a confidence of "
+            f"From {n} validation posts: the cascade has {what} {promise['quality']:g} at a confidence of "
             f"{promise['confidence']:.0%}. On these posts it has {promise['reached']:.3f}, 95% interval "
             f"{promise['reached_low']:.3f} to {promise['reached_high']:.3f}, "
             f"with {promise['calls']:.3f} teacher calls per post."

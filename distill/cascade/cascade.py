@@ -71,6 +71,7 @@ class Calibration:
             content = read_json(path)
             content = {"student_errors": None, "teacher_errors": None} | content  # those of earlier versions have none
             calibration = cls(**{name: content[name] for name in cls.__dataclass_fields__})
+            calibration._check()
         except OSError:
             raise SettingsError(f"{path} is missing; run: distill calibrate with the same recipe") from None
         except (ValueError, LookupError, TypeError) as error:
@@ -80,6 +81,17 @@ class Calibration:
                 f"{path} was made with another student ({calibration.student}, now {student}); run: distill calibrate"
             )
         return calibration
+
+    def _check(self) -> None:
+        """Raise TypeError or ValueError for values of other types."""
+        for name in ("student_temperature", "teacher_temperature", "student_threshold", "teacher_threshold"):
+            if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}")
+        for name in ("student_errors", "teacher_errors"):
+            if (knots := getattr(self, name)) is not None:
+                values = np.array(knots, dtype=np.float64)  # ValueError if it is no table of numbers
+                if values.ndim != 2 or len(values) != 2 or not values.size:
+                    raise ValueError(f"{name} has no two rows of numbers")
 
 
 @dataclass(frozen=True)
@@ -231,10 +243,10 @@ class CascadePolicy:
     def _predictions(self, scores: ClassScores, temperature: float, errors: Knots | None) -> list[Prediction]:
         probabilities = temper(scores.probabilities, temperature)
         uncertainties = uncertainty(probabilities, self.calibration.measure)
-        if errors is not None:
-            uncertainties = error_probability(uncertainties, errors)
+        if errors is not None:  # 1 is for answers that are never accepted
+            uncertainties = error_probability(uncertainties, errors).clip(max=np.nextafter(1.0, 0.0))
         # An answer off the format, or a missing one, must be deferred. A NaN mass is unknown and compares as false.
-        off_format = scores.label_mass < self.calibration.min_label_mass
+        off_format = (scores.label_mass < self.calibration.min_label_mass) | ~scores.answered
         uncertainties = np.where(off_format, 1.0, uncertainties)
         costs = scores.costs or (Cost(),) * len(probabilities)
         polarities = self.labels.polarities(probabilities)

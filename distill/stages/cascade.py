@@ -52,7 +52,10 @@ def run(context: Context, tracked: StageRun) -> None:
     def price(cost: Cost) -> float | None:
         return model.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(model, Endpoint) else None
 
-    uncalibrated = replace(policy, calibration=replace(calibration, student_temperature=1.0, teacher_temperature=1.0))
+    plain = replace(
+        calibration, student_temperature=1.0, teacher_temperature=1.0, student_errors=None, teacher_errors=None
+    )
+    uncalibrated = replace(policy, calibration=plain)
     after = {"student": policy.student_predictions(student_scores)}
     before = {"student": uncalibrated.student_predictions(student_scores)}
     if teacher_scores is not None:

@@ -84,7 +84,7 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
     if "student" in stages:
         with noted():
             _check_student(context, posts)
-    if "calibrate" in stages:
+    if "calibrate" in stages or "cascade" in stages:
         with noted():
             _check_promise(context)
     return list(found)
@@ -204,6 +204,8 @@ def _check_promise(context: Context) -> None:
     settings, n = context.recipe.calibrate, len(context.corpus.validation)
     assert settings is not None
     if settings.by == "quality":
+        if context.recipe.cascade is not None and context.recipe.cascade.on_agreement == "average":
+            raise SettingsError("calibrate.by: quality needs cascade.on_agreement: teacher")
         target = quality_target(settings, context.labels)
         if largest_quality(np.ones(n), settings.confidence) < target:
             raise SettingsError(

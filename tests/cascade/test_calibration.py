@@ -126,7 +126,7 @@ def test_a_quality_is_kept_by_the_cascade_with_the_fewest_calls(signal: Signal, 
     right = np.mean([policy.label(each.probabilities) == label for each, label in zip(decisions, gold, strict=True)])
     assert right == pytest.approx(promise["reached"]) and promise["reached_low"] < 0.9 < promise["reached"]
     assert np.mean([each.teacher_calls for each in decisions]) == pytest.approx(promise["calls"])
-    assert 0 < promise["calls"] < 0.9 and "the cascade reaches 0.9 at a confidence of 90%" in promise["says"]
+    assert 0 < promise["calls"] < 0.9 and "an accuracy of at least 0.9 at a confidence of 90%" in promise["says"]
     with pytest.raises(SettingsError, match=r"calibrate\.quality: 600 validation posts .* largest is 0\.\d+$"):
         calibrate(gold, student, teacher, NAMES, LABELS, replace(settings, quality=0.999))
     with pytest.raises(SettingsError, match=r"calibrate\.quality is 1; it takes a number above 0 and below 1"):
@@ -145,6 +145,33 @@ def test_the_error_signal_is_the_estimated_probability_of_an_error() -> None:
             assert wrong[block].mean() == pytest.approx(value, abs=0.02)
     by_entropy = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings())
     assert content["models"] == by_entropy["models"] and by_entropy["student_errors"] is None
+
+
+def test_the_error_signal_keeps_1_for_answers_that_are_never_accepted() -> None:
+    calibration = Calibration(
+        "s", "t", "entropy", 1.0, 1.0, 1.0, 1.0, 0.0, student_errors=([0.0, 0.5], [0.1, 1.0]), teacher_errors=None
+    )
+    rows = np.array([[0.98, 0.01, 0.01], [0.4, 0.3, 0.3], [1 / 3, 1 / 3, 1 / 3]])
+    policy = CascadePolicy(LABELS, calibration)
+    sure, wrong, unanswered = policy.student_predictions(ClassScores(rows, np.array([1.0, 1.0, 0.0])))
+    assert 0.1 < sure.uncertainty < 0.5 and not unanswered.answered
+    assert 0.99 < wrong.uncertainty < 1 == unanswered.uncertainty
+    assert policy.accept_student(wrong) is not None and policy.accept_student(unanswered) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"student_errors": "x"}, {"student_errors": [1, 2]}, {"teacher_errors": [[], []]},
+        {"student_threshold": "a"}, {"teacher_threshold": None}, {"student_temperature": True},
+    ],
+)  # fmt: skip
+def test_a_damaged_calibration_is_refused(change: dict, tmp_path: Path) -> None:
+    gold, student, teacher = validation(60)
+    content = calibrate(gold, student, teacher, NAMES, LABELS, CalibrateSettings(signal="error"))
+    (path := tmp_path / "calibration.json").write_text(json.dumps(content | change))
+    with pytest.raises(SettingsError, match="is not a valid calibration"):
+        Calibration.read(path, NAMES[0])
 
 
 def test_on_a_scale_the_quality_is_the_mean_absolute_error() -> None:

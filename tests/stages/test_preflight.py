@@ -240,6 +240,11 @@ def test_a_quality_that_the_validation_posts_cannot_support(refused: Callable[..
     assert message.startswith("calibrate.quality: 9 validation posts cannot support 0.99 at a confidence of 0.9")
 
 
+def test_a_quality_of_averages(refused: Callable[..., str]) -> None:
+    message = refused(calibrate={"by": "quality", "quality": 0.5}, cascade={"on_agreement": "average"})
+    assert message == "calibrate.by: quality needs cascade.on_agreement: teacher"
+
+
 def test_a_quality_out_of_range(refused: Callable[..., str]) -> None:
     message = refused(calibrate={"by": "quality", "quality": 1.5})
     assert message == "calibrate.quality is 1.5; it takes a number above 0 and below 1"
