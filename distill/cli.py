@@ -33,6 +33,7 @@ COMMANDS = {
 OTHERS = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
+    "push": "upload the exported student of a run, or its reasoning data, to the Hugging Face hub",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
     "completion": "print the completion script of a shell: bash, zsh or tcsh",
@@ -107,6 +108,8 @@ def _other(command: str, arguments: Sequence[str]) -> None:
         _predict(parsed)
     elif command == "compare":
         _compare(parsed, rest)
+    elif command == "push":
+        _push(parsed)
     elif command == "completion":
         from distill import completion
 
@@ -135,6 +138,8 @@ def _options(command: str) -> Any:
         _add_predict(options)
     elif command == "compare":
         _add_compare(options)
+    elif command == "push":
+        _add_push(options)
     else:
         from distill import shipped
 
@@ -232,6 +237,24 @@ def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     print(text_table(frame))
     for path in parsed.output:
         comparison.write(frame, path)
+
+
+def _add_push(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
+    options.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is made if it does not exist")
+    options.add_argument("--data", action="store_true", help="upload the reasoning data with its pictures instead")
+    options.add_argument("--private", action="store_true", help="make a new repository private")
+    options.add_argument("--language", help="code of the language of the posts for the card, such as en")
+    options.add_argument(
+        "--datasets", nargs="+", default=[], metavar="ID", help="datasets on the hub that the student was trained on"
+    )
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from distill import push
+
+    target = push.Target(parsed.to, parsed.private, parsed.language, parsed.datasets)
+    print(f"uploaded to {(push.push_data if parsed.data else push.push_student)(parsed.run, target)}")
 
 
 def _parsed(

@@ -92,6 +92,8 @@ def test_every_distill_command_parses(
         monkeypatch.setattr("distill.predict.predict", lambda *_, **__: Prediction(tmp_path / "out.csv", 1, 0))
         monkeypatch.setattr("distill.comparison.compare", lambda folders: COMPARED)
         monkeypatch.setattr("distill.variants.run_variants", lambda *_: [])
+        for name in ("push_student", "push_data"):
+            monkeypatch.setattr(f"distill.push.{name}", lambda *_: "https://hub.example/user/name")
         assert cli.main(arguments) == 0
         return
     assert cli.main(arguments) == 0, capsys.readouterr().err

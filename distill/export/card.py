@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 
 from distill.models.backbone import Backbone
-from distill.models.hub import load_from_hub
+from distill.models.hub import is_hub_id, load_from_hub
 from distill.models.text_models import TEMPLATE_VARIABLES
 from distill.task.prompts import render
 from distill.task.sample import Sample
@@ -68,7 +68,7 @@ def model_card(
     """Text of the model card (README.md): prompts, requests to servers, test metrics, data and recipe.
 
     Args:
-        base: name of the base model; empty for a tiny model.
+        base: name of the base model, or its folder; empty for a tiny model.
         recipe: the resolved recipe as YAML.
         metrics: test metrics of the student.
         example: sample for which the prompts are shown.
@@ -77,12 +77,12 @@ def model_card(
     with_images, text_only = student.encoder.reads_images, student.processor.image_processor is None
     task = "text-generation" if text_only else "image-text-to-text"
     header = {"library_name": "transformers", "pipeline_tag": task, "license": licence}
-    if base:
+    if is_hub_id(base):
         header["base_model"] = base
     rows = "\n".join(
         f"| {key} | {value:.4g} |" for key in _METRICS if isinstance(value := metrics.get(key), int | float)
     )
-    origin = base or "a tiny Qwen2.5-VL with random weights"
+    origin = (base if is_hub_id(base) else Path(base).name) or "a tiny Qwen2.5-VL with random weights"
     if student.settings.keep_layers is not None:
         config: Any = student.model.config
         origin = f"{config.get_text_config().num_hidden_layers} layers of {origin}"

@@ -1,6 +1,7 @@
 """Models by name: local files first, then the hub, with one short attempt to reach it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,11 @@ T = TypeVar("T")
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 _ADAPTERS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name of a model is an id of the hub, `user/name`, and not a folder on this machine."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def load_from_hub(load: Callable[..., T], path: str, **options: Any) -> T:

@@ -1,0 +1,226 @@
+"""`distill push`: upload of an exported student, or of a run's reasoning data, to the Hugging Face hub."""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import (
+    CommitOperationAdd,
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from distill.data import jsonl
+from distill.data.images import open_image
+from distill.errors import RunError, SettingsError
+from distill.files import read_json
+from distill.models.hub import is_hub_id
+from distill.runs import Run
+
+log = logging.getLogger(__name__)
+
+FEATURES = Features({
+    "id": Value("string"), "text": Value("string"), "aspect": Value("string"), "images": List(Image()),
+    "label": Value("string"), "rationale": Value("string"), "source": Value("string"),
+})  # fmt: skip
+_SHARD_BYTES = 500_000_000
+_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mae": "mae", "correlation": "pearsonr"}
+"""Metrics of a run that the card's `model-index` has, by name, and their types on the hub."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to upload to.
+
+    Attributes:
+        repository: `user/name`.
+        private: whether a new repository is private.
+        language: code of the language of the posts, such as `en`; None: not stated.
+        datasets: ids of datasets on the hub from which the student was trained.
+    """
+
+    repository: str
+    private: bool = False
+    language: str | None = None
+    datasets: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repository)
+        except HFValidationError as error:
+            raise SettingsError(f"--to: {error}") from None
+        if self.repository.count("/") != 1:
+            raise SettingsError(f"--to is {self.repository!r}; it takes user/name")
+
+
+def push_student(folder: Path, target: Target) -> str:
+    """Upload the export of a run with a completed model card. Returns the address of the repository.
+
+    The card gets tags, the test metrics as `model-index`, and the language and datasets of the target. `base_model`
+    stays only if it is an id of the hub.
+
+    Raises:
+        SettingsError: the run has no export, or there is no token.
+        RunError: the hub refused the upload or cannot be reached.
+    """
+    run = Run(folder)
+    export = run.folder / "export"
+    if not (export / "config.json").exists() or not (export / "README.md").exists():
+        raise SettingsError(f"{export} holds no exported student; run: distill export")
+    files: dict[str, Path | bytes] = {
+        path.relative_to(export).as_posix(): path for path in sorted(export.rglob("*")) if path.is_file()
+    }
+    return _upload(target, "model", files | {"README.md": _model_card(run, target).encode()})
+
+
+def push_data(folder: Path, target: Target) -> str:
+    """Upload the reasoning data of a run as a dataset with its pictures. Returns the address of the repository.
+
+    Raises:
+        SettingsError: the run has no reasoning data, a row or a picture cannot be read, or there is no token.
+        RunError: the hub refused the upload or cannot be reached.
+    """
+    run = Run(folder)
+    paths = [run.folder / stage / "rationales.jsonl" for stage in ("annotate", "augment")]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        raise SettingsError(f"{run.folder} holds no reasoning data; run: distill annotate")
+    disable_progress_bars()
+    with TemporaryDirectory(prefix="distill-push-") as scratch:
+        try:
+            rows = Dataset.from_generator(
+                _rows, features=FEATURES, cache_dir=scratch, split="train",
+                gen_kwargs={"paths": paths, "root": Path(run.recipe.data.root)},
+            )  # fmt: skip
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
+        count = max(1, math.ceil(rows.data.nbytes / _SHARD_BYTES))
+        files: dict[str, Path | bytes] = {}
+        for number in range(count):
+            name = f"data/train-{number:05d}-of-{count:05d}.parquet"
+            path = Path(scratch) / Path(name).name
+            rows.shard(count, number, contiguous=True).to_parquet(str(path))
+            files[name] = path
+        files["README.md"] = _dataset_card(run, target, len(rows)).encode()
+        return _upload(target, "dataset", files)
+
+
+def _rows(paths: Sequence[Path], root: Path) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        for row in jsonl.read(path):
+            where = f"{path} row {row.number}"
+            if row.problem is not None:
+                raise SettingsError(f"{where} {row.problem}")
+            try:
+                sample = jsonl.to_sample(row.fields, root)
+                images = []
+                for image in sample.images:
+                    open_image(image).close()
+                    images.append({"bytes": image.read_bytes(), "path": image.name})
+            except (ValueError, OSError) as error:
+                raise SettingsError(f"{where}: {error}") from None
+            yield {
+                "id": sample.id, "text": sample.text, "aspect": sample.aspect, "images": images,
+                "label": None if sample.label is None else str(sample.label), "rationale": sample.rationale,
+                "source": str(row.fields.get("source")),
+            }  # fmt: skip
+
+
+def _model_card(run: Run, target: Target) -> str:
+    card = ModelCard((run.folder / "export" / "README.md").read_text(encoding="utf-8"))
+    data: Any = card.data
+    if data.base_model is not None and not is_hub_id(str(data.base_model)):  # the export of an earlier version
+        data.base_model = None
+    data.tags = ["distill", "knowledge-distillation"]
+    data.language, data.datasets = target.language, list(target.datasets) or None
+    data.model_name = target.repository.split("/")[1]
+    path = run.folder / "evaluate" / "metrics.json"
+    metrics: Mapping[str, Any] = read_json(path).get("student", {}) if path.exists() else {}
+    source = run.recipe.data.source
+    data.eval_results = [
+        EvalResult(
+            task_type="text-classification", dataset_type=source, dataset_name=run.recipe.name, dataset_split="test",
+            metric_type=kind, metric_name=name, metric_value=round(metrics[name], 4),
+        )
+        for name, kind in _METRICS.items()
+        if isinstance(metrics.get(name), int | float)
+    ] or None  # fmt: skip
+    return _without_folders(str(card))
+
+
+def _without_folders(card: str) -> str:
+    """The card with the last part alone of each folder of this machine that its recipe names."""
+    return re.sub(
+        r"^(\s*(?:- )?(?:[\w.]+: )?['\"]?)/(?:[^\s'\"]*/)?([^/\s'\"]+['\"]?)$", r"\1\2", card, flags=re.MULTILINE
+    )
+
+
+def _dataset_card(run: Run, target: Target, count: int) -> str:
+    data = DatasetCardData(
+        language=target.language,
+        tags=["distill", "rationales"],
+        pretty_name=f"Rationales of {run.recipe.name}",
+        size_categories=_size_category(count),
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+    )
+    labels = ", ".join(run.recipe.labels.names)
+    text = f"""# Rationales of {run.recipe.name}
+
+{count} rows, each a post with the label and a rationale from which a student was trained with `distill` (MulCoT-RD,
+arXiv 2508.05234). Labels: {labels}.
+
+| column | content |
+| --- | --- |
+| `id`, `text`, `aspect`, `images` | the post; `aspect` is its target, if it has one |
+| `label` | gold, or the teacher's where there was none |
+| `rationale` | fields from the analysis of the text to the prediction |
+| `source` | `predicted` or `explained` by the teacher, `recorded`, or `augmented` by the assistant |
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("{target.repository}", split="train")
+rows[0]["images"]
+```
+"""
+    return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def _size_category(count: int) -> str:
+    sizes = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+    return next((name for limit, name in sizes.items() if count < limit), "1M<n<10M")
+
+
+def _upload(target: Target, kind: str, files: Mapping[str, Path | bytes]) -> str:
+    """One commit with all files, so that a repository has either all of them or none."""
+    if get_token() is None:
+        raise SettingsError("push needs a token of the hub: set HF_TOKEN, or run: hf auth login")
+    api = HfApi()
+    operations = [
+        CommitOperationAdd(name, file if isinstance(file, bytes) else str(file)) for name, file in files.items()
+    ]
+    log.info("upload %d files to %s", len(files), target.repository)
+    try:
+        address = api.create_repo(target.repository, repo_type=kind, private=target.private, exist_ok=True)
+        api.create_commit(target.repository, operations, commit_message="Upload by distill", repo_type=kind)
+    except OfflineModeIsEnabled:
+        raise SettingsError("push needs a connection, and HF_HUB_OFFLINE is set") from None
+    except HfHubHTTPError as error:
+        reason = error.server_message or str(error).splitlines()[0]
+        raise RunError(f"push: the hub refused {target.repository}: {reason}") from None
+    except Exception as error:
+        raise RunError(f"push: {target.repository} was not uploaded: {type(error).__name__}: {error}") from error
+    return str(address)

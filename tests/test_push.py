@@ -1,0 +1,141 @@
+"""`distill push` to a stand-in of the hub: what it receives, and what is refused before anything is sent."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+from transformers import AutoConfig
+
+import distill as api
+from distill.data import jsonl
+from tests.commands import Command, Result
+from tests.hub_server import Hub
+
+Push = Callable[..., Result]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path) -> Push:
+    """`distill push` in a process of its own, which reaches the stand-in."""
+
+    def run(*arguments: object, **variables: str) -> Result:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        } | variables  # fmt: skip
+        command = [sys.executable, "-m", "distill", "push", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def test_the_hub_receives_the_export_with_a_card_that_it_can_read(folder: Path, hub: Hub, push: Push) -> None:
+    result = push("--run", folder, "--to", "someone/small", "--private", "--language", "en", "--datasets", "a/b", "c/d")
+    assert (result.status, result.stdout) == (0, f"uploaded to {hub.url}/someone/small\n"), result.stderr
+    assert hub.repositories["models/someone/small"]["visibility"] == "private"
+    assert hub.commits == [{"repository": "models/someone/small", "summary": "Upload by distill"}]
+    received, export = hub.folder / "models" / "someone" / "small", folder / "export"
+    names = {path.relative_to(export) for path in export.rglob("*") if path.is_file()}
+    assert {path.relative_to(received) for path in received.rglob("*") if path.is_file()} == names
+    for name in names - {Path("README.md")}:
+        assert (received / name).read_bytes() == (export / name).read_bytes(), name
+    assert AutoConfig.from_pretrained(received).model_type == "qwen2_5_vl"
+
+    card = ModelCard.load(received / "README.md")
+    data, metrics = card.data, api.Run(folder).metrics.loc["student"]
+    assert (data.language, data.datasets, data.model_name) == ("en", ["a/b", "c/d"], "small")
+    assert "distill" in data.tags and data.base_model is None and data.license == "apache-2.0"
+    results = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert results["accuracy"] == round(metrics["accuracy"], 4) and set(results) == {"accuracy", "macro_f1"}
+    assert "model-index" in data.to_dict() and "## Serving" in card.text
+    recipe = api.Run(folder).recipe
+    assert f"root: {Path(recipe.data.root).name}\n" in card.text and str(recipe.data.root) not in card.content
+    assert str(recipe.runs) not in card.content
+
+
+def test_the_hub_receives_the_reasoning_data_with_its_pictures(folder: Path, hub: Hub, push: Push) -> None:
+    result = push("--run", folder, "--to", "someone/posts", "--data")
+    assert (result.status, result.stdout) == (0, f"uploaded to {hub.url}/datasets/someone/posts\n"), result.stderr
+    received = hub.folder / "datasets" / "someone" / "posts"
+    rows = load_dataset(str(received), split="train")
+    written = [
+        row.fields
+        for stage in ("annotate", "augment")
+        for row in jsonl.read(folder / stage / "rationales.jsonl")
+    ]  # fmt: skip
+    assert rows["id"] == [row["id"] for row in written] and rows["rationale"] == [row["rationale"] for row in written]
+    assert {row["source"] for row in written} == set(rows["source"])
+    root = Path(api.Run(folder).recipe.data.root)
+    for row, original in zip(rows, written, strict=True):
+        assert len(row["images"]) == len(original["images"]) == 1
+        assert row["images"][0].size == (28, 28)
+        assert (root / original["images"][0]).exists()
+    card = DatasetCard.load(received / "README.md")
+    assert card.data.size_categories == "n<1K" and f"{len(written)} rows" in card.text
+    assert str(root) not in card.content
+
+
+def test_a_second_upload_replaces_the_first(folder: Path, hub: Hub, push: Push) -> None:
+    for _ in range(2):
+        assert push("--run", folder, "--to", "someone/small").status == 0
+    assert len(hub.commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("--to", "someone/small"), {"HF_TOKEN": "wrong"}, "push: the hub refused someone/small: Invalid username"),
+        (("--to", "someone/small"), {"HF_TOKEN": ""}, "push needs a token of the hub: set HF_TOKEN"),
+        (("--to", "someone/small"), {"HF_HUB_OFFLINE": "1"}, "push needs a connection, and HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    arguments: tuple[str, ...], variables: dict[str, str], message: str, folder: Path, hub: Hub, push: Push
+) -> None:
+    result = push("--run", folder, *arguments, **variables)
+    assert result.error.startswith(message) and result.status in (1, 2)
+    assert not hub.commits
+
+
+def test_a_commit_that_fails_leaves_nothing(folder: Path, hub: Hub, push: Push) -> None:
+    hub.broken = 422
+    result = push("--run", folder, "--to", "someone/small")
+    assert result.status == 1 and "the disk of the hub is full" in result.error
+    assert not hub.commits and not hub.folder.exists()
+
+
+def test_what_cannot_be_uploaded_is_refused_before_anything_is_sent(
+    folder: Path, tmp_path: Path, distill: Command
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run, ignore=shutil.ignore_patterns("export"))
+    for arguments, message in [
+        (("--to", "small"), "--to is 'small'; it takes user/name"),
+        (("--to", "a/b/c"), "--to: "),
+        (("--to", "some one/small"), "--to: "),
+        (("--to", "someone/small"), "holds no exported student; run: distill export"),
+    ]:
+        result = distill("push", "--run", run, *arguments)
+        assert message in result.error and result.status == 2
+    rows = (run / "annotate" / "rationales.jsonl").read_text().splitlines()
+    broken = json.loads(rows[2]) | {"images": ["images/none.png"]}
+    (run / "annotate" / "rationales.jsonl").write_text("\n".join([*rows[:2], json.dumps(broken), *rows[3:]]) + "\n")
+    result = distill("push", "--run", run, "--to", "someone/posts", "--data")
+    assert "row 3" in result.error and "none.png" in result.error
+    for stage in ("annotate", "augment"):
+        (run / stage / "rationales.jsonl").unlink()
+    assert "holds no reasoning data" in distill("push", "--run", run, "--to", "someone/posts", "--data").error
