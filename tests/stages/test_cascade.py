@@ -66,7 +66,7 @@ def test_a_teacher_that_did_not_learn_to_review_is_not_asked_to(
 def test_the_deferral_curve_is_a_table(folder: Path, metrics: dict) -> None:
     with (folder / "cascade" / "deferral_curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["policy"] for row in rows} == {"entropy", "max_probability", "margin", "random", "oracle"}
+    assert {row["policy"] for row in rows} == {"entropy", "max_probability", "margin", "error", "random", "oracle"}
     first = next(row for row in rows if row["policy"] == "entropy")
     assert float(first["deferred"]) == 0 and float(first["quality"]) == pytest.approx(metrics["student_accuracy"])
     assert all(float(row["low"]) <= float(row["high"]) for row in rows)
