@@ -94,7 +94,8 @@ def test_one_wrong_weight_is_refused(
             student, posts, tmp_path / "export", tmp_path / "trained", "card", ExportSettings(check_samples=4)
         )
 
-    assert written()["difference"] <= written()["tolerance"]
+    result = written()
+    assert result["difference"] <= result["tolerance"]
     merged = Backbone.merged
 
     def wrong(student: Backbone) -> torch.nn.Module:
