@@ -177,8 +177,13 @@ def input_fingerprints(recipe: Recipe, command: str, reads: Sequence[str]) -> di
 
 def check_outputs(recipe: Recipe) -> None:
     """Raise SettingsError if an output of a finished stage is damaged; neither settings nor data are compared."""
+    read_manifest(recipe.folder).check()
+
+
+def read_manifest(folder: Path, digests: Digests | None = None) -> Manifest:
+    """The manifest of a run's folder. Raises SettingsError if it is none."""
     outputs = {name: stage.outputs for name, stage in STAGES.items()}
-    Manifest(recipe.folder, Digests(recipe.folder / _DIGESTS), outputs).check()
+    return Manifest(folder, digests or Digests(folder / _DIGESTS), outputs)
 
 
 def _check_inputs(reader: str, reads: Sequence[str], done: Mapping[str, bool]) -> None:
@@ -200,7 +205,7 @@ class _State:
 
     def __init__(self, recipe: Recipe) -> None:
         self.digests = Digests(recipe.folder / _DIGESTS)
-        self.manifest = Manifest(recipe.folder, self.digests, {name: stage.outputs for name, stage in STAGES.items()})
+        self.manifest = read_manifest(recipe.folder, self.digests)
         self.fingerprints = fingerprints(recipe, STAGES)
         translate(self.manifest, recipe, self.fingerprints, STAGES)
         data = data_digest(recipe.data, self.digests)

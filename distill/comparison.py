@@ -18,12 +18,10 @@ import pandas as pd
 
 from distill import chain
 from distill.data import jsonl
-from distill.digests import Digests
 from distill.errors import RunError, SettingsError
 from distill.evaluation.comparison_page import METRICS, ROLES, page
 from distill.evaluation.paired import difference_interval, mcnemar, paired_differences
 from distill.files import atomic_write, read_json
-from distill.manifest import Manifest
 from distill.recipe import Recipe
 from distill.runs import Run
 from distill.serving.settings import ServeSettings
@@ -237,14 +235,9 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: None if row.get(name) is None else float(row[name]) for name in METRICS}
 
 
-def _manifest(run: Run) -> Manifest:
-    outputs = {name: stage.outputs for name, stage in chain.STAGES.items()}
-    return Manifest(run.folder, Digests(run.folder / ".digests.json"), outputs)
-
-
 def _check_current(run: Run) -> None:
     """Raise SettingsError if the results are not finished, or older than a stage that they read."""
-    recipe, manifest = run.recipe, _manifest(run)
+    recipe, manifest = run.recipe, chain.read_manifest(run.folder)
     if recipe.evaluate is None:
         raise SettingsError(f"{run.folder} has no evaluate section, so there is nothing to compare")
     for name in ("evaluate", *(["cascade"] if recipe.cascade is not None else [])):

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from distill.evaluation.report import TITLES
+from distill.evaluation.report import TITLES, aligned
 
 ROLES = TITLES | {"cascade": "cascade"}
 """Titles of what is compared, in display order."""
@@ -63,13 +63,7 @@ def sections(frame: pd.DataFrame) -> Iterator[Section]:
 
 def text_table(frame: pd.DataFrame) -> str:
     """The comparison for a terminal, a table for each role."""
-    tables = []
-    for section in sections(frame):
-        rows = [[section.title, *section.columns], *section.rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-        tables.append("\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]))
-    return "\n\n".join(tables)
+    return "\n\n".join(aligned([[part.title, *part.columns], *part.rows]) for part in sections(frame))
 
 
 def page(frame: pd.DataFrame) -> str:

@@ -113,6 +113,11 @@ def format_table(roles: Roles, baselines: Mapping[str, Metrics] | None = None) -
     by_title = dict(baselines or {}) | {title: roles[role] for role, title in _titles(roles).items()}
     for title, metrics in by_title.items():
         rows.append([title, *(" ".join(_cell(metrics, key)).strip() for key in shown)])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: a header, a line and the other rows, with the first column to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
