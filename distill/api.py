@@ -90,7 +90,7 @@ class Student:
         opened = Run(folder)
         if opened.recipe.student is None:
             raise SettingsError(f"{opened.folder} has no student section")
-        model = Local(Context(opened.recipe, {}).load("student"), "student", _device(device))
+        model = Local(Context(opened.recipe, {}).load(opened.recipe.student_stage), "student", _device(device))
         return cls(model, opened.recipe.data.max_tokens)
 
     @classmethod
@@ -201,16 +201,16 @@ class Cascade:
             ledger: keeps the teacher's answers, and gives those that it has; None: the teacher is always asked.
 
         Raises:
-            SettingsError: one of the stages teacher, student and calibrate is missing or not up to date.
+            SettingsError: one of the stages teacher, student (or refine) and calibrate is missing or not up to date.
         """
         recipe = Run(folder).recipe
-        needed = ("teacher", "student", "calibrate")
+        needed = ("teacher", recipe.student_stage, "calibrate")
         context = Context(recipe, chain.input_fingerprints(recipe, "Cascade.from_run", needed))
         teacher = context.teacher(recipe.cascade_teacher)
         assert teacher is not None  # calibrate has run
         if ledger is not None:
             teacher = CachedTeacher(teacher, context.labels, ledger, 256)
-        student = Student(context.reasoner("student"), recipe.data.max_tokens)
+        student = Student(context.reasoner(recipe.student_stage), recipe.data.max_tokens)
         return cls(student, teacher, calibrated_policy(context))
 
     def classify(self, posts: Iterable[Post]) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from distill.stages import (
     evaluate,
     export,
     preflight,
+    refine,
     student,
     teacher,
 )
@@ -63,17 +64,23 @@ STAGES = {
     "assistant": Stage(assistant.run, ("annotate",), ("trainer",), ("adapter", "metrics.csv")),
     "augment": Stage(augment.run, ("annotate", "assistant"), (), ("rationales.jsonl", "summary.json")),
     "student": Stage(student.run, ("annotate", "assistant", "augment"), ("trainer",), ("adapter", "metrics.csv")),
+    "refine": Stage(refine.run, ("annotate", "assistant", "augment", "student"), (), ("adapter", "metrics.csv")),
     "evaluate": Stage(
-        evaluate.run, ("teacher", "annotate", "assistant", "student"), (), ("metrics.json", "predictions.jsonl")
+        evaluate.run,
+        ("teacher", "annotate", "assistant", "student", "refine"),
+        (),
+        ("metrics.json", "predictions.jsonl"),
     ),
-    "calibrate": Stage(calibrate.run, ("teacher", "annotate", "student"), ("cascade.teacher",), ("calibration.json",)),
+    "calibrate": Stage(
+        calibrate.run, ("teacher", "annotate", "student", "refine"), ("cascade.teacher",), ("calibration.json",)
+    ),
     "cascade": Stage(
         cascade.run,
-        ("teacher", "annotate", "student", "calibrate"),
+        ("teacher", "annotate", "student", "refine", "calibrate"),
         (),
         ("metrics.json", "decisions.jsonl", "deferral_curve.csv"),
     ),
-    "export": Stage(export.run, ("student", "evaluate"), (), ("config.json", "README.md")),
+    "export": Stage(export.run, ("student", "refine", "evaluate"), (), ("config.json", "README.md")),
 }
 """All stages in the order of a chain. A recipe has the stages whose sections it has."""
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "assistant": "train the assistant on the teacher's rationales",
     "augment": "write further rationales with the assistant; keep the correct ones",
     "student": "train the student with knowledge distillation",
+    "refine": "train the student on its own rationales, with trl",
     "evaluate": "evaluate teacher, assistant and student on the test split",
     "calibrate": "fit the cascade's temperatures and thresholds on the validation split",
     "cascade": "run the cascade of student and teacher on the test split",
@@ -288,7 +289,9 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         print(report.summary(settings))
         return
     if command == "serve":
-        serve.run(settings, chain.input_fingerprints(settings, command, ("teacher", "student", "calibrate")))
+        serve.run(
+            settings, chain.input_fingerprints(settings, command, ("teacher", settings.student_stage, "calibrate"))
+        )
         return
     with raise_on_sigterm():
         ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)

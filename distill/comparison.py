@@ -123,6 +123,7 @@ def compare(folders: Sequence[str | os.PathLike[str]], resamples: int = 2000) ->
         raise SettingsError("compare needs runs of two recipes or more; runs that differ in their seed alone are one")
     outcomes = {variant.name: [_read(run) for run in variant.runs] for variant in found}
     everyone = [outcome for group in outcomes.values() for outcome in group]
+    _add_unrefined(everyone)
     _check_same_posts(everyone)
     first, posts, scale = found[0], list(everyone[0].gold), everyone[0].run.recipe.labels.scale is not None
     sign, rows = -1 if scale else 1, []
@@ -153,6 +154,15 @@ def compare(folders: Sequence[str | os.PathLike[str]], resamples: int = 2000) ->
                 row[name] = None if None in values else fmean(values)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _add_unrefined(outcomes: Sequence[_Outcome]) -> None:
+    """If a run has a refined student, the student of each other run stands beside it."""
+    if not any("student_refined" in outcome.metrics for outcome in outcomes):
+        return
+    for outcome in outcomes:
+        for values in (outcome.metrics, outcome.qualities):
+            values.setdefault("student_refined", values["student"])  # type: ignore[arg-type]
 
 
 def _check_same_posts(outcomes: Sequence[_Outcome]) -> None:

@@ -48,6 +48,10 @@ _LENGTH = frozenset({"max_epochs", "max_steps"})
 """Trainer arguments that a training can continue from if they are raised."""
 
 
+_LATER = frozenset({"refine"})
+"""Stages that the first version did not have. A recipe without them has the hashes of that version."""
+
+
 class Inputs(Protocol):
     """What a stage depends on: the earlier stages that it reads, and sections besides its own."""
 
@@ -214,21 +218,22 @@ def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]
             task,
             settings[name],
             *_section_values(settings, stage.sections),
-            *(hashes.get(earlier) for earlier in reads(name, stage, settings[name])),
+            *(hashes.get(read) for read in reads(name, stage, settings[name]) if read not in _LATER or read in hashes),
         ]
         hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     return hashes
 
 
 def reads(name: str, stage: Inputs, section: Mapping[str, Any]) -> tuple[str, ...]:
-    """The earlier stages that a stage reads; the student also the teacher, if it learns the teacher's labels.
+    """The earlier stages that a stage reads; student and refine also the teacher, if they learn its distributions.
 
     Args:
         section: the settings of the stage.
     """
     options = section.get("distillation") or {}
     labels = name == "student" and options.get("label_weight") and options.get("label_teacher") == "teacher"
-    return (*stage.reads, "teacher") if labels else stage.reads
+    tokens = name == "refine" and section.get("method") == "distill" and section.get("teacher") == "teacher"
+    return (*stage.reads, "teacher") if labels or tokens else stage.reads
 
 
 def _section_values(settings: Mapping[str, Any], sections: Sequence[str]) -> list[Any]:

@@ -21,7 +21,9 @@ from distill.files import damage, read_json, write_json
 log = logging.getLogger(__name__)
 
 _MODEL = r"(adapter/)?([^/]+\.(json|safetensors|jinja|model|bin|py)|README\.md|merges\.txt|vocab\.txt)"
-_WORK = r"checkpoints/[^/]+\.ckpt|metrics\.earlier\.csv|hparams\.yaml|(.+/)?\.[^/]+\.part"
+_WORK = (
+    r"checkpoints/[^/]+\.ckpt|checkpoints/checkpoint-\d+/[^/]+|metrics\.earlier\.csv|hparams\.yaml|(.+/)?\.[^/]+\.part"
+)
 _TRAINING = rf"(hard_labels/)?(adapter/{_MODEL}|metrics\.csv|{_WORK})"
 _KEPT = r"ledger\.jsonl|soft_targets/.*"  # caches whose entries are keyed by their own inputs
 _READ = (

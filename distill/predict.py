@@ -217,7 +217,11 @@ def _identity(run: Run, source: Path, cascade: bool, reasoning: _Reasoning | Non
         with source.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    found = {"input": digest.hexdigest(), "student": Context(run.recipe, {}).weights("student"), "cascade": cascade}
+    found = {
+        "input": digest.hexdigest(),
+        "student": Context(run.recipe, {}).weights(run.recipe.student_stage),
+        "cascade": cascade,
+    }
     found["rationales"] = None if reasoning is None else asdict(reasoning)
     if cascade and (calibration := run.folder / CALIBRATION).exists():
         found["calibration"] = hashlib.sha256(calibration.read_bytes()).hexdigest()

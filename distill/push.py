@@ -148,7 +148,7 @@ def _model_card(run: Run, target: Target) -> str:
     data.language, data.datasets = target.language, list(target.datasets) or None
     data.model_name = target.repository.split("/")[1]
     path = run.folder / "evaluate" / "metrics.json"
-    metrics: Mapping[str, Any] = read_json(path).get("student", {}) if path.exists() else {}
+    metrics: Mapping[str, Any] = read_json(path).get(run.recipe.student_role, {}) if path.exists() else {}
     source = run.recipe.data.source
     data.eval_results = [
         EvalResult(

@@ -7,22 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
 
-from distill.annotation.annotate import AnnotateSettings
 from distill.annotation.augment import AugmentSettings
-from distill.cascade.calibration import CalibrateSettings
-from distill.cascade.cascade import CascadeSettings
 from distill.data.corpus import check_labels
 from distill.data.source import DataSettings
 from distill.errors import SettingsError
 from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
 from distill.masking import mask
-from distill.models.backbone import ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import (
@@ -37,68 +33,24 @@ from distill.settings import (
     parse_error_message,
     read_yaml,
 )
+from distill.stage_settings import (
+    AnnotateStageSettings,
+    CalibrateStageSettings,
+    CascadeStageSettings,
+    Teacher,
+    TeacherSettings,
+)
 from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
 from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
+from distill.training.refine_settings import RefineSettings, check_refine
 from distill.training.student import StudentSettings, check_label_teacher
 from distill.training.trainer_arguments import check_schedule, check_trainer, try_trainer
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TeacherSettings(TrainSettings):
-    """Training of a local teacher."""
-
-    tasks: dict[str, float] = field(default_factory=lambda: {"predict": 1.0, "explain": 1.0, "classify": 1.0})
-    """Training tasks and their weights in the loss: predict, explain and classify with an annotate section, otherwise
-    classify only. review prepares the teacher for the third stage of the cascade, whose prompt contains both earlier
-    predictions."""
-
-
-@dataclass
-class AnnotateStageSettings(AnnotateSettings):
-    """The teacher that writes the reasoning data, and how its answers are requested and filtered."""
-
-    endpoint: EndpointSettings | None = None
-    """Use a model behind an OpenAI-compatible server as teacher."""
-    model: ModelSettings | None = None
-    """Use a pretrained model on this machine as teacher, without fine-tuning."""
-
-
-@dataclass
-class CalibrateStageSettings(CalibrateSettings):
-    """Fitting of the cascade's temperatures and thresholds."""
-
-    endpoint: EndpointSettings | None = None
-    """Earlier place of cascade.teacher.endpoint; still read, with a notice."""
-    model: ModelSettings | None = None
-    """Earlier place of cascade.teacher.model; still read, with a notice."""
-
-
-@dataclass
-class CascadeTeacherSettings(Settings):
-    """The teacher of the cascade, for calibrate, cascade and serve. Empty: the teacher that annotates."""
-
-    endpoint: EndpointSettings | None = None
-    """Use a model behind an OpenAI-compatible server."""
-    model: ModelSettings | None = None
-    """Use a pretrained model on this machine, without fine-tuning."""
-
-
-@dataclass
-class CascadeStageSettings(CascadeSettings):
-    """The cascade on the test split, and its teacher; its temperatures and thresholds come from `calibrate`."""
-
-    teacher: CascadeTeacherSettings | None = None
-    """The teacher of the cascade, if it is not the one that annotates."""
-
-
-Teacher = TeacherSettings | EndpointSettings | ModelSettings
-"""The settings of a teacher: trained by the chain, behind a server, or pretrained on this machine."""
 
 
 @dataclass
@@ -132,6 +84,8 @@ class Recipe(Settings):
     """Stage: the assistant writes further rationales; those that predict the gold label are kept."""
     student: StudentSettings | None = None
     """Stage: train the student, with knowledge distillation from the assistant."""
+    refine: RefineSettings | None = None
+    """Stage: train the student further on its own rationales, with trl."""
     evaluate: EvaluateSettings | None = None
     """Stage: evaluate teacher, assistant and student on the test split."""
     calibrate: CalibrateStageSettings | None = None
@@ -154,6 +108,21 @@ class Recipe(Settings):
         if self.teacher is not None or self.annotate is None:
             return self.teacher
         return self.annotate.endpoint or self.annotate.model
+
+    @property
+    def student_stage(self) -> Literal["student", "refine"]:
+        """The stage whose weights are the student of the cascade, the export and all predictions."""
+        return "student" if self.refine is None else "refine"
+
+    @property
+    def student_role(self) -> Literal["student", "student_refined"]:
+        """The name of that student in `evaluate/metrics.json`."""
+        return "student" if self.refine is None else "student_refined"
+
+    @staticmethod
+    def model_section(stage: str) -> str:
+        """The section with the settings of the model that a stage trains: refine trains the student's."""
+        return "student" if stage == "refine" else stage
 
     @property
     def cascade_teacher(self) -> Teacher | None:
@@ -310,6 +279,10 @@ def check(recipe: Recipe) -> None:
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
         check_label_teacher(options, recipe.assistant, recipe.annotating_teacher)
+    if recipe.refine is not None:
+        check_refine(
+            recipe.refine, student, recipe.assistant, recipe.annotating_teacher, annotated=annotate is not None
+        )
     for stage in ("evaluate", "calibrate", "cascade", "export"):
         if getattr(recipe, stage) is not None and student is None:
             raise SettingsError(f"{stage} needs a student section")

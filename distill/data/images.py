@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Im
         raise ImageError(f"image {name} is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise many types on corrupt files: SyntaxError, struct.error
         raise ImageError(f"image {name} is broken: {error or type(error).__name__}") from error
+
+
+def resized(path: Path, size: int) -> Image.Image:
+    """An image of a corpus that was read with its limits, as a square of `size` pixels a side; 0: as it is.
+
+    Raises:
+        ImageError: as `decode` does.
+    """
+    image = decode(path, sys.maxsize)  # the user's limit was applied when the corpus was read
+    return image.resize((size, size)) if size and image.size != (size, size) else image
 
 
 def jpeg_bytes(path: Path, max_side: int, max_pixels: int = MAX_PIXELS) -> bytes:

@@ -29,6 +29,7 @@ TITLES = {
     "teacher": "teacher",
     "assistant": "assistant",
     "student": "student",
+    "student_refined": "student, refined",
     "student_hard_labels": "student, hard labels",
 }
 """Titles of the roles, in display order."""

@@ -273,8 +273,11 @@ def create(
     return Backbone(model.train(train), load_processor(model, source), labels, settings)
 
 
-def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone:
+def load(settings: ModelSettings, labels: LabelSpace, adapter: Path, *, train: bool = False) -> Backbone:
     """Load a trained model from the folder that `Backbone.save` wrote.
+
+    Args:
+        train: whether it is trained further.
 
     Raises:
         SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
@@ -283,7 +286,9 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path) -> Backbone
     if settings.path and settings.lora is not None:
         source = find_source(settings.path, settings.revision)
         model = load_pretrained(settings, source)
-        model = load_adapter(model, replace(source, adapter=str(adapter), adapter_revision="main"))
+        trained_adapter = replace(source, adapter=str(adapter), adapter_revision="main")
+        model = load_adapter(model, trained_adapter, lora=settings.lora, train=train)
     else:
         model = load_pretrained(replace(settings, keep_layers=None), trained)  # has no other layers
+    set_checkpointing(model, settings, train=train)
     return Backbone(model.eval(), load_processor(model, trained), labels, settings)

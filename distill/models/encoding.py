@@ -1,7 +1,6 @@
 """Encoding of prompts and images as model inputs, and of labels as tokens."""
 
 import re
-import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from distill.data.images import decode
+from distill.data.images import resized
 from distill.data.text import clean
 from distill.errors import SettingsError
 from distill.models.memory import is_out_of_memory
@@ -201,9 +200,7 @@ class Encoder:
 
     def load_image(self, path: Path) -> Any:
         """An image, resized to the model's input size. Raises ImageError."""
-        image = decode(path, sys.maxsize)  # the user's limit was applied when the corpus was read
-        size = self.image_size
-        return image.resize((size, size)) if size and image.size != (size, size) else image
+        return resized(path, self.image_size)
 
     def _process(self, prompts: Sequence[Prompt]) -> Features:
         """The processor's tensors of B messages, padded to the longest on the processor's padding side.

@@ -15,6 +15,7 @@ from distill.planning.workload import SAMPLE_SIZE, ChainForecast, Teacher
 from distill.recipe import Recipe
 from distill.stages import preflight
 from distill.task.sample import Sample
+from distill.training.refine_settings import RefineSettings
 
 UNKNOWN = "?"
 
@@ -36,6 +37,8 @@ def plan_text(recipe: Recipe, *, probes: bool = False) -> str:
         parts = [_stages(forecast), _dataset_table(forecast), _request_table(forecast)]
         if trainings:
             parts += [_model_table(trainings), _training_table(trainings), _summary(trainings)]
+        if recipe.refine is not None and "refine" in forecast.pending:
+            parts.append(_refine(recipe.refine))
         if probes:
             parts.append("\n".join(probe(forecast)))
         if stops := preflight.problems(forecast.context, forecast.pending):
@@ -53,6 +56,18 @@ def _stages(forecast: ChainForecast) -> str:
     for title, names in (("would run", pending), ("up to date", up_to_date)):
         lines += [f"{title:<11} {', '.join(names)}"] if names else []
     return "\n".join(lines)
+
+
+def _refine(settings: RefineSettings) -> str:
+    rationales = (
+        settings.batch_size
+        * settings.arguments.get("gradient_accumulation_steps", 1)
+        * (settings.generations if settings.method == "grpo" else 1)
+    )
+    return (
+        f"refine ({settings.method}): {settings.max_steps:,} steps, each on {rationales:,} rationales of at most "
+        f"{settings.max_new_tokens:,} tokens that the student generates; FLOP and time: –"
+    )
 
 
 def _dataset_table(forecast: ChainForecast) -> str:

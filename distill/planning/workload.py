@@ -20,7 +20,8 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
 from distill.models.text_limit import CHARACTERS_PER_TOKEN
 from distill.planning.teacher_requests import RequestForecast, rationale_request_bounds
-from distill.recipe import Recipe, TeacherSettings
+from distill.recipe import Recipe
+from distill.stage_settings import TeacherSettings
 from distill.stages.context import Context
 from distill.stages.label_targets import unlabelled
 from distill.task import prompts

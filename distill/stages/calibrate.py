@@ -9,7 +9,7 @@ from distill.tracking import StageRun
 def run(context: Context, tracked: StageRun) -> None:
     settings, samples = context.recipe.calibrate, context.corpus.validation
     assert settings is not None
-    student = context.reasoner("student")
+    student = context.reasoner(context.recipe.student_stage)
     scores = student.classify(samples)
     with context.cached_teacher("calibrate") as teacher:
         assert teacher is not None  # guaranteed by the validation of the recipe

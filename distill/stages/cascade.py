@@ -26,7 +26,7 @@ RISK_COVERAGE = "risk_coverage.csv"
 
 def calibrated_policy(context: Context) -> CascadePolicy:
     """The policy with the calibration of a chain. Raises SettingsError if it was made with another student."""
-    calibration = Calibration.read(context.folder / CALIBRATION, context.reasoner_name("student"))
+    calibration = Calibration.read(context.folder / CALIBRATION, context.reasoner_name(context.recipe.student_stage))
     settings = context.recipe.cascade or CascadeSettings()
     reviews, explains = (context.recipe.teacher_learned(task) for task in ("review", "explain"))
     return CascadePolicy(context.labels, calibration, settings.on_agreement, reviews, explains)
@@ -36,7 +36,7 @@ def run(context: Context, tracked: StageRun) -> None:
     settings, samples, labels = context.recipe.cascade, context.corpus.test, context.labels
     assert settings is not None
     folder = context.folder / "cascade"
-    student, policy = context.reasoner("student"), calibrated_policy(context)
+    student, policy = context.reasoner(context.recipe.student_stage), calibrated_policy(context)
     calibration, fitted = policy.calibration, read_json(context.folder / CALIBRATION)
     if not policy.reviews:
         log.warning("stage 3 of the cascade is skipped: teacher.tasks has no review, so the teacher did not learn it")

@@ -30,7 +30,8 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
-from distill.recipe import Recipe, Teacher, TeacherSettings
+from distill.recipe import Recipe
+from distill.stage_settings import Teacher, TeacherSettings
 from distill.task import prompts
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
@@ -90,8 +91,7 @@ class Context:
         if worker_folder() is None:  # workers of a distributed training do not write it
             report = self.folder / "quarantine.jsonl"
             write_quarantine(report, corpus.dropped)
-            if corpus.dropped:
-                first = corpus.dropped[0]
+            for first in corpus.dropped[:1]:
                 summary = f"{len(corpus.dropped)} rows are dropped and listed in {report}; the first:"
                 log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
         return corpus
@@ -102,8 +102,7 @@ class Context:
         corpus, data, recipe = self._as_read, self.recipe.data, self.recipe
         if (longest := longest_text(corpus)) <= (data.max_tokens or _FITS):  # the usual case: no model is loaded
             return corpus
-        trained = [section.model for section in (recipe.student, recipe.assistant, recipe.teacher) if section]
-        model = trained[0] if trained else None
+        model = next((part.model for part in (recipe.student, recipe.assistant, recipe.teacher) if part), None)
         limit = data.max_tokens or text_limit.default_limit(model, MAX_TOKENS)
         if longest <= limit:
             return corpus
@@ -203,14 +202,15 @@ class Context:
 
     def weights(self, stage: str) -> str:
         """Hash of the weights that a stage trained, including the path and revision of the base model."""
-        model: ModelSettings = getattr(self.recipe, stage).model
+        model: ModelSettings = getattr(self.recipe, self.recipe.model_section(stage)).model
         files = sorted((self.folder / stage / "adapter").glob("*.safetensors"))
         return sha256(repr([model.path, model.revision, *map(digest, files)]).encode()).hexdigest()
 
-    def load(self, stage: str, part: str = "") -> Backbone:
-        """Load the model that a stage trained."""
-        with in_section(stage):
-            return backbone.load(getattr(self.recipe, stage).model, self.labels, self.folder / stage / part / "adapter")
+    def load(self, stage: str, part: str = "", *, train: bool = False) -> Backbone:
+        """Load the model that a stage trained; with `train` to train it further."""
+        section, folder = self.recipe.model_section(stage), self.folder / stage / part / "adapter"
+        with in_section(section):
+            return backbone.load(getattr(self.recipe, section).model, self.labels, folder, train=train)
 
     def without_weights(self, settings: ModelSettings, *, train: bool = True) -> Backbone:
         """A model for its shapes and its processor, created once; `train` adds the adapter.

@@ -37,6 +37,8 @@ def run(context: Context, tracked: StageRun) -> None:
     if recipe.assistant is not None:
         evaluate("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
     evaluate("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)
+    if recipe.refine is not None:
+        evaluate("student_refined", context.reasoner("refine"), "reason")
     if recipe.student.hard_labels_baseline:
         evaluate("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
 
@@ -73,10 +75,14 @@ def run(context: Context, tracked: StageRun) -> None:
     tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of roles and baselines in a run's folder. Raises SettingsError if they were edited and lack one."""
+def read_metrics(folder: Path, student: str = "student") -> dict[str, Any]:
+    """The metrics of roles and baselines in a run's folder. Raises SettingsError if they were edited and lack one.
+
+    Args:
+        student: the role of the student (`Recipe.student_role`).
+    """
     content = read_json(path := folder / "evaluate" / "metrics.json")
-    for name in ("student", "majority_class"):
+    for name in (student, "majority_class"):
         if not isinstance(content, dict) or not isinstance(content.get(name), dict):
             raise SettingsError(f"{path} has no metrics of {name}; delete it and run: distill run, which rebuilds it")
     return content
@@ -108,5 +114,5 @@ def _table_row(context: Context, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the predictions table for experiment tracking."""
     image = context.corpus.root / row["images"][0] if row["images"] else None
     predicted = {role: answer["label"] for role, answer in row["roles"].items()}
-    rationale = row["roles"]["student"]["rationale"]
+    rationale = row["roles"][context.recipe.student_role]["rationale"]
     return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": rationale}

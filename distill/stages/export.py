@@ -17,9 +17,12 @@ log = logging.getLogger(__name__)
 def run(context: Context, tracked: StageRun) -> None:
     recipe = context.recipe
     assert recipe.export is not None and recipe.student is not None
-    tracked.use_artifact("student")
-    student = context.load("student")
-    scores = read_metrics(context.folder)["student"] if recipe.evaluate is not None else {}
+    stage = recipe.student_stage
+    tracked.use_artifact("student" if stage == "student" else "refined")
+    student = context.load(stage)
+    scores = (
+        read_metrics(context.folder, recipe.student_role)[recipe.student_role] if recipe.evaluate is not None else {}
+    )
     settings = recipe.student.model
     base = find_source(settings.path, settings.revision) if settings.path else Source("", "main")
     corpus = context.corpus
@@ -35,7 +38,7 @@ def run(context: Context, tracked: StageRun) -> None:
     )  # fmt: skip
     folder = context.folder / "export"
     result = export(
-        student, corpus.validation, folder, context.folder / "student" / "adapter", card, recipe.export, context.foreign
+        student, corpus.validation, folder, context.folder / stage / "adapter", card, recipe.export, context.foreign
     )
     if result["steps"] and result["steps"]["quantisation"] and result["disagreements"]:
         log.warning(

@@ -20,7 +20,8 @@ from distill.models.encoding import PromptWithAnswers
 from distill.models.endpoint import EndpointSettings
 from distill.models.endpoint.http import read_key
 from distill.models.pretrained import check_libraries, check_weights
-from distill.recipe import Recipe, Teacher
+from distill.recipe import Recipe
+from distill.stage_settings import Teacher
 from distill.stages.context import Context
 from distill.task import prompts
 from distill.task.prompts import Template
@@ -28,15 +29,18 @@ from distill.task.sample import Sample
 from distill.tracking import not_logged_in
 from distill.training.assistant import TrainSettings
 from distill.training.batches import synthetic_answers
+from distill.training.processes import process_count
+from distill.training.refine import check_models
+from distill.training.refine_settings import check_arguments
 from distill.training.soft_targets import check_same_inputs
 from distill.training.student import StudentSettings
 
 _TRAININGS = ("teacher", "assistant", "student")
 
 _LOADED_BY = {
-    "teacher": {"annotate", "evaluate", "calibrate", "cascade"},
-    "assistant": {"augment", "evaluate"},
-    "student": {"evaluate", "calibrate", "cascade", "export"},
+    "teacher": {"annotate", "refine", "evaluate", "calibrate", "cascade"},
+    "assistant": {"augment", "refine", "evaluate"},
+    "student": {"refine", "evaluate", "calibrate", "cascade", "export"},
 }
 """The stages that load the model of an earlier training; an adapter needs the weights of its base model again."""
 
@@ -84,6 +88,9 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
     if "student" in stages:
         with noted():
             _check_student(context, posts)
+    if "refine" in stages:
+        with noted():
+            _check_refine(context, posts)
     if "calibrate" in stages or "cascade" in stages:
         with noted():
             _check_promise(context)
@@ -136,6 +143,8 @@ def _teachers(recipe: Recipe, stages: Collection[str]) -> list[Teacher]:
     asked = []
     options = recipe.student.distillation if recipe.student is not None and "student" in stages else None
     if options is not None and options.label_weight > 0 and options.label_teacher == "teacher":
+        asked.append(recipe.annotating_teacher)
+    if "refine" in stages and recipe.refine is not None and recipe.refine.learns_from == "teacher":
         asked.append(recipe.annotating_teacher)
     if "annotate" in stages or ("evaluate" in stages and recipe.evaluate is not None and recipe.evaluate.teacher):
         asked.append(recipe.annotating_teacher)
@@ -197,6 +206,28 @@ def _check_student(context: Context, posts: Sequence[Sample]) -> None:
     except SettingsError:  # a model of a stage that will run is reported there; a finished assistant has its own copy
         return
     check_same_inputs(*models)
+
+
+def _check_refine(context: Context, posts: Sequence[Sample]) -> None:
+    recipe, settings = context.recipe, context.recipe.refine
+    assert settings is not None and recipe.student is not None
+    check_arguments(settings)
+    if process_count(recipe.trainer) > 1 or context.device not in ("cpu", "cuda:0", "mps:0"):
+        raise SettingsError("refine trains on one device, the first: set trainer.devices to 1")
+    if settings.method == "grpo" and settings.rewards.grounded and not any(post.attributes for post in posts):
+        raise SettingsError("refine.rewards.grounded must be 0: no training post has attributes")
+    learner: Any = None
+    if settings.learns_from == "assistant":
+        learner = recipe.assistant
+    elif settings.learns_from == "teacher":
+        learner = recipe.annotating_teacher
+    try:
+        student = context.without_weights(recipe.student.model)
+        model = getattr(learner, "model", learner)
+        teacher = None if model is None else context.without_weights(model)
+    except SettingsError:  # a model of a stage that will run is reported there; a finished student has its own copy
+        return
+    check_models(student, teacher, settings.teacher)
 
 
 def _check_promise(context: Context) -> None:

@@ -39,6 +39,7 @@ def run(recipe: Recipe) -> None:
             "teacher": folder / "teacher" / "metrics.csv",
             "assistant": folder / "assistant" / "metrics.csv",
             "student": folder / "student" / "metrics.csv",
+            "student_refined": folder / "refine" / "metrics.csv",
             "student_hard_labels": folder / "student" / HARD_LABELS / "metrics.csv",
         },
         annotation=read_json(summary) if summary.exists() else None,
@@ -125,11 +126,11 @@ def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
     half = _GALLERY // 2
     chosen = misclassified[:half]
     chosen += correct[: _GALLERY - len(chosen)]
-    return [_entry(Path(recipe.data.root), row) for row in chosen]
+    return [_entry(Path(recipe.data.root), row, recipe.student_role) for row in chosen]
 
 
-def _entry(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A gallery entry of `Report`."""
+def _entry(root: Path, row: Mapping[str, Any], student: str) -> dict[str, Any]:
+    """A gallery entry of `Report`, with the rationale of the role `student`."""
     return {
         "id": row["id"],
         "text": row["text"],
@@ -140,6 +141,6 @@ def _entry(root: Path, row: Mapping[str, Any]) -> dict[str, Any]:
             role: {"label": answer["label"], "probability": max(answer["probabilities"] or [None])}
             for role, answer in row["roles"].items()
         },
-        "rationale": row["roles"]["student"]["rationale"],
+        "rationale": row["roles"][student]["rationale"],
         "reference": row["reference"],
     }

@@ -35,7 +35,7 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
         with in_section("serve.student"):
             student = Endpoint(endpoint, context.labels, recipe.data.max_pixels)
     else:
-        student = context.reasoner("student")
+        student = context.reasoner(recipe.student_stage)
     teacher = recipe.cascade_teacher
     if isinstance(teacher, EndpointSettings):
         teacher = endpoint_for_serving(teacher, settings.deadline_s)

@@ -14,6 +14,8 @@ from distill.training.fused_loss import HiddenTargets
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZERS = "have different tokenizers"
+
 
 class OnlineTargets:
     """A frozen assistant.
@@ -64,16 +66,27 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
 
 def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
     """Raise SettingsError if the models differ in tokenizer, image processor or `images`; no weights are read."""
-    if assistant.processor.tokenizer.get_vocab() != student.processor.tokenizer.get_vocab():
+    problem = different_inputs(assistant, student)
+    if problem == _TOKENIZERS:
         raise SettingsError(
-            "student.distillation: student and assistant have different tokenizers; set its weight to 0, and its "
-            "label_weight above 0 to learn from label distributions"
+            f"student.distillation: student and assistant {problem}; set its weight to 0, and its label_weight above 0 "
+            "to learn from label distributions"
         )
-    images = [model.processor.image_processor for model in (assistant, student)]
-    if assistant.settings.images != student.settings.images or _settings(images[0]) != _settings(images[1]):
-        raise SettingsError(
-            "student.distillation: student and assistant process images differently; set its weight to 0"
-        )
+    if problem is not None:
+        raise SettingsError(f"student.distillation: student and assistant {problem}; set its weight to 0")
+
+
+def different_inputs(one: Backbone, other: Backbone) -> str | None:
+    """How two models differ in tokenizer, image processor or `images`, as the end of a sentence; None if they do not.
+
+    No weights are read.
+    """
+    if one.processor.tokenizer.get_vocab() != other.processor.tokenizer.get_vocab():
+        return _TOKENIZERS
+    images = [model.processor.image_processor for model in (one, other)]
+    if one.settings.images != other.settings.images or _settings(images[0]) != _settings(images[1]):
+        return "process images differently"
+    return None
 
 
 def _settings(image_processor: Any) -> dict[str, Any]:

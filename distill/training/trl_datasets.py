@@ -1,32 +1,41 @@
-"""Conversion of stored reasoning data to trl's conversational prompt-completion format with images.
+"""Conversion of stored reasoning data to trl's conversational formats with images.
 
 The stages store reasoning data as jsonl, which `datasets.load_dataset("json", data_files=...)` reads directly. With the
-function below, trl's `SFTTrainer` trains on the same prompts and answers as the assistant and the student:
+functions below, trl trains on the same prompts and answers as the assistant and the student:
 
     dataset = to_prompt_completion("runs/twitter15/augment/rationales.jsonl", "data/twitter15", LabelSpace())
     SFTTrainer(model, SFTConfig(max_length=None), train_dataset=dataset, processing_class=processor)
+
+`to_prompts` is for trainers that generate the answers themselves (GRPOTrainer, DistillationTrainer), `to_preferences`
+for those that compare two answers (DPOTrainer).
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from datasets import Dataset, Features, Image, List, Value
 
 from distill.data import jsonl
+from distill.data.images import resized
+from distill.data.text import clean
 from distill.errors import SettingsError
 from distill.models.encoding import USUAL_CONTROL_TOKENS, control_tokens, escape
 from distill.task.labels import LabelSpace
 from distill.task.prompts import render
+from distill.task.rationale import InvalidRationale, check
 from distill.task.sample import Sample
 
 Task = Literal["reason", "classify"]
 
 _MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 FEATURES = Features({"prompt": _MESSAGES, "completion": _MESSAGES, "images": List(Image(mode="RGB"))})
+_TEXTS = List({"role": Value("string"), "content": Value("string")})
+_POST = {"prompt": _TEXTS, "images": List(Value("string")), "id": Value("string"), "label": Value("string")}
 
 
 def to_prompt_completion(
@@ -59,8 +68,7 @@ def to_prompt_completion(
     """
     if not tasks or not set(tasks) <= {"reason", "classify"}:
         raise SettingsError(f"tasks must be reason, classify or both, not {', '.join(tasks) or 'empty'}")
-    if not Path(path).is_file():
-        raise SettingsError(f"{path} is missing")
+    _check_file(path)
     patterns = [USUAL_CONTROL_TOKENS] if processor is None else [USUAL_CONTROL_TOKENS, control_tokens(processor)]
     conversations = [
         conversation
@@ -70,6 +78,125 @@ def to_prompt_completion(
     if not conversations:
         raise SettingsError(f"{path} has no answers to {' or '.join(tasks)}")
     return Dataset.from_list(conversations, features=FEATURES)
+
+
+def to_prompts(
+    path: Path | str, root: Path | str, labels: LabelSpace, processor: Any = None, image_size: int = 0
+) -> Dataset:
+    """Convert stored reasoning data to trl's prompt-only format: the *reason* prompt of each post, once.
+
+    Args:
+        path: jsonl file, as for `to_prompt_completion`.
+        root: folder to which the image paths of the rows are relative.
+        labels: label space of the rows.
+        processor: processor of the model to train: its prompts are then token for token those of assistant and student.
+            Without it, the control tokens of common model families are escaped.
+        image_size: pixels a side to which images are resized on access, as `model.image_size`; 0: as they are.
+
+    Returns:
+        Dataset with the columns `prompt`, `images`, `id` and `label`.
+
+    Raises:
+        SettingsError: the file is missing or empty, or a row cannot be used, as for `to_prompt_completion`.
+    """
+    samples = {sample.id: sample for sample in _samples(path, Path(root), labels)}
+    if not samples:
+        raise SettingsError(f"{path} has no rows")
+    return prompt_dataset(list(samples.values()), labels, escaping(processor), image_size)
+
+
+def to_preferences(
+    path: Path | str,
+    ledgers: Sequence[Path | str],
+    root: Path | str,
+    labels: LabelSpace,
+    processor: Any = None,
+    image_size: int = 0,
+) -> Dataset:
+    """Convert stored reasoning data to trl's preference format, for posts that a model has also answered wrongly.
+
+    `chosen` is the stored rationale. `rejected` is the first answer to *predict* or *reason* in the ledgers that is no
+    valid rationale or predicts another label than the row's. Posts without such an answer are left out.
+
+    Args:
+        path: jsonl file, as for `to_prompt_completion`; rows without a rationale or a label are left out.
+        ledgers: ledgers of a run: `annotate/ledger.jsonl` with the teacher's answers, `augment/ledger.jsonl` with the
+            assistant's.
+        root, labels, processor, image_size: as for `to_prompts`.
+
+    Returns:
+        Dataset with the columns `prompt`, `chosen`, `rejected`, `images`, `id` and `label`.
+
+    Raises:
+        SettingsError: a file is missing, a row cannot be used, or no post has a wrong answer.
+    """
+    samples = {s.id: s for s in _samples(path, Path(root), labels) if s.rationale is not None and s.label is not None}
+    rejected: dict[str, str] = {}
+    for ledger in ledgers:
+        _check_file(ledger)
+        for row in jsonl.read(Path(ledger)):
+            answer, sample = row.fields.get("answer") or {}, samples.get(str(row.fields.get("id")))
+            if sample is None or sample.id in rejected or row.fields.get("template") not in ("predict", "reason"):
+                continue
+            text = answer.get("text") or ""
+            try:
+                check(text, labels, sample.label, finished=answer.get("finished", True), post=sample.text)
+            except InvalidRationale:
+                if text.strip():
+                    rejected[sample.id] = text
+    if not rejected:
+        raise SettingsError(f"the ledgers have no wrong answer about a post of {path}")
+    escaped, kept = escaping(processor), [sample for sample in samples.values() if sample.id in rejected]
+
+    def message(text: str | None) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": escaped(text or "")}]
+
+    columns = {
+        "chosen": [message(sample.rationale) for sample in kept],
+        "rejected": [message(rejected[sample.id]) for sample in kept],
+    }
+    return prompt_dataset(kept, labels, escaped, image_size, columns)
+
+
+def prompt_dataset(
+    samples: Sequence[Sample],
+    labels: LabelSpace,
+    escaped: Callable[[str], str],
+    image_size: int,
+    columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+) -> Dataset:
+    """The *reason* prompts of samples as a dataset of trl, whose images are decoded and resized on access.
+
+    The text of a message is a string, which trl puts after the images.
+
+    Args:
+        escaped: inserts spaces into control tokens.
+        image_size: as for `to_prompts`.
+        columns: further columns of messages, by name.
+    """
+    rows = {
+        "prompt": [[{"role": "user", "content": escaped(render("reason", sample, labels))}] for sample in samples],
+        "images": [[str(image) for image in sample.images] for sample in samples],
+        "id": [sample.id for sample in samples],
+        "label": [sample.label for sample in samples],
+    }
+
+    def decoded(batch: dict[str, Any]) -> dict[str, Any]:
+        images = [[resized(Path(path), image_size) for path in paths] for paths in batch.get("images", ())]
+        return batch | ({"images": images} if "images" in batch else {})
+
+    features = Features(_POST | dict.fromkeys(columns, _TEXTS))
+    return Dataset.from_dict(rows | dict(columns), features=features).with_transform(decoded)
+
+
+def escaping(processor: Any = None) -> Callable[[str], str]:
+    """The function that escapes control tokens as the encoding of a model's prompts does.
+
+    Args:
+        processor: of the model; None: the control tokens of common model families.
+    """
+    pattern = USUAL_CONTROL_TOKENS if processor is None else control_tokens(processor)
+    return lambda text: escape(clean(text), pattern)
 
 
 def _conversations(
@@ -100,6 +227,16 @@ def _conversations(
                 "completion": [{"role": "assistant", "content": [{"type": "text", "text": escaped(answer)}]}],
                 "images": [str(image) for image in sample.images],
             }
+
+
+def _check_file(path: Path | str) -> None:
+    if not Path(path).is_file():
+        raise SettingsError(f"{path} is missing")
+
+
+def _samples(path: Path | str, root: Path, labels: LabelSpace) -> Iterator[Sample]:
+    _check_file(path)
+    return (_sample(row, root, labels, f"{path} row {row.number}") for row in jsonl.read(Path(path)))
 
 
 def _sample(row: jsonl.Row, root: Path, labels: LabelSpace, where: str) -> Sample:

@@ -1,0 +1,63 @@
+"""Settings of stages that several packages share: the teachers, and where each stage takes its teacher from."""
+
+from dataclasses import dataclass, field
+
+from distill.annotation.annotate import AnnotateSettings
+from distill.cascade.calibration import CalibrateSettings
+from distill.cascade.cascade import CascadeSettings
+from distill.models.backbone import ModelSettings
+from distill.models.endpoint import EndpointSettings
+from distill.settings import Settings
+from distill.training.assistant import TrainSettings
+
+
+@dataclass
+class TeacherSettings(TrainSettings):
+    """Training of a local teacher."""
+
+    tasks: dict[str, float] = field(default_factory=lambda: {"predict": 1.0, "explain": 1.0, "classify": 1.0})
+    """Training tasks and their weights in the loss: predict, explain and classify with an annotate section, otherwise
+    classify only. review prepares the teacher for the third stage of the cascade, whose prompt contains both earlier
+    predictions."""
+
+
+@dataclass
+class AnnotateStageSettings(AnnotateSettings):
+    """The teacher that writes the reasoning data, and how its answers are requested and filtered."""
+
+    endpoint: EndpointSettings | None = None
+    """Use a model behind an OpenAI-compatible server as teacher."""
+    model: ModelSettings | None = None
+    """Use a pretrained model on this machine as teacher, without fine-tuning."""
+
+
+@dataclass
+class CalibrateStageSettings(CalibrateSettings):
+    """Fitting of the cascade's temperatures and thresholds."""
+
+    endpoint: EndpointSettings | None = None
+    """Earlier place of cascade.teacher.endpoint; still read, with a notice."""
+    model: ModelSettings | None = None
+    """Earlier place of cascade.teacher.model; still read, with a notice."""
+
+
+@dataclass
+class CascadeTeacherSettings(Settings):
+    """The teacher of the cascade, for calibrate, cascade and serve. Empty: the teacher that annotates."""
+
+    endpoint: EndpointSettings | None = None
+    """Use a model behind an OpenAI-compatible server."""
+    model: ModelSettings | None = None
+    """Use a pretrained model on this machine, without fine-tuning."""
+
+
+@dataclass
+class CascadeStageSettings(CascadeSettings):
+    """The cascade on the test split, and its teacher; its temperatures and thresholds come from `calibrate`."""
+
+    teacher: CascadeTeacherSettings | None = None
+    """The teacher of the cascade, if it is not the one that annotates."""
+
+
+Teacher = TeacherSettings | EndpointSettings | ModelSettings
+"""The settings of a teacher: trained by the chain, behind a server, or pretrained on this machine."""

@@ -1,0 +1,53 @@
+"""Stage `refine`: on-policy training of the student by trl, on the posts that it was trained on."""
+
+from distill.models import backbone
+from distill.models.backbone import Backbone
+from distill.stage_settings import TeacherSettings
+from distill.stages.context import Context, progress
+from distill.tracking import StageRun
+from distill.training.length_limit import limit_length
+from distill.training.refine import refine
+
+
+def run(context: Context, tracked: StageRun) -> None:
+    recipe, settings = context.recipe, context.recipe.refine
+    assert settings is not None and recipe.student is not None
+    tracked.use_artifact("student")
+    if settings.method == "distill" and settings.teacher == "assistant":
+        tracked.use_artifact("assistant")
+    folder = context.folder / "refine"
+    student = context.load("student", train=True)
+    tasks = recipe.student.tasks
+    rows = {sample.id: sample for sample in reversed(context.training_samples("annotate", "augment"))}  # the first
+    posts = limit_length(
+        [*reversed(rows.values())], student, tasks, packing=recipe.student.packing,  # type: ignore[arg-type]
+        max_length=recipe.student.max_length,
+    )  # fmt: skip
+    with progress("refine") as show:
+        refine(
+            student,
+            _teacher(context),
+            posts,
+            settings,
+            folder,
+            seed=recipe.seed,
+            device=context.device,
+            log_metrics=tracked.log,
+            progress=show,
+        )
+    student.save(folder / "adapter")
+    tracked.log_artifact("refined", "model", folder / "adapter")
+
+
+def _teacher(context: Context) -> Backbone | None:
+    """The model whose distributions the student learns; None with rewards."""
+    recipe, settings = context.recipe, context.recipe.refine
+    assert settings is not None
+    if settings.method == "grpo":
+        return None
+    if settings.teacher == "assistant":
+        return context.load("assistant")
+    teacher = recipe.annotating_teacher
+    if isinstance(teacher, TeacherSettings):
+        return context.load("teacher")
+    return backbone.create(teacher, context.labels, context.tokenizer(teacher), train=False)  # type: ignore[arg-type]

@@ -1,0 +1,279 @@
+"""On-policy training of the student by trl: its own answers are graded by a larger model or by rewards.
+
+Both methods generate answers to the *reason* prompts of the training posts with the present student. `distill`
+minimises the divergence from the next-token distributions of the assistant or teacher on them (Agarwal et al., arXiv
+2306.13649), `grpo` reinforces answers with more reward than others to the same prompt (Shao et al., arXiv 2402.03300). The
+cross-entropy of the *classify* task on the same posts is added to the loss, so that the student keeps its labels.
+"""
+
+import dataclasses
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PrinterCallback, TrainerCallback
+
+from distill.errors import NonFiniteError, SettingsError
+from distill.files import read_json, write_csv
+from distill.models.backbone import Backbone, hide_progress_bars
+from distill.models.memory import memory_errors
+from distill.models.scoring import score_labels
+from distill.task.sample import Sample
+from distill.training.batches import encode
+from distill.training.fused_loss import answer_loss
+from distill.training.refine_settings import RefineSettings, trl_arguments, trl_classes
+from distill.training.rewards import Answered, rewards
+from distill.training.soft_targets import different_inputs
+from distill.training.trl_datasets import escaping, prompt_dataset
+
+log = logging.getLogger(__name__)
+
+_REMEDY = "reduce refine.batch_size and raise refine.arguments.gradient_accumulation_steps by the same factor"
+
+
+def check_models(student: Backbone, teacher: Backbone | None, role: str) -> None:
+    """Check that trl can train the student; no weights are read.
+
+    Args:
+        teacher: the model whose distributions are learned; None with rewards.
+        role: its role, for messages.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    name = student.family.name
+    if student.family.answer_type or (student.encoder.reads_images and not hasattr(_config(student), "image_token_id")):
+        raise SettingsError(f"refine: trl does not support the answers of {name}; remove the section")
+    if isinstance(student.model.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+        raise SettingsError("student.model.lora.targets: trl cannot train an adapter of the output head in refine")
+    if teacher is None:
+        return
+    if (problem := different_inputs(teacher, student)) is not None:
+        raise SettingsError(f"refine: student and {role} {problem}; set refine.method to grpo")
+    if len(teacher.head) < len(student.head):
+        raise SettingsError(f"refine: the vocabulary of the {role} is smaller than the student's; set method to grpo")
+
+
+def refine(
+    student: Backbone,
+    teacher: Backbone | None,
+    samples: Sequence[Sample],
+    settings: RefineSettings,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    log_metrics: Callable[[Mapping[str, float], int], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Train the student in place; resumes from the last checkpoint. Writes `checkpoints/` and `metrics.csv`.
+
+    Args:
+        teacher: the model whose distributions are learned; None with rewards.
+        samples: the training posts, each once.
+        folder: of the stage.
+        log_metrics: is called with the metrics of a step.
+        progress: is called with the number of posts so far, and of all steps.
+
+    Raises:
+        SettingsError: trl would train on other prompts than the student was trained on.
+        RunError: there is not enough memory, or the loss is not finite.
+    """
+    checkpoints, base, config = folder / "checkpoints", *trl_classes(settings)
+    model: Any = student.model
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    args = config(**trl_arguments(settings, checkpoints, seed=seed, device=device, checkpointing=checkpointing))
+    args._n_gpu = min(args.n_gpu, 1)  # otherwise transformers would use all GPUs of the machine
+    with_images = student.encoder.reads_images
+    shown = samples if with_images else [dataclasses.replace(sample, images=()) for sample in samples]
+    data = prompt_dataset(shown, student.labels, escaping(student.processor), student.settings.image_size)
+    trainer = _on_policy(base)(
+        student,
+        samples,
+        settings,
+        model=model,
+        args=args,
+        train_dataset=data if with_images else data.remove_columns("images"),
+        processing_class=student.processor if with_images else student.processor.tokenizer,
+        callbacks=[_Metrics(folder / "metrics.csv", log_metrics, progress)],
+        **_teaching(student, teacher),
+    )
+    trainer.remove_callback(PrinterCallback)
+    _check_prompts(trainer, student, samples)
+    last = _last_checkpoint(checkpoints)
+    with memory_errors(lambda: trainer.current_ids, _REMEDY), hide_progress_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about what trl calls
+        if last is not None and int(last.name.rpartition("-")[2]) >= settings.max_steps:  # killed after its last step
+            trainer._load_from_checkpoint(str(last))
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if "ref" in getattr(model, "peft_config", {}):  # trl's copy of the adapter before the training
+        model.delete_adapter("ref")
+    for name, weights in model.named_parameters():
+        if weights.requires_grad and not weights.isfinite().all():
+            raise NonFiniteError(f"after the last step, the weights {name} are")
+
+
+def _config(student: Backbone) -> Any:
+    return student.model.config
+
+
+def _teaching(student: Backbone, teacher: Backbone | None) -> dict[str, Any]:
+    """What the trainer of a method takes besides the student."""
+    if teacher is None:
+        return {}
+    model: Any = teacher.model.requires_grad_(False).eval()
+    if len(teacher.head) > len(student.head):  # padded to another size; the ids that no token has are cut
+        (model.get_base_model() if hasattr(model, "peft_config") else model).resize_token_embeddings(len(student.head))
+    return {"teacher_model": model}
+
+
+def _on_policy(base: Any) -> Any:
+    """trl's trainer with the *classify* task in its loss and, with GRPO, the rewards of this project."""
+
+    class OnPolicyTrainer(base):
+        def __init__(
+            self, student: Backbone, samples: Sequence[Sample], settings: RefineSettings, **options: Any
+        ) -> None:
+            self.student, self.samples, self.settings = student, samples, settings
+            self.current_ids: list[str] = []
+            self._rows = {sample.id: row for row, sample in enumerate(samples)}
+            self._rewarded: tuple[Any, dict[str, list[float | None]]] = (None, {})
+            if settings.method == "grpo":
+                names = [name for name, weight in settings.rewards.weights.items() if weight]
+                options["reward_funcs"] = [self._reward_function(name) for name in names]
+            super().__init__(**options)
+
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            self.current_ids = list(dict.fromkeys(post["id"] for post in inputs))
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return output | {"posts": torch.tensor([self._rows[post["id"]] for post in inputs])}
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+            posts = [self.samples[row] for row in dict.fromkeys(inputs.pop("posts").tolist())]
+            loss = super().compute_loss(model, inputs, *args, **options)
+            labelled = [post for post in posts if post.label is not None]
+            if self.settings.classify_weight and labelled:
+                own = self._classify_loss(labelled)
+                self._metrics["train"]["classify_loss"].append(own.item())
+                # the loss of trl is divided by the number of accumulated steps already
+                loss = loss + self.settings.classify_weight * own / self.current_gradient_accumulation_steps
+            if not loss.isfinite():
+                remedy = "lower refine.learning_rate"
+                raise NonFiniteError(f"step {self.state.global_step}: the loss is", [p.id for p in posts], remedy)
+            return loss
+
+        def _classify_loss(self, posts: Sequence[Sample]) -> torch.Tensor:
+            student, device = self.student, self.accelerator.device
+            batch = encode(posts, student, {"classify": 1.0}, packing=True)
+            inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+            positions, tokens, weights = (
+                value.to(device) for value in (batch.positions, batch.tokens, batch.loss_weights)
+            )
+            hidden = student.hidden_states(inputs).flatten(0, 1)[positions]
+            return answer_loss(hidden, student.head, tokens, weights, cap=student.cap, positions=positions).total
+
+        def _reward_function(self, name: str) -> Callable[..., list[float | None]]:
+            def reward(completions: Any, completion_ids: Any, id: list[str], **_: Any) -> list[float | None]:
+                if self._rewarded[0] is not completions:  # the first reward of a batch computes all
+                    self._rewarded = completions, self._rewards(completions, completion_ids, id)
+                return self._rewarded[1][name]
+
+            reward.__name__ = name
+            return reward
+
+        def _rewards(self, completions: Any, completion_ids: Any, ids: list[str]) -> dict[str, list[float | None]]:
+            posts = {id: self.samples[self._rows[id]] for id in ids}
+            classified = dict(zip(posts, self._classified(list(posts.values())), strict=True))
+            answered = {
+                id: Answered(post.text, post.label, classified[id], post.attributes)  # type: ignore[arg-type]
+                for id, post in posts.items()
+            }
+            return rewards(
+                [message[-1]["content"] for message in completions],
+                [tokens[-1] in self.eos_token_ids for tokens in completion_ids],
+                [answered[id] for id in ids],
+                self.student.labels,
+            )
+
+        @torch.no_grad()
+        def _classified(self, posts: Sequence[Sample]) -> list[str]:
+            """The labels that label scoring by the present student gives to posts."""
+            student, training = self.student, self.model.training
+            self.model.eval()
+            features = student.encode(posts, "classify")
+            scores, _ = score_labels(student, {name: value.to(student.device) for name, value in features.items()})
+            self.model.train(training)
+            return [student.labels.names[index] for index in scores.argmax(-1).tolist()]
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """trl writes a README.md into each checkpoint; the exported student has its own."""
+
+        def _send_telemetry(self) -> None:
+            """trl reports each training to its hub; a run reports nothing."""
+
+    return OnPolicyTrainer
+
+
+def _check_prompts(trainer: Any, student: Backbone, samples: Sequence[Sample]) -> None:
+    """Raise SettingsError if trl's prompts of the longest post and of that with most images are not the student's."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    rows = {max(range(len(samples)), key=lambda row: len(samples[row].text))}
+    rows.add(max(range(len(samples)), key=lambda row: len(samples[row].images)))
+    for row in rows:
+        item = trainer.train_dataset[row]
+        prompt = item["prompt"]
+        if student.encoder.reads_images:
+            prompt = prepare_multimodal_messages(prompt, images=item["images"])
+        found = list(trainer._tokenize_prompts([prompt])[0][0])
+        features = student.encode([samples[row]], "reason")
+        if found != features["input_ids"][0][features["attention_mask"][0].bool()].tolist():
+            raise SettingsError(
+                f"refine: trl makes another prompt of post {samples[row].id} than the student was trained on; "
+                f"it does not support {student.family.name}"
+            )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint; later ones, which a kill has cut, are deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            read_json(path / "trainer_state.json")  # is written last
+            return path
+        except (OSError, SettingsError):
+            shutil.rmtree(path)
+    return None
+
+
+class _Metrics(TrainerCallback):
+    """Writes what the trainer logs to `metrics.csv`; a checkpoint holds the log so far, so that no step is lost."""
+
+    def __init__(
+        self, path: Path, log_metrics: Callable[[Mapping[str, float], int], None], progress: Callable[[int, int], None]
+    ) -> None:
+        self.path, self.log_metrics, self.progress = path, log_metrics, progress
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        rows = [_row(entry) for entry in state.log_history if "loss" in entry]
+        if not rows:
+            return
+        names = dict.fromkeys(name for row in rows for name in row)
+        write_csv(self.path, list(names), rows)
+        self.log_metrics({name: value for name, value in rows[-1].items() if name != "step"}, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in entry.items() if name not in ("step", "epoch") and value is not None}
+    return {"epoch": entry.get("epoch"), "step": entry["step"]} | {
+        name if "/" in name else f"train/{name}": value for name, value in values.items()
+    }
