@@ -47,7 +47,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_a_chain_has_the_stages_whose_sections_its_recipe_has(recipe: Recipe, path: Path) -> None:
-    assert stages_of(recipe) == ALL == list(STAGES)
+    assert stages_of(recipe) == ALL == [name for name in STAGES if name != "refine"]
     flags = ["--teacher", "null", "--annotate.recorded", "true"]
     flags += [word for stage in ("augment", "calibrate", "cascade") for word in (f"--{stage}", "null")]
     fewer = micro.read(path, *flags)
@@ -63,7 +63,8 @@ def test_all_stages_run_in_order_and_a_second_run_changes_no_file(recipe: Recipe
     for name, entry in micro.manifest(recipe).items():
         assert entry["status"] == "done" and entry["identity"] == identities(recipe)[name]
         assert entry["outputs"] == [f"{name}/{output}" for output in STAGES[name].outputs]
-        assert entry["inputs"] == {read: micro.manifest(recipe)[read]["identity"] for read in STAGES[name].reads}
+        read = [earlier for earlier in STAGES[name].reads if earlier in ALL]
+        assert entry["inputs"] == {earlier: micro.manifest(recipe)[earlier]["identity"] for earlier in read}
         assert set(entry["files"]) == set(STAGES[name].outputs)
         assert entry["seconds"] >= 0 and entry["peak_memory_mb"]["host"] > 100
         assert {"distill", "torch", "lightning", "transformers", "peft"} <= set(entry["versions"])

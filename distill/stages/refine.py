@@ -1,5 +1,7 @@
 """Stage `refine`: on-policy training of the student by trl, on the posts that it was trained on."""
 
+import logging
+
 from distill.models import backbone
 from distill.models.backbone import Backbone
 from distill.stage_settings import TeacherSettings
@@ -7,6 +9,8 @@ from distill.stages.context import Context, progress
 from distill.tracking import StageRun
 from distill.training.length_limit import limit_length
 from distill.training.refine import refine
+
+log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
@@ -24,10 +28,11 @@ def run(context: Context, tracked: StageRun) -> None:
         max_length=recipe.student.max_length,
     )  # fmt: skip
     with progress("refine") as show:
-        refine(
+        kept = refine(
             student,
             _teacher(context),
             posts,
+            context.corpus.validation,
             settings,
             folder,
             seed=recipe.seed,
@@ -35,6 +40,9 @@ def run(context: Context, tracked: StageRun) -> None:
             log_metrics=tracked.log,
             progress=show,
         )
+    if not kept:
+        log.warning("refine: no checkpoint has the validation accuracy of the student; its weights are kept")
+        student = context.load("student")
     student.save(folder / "adapter")
     tracked.log_artifact("refined", "model", folder / "adapter")
 

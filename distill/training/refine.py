@@ -2,8 +2,9 @@
 
 Both methods generate answers to the *reason* prompts of the training posts with the present student. `distill`
 minimises the divergence from the next-token distributions of the assistant or teacher on them (Agarwal et al., arXiv
-2306.13649), `grpo` reinforces answers with more reward than others to the same prompt (Shao et al., arXiv 2402.03300). The
-cross-entropy of the *classify* task on the same posts is added to the loss, so that the student keeps its labels.
+2306.13649), `grpo` reinforces answers with more reward than others to the same prompt (Shao et al., arXiv
+2402.03300). The cross-entropy of the *classify* task on the same posts is added to the loss, so that the student keeps
+its labels.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 
 from distill.errors import NonFiniteError, SettingsError
@@ -32,6 +34,9 @@ from distill.training.soft_targets import different_inputs
 from distill.training.trl_datasets import escaping, prompt_dataset
 
 log = logging.getLogger(__name__)
+
+_WEIGHTS = "weights.safetensors"
+"""File of a checkpoint."""
 
 _REMEDY = "reduce refine.batch_size and raise refine.arguments.gradient_accumulation_steps by the same factor"
 
@@ -63,6 +68,7 @@ def refine(
     student: Backbone,
     teacher: Backbone | None,
     samples: Sequence[Sample],
+    validation: Sequence[Sample],
     settings: RefineSettings,
     folder: Path,
     *,
@@ -70,15 +76,22 @@ def refine(
     device: str,
     log_metrics: Callable[[Mapping[str, float], int], None],
     progress: Callable[[int, int], None],
-) -> None:
+) -> bool:
     """Train the student in place; resumes from the last checkpoint. Writes `checkpoints/` and `metrics.csv`.
+
+    At each checkpoint the labels of the validation posts are scored. The student ends with the weights of the
+    checkpoint with the highest accuracy, the last of several.
 
     Args:
         teacher: the model whose distributions are learned; None with rewards.
         samples: the training posts, each once.
+        validation: labelled posts; without any, the last weights are kept.
         folder: of the stage.
         log_metrics: is called with the metrics of a step.
         progress: is called with the number of posts so far, and of all steps.
+
+    Returns:
+        Whether this accuracy is at least that of the student before; if not, its weights should be kept.
 
     Raises:
         SettingsError: trl would train on other prompts than the student was trained on.
@@ -95,6 +108,7 @@ def refine(
     trainer = _on_policy(base)(
         student,
         samples,
+        validation,
         settings,
         model=model,
         args=args,
@@ -105,18 +119,21 @@ def refine(
     )
     trainer.remove_callback(PrinterCallback)
     _check_prompts(trainer, student, samples)
-    last = _last_checkpoint(checkpoints)
+    before, last = trainer.accuracy(), _last_checkpoint(checkpoints)
     with memory_errors(lambda: trainer.current_ids, _REMEDY), hide_progress_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about what trl calls
-        if last is not None and int(last.name.rpartition("-")[2]) >= settings.max_steps:  # killed after its last step
-            trainer._load_from_checkpoint(str(last))
-        else:
+        if last is None or _step(last) < settings.max_steps:  # otherwise it was killed after its last step
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        last = _last_checkpoint(checkpoints)
+        assert last is not None  # is written after the last step
+        state = read_json(last / "trainer_state.json")
+        trainer._load_from_checkpoint(str(last.with_name(f"checkpoint-{state['best_global_step']}")))
     if "ref" in getattr(model, "peft_config", {}):  # trl's copy of the adapter before the training
         model.delete_adapter("ref")
     for name, weights in model.named_parameters():
         if weights.requires_grad and not weights.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
+    return bool(state["best_metric"] >= before)
 
 
 def _config(student: Backbone) -> Any:
@@ -138,9 +155,14 @@ def _on_policy(base: Any) -> Any:
 
     class OnPolicyTrainer(base):
         def __init__(
-            self, student: Backbone, samples: Sequence[Sample], settings: RefineSettings, **options: Any
+            self,
+            student: Backbone,
+            samples: Sequence[Sample],
+            validation: Sequence[Sample],
+            settings: RefineSettings,
+            **options: Any,
         ) -> None:
-            self.student, self.samples, self.settings = student, samples, settings
+            self.student, self.samples, self.validation, self.settings = student, samples, validation, settings
             self.current_ids: list[str] = []
             self._rows = {sample.id: row for row, sample in enumerate(samples)}
             self._rewarded: tuple[Any, dict[str, list[float | None]]] = (None, {})
@@ -204,12 +226,43 @@ def _on_policy(base: Any) -> Any:
         @torch.no_grad()
         def _classified(self, posts: Sequence[Sample]) -> list[str]:
             """The labels that label scoring by the present student gives to posts."""
-            student, training = self.student, self.model.training
+            student, training, labels = self.student, self.model.training, []
             self.model.eval()
-            features = student.encode(posts, "classify")
-            scores, _ = score_labels(student, {name: value.to(student.device) for name, value in features.items()})
+            for first in range(0, len(posts), size := student.settings.batch_size):
+                features = student.encode(posts[first : first + size], "classify")
+                scores, _ = score_labels(student, {name: value.to(student.device) for name, value in features.items()})
+                labels += [student.labels.names[index] for index in scores.argmax(-1).tolist()]
             self.model.train(training)
-            return [student.labels.names[index] for index in scores.argmax(-1).tolist()]
+            return labels
+
+        def accuracy(self) -> float:
+            """The accuracy of label scoring on the validation posts; 0 without any."""
+            pairs = zip(self._classified(self.validation), self.validation, strict=True)
+            return sum(label == post.label for label, post in pairs) / max(1, len(self.validation))
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """The accuracy, and what selects the checkpoint: of equal ones the last."""
+            accuracy, state = self.accuracy(), self.state
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "val/accuracy": accuracy})
+            self.control: Any = self.callback_handler.on_evaluate(self.args, state, self.control, {})
+            later = state.global_step / state.max_steps / (2 * max(1, len(self.validation)))
+            return {"eval_selection": accuracy + later}
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            """Write the trained weights under the names that they have in memory: those of transformers' own files are
+            others, and its Trainer would not find all of them when it resumes."""
+            weights = {name: w.detach().cpu().contiguous() for name, w in self._trained()}
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            save_file(weights, Path(str(output_dir)) / _WEIGHTS)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            saved = load_file(Path(resume_from_checkpoint) / _WEIGHTS)
+            with torch.no_grad():
+                for name, weights in self._trained():
+                    weights.copy_(saved[name])
+
+        def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+            return [(name, weights) for name, weights in self.student.model.named_parameters() if weights.requires_grad]
 
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """trl writes a README.md into each checkpoint; the exported student has its own."""
@@ -242,8 +295,7 @@ def _check_prompts(trainer: Any, student: Backbone, samples: Sequence[Sample]) -
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint; later ones, which a kill has cut, are deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
             read_json(path / "trainer_state.json")  # is written last
             return path
@@ -252,23 +304,31 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 class _Metrics(TrainerCallback):
     """Writes what the trainer logs to `metrics.csv`; a checkpoint holds the log so far, so that no step is lost."""
 
     def __init__(
         self, path: Path, log_metrics: Callable[[Mapping[str, float], int], None], progress: Callable[[int, int], None]
     ) -> None:
-        self.path, self.log_metrics, self.progress = path, log_metrics, progress
+        self.path, self.log_metrics, self.progress, self.written = path, log_metrics, progress, 0
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        rows = [_row(entry) for entry in state.log_history if "loss" in entry]
-        if not rows:
+        rows = [_row(entry) for entry in state.log_history if "loss" in entry or "val/accuracy" in entry]
+        if len(rows) == self.written:
             return
+        self.written = len(rows)
         names = dict.fromkeys(name for row in rows for name in row)
         write_csv(self.path, list(names), rows)
         self.log_metrics({name: value for name, value in rows[-1].items() if name != "step"}, state.global_step)
 
+    on_evaluate = on_log
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_evaluate = control.should_save
         self.progress(state.global_step, state.max_steps)
 
 

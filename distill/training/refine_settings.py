@@ -15,11 +15,12 @@ from distill.training.assistant import TrainSettings
 from distill.training.rewards import RewardSettings
 
 _RESERVED = frozenset({
-    "output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size",
-    "max_completion_length", "temperature", "num_generations", "reward_weights", "beta", "use_cpu", "report_to",
-    "save_strategy", "save_total_limit", "logging_strategy", "remove_unused_columns", "disable_tqdm",
-    "gradient_checkpointing", "chat_template_kwargs", "generation_batch_size", "steps_per_generation",
-    "eval_strategy", "push_to_hub", "model_init_kwargs", "teacher_model_init_kwargs", "num_iterations",
+    "beta", "chat_template_kwargs", "data_seed", "disable_tqdm", "eval_strategy", "generation_batch_size",
+    "gradient_checkpointing", "greater_is_better", "learning_rate", "load_best_model_at_end", "logging_strategy",
+    "max_completion_length", "max_steps", "metric_for_best_model", "model_init_kwargs", "num_generations",
+    "num_iterations", "num_train_epochs", "output_dir", "per_device_train_batch_size", "push_to_hub",
+    "remove_unused_columns", "report_to", "reward_weights", "save_strategy", "save_total_limit", "seed",
+    "steps_per_generation", "teacher_model_init_kwargs", "temperature", "use_cpu",
 })  # fmt: skip
 """Arguments of trl that the stage sets itself, or that its checkpoints do not support."""
 
@@ -160,6 +161,8 @@ def trl_arguments(
         "logging_steps": max(1, settings.max_steps // 50),
         "save_steps": max(1, settings.max_steps // _CHECKPOINTS),
         "save_total_limit": 1,
+        "metric_for_best_model": "selection",
+        "greater_is_better": True,
     }
     if settings.beta is not None:
         given["beta"] = settings.beta

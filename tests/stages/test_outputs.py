@@ -62,7 +62,7 @@ def readers(stage: str, file: str) -> list[str]:
     for name, entry in STAGES.items():
         if found & set(entry.reads):
             found.add(name)
-    return [name for name in STAGES if name in found - {stage}]
+    return [name for name in STAGES if name in found - {stage, "refine"}]  # the recipe has no refine
 
 
 def edit(path: Path) -> None:
