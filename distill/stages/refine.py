@@ -41,7 +41,9 @@ def run(context: Context, tracked: StageRun) -> None:
             progress=show,
         )
     if not kept:
-        log.warning("refine: no checkpoint has the validation accuracy of the student; its weights are kept")
+        log.warning(
+            "refine: no checkpoint has the validation accuracy and consistency of the student; its weights are kept"
+        )
         student = context.load("student")
     student.save(folder / "adapter")
     tracked.log_artifact("refined", "model", folder / "adapter")

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 
 from distill.errors import NonFiniteError, SettingsError
+from distill.evaluation.evaluate import EvaluateSettings, evaluate_role
 from distill.files import read_json, write_csv
 from distill.models.backbone import Backbone, hide_progress_bars
+from distill.models.local import Local
 from distill.models.memory import memory_errors
-from distill.models.scoring import score_labels
 from distill.task.sample import Sample
 from distill.training.batches import encode
 from distill.training.fused_loss import answer_loss
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _WEIGHTS = "weights.safetensors"
 """File of a checkpoint."""
+
+_VALIDATED = 256
+"""Largest number of validation posts that are reasoned about at each checkpoint."""
 
 _REMEDY = "reduce refine.batch_size and raise refine.arguments.gradient_accumulation_steps by the same factor"
 
@@ -79,8 +84,8 @@ def refine(
 ) -> bool:
     """Train the student in place; resumes from the last checkpoint. Writes `checkpoints/` and `metrics.csv`.
 
-    At each checkpoint the labels of the validation posts are scored. The student ends with the weights of the
-    checkpoint with the highest accuracy, the last of several.
+    At each checkpoint, validation posts are classified and reasoned about. Of the checkpoints that have at least the
+    accuracy of the student before, the student ends with that of the highest consistency, the last of several.
 
     Args:
         teacher: the model whose distributions are learned; None with rewards.
@@ -91,7 +96,8 @@ def refine(
         progress: is called with the number of posts so far, and of all steps.
 
     Returns:
-        Whether this accuracy is at least that of the student before; if not, its weights should be kept.
+        Whether there is a checkpoint with at least the accuracy and the consistency of the student before; if not, its
+        weights should be kept.
 
     Raises:
         SettingsError: trl would train on other prompts than the student was trained on.
@@ -119,7 +125,7 @@ def refine(
     )
     trainer.remove_callback(PrinterCallback)
     _check_prompts(trainer, student, samples)
-    before, last = trainer.accuracy(), _last_checkpoint(checkpoints)
+    trainer.before, last = trainer.validate(), _last_checkpoint(checkpoints)
     with memory_errors(lambda: trainer.current_ids, _REMEDY), hide_progress_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about what trl calls
         if last is None or _step(last) < settings.max_steps:  # otherwise it was killed after its last step
@@ -133,7 +139,7 @@ def refine(
     for name, weights in model.named_parameters():
         if weights.requires_grad and not weights.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
-    return bool(state["best_metric"] >= before)
+    return bool(state["best_metric"] >= _selection(*trainer.before, trainer.before[0]))
 
 
 def _config(student: Backbone) -> Any:
@@ -164,12 +170,18 @@ def _on_policy(base: Any) -> Any:
         ) -> None:
             self.student, self.samples, self.validation, self.settings = student, samples, validation, settings
             self.current_ids: list[str] = []
+            self.before = (0.0, 0.0)  # the result of the validation before the training
             self._rows = {sample.id: row for row, sample in enumerate(samples)}
             self._rewarded: tuple[Any, dict[str, list[float | None]]] = (None, {})
             if settings.method == "grpo":
                 names = [name for name, weight in settings.rewards.weights.items() if weight]
                 options["reward_funcs"] = [self._reward_function(name) for name in names]
             super().__init__(**options)
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, Any]:
+            ids, images, fields = super()._tokenize_prompts(prompts)
+            # processors take an empty list, not None, for a post without images
+            return ids, images and [each or [] for each in images], fields
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             self.current_ids = list(dict.fromkeys(post["id"] for post in inputs))
@@ -223,30 +235,35 @@ def _on_policy(base: Any) -> Any:
                 self.student.labels,
             )
 
-        @torch.no_grad()
         def _classified(self, posts: Sequence[Sample]) -> list[str]:
             """The labels that label scoring by the present student gives to posts."""
-            student, training, labels = self.student, self.model.training, []
-            self.model.eval()
-            for first in range(0, len(posts), size := student.settings.batch_size):
-                features = student.encode(posts[first : first + size], "classify")
-                scores, _ = score_labels(student, {name: value.to(student.device) for name, value in features.items()})
-                labels += [student.labels.names[index] for index in scores.argmax(-1).tolist()]
+            student, training = self.student, self.model.training
+            scores = Local(student, "the student", student.device).classify(posts)
             self.model.train(training)
-            return labels
+            return [student.labels.names[index] for index in scores.probabilities.argmax(-1).tolist()]
 
-        def accuracy(self) -> float:
-            """The accuracy of label scoring on the validation posts; 0 without any."""
-            pairs = zip(self._classified(self.validation), self.validation, strict=True)
-            return sum(label == post.label for label, post in pairs) / max(1, len(self.validation))
+        def validate(self) -> tuple[float, float]:
+            """On the validation posts, the accuracy of label scoring and the share of rationales that predict the
+            classified label; 0 without posts."""
+            student, posts = self.student, self.validation[:_VALIDATED]
+            if not posts:
+                return 0.0, 0.0
+            training, limit = self.model.training, EvaluateSettings(max_new_tokens=self.settings.max_new_tokens)
+            outputs = evaluate_role(Local(student, "the student", student.device), posts, student.labels, limit)
+            self.model.train(training)
+            labels = [outputs.label(index, student.labels) for index in range(len(posts))]
+            accuracy = fmean(label == post.label for label, post in zip(labels, posts, strict=True))
+            predicted = [found and found.prediction for found in outputs.rationales or ()]
+            return accuracy, fmean(found == label for found, label in zip(predicted, labels, strict=True))
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """The accuracy, and what selects the checkpoint: of equal ones the last."""
-            accuracy, state = self.accuracy(), self.state
-            state.log_history.append({"epoch": state.epoch, "step": state.global_step, "val/accuracy": accuracy})
+            """Log the result of a checkpoint, and return the value by which the best one is kept (`_selection`)."""
+            state, (accuracy, consistency) = self.state, self.validate()
+            entry = {"val/accuracy": accuracy, "val/consistency": consistency}
+            state.log_history.append({"epoch": state.epoch, "step": state.global_step} | entry)
             self.control: Any = self.callback_handler.on_evaluate(self.args, state, self.control, {})
-            later = state.global_step / state.max_steps / (2 * max(1, len(self.validation)))
-            return {"eval_selection": accuracy + later}
+            later = state.global_step / state.max_steps / (2 * _VALIDATED)
+            return {"eval_selection": _selection(accuracy, consistency, self.before[0]) + later}
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             """Write the trained weights under the names that they have in memory: those of transformers' own files are
@@ -271,6 +288,14 @@ def _on_policy(base: Any) -> Any:
             """trl reports each training to its hub; a run reports nothing."""
 
     return OnPolicyTrainer
+
+
+def _selection(accuracy: float, consistency: float, before: float) -> float:
+    """The value of a checkpoint: its consistency if it has at least the accuracy of the student before.
+
+    Checkpoints with less accuracy have lower values than all others.
+    """
+    return 1 + consistency if accuracy >= before else accuracy / 2
 
 
 def _check_prompts(trainer: Any, student: Backbone, samples: Sequence[Sample]) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from distill.errors import SettingsError
 from distill.evaluation.evaluate import parse_or_none
 from distill.evaluation.reasoning import grounding
 from distill.settings import NonNegative, Settings
@@ -29,7 +30,7 @@ class RewardSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not any(self.weights.values()):
-            raise ValueError("rewards: at least one weight must be above 0")
+            raise SettingsError("format, label, consistency and grounded are all 0; one must be above")
 
     @property
     def weights(self) -> dict[str, float]:
