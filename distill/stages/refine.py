@@ -41,9 +41,7 @@ def run(context: Context, tracked: StageRun) -> None:
             progress=show,
         )
     if not kept:
-        log.warning(
-            "refine: no checkpoint has the validation accuracy and consistency of the student; its weights are kept"
-        )
+        log.warning("refine: no checkpoint has the student's validation accuracy and consistency; its weights are kept")
         student = context.load("student")
     student.save(folder / "adapter")
     tracked.log_artifact("refined", "model", folder / "adapter")

@@ -85,7 +85,8 @@ def test_later_stages_use_the_refined_student(method: str, folder: Path, distill
         for stage in ("student", "refine")
     ]
     differ = {name for name in processors[0] if processors[0][name] != processors[1].get(name)}
-    assert differ <= {"model.safetensors"} and len(processors[0]) == len(processors[1])
+    assert differ <= {"model.safetensors", "config.json"} and len(processors[0]) == len(processors[1])
+    assert "use_cache" not in json.loads(processors[1]["config.json"])
     exported = load_file(recipe.folder / "export" / "model.safetensors")
     assert same(exported, refined) and (not same(exported, first) or "its weights are kept" in result.stderr)
     loaded = distill.Student.from_run(recipe.folder, device="cpu").model.backbone.model
@@ -138,25 +139,24 @@ def test_a_teacher_that_the_chain_trains_is_read(tmp_path: Path, monkeypatch: py
 # ---- kills ----
 
 
-def wait_for_checkpoint(process: Any, recipe: Recipe) -> None:
+def wait_for_another_checkpoint(process: Any, recipe: Recipe, seen: set[Path]) -> None:
     deadline = time.monotonic() + 120
-    while not any((recipe.folder / "refine" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+    while not set((recipe.folder / "refine" / "checkpoints").glob("checkpoint-*/trainer_state.json")) - seen:
         assert process.is_alive() and time.monotonic() < deadline, "there is no checkpoint"
         time.sleep(0.002)
 
 
 @pytest.mark.parametrize("method", ["distill", "grpo"])
 def test_a_killed_stage_ends_with_the_weights_of_one_that_was_not(method: str, folder: Path, trained: Recipe) -> None:
-    path = write(folder, method)
-    longer = {"max_steps": 12, "arguments": {"save_steps": 2}}
-    path = write(folder, method, **{f"refine__{name}": value for name, value in longer.items()})
+    path = write(folder, method, refine__max_steps=16, refine__arguments={"save_steps": 2})
     recipe = micro.read(path)
     other = replace(recipe, name="whole")
     shutil.copytree(recipe.folder, other.folder)
     run(other, until="refine")
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
+        seen = set((recipe.folder / "refine" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
         process = start(path)
-        wait_for_checkpoint(process, recipe)
+        wait_for_another_checkpoint(process, recipe, seen)
         os.kill(process.pid, number)
         process.join(70)
         assert process.exitcode == status
@@ -196,7 +196,7 @@ def test_a_recipe_without_what_the_stage_needs_is_refused(
 
 def test_without_an_assistant_rewards_remain(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"assistant": None, "augment": None, "student__distillation": {"weight": 0.0}}
-    with pytest.raises(SettingsError, match="needs an assistant section; or set refine.method to grpo"):
+    with pytest.raises(SettingsError, match=r"needs an assistant section; or set refine\.method"):
         micro.read(write(tmp_path, **changes))
     assert "refine" in stages_of(micro.read(write(tmp_path, "grpo", **changes)))
 

@@ -13,6 +13,7 @@ from distill.data.corpus import Corpus
 from distill.errors import NonFiniteError, SettingsError
 from distill.models.backbone import Backbone
 from distill.training import refine as module
+from distill.training.on_policy import on_policy
 from distill.training.refine import check_models, refine
 from distill.training.refine_settings import RefineSettings, check_arguments
 from distill.training.rewards import RewardSettings
@@ -170,27 +171,26 @@ def test_what_is_logged(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     assert all("step" not in metrics for metrics, _ in logged)
 
 
-def test_the_checkpoint_with_the_best_validation_accuracy_is_kept(
+def test_the_most_consistent_checkpoint_that_keeps_the_accuracy_is_kept(
     models: Any, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = iter([0.5, 0.6, 0.6, 0.4])
-    make, kept = module._on_policy, {}
+    results, kept = iter([(0.5, 0.3), (0.4, 0.9), (0.6, 0.5), (0.5, 0.5), (0.7, 0.4)]), []
 
-    def on_policy(base: Any) -> Any:
-        class Trainer(make(base)):  # type: ignore[misc]
-            def accuracy(self) -> float:
-                kept[self.state.global_step] = weights(self.student)
-                return next(accuracies)
+    def make(base: Any) -> Any:
+        class Trainer(on_policy(base)):  # type: ignore[misc]
+            def validate(self) -> tuple[float, float]:
+                kept.append(weights(self.student))
+                return next(results)
 
         return Trainer
 
-    monkeypatch.setattr(module, "_on_policy", on_policy)
-    settings = replace(DISTILL, max_steps=3, arguments={"save_steps": 1})
+    monkeypatch.setattr(module, "on_policy", make)
+    settings = replace(DISTILL, arguments={"save_steps": 1})
     student, teacher = models(settings)
     assert train(student, teacher, postcards, settings, tmp_path)
-    assert list(kept) == [0, 1, 2, 3]
-    assert all(torch.equal(weight, kept[2][name]) for name, weight in weights(student).items()), "the last of the best"
-    accuracies = iter([0.5, 0.4, 0.4, 0.4])
+    assert len(kept) == 5
+    assert all(torch.equal(weight, kept[3][name]) for name, weight in weights(student).items())
+    results = iter([(0.5, 0.3), (0.4, 0.9), (0.5, 0.2), (0.5, 0.2), (0.5, 0.2)])
     assert not train(*models(settings), postcards, settings, tmp_path / "worse")
 
 
