@@ -170,3 +170,22 @@ def test_how_a_run_is_served_and_tracked_does_not_matter(folder: Path, tmp_path:
     runs = [folder, copy(folder, tmp_path / "two", 2, serve={"explain": "none"}, tracking={"mode": "offline"})]
     (variant,) = variants(runs)
     assert variant.seeds == [1, 2]
+
+
+def test_a_refined_student_is_compared_with_the_student_of_a_run_without_refine(folder: Path, tmp_path: Path) -> None:
+    first, other = copy(folder, tmp_path / "first"), copy(folder, tmp_path / "other", refine={})
+    for name, change in (("predictions.jsonl", lambda row: row["roles"]), ("metrics.json", lambda content: content)):
+        path = other / "evaluate" / name
+        parts = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+        contents = [json.loads(part) for part in parts]
+        for content in contents:
+            change(content)["student_refined"] = dict(change(content)["student"])
+        path.write_text("\n".join(map(json.dumps, contents)))
+    answer(other, "student_refined", {0: "gold"})
+    answer(first, "student", {0: wrong(first, 0)})
+    frame = compare([first, other])
+    rows = frame[frame["role"] == "student_refined"].set_index("variant")
+    assert rows.loc["other", "difference"] == pytest.approx(rows.loc["other", "value"] - rows.loc["first", "value"])
+    base = frame[(frame["role"] == "student") & (frame["variant"] == "first")].iloc[0]
+    assert rows.loc["first", "value"] == base["value"]
+    assert "student_refined" not in set(compare([first, copy(folder, tmp_path / "third", augment=None)])["role"])

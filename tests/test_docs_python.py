@@ -67,3 +67,10 @@ def test_reasoning_data_reads_as_shown(postcards: Corpus, tmp_path: Path, monkey
     assert len(names["rows"]) == 3
     assert names["conversations"].column_names == ["prompt", "completion", "images"]
     assert len(names["conversations"]) == 6
+    (block,) = (block for block in blocks("python", EXPORT) if "to_preferences" in block)
+    answers = [{"id": sample.id, "template": "reason", "answer": {"text": "no"}} for sample in postcards.train[:2]]
+    jsonl.write_rows(tmp_path / "ledger.jsonl", answers)
+    for stage in ("annotate", "augment"):
+        block = block.replace(f"runs/quickstart/{stage}/ledger.jsonl", str(tmp_path / "ledger.jsonl"))
+    exec(compile(block.replace("data/postcards", str(postcards.root)), "export.md", "exec"), names)
+    assert (len(names["prompts"]), len(names["pairs"])) == (3, 2)

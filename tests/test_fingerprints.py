@@ -212,3 +212,16 @@ def test_more_epochs_continue_a_training_unless_its_learning_rate_depends_on_the
         checkpoint = first.folder / "student" / "checkpoints" / "last.ckpt"
         assert "student" in run(micro.read(path, *flags, "3"))
         assert checkpoint.exists() == kept, schedule
+
+
+def test_refine_changes_nothing_of_a_recipe_without_it_and_what_follows_it_in_one_with_it(path: Path) -> None:
+    recipe = micro.read(path)
+    whole = fingerprints.fingerprints(recipe, STAGES).whole
+    before = {
+        name: stage._replace(reads=tuple(read for read in stage.reads if read != "refine"))
+        for name, stage in STAGES.items()
+        if name != "refine"
+    }
+    assert fingerprints.fingerprints(recipe, before).whole == whole
+    refined = fingerprints.fingerprints(micro.read(path, "--refine", "{}"), STAGES).whole
+    assert {name for name in whole if refined[name] != whole[name]} == {"evaluate", "calibrate", "cascade", "export"}

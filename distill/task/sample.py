@@ -13,7 +13,8 @@ class Sample:
         aspect: the target of an aspect-level sentiment; None for the sentiment of the whole post.
         label: a name of the label space, a value on a continuous scale, or None if the post is unlabelled.
         rationale: a teacher's text in any format that `task/rationale.py` parses.
-        attributes: ground truth about a post of the built-in corpus, for evaluation only; never shown to a model.
+        attributes: ground truth about a post of the built-in corpus, for evaluation and the reward `grounded`; never
+            shown to a model.
     """
 
     id: str
