@@ -82,7 +82,8 @@ def check_refine(
     """Check that the recipe has what the stage needs.
 
     Args:
-        student, assistant: the settings of their trainings; None: they are not trained.
+        student: the settings of its training; None: it is not trained.
+        assistant: likewise.
         teacher: the settings of the teacher that is trained or annotates; None without one.
         annotated: whether the recipe has an annotate section.
 

@@ -122,7 +122,10 @@ def to_preferences(
         path: jsonl file, as for `to_prompt_completion`; rows without a rationale or a label are left out.
         ledgers: ledgers of a run: `annotate/ledger.jsonl` with the teacher's answers, `augment/ledger.jsonl` with the
             assistant's.
-        root, labels, processor, image_size: as for `to_prompts`.
+        root: folder to which the image paths of the rows are relative.
+        labels: label space of the rows.
+        processor: as for `to_prompts`.
+        image_size: as for `to_prompts`.
 
     Returns:
         Dataset with the columns `prompt`, `chosen`, `rejected`, `images`, `id` and `label`.
