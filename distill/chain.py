@@ -27,6 +27,7 @@ from distill.fingerprints import contents, fingerprints, reads, translate
 from distill.manifest import Manifest
 from distill.models import memory
 from distill.models.backbone import ModelSettings
+from distill.progress import Progress
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import (
     annotate,
@@ -135,9 +136,12 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             for notice in preflight.notices(state.context, pending):
                 log.warning("%s", notice)
             ran = []
+            progress = Progress(stages_of(recipe), pending, state.manifest.stages)
             for name in names:
                 if not state.compare(name):
+                    progress.begin(name)
                     _run_stage(name, state, tracker)
+                    progress.end(name)
                     state.compare(name)
                     ran.append(name)
             state.digests.save()
@@ -289,7 +293,6 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
     context.foreign = manifest.foreign(name)
     (recipe.folder / name).mkdir(parents=True, exist_ok=True)
     write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
-    log.info("stage %s", name)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     previous = earlier.get("seconds", 0.0) if resumes else 0.0
     entry: dict[str, Any] = {
@@ -307,7 +310,7 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
     memory.reset_peak()
     status = "failed"
     try:
-        with tracker.stage(name, masked(recipe)) as tracked:
+        with tracker.stage(name, masked(recipe), inputs) as tracked:
             stage.run(context, tracked)
         status = "done"
     except NonFiniteError as error:

@@ -34,6 +34,7 @@ OTHERS = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
     "push": "upload the exported student of a run, or its reasoning data, to the Hugging Face hub",
+    "sync": "send the offline runs of a run to wandb, with the lineage of their artifacts",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
     "completion": "print the completion script of a shell: bash, zsh or tcsh",
@@ -49,7 +50,7 @@ commands:
 
 Any field of the recipe can be overridden by its dotted name: --student.distillation.weight 0.5
 `distill COMMAND --help` documents the fields, `distill COMMAND --student.help` those of one stage;
---print_config prints the resolved recipe.
+--print_config prints the resolved recipe. Every command takes --log-format json: one JSON object a line on stderr.
 """
 
 
@@ -60,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted), 143 (SIGTERM).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        form, arguments = _log_format(arguments)
+    except SettingsError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
     listed = "\n".join(f"  {name:<10} {description}" for name, description in (COMMANDS | OTHERS).items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(commands=listed))
@@ -74,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"distill: {arguments[0]} is not a command; the commands are {names}", file=sys.stderr)
         return 2
     is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
-    logs.configure(main=is_main)
+    logs.configure(form, main=is_main)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         if arguments[0] in OTHERS:
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except (SettingsError, RunError) as error:
-        print(f"distill: {describe(error)}", file=sys.stderr)
+        logs.fail(describe(error))
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt as interruption:
         if is_main:
@@ -93,10 +99,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - a bug: print the traceback and one line
-        print(mask(traceback.format_exc()), file=sys.stderr, end="")
-        print(f"distill: {describe(error)}", file=sys.stderr)
+        logs.fail(describe(error), mask(traceback.format_exc()))
         return 1
     return 0
+
+
+def _log_format(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --log-format, which all commands take, and the other arguments."""
+    rest, form = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--log-format":
+            rest.append(argument)
+            continue
+        form = value if equals else next(remaining, "")
+        if form not in logs.FORMATS:
+            raise SettingsError(f"--log-format is {form!r}; it takes {' or '.join(logs.FORMATS)}")
+    return form, rest
 
 
 def _other(command: str, arguments: Sequence[str]) -> None:
@@ -110,6 +130,8 @@ def _other(command: str, arguments: Sequence[str]) -> None:
         _compare(parsed, rest)
     elif command == "push":
         _push(parsed)
+    elif command == "sync":
+        _sync(parsed.run)
     elif command == "completion":
         from distill import completion
 
@@ -140,6 +162,8 @@ def _options(command: str) -> Any:
         _add_compare(options)
     elif command == "push":
         _add_push(options)
+    elif command == "sync":
+        options.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart")
     else:
         from distill import shipped
 
@@ -255,6 +279,17 @@ def _push(parsed: argparse.Namespace) -> None:
 
     target = push.Target(parsed.to, parsed.private, parsed.language, parsed.datasets)
     print(f"uploaded to {(push.push_data if parsed.data else push.push_student)(parsed.run, target)}")
+
+
+def _sync(folder: Path) -> None:
+    from distill import chain
+    from distill.runs import Run
+    from distill.tracking.sync import sync
+
+    with chain.locked(Run(folder).folder), raise_on_sigterm():
+        sent = sync(folder)
+    print(f"{folder}: {sent.runs} runs sent, {sent.links} uses of artifacts linked" if any(sent)
+          else f"{folder}: nothing to do, all offline runs are sent")  # fmt: skip
 
 
 def _parsed(

@@ -13,6 +13,7 @@ from distill.annotation.ledger import Ledger
 from distill.data.source import SPLITS
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
+from distill.stages import tables
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
 from distill.task.sample import Sample
@@ -66,8 +67,8 @@ def run(context: Context, tracked: StageRun) -> None:
         splits = {name: getattr(context.corpus, name) for name in SPLITS}
         summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}
     write_json(folder / "summary.json", summary)
-    tracked.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
-    tracked.log_artifact("rationales", "dataset", folder / "rationales.jsonl")
+    tracked.log(summary)
+    tables.rationales(context, tracked, "annotate")
 
 
 def _kept(

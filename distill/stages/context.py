@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
+from distill import logs
 from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.examples import with_examples
 from distill.annotation.first_answers import FirstAnswers
@@ -188,13 +189,12 @@ class Context:
             seed=self.recipe.seed,
             label_targets=learner.label_targets,
         )
-        logger = tracked.lightning_logger()
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= epoch_factor
         with in_section(stage):
-            fit(learner, data, folder, arguments, [logger] if logger and not part else [])
+            fit(learner, data, folder, arguments, tracked.lightning_loggers(part))
         model.save(folder / "adapter")
 
     def trainer_arguments(self, settings: TrainSettings) -> dict[str, Any]:
@@ -341,7 +341,7 @@ class Context:
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar; the yielded function takes the numbers of completed and of all posts."""
-    with tqdm(desc=description, unit="post", leave=False) as bar:
+    with tqdm(desc=description, unit="post", leave=False, disable=logs.quiet()) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

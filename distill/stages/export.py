@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 def run(context: Context, tracked: StageRun) -> None:
     recipe = context.recipe
     assert recipe.export is not None and recipe.student is not None
-    tracked.use_artifact("student")
     student = context.load("student")
     scores = read_metrics(context.folder)["student"] if recipe.evaluate is not None else {}
     settings = recipe.student.model
@@ -44,5 +43,4 @@ def run(context: Context, tracked: StageRun) -> None:
             len(result["disagreements"]),
             result["samples"],
         )
-    tracked.log({name: value for name, value in result.items() if isinstance(value, int | float)})
-    tracked.log_artifact("export", "model", folder)
+    tracked.log(result)

@@ -10,10 +10,11 @@ from distill.errors import SettingsError
 from distill.evaluation.report import TITLES, Report, format_table, write_report
 from distill.files import read_json
 from distill.models.backbone import ModelSettings
-from distill.recipe import Recipe, to_yaml
+from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import cascade
 from distill.stages.evaluate import read_metrics
 from distill.stages.student import HARD_LABELS
+from distill.tracking import Tracker
 
 _GALLERY = 24
 _SOURCES = (
@@ -53,6 +54,9 @@ def run(recipe: Recipe) -> None:
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)
+    shown = [stage for stage in ("annotate", "evaluate", "cascade") if getattr(recipe, stage) is not None]
+    with Tracker(recipe.tracking, folder, recipe.name).stage("report", masked(recipe), shown):
+        pass  # the report is logged at the end of its run
 
 
 def is_available(recipe: Recipe) -> bool:

@@ -29,11 +29,6 @@ HARD_LABELS = "hard_labels"
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.student
     assert settings is not None
-    artifacts = {"annotate": "rationales", "assistant": "assistant", "augment": "augmented-rationales"}
-    for stage, artifact in artifacts.items():
-        if getattr(context.recipe, stage) is not None:
-            tracked.use_artifact(artifact)
-
     rows, targets = context.training_samples("annotate", "augment"), None
     if settings.distillation.label_weight > 0:
         rows += unlabelled(context.corpus.train, rows)
@@ -60,7 +55,6 @@ def run(context: Context, tracked: StageRun) -> None:
             part=HARD_LABELS,
             epoch_factor=epoch_factor,
         )
-    tracked.log_artifact("student", "model", context.folder / "student" / "adapter")
 
 
 def _soft_targets(
