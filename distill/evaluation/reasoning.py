@@ -7,7 +7,7 @@ left out with a warning; there are no approximations.
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 
@@ -74,6 +74,16 @@ def reasoning_metrics(
     pairs = [(_contents(p), _contents(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
     similarity = partial(_similarity, model=similarity_model)
     return metrics | _means(pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity})
+
+
+def named_attributes(rationale: Rationale | None, attributes: Mapping[str, str]) -> dict[str, bool]:
+    """Which gold attributes of a post a rationale names, by value, as a word of its text or image analysis.
+
+    A rationale that names all of them is grounded; an answer that does not parse (None) names none.
+    """
+    analyses = "" if rationale is None else " ".join(rationale.texts[:2])
+    found = set(re.findall(r"\w+", analyses))
+    return {name: value in found for name, value in attributes.items()}
 
 
 def published_metrics(
