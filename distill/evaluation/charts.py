@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from distill.evaluation.report_costs import Unit, cascade_cost
+from distill.evaluation.report_costs import Unit, cascade_cost, number
 
 Points = list[tuple[float, float]]
 
@@ -29,9 +29,9 @@ def training_charts(path: Path) -> dict[str, dict[str, Any]]:
         rows = list(csv.DictReader(file))
     curves: dict[str, Points] = {}
     for row in rows:
-        step = _number(row.get("step"))
+        step = number(row.get("step"))
         for name, text in row.items():
-            value = _number(text)
+            value = number(text)
             if isinstance(name, str) and "/" in name and step is not None and value is not None:
                 curves.setdefault(name, []).append((step, value))
     curves = {name: _downsample(sorted(points)) for name, points in curves.items()}
@@ -47,8 +47,8 @@ def deferral(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """The deferral curves of all policies with their values; None if there are none.
 
     Args:
-        metrics: `cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it. Rows whose share or
-            quality is no number are left out.
+        metrics: `cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it. Rows whose share
+            or quality is no number are left out.
 
     Returns:
         `quality`, what the curves show; `policies`, the points by name of the policy: the `_COLUMNS`, None if unknown;
@@ -57,7 +57,7 @@ def deferral(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     policies: dict[str, list[list[Any]]] = {}
     for row in metrics.get("deferral", ()):
-        values = [_number(row.get(name)) for name in _COLUMNS]
+        values = [number(row.get(name)) for name in _COLUMNS]
         if None not in values[:2]:
             policies.setdefault(row["policy"].replace("_", " "), []).append(values)
     if not policies:
@@ -143,15 +143,6 @@ def chart(
         "band": [place(x, low) for x, low, _ in band] + [place(x, up) for x, _, up in reversed(band)],
         "markers": {name: place(*point) for name, point in (markers or {}).items()},
     }
-
-
-def _number(text: Any) -> float | None:
-    """A finite number, or None."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _downsample(points: Points) -> Points:

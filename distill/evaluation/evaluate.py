@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distill.evaluation.classification import classification_metrics
-from distill.evaluation.reasoning import named_attributes, published_metrics, reasoning_metrics
+from distill.evaluation.reasoning import grounding, published_metrics, reasoning_metrics
 from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.settings import Count, Settings
@@ -112,7 +112,7 @@ def role_metrics(
     On a scale, the classification metrics are those of its bins, and the regression metrics of the expected values are
     added. Samples without an answer are counted as `unanswered` and are in no other metric. Metrics of the confidence
     are None if the model does not return probabilities. If samples have gold attributes, `grounded` is the share of all
-    their attributes that the rationales name (`named_attributes`).
+    their attributes that the rationales name as a word in the text or image analysis.
 
     Args:
         references: N reference rationales; None for samples without one.
@@ -140,10 +140,10 @@ def role_metrics(
             settings.similarity_model,
         )
     named = [
-        is_named
+        value
         for sample, text, rationale in zip(samples, outputs.texts, outputs.rationales, strict=True)
         if text is not None
-        for is_named in named_attributes(rationale, sample.attributes).values()
+        for value in grounding(rationale, sample.attributes)
     ]
     return metrics | ({"grounded": float(np.mean(named))} if named else {})
 

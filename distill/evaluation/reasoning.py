@@ -76,14 +76,16 @@ def reasoning_metrics(
     return metrics | _means(pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity})
 
 
-def named_attributes(rationale: Rationale | None, attributes: Mapping[str, str]) -> dict[str, bool]:
-    """Which gold attributes of a post a rationale names, by value, as a word of its text or image analysis.
+def grounding(rationale: Rationale | None, attributes: Mapping[str, str]) -> list[bool]:
+    """For each gold attribute of a post, whether the text or image analysis of its rationale names it as a word.
 
-    A rationale that names all of them is grounded; an answer that does not parse (None) names none.
+    Args:
+        rationale: None for an answer that did not parse, which names nothing.
     """
-    analyses = "" if rationale is None else " ".join(rationale.texts[:2])
-    found = set(re.findall(r"\w+", analyses))
-    return {name: value in found for name, value in attributes.items()}
+    if rationale is None:
+        return [False] * len(attributes)
+    words_named = re.findall(r"\w+", " ".join(rationale.texts[:2]))  # the two analyses
+    return [value in words_named for value in attributes.values()]
 
 
 def published_metrics(

@@ -19,8 +19,8 @@ from distill.data.images import ImageError, decode
 from distill.errors import RunError
 from distill.evaluation.charts import CASCADE, cascade_charts, deferral, training_charts
 from distill.evaluation.evaluate import parse_or_none
-from distill.evaluation.reasoning import named_attributes
-from distill.evaluation.report_costs import amount, costs_per_post, stage_rows
+from distill.evaluation.reasoning import grounding
+from distill.evaluation.report_costs import DASH, amount, costs_per_post, stage_rows
 from distill.evaluation.report_tables import (
     CLASSIFICATION,
     REASONING,
@@ -89,7 +89,7 @@ def write_report(path: Path, report: Report) -> None:
     )
     environment.globals |= {"cell": cell, "amount": amount, "names": TITLES, "this_cascade": CASCADE}
     script = (_PAGE / "deferral.js").read_text(encoding="utf-8")
-    titles = role_titles(report.roles)
+    titles, annotation = role_titles(report.roles), report.annotation or {}
     page = environment.get_template("page.html.jinja").render(
         report=report,
         titles=titles,
@@ -99,7 +99,7 @@ def write_report(path: Path, report: Report) -> None:
         seeds=max((len(runs(metrics)) for metrics in report.roles.values()), default=0),
         confusions={title: confusion(report.roles[role]) for role, title in titles.items()},
         curves={TITLES.get(role, role): c for role, file in report.curves.items() if (c := training_charts(file))},
-        deferral=deferral(report.cascade) if report.cascade else None,
+        deferral=_with_readout(deferral(report.cascade)) if report.cascade else None,
         charts=cascade_charts(report.cascade) if report.cascade else {},
         priced=any(
             stage["cost"]["currency"] is not None for stage in (report.cascade or {"stages": {}})["stages"].values()
@@ -107,9 +107,9 @@ def write_report(path: Path, report: Report) -> None:
         costs=costs_per_post(report.roles, report.cascade) if report.cascade else {},
         stages=stage_rows(report.stages),
         on_gpu=any((entry.get("peak_memory_mb") or {}).get("gpu") for entry in report.stages.values()),
-        paid=(report.annotation or {}).get("paid"),
-        curated=(report.annotation or {}).get("curated"),
-        annotation=flatten({name: value for name, value in (report.annotation or {}).items() if name != "curated"}),
+        paid=annotation.get("paid"),
+        annotation=flatten({name: value for name, value in annotation.items() if name != "curated"}),
+        curated=annotation.get("curated"),
         gallery=[_post(entry, report.labels) for entry in report.gallery],
         listed={row["index"] for group in report.decisions for row in group["rows"]},
         shown={entry["index"] for entry in report.gallery},
@@ -124,12 +124,28 @@ def write_report(path: Path, report: Report) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def _with_readout(curves: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The deferral curves with the texts of their points: `readout`, and `points` for the script."""
+    if curves is None:
+        return None
+    points = [[[row[0], row[2], row[3], *_readout(row)] for row in rows] for rows in curves["policies"].values()]
+    return curves | {"readout": _readout(curves["cascade"]), "points": points}
+
+
+def _readout(point: Sequence[Any]) -> list[str]:
+    """The cells of a point of the deferral curves: deferred, quality, interval, seconds and currency."""
+    share, quality, low, high, seconds, currency = point
+    interval = DASH if low is None or high is None else f"{low:.3f} to {high:.3f}"
+    return [f"{share:.3f}", f"{quality:.3f}", interval, amount(seconds), amount(currency)]
+
+
 def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
     """A gallery entry with its thumbnail and parsed rationales, each with its mark."""
 
     def rationale(text: str) -> dict[str, Any]:
-        named = named_attributes(parse_or_none(text, labels, post=entry["text"]), entry["attributes"])
-        missing = [entry["attributes"][name] for name, is_named in named.items() if not is_named]
+        attributes = entry["attributes"]
+        named = grounding(parse_or_none(text, labels, post=entry["text"]), attributes)
+        missing = [value for value, is_named in zip(attributes.values(), named, strict=True) if not is_named]
         return {"fields": _fields(text, labels), "grounded": not missing if named else None, "missing": missing}
 
     texts = {TITLES.get(role, role): text for role, text in entry["rationales"].items()}

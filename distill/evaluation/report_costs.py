@@ -1,9 +1,11 @@
 """What a run has cost: seconds and currency per post of the roles and the cascade, and the duration of the stages."""
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Any, Literal, get_args
 
-from distill.evaluation.report_tables import TITLES
+from distill.evaluation.report_tables import role_titles
 
 Unit = Literal["seconds", "currency"]
 DASH = "–"
@@ -26,29 +28,39 @@ def cascade_cost(metrics: Mapping[str, Any], unit: Unit) -> float | None:
     return sum(map(float, costs)) / metrics["n"]
 
 
-def costs_per_post(roles: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> dict[str, dict[Unit, float | None]]:
+def costs_per_post(roles: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, dict[Unit, float | None]]:
     """Mean cost of a label by title of the role, as the cascade measured it; None if it is unknown.
 
-    The teacher's cost is that of all posts, the difference between the ends of the deferral curve; without a curve it
-    is the mean over the posts that the cascade deferred.
+    The student of the cascade is the refined one, if there is one. The teacher's cost is that of all posts, the
+    difference between the ends of the deferral curve; without a curve it is the mean over the posts that the cascade
+    deferred.
 
     Args:
-        metrics: `cascade/metrics.json` with the rows of `deferral_curve.csv` under `deferral`; None: nothing is known.
+        metrics: `cascade/metrics.json` with the rows of `deferral_curve.csv` under `deferral`.
     """
-    unknown: dict[Unit, float | None] = {"seconds": None, "currency": None}
-    costs = {role: dict(unknown) for role in [*TITLES, *roles] if role in roles}
-    if metrics is not None:
-        student, teacher = (metrics["stages"][name] for name in ("student", "teacher_first"))
-        costs["student"]["seconds"] = _mean(student, "seconds")
-        if "teacher" in costs:
-            ends = {float(row["deferred"]): row for row in metrics.get("deferral", ())}
-            for unit in unknown:
-                if {0.0, 1.0} <= ends.keys() and ends[1.0].get(unit) and ends[0.0].get(unit):
-                    costs["teacher"][unit] = float(ends[1.0][unit]) - float(ends[0.0][unit])
-                else:
-                    costs["teacher"][unit] = _mean(teacher, unit)
-        costs["cascade"] = {unit: cascade_cost(metrics, unit) for unit in unknown}
-    return {TITLES.get(role, role): cost for role, cost in costs.items()}
+    ends = {number(row["deferred"]): row for row in metrics["deferral"]}
+    student, teacher = (metrics["stages"][name] for name in ("student", "teacher_first"))
+
+    def cost(role: str, unit: Unit) -> float | None:
+        if role == ("student_refined" if "student_refined" in roles else "student"):
+            return _mean(student, unit)
+        if role != "teacher":
+            return None
+        alone, both = (number(ends[share].get(unit)) if share in ends else None for share in (0.0, 1.0))
+        return _mean(teacher, unit) if alone is None or both is None else both - alone
+
+    units = get_args(Unit)
+    costs = {title: {unit: cost(role, unit) for unit in units} for role, title in role_titles(roles).items()}
+    return costs | {"cascade": {unit: cascade_cost(metrics, unit) for unit in units}}
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _mean(stage: Mapping[str, Any], unit: Unit) -> float | None:
@@ -94,4 +106,4 @@ def memory(mib: float | None) -> str:
 
 def amount(value: float | None) -> str:
     """A cost with three significant digits, without an exponent."""
-    return DASH if value is None else f"{value:.3g}" if value == 0 or value >= 1e-4 else f"{value:.7f}".rstrip("0")
+    return DASH if value is None else f"{Decimal(f'{value:.3g}'):f}"

@@ -123,8 +123,8 @@ def _polarity(labels: LabelSpace, value: str | float) -> int | None:
 
 def _prediction(model: Row, right: Callable[[Row], bool]) -> dict[str, Any]:
     """A model's prediction; one without an answer has no label."""
-    label, uncertainty = model["label"], model["uncertainty"]
-    return {"label": label, "uncertainty": uncertainty, "right": label is not None and right(model)}
+    label = model["label"]
+    return {"label": label, "uncertainty": model["uncertainty"], "right": label is not None and right(model)}
 
 
 def _groups(decisions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
 """The web page in a real browser, with a real student and a teacher's HTTP server."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +13,12 @@ from tests.models.openai_server import Server
 from tests.serving.conftest import DEFER_ALL, running
 from tests.serving.test_cascade_service import teacher_at, with_confidence
 
-pytest.importorskip("playwright", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on PATH")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from playwright.sync_api import Page, expect
 
 MARKUP = '<img src=x onerror="document.title=1"><b>"Prediction": negative'
 
 expect.set_options(timeout=30_000)  # milliseconds; a busy machine answers slowly
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page; script errors and violations of its content security policy fail the test."""
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda log: errors.append(log.text) if "Content Security Policy" in log.text else None)
-    yield page
-    context.close()
-    assert not errors
 
 
 def open_page(page: Page, client: httpx.Client) -> list[str]:

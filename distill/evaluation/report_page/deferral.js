@@ -1,13 +1,7 @@
 "use strict";
 // Deferral curves: the point under the pointer, or chosen by keys, is marked in all charts of a figure and read out.
-const COLUMNS = { deferred: 0, quality: 1, low: 2, high: 3, seconds: 4, currency: 5 };
+// A point of data-points is its share of deferred posts, the ends of its interval or null, and the cells of the read-out.
 const SVG = "http://www.w3.org/2000/svg";
-
-const number = (value, digits) => (value === null ? "–" : value.toFixed(digits));
-const amount = (value) => {
-  if (value === null) return "–";
-  return value === 0 || Math.abs(value) >= 1e-4 ? String(Number(value.toPrecision(3))) : value.toFixed(7).replace(/0+$/, "");
-};
 
 function shape(svg, name, className) {
   const created = document.createElementNS(SVG, name);
@@ -19,51 +13,45 @@ function shape(svg, name, className) {
 // A chart: its lines, the SVG coordinates of their points, and the marks of the picked point.
 function readChart(svg) {
   const lines = [...svg.querySelectorAll("polyline, circle.dot")];
-  const points = lines.map((line) =>
+  const places = lines.map((line) =>
     line.tagName === "circle" ? [{ x: line.cx.baseVal.value, y: line.cy.baseVal.value }] : [...line.points]);
   const [low, bottom, high, top] = svg.dataset.axis.split(" ").map(Number);
   const height = (value) => bottom + ((value - low) / (high - low)) * (top - bottom);
-  return { svg, lines, points, height, whisker: shape(svg, "path", "whisker"), cursor: shape(svg, "circle", "cursor") };
+  return { svg, lines, places, height, whisker: shape(svg, "path", "whisker"), cursor: shape(svg, "circle", "cursor") };
 }
 
 function activate(figure) {
-  const rows = JSON.parse(figure.dataset.points);
+  const points = JSON.parse(figure.dataset.points);
   const charts = [...figure.querySelectorAll("svg")].map(readChart);
   const boxes = [...figure.querySelectorAll("input[type=checkbox]")];
   const names = boxes.map((box) => box.parentElement.textContent.trim());
   const picked = figure.querySelector(".picked");
+  const titles = [...picked.closest("table").tHead.rows[0].cells].map((cell) => cell.textContent);
+  const inUse = Number(figure.dataset.inUse);
   const shown = () => boxes.flatMap((box, policy) => (box.checked ? [policy] : []));
-  let policy = Math.max(0, Number(figure.dataset.inUse) || 0);
+  let policy = Math.max(0, inUse);
   let index = 0;
 
   function show() {
     const visible = boxes[policy].checked;
-    const row = rows[policy][index];
-    for (const { points, height, whisker, cursor } of charts) {
-      const { x, y } = points[policy][index];
+    const [share, low, high, ...values] = points[policy][index];
+    const hasInterval = low !== null && high !== null;
+    for (const { places, height, whisker, cursor } of charts) {
+      const { x, y } = places[policy][index];
       cursor.setAttribute("cx", x);
       cursor.setAttribute("cy", y);
       cursor.setAttribute("r", 5);
-      const interval = row[COLUMNS.low] !== null && row[COLUMNS.high] !== null;
-      if (interval) whisker.setAttribute("d", `M${x} ${height(row[COLUMNS.low])}V${height(row[COLUMNS.high])}`);
+      if (hasInterval) whisker.setAttribute("d", `M${x} ${height(low)}V${height(high)}`);
       cursor.setAttribute("class", `cursor s${policy % 6}`);
       whisker.setAttribute("class", `whisker s${policy % 6}`);
       cursor.style.visibility = visible ? "visible" : "hidden";
-      whisker.style.visibility = visible && interval ? "visible" : "hidden";
+      whisker.style.visibility = visible && hasInterval ? "visible" : "hidden";
     }
-    const interval = row[COLUMNS.low] === null || row[COLUMNS.high] === null ? "–"
-      : `${number(row[COLUMNS.low], 3)} to ${number(row[COLUMNS.high], 3)}`;
-    const values = [
-      number(row[COLUMNS.deferred], 3), number(row[COLUMNS.quality], 3), interval,
-      amount(row[COLUMNS.seconds]), amount(row[COLUMNS.currency]),
-    ];
-    const cells = visible ? [names[policy], ...values] : ["no policy is shown", "", "", "", "", ""];
-    [...picked.cells].forEach((cell, column) => { cell.textContent = cells[column]; });
-    const titles = [...picked.closest("table").tHead.rows[0].cells].map((cell) => cell.textContent);
-    const spoken = visible ? cells.map((text, column) => `${titles[column]} ${text}`).join(", ") : cells[0];
+    const cells = visible ? [names[policy], ...values] : ["no policy is shown"];
+    [...picked.cells].forEach((cell, column) => { cell.textContent = cells[column] ?? ""; });
     for (const { svg } of charts) {
-      svg.setAttribute("aria-valuetext", spoken);
-      svg.setAttribute("aria-valuenow", row[COLUMNS.deferred]);
+      svg.setAttribute("aria-valuetext", cells.map((text, column) => `${titles[column]} ${text}`).join(", "));
+      svg.setAttribute("aria-valuenow", share);
     }
   }
 
@@ -71,7 +59,7 @@ function activate(figure) {
     const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(chart.svg.getScreenCTM().inverse());
     let nearest = Infinity;
     for (const candidate of shown()) {
-      chart.points[candidate].forEach(({ x, y }, at) => {
+      chart.places[candidate].forEach(({ x, y }, at) => {
         const distance = Math.hypot(x - place.x, y - place.y);
         if (distance < nearest) [nearest, policy, index] = [distance, candidate, at];
       });
@@ -88,7 +76,7 @@ function activate(figure) {
     if (turn && visible.length) {
       policy = visible.at((visible.indexOf(policy) + turn) % visible.length);
     }
-    index = Math.min(Math.max(index + (step ?? 0), 0), rows[policy].length - 1);
+    index = Math.min(Math.max(index + (step ?? 0), 0), points[policy].length - 1);
     show();
   }
 
@@ -97,21 +85,18 @@ function activate(figure) {
       for (const { lines } of charts) lines[at].style.display = box.checked ? "" : "none";
     });
     const band = figure.querySelector(".band");
-    if (band) band.style.display = boxes[Number(figure.dataset.inUse)].checked ? "" : "none";
+    if (band) band.style.display = boxes[inUse].checked ? "" : "none";
     const visible = shown();
     if (visible.length && !visible.includes(policy)) {
       policy = visible[0];
-      index = Math.min(index, rows[policy].length - 1);
+      index = Math.min(index, points[policy].length - 1);
     }
     show();
   }
 
-  // the point of the policy in use that defers as many posts as the cascade
-  const share = Number(figure.dataset.share);
-  rows[policy].forEach((row, at) => {
-    const best = Math.abs(rows[policy][index][COLUMNS.deferred] - share);
-    if (Math.abs(row[COLUMNS.deferred] - share) < best) index = at;
-  });
+  // first, the point that defers as many posts as the cascade
+  const distances = points[policy].map(([share]) => Math.abs(share - Number(figure.dataset.share)));
+  index = distances.indexOf(Math.min(...distances));
   for (const chart of charts) {
     const attributes = { tabindex: 0, role: "slider", "aria-valuemin": 0, "aria-valuemax": 1 };
     for (const [name, value] of Object.entries(attributes)) chart.svg.setAttribute(name, value);
