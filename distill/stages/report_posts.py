@@ -1,14 +1,14 @@
 """The test posts of the report: which are in its gallery, and which decisions of the cascade it lists."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distill.data import jsonl
-from distill.data.source import read_rows, split_files
-from distill.errors import SettingsError
+from distill.data.source import DataSettings, split_files
 from distill.recipe import Recipe
 from distill.task.labels import LabelSpace
 
@@ -32,7 +32,7 @@ def posts_and_decisions(recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict
     groups = _groups(list(decided.values()))
     listed = [row["index"] for group in groups for row in group["rows"]]
     chosen = dict.fromkeys([*_chosen(rows), *(index for index in listed if index is not None)])
-    attributes = _attributes(recipe)
+    attributes = _attributes(recipe.data)
     gallery = [
         _entry(Path(recipe.data.root), index, rows[index])
         | {"attributes": attributes.get((rows[index]["id"], rows[index]["text"]), {})}
@@ -71,17 +71,18 @@ def _entry(root: Path, index: int, row: Row) -> dict[str, Any]:
     }
 
 
-def _attributes(recipe: Recipe) -> dict[tuple[str, str], Mapping[str, str]]:
+def _attributes(data: DataSettings) -> dict[tuple[str, str], Mapping[str, str]]:
     """The gold attributes of the test posts by id and text; empty if the data have none, or are no longer there."""
-    split = "test" if split_files(recipe.data)["test"] else "train"
-    root, found = Path(recipe.data.root), {}
-    try:
-        for part, _, row in read_rows(recipe.data):
-            if part == split and row.problem is None and row.fields.get("attributes"):
-                sample = jsonl.to_sample(row.fields, root)
-                found[sample.id, sample.text] = sample.attributes
-    except (SettingsError, ValueError):
-        return {}
+    found: dict[tuple[str, str], Mapping[str, str]] = {}
+    if data.source not in ("jsonl", "postcards"):  # the other layouts have no attributes
+        return found
+    root, files = Path(data.root), split_files(data)
+    for file in files["test"] or files["train"]:
+        with suppress(OSError):
+            for row in jsonl.read(root / file):
+                with suppress(ValueError):  # a row that cannot be used was dropped
+                    sample = jsonl.to_sample(row.fields, root)
+                    found[sample.id, sample.text] = sample.attributes
     return found
 
 

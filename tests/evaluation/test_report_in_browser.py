@@ -12,6 +12,8 @@ from tests.report_pages import HOSTILE, cascade, decision, deferral_rows, post
 
 HINT = "Point at a curve"
 
+expect.set_options(timeout=30_000)  # milliseconds; a busy machine answers slowly
+
 
 def write(folder: Path, policies: tuple[str, ...] = ("entropy", "random")) -> str:
     """Write a report with one listed decision; returns its address."""

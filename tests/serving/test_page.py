@@ -50,6 +50,12 @@ def test_a_post_with_an_image(page: Page, gateway: httpx.Client, postcards: Corp
     expect(page.locator("#usage")).to_contain_text("0.00 teacher calls per post")
     if found["rationale"]:
         expect(page.locator("#rationale")).to_contain_text(found["rationale"]["Image_analysis"])
+        expect(page.locator("#rationale")).to_contain_text(
+            "Written by the student. It argues for the label; its grounding"
+        )
+    expect(page.locator("#cost")).to_have_text(
+        re.compile(r"0 teacher calls, \d+ prompt tokens, \d+ completion tokens, \d+\.\d\d s of model time, price –")
+    )
     page.get_by_role("button", name="Remove").click()
     expect(page.locator("#preview")).to_be_hidden()
     assert all(url.startswith((str(gateway.base_url), "data:")) for url in loaded)
@@ -105,13 +111,16 @@ def test_model_output_is_shown_as_text_and_not_as_markup(page: Page, gateway: ht
 
     def answer(route: Any) -> None:
         reply = route.fetch()
-        found = reply.json() | {"rationale": {"Text_analysis": MARKUP}, "reason": MARKUP}
+        found = reply.json() | {"rationale": {"Text_analysis": MARKUP}, "rationale_by": MARKUP, "reason": MARKUP}
+        found["cost"] |= {"price": 0.01234}
         route.fulfill(response=reply, json=found)
 
     page.route("**/v1/sentiment", answer)
     page.get_by_label("Post").fill(MARKUP)
     page.get_by_role("button", name="Classify the post").click()
     expect(page.locator("#rationale dd")).to_have_text(MARKUP)
+    expect(page.locator("#rationale")).to_contain_text(f"Written by the {MARKUP}.")
+    expect(page.locator("#cost")).to_contain_text("price 0.0123")
     assert page.locator("#answer img, #answer b").count() == 0
     assert page.title() == "cascade"
 
