@@ -23,6 +23,7 @@ from distill.evaluation.reasoning import grounding
 from distill.evaluation.report_costs import DASH, amount, costs_per_post, stage_rows
 from distill.evaluation.report_tables import (
     CLASSIFICATION,
+    PUBLISHED,
     REASONING,
     REGRESSION,
     TITLES,
@@ -96,6 +97,7 @@ def write_report(path: Path, report: Report) -> None:
         classification=columns(report.roles, CLASSIFICATION),
         regression=columns(report.roles, REGRESSION),
         reasoning=columns(report.roles, REASONING),
+        published=columns(report.roles, PUBLISHED),
         seeds=max((len(runs(metrics)) for metrics in report.roles.values()), default=0),
         confusions={title: confusion(report.roles[role]) for role, title in titles.items()},
         curves={TITLES.get(role, role): c for role, file in report.curves.items() if (c := training_charts(file))},

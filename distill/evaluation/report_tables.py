@@ -46,14 +46,13 @@ REASONING = {
     "similarity": "similarity",
     "distinct1": "distinct-1",
     "distinct2": "distinct-2",
-    "published_rouge_l": "ROUGE-L (published)",
-    "published_bleu4": "BLEU-4 (published)",
-    "published_meteor": "METEOR (published)",
-    "published_similarity": "similarity (published)",
-    "published_distinct1": "distinct-1 (published)",
-    "published_distinct2": "distinct-2 (published)",
 }
-"""Metrics of rationales, in this project's definitions and in those of the published code."""
+"""Metrics of rationales, in this project's definitions."""
+PUBLISHED = {
+    f"published_{name}": REASONING[name]
+    for name in ("rouge_l", "bleu4", "meteor", "similarity", "distinct1", "distinct2")
+}
+"""Metrics of rationales, in the definitions of the published code."""
 _TABLE_REASONING = {
     "reasoned_accuracy": "reasoned",
     "parse_rate": "parse rate",
