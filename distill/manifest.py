@@ -167,6 +167,15 @@ class Manifest:
                 for file in self.changed(name):
                     self._check(self.folder / name / file)
 
+    def check_current(self, name: str) -> None:
+        """Raise SettingsError if a stage has not finished, or is older than a stage that it read."""
+        entry = self.stages.get(name, {})
+        if entry.get("status") != "done":
+            raise SettingsError(f"{self.folder}: the stage {name} has not finished; run: distill run")
+        for read, identity in entry.get("inputs", {}).items():
+            if self.stages.get(read, {}).get("status") != "done" or self.identity(read) != identity:
+                raise SettingsError(f"{self.folder}: {name} is older than {read}, which it reads; run: distill run")
+
     # ---- whose a file is ----
 
     def owned(self, name: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Evaluation of one role on the test split: label scoring, generation of rationales, and the metrics of both."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distill.evaluation.classification import classification_metrics
-from distill.evaluation.reasoning import published_metrics, reasoning_metrics
+from distill.evaluation.reasoning import grounding, published_metrics, reasoning_metrics
 from distill.evaluation.regression import regression_metrics
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.settings import Count, Settings
@@ -141,10 +140,10 @@ def role_metrics(
             settings.similarity_model,
         )
     named = [
-        rationale is not None and value in re.findall(r"\w+", " ".join(rationale.texts[:2]))  # the two analyses
+        value
         for sample, text, rationale in zip(samples, outputs.texts, outputs.rationales, strict=True)
         if text is not None
-        for value in sample.attributes.values()
+        for value in grounding(rationale, sample.attributes)
     ]
     return metrics | ({"grounded": float(np.mean(named))} if named else {})
 

@@ -7,7 +7,7 @@ left out with a warning; there are no approximations.
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 
@@ -74,6 +74,18 @@ def reasoning_metrics(
     pairs = [(_contents(p), _contents(r)) for p, r in zip(predictions, references, strict=True) if p is not None and r]
     similarity = partial(_similarity, model=similarity_model)
     return metrics | _means(pairs, {"bleu4": _bleu4, "meteor": _meteor, "rouge_l": _rouge_l, "similarity": similarity})
+
+
+def grounding(rationale: Rationale | None, attributes: Mapping[str, str]) -> list[bool]:
+    """For each gold attribute of a post, whether the text or image analysis of its rationale names it as a word.
+
+    Args:
+        rationale: None for an answer that did not parse, which names nothing.
+    """
+    if rationale is None:
+        return [False] * len(attributes)
+    words_named = re.findall(r"\w+", " ".join(rationale.texts[:2]))  # the two analyses
+    return [value in words_named for value in attributes.values()]
 
 
 def published_metrics(
