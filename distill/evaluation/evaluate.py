@@ -87,6 +87,12 @@ def evaluate_role(
     return RoleOutputs(ClassScores.concatenate([scores[index] for index in range(len(samples))]), texts, rationales)
 
 
+def names_attributes(rationale: Rationale | None, sample: Sample) -> list[bool]:
+    """Whether a rationale names each gold attribute of a sample as a word in the analysis of the text or the image."""
+    words = [] if rationale is None else re.findall(r"\w+", " ".join(rationale.texts[:2]))
+    return [value in words for value in sample.attributes.values()]
+
+
 def gold_values(samples: Sequence[Sample]) -> list[float]:
     """The values of the samples that are labelled on a scale."""
     return [sample.label for sample in samples if isinstance(sample.label, float)]
@@ -141,10 +147,10 @@ def role_metrics(
             settings.similarity_model,
         )
     named = [
-        rationale is not None and value in re.findall(r"\w+", " ".join(rationale.texts[:2]))  # the two analyses
+        is_named
         for sample, text, rationale in zip(samples, outputs.texts, outputs.rationales, strict=True)
         if text is not None
-        for value in sample.attributes.values()
+        for is_named in names_attributes(rationale, sample)
     ]
     return metrics | ({"grounded": float(np.mean(named))} if named else {})
 
