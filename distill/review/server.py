@@ -78,7 +78,7 @@ def create_app(posts: Posts, host: str) -> FastAPI:
         host: the address that it is served on.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page, policy = load_page("distill.review", "'self'")
+    page, policy = load_page("distill.review", "'self' data:")
     hosts = {"localhost", socket.gethostname().lower(), host.lower()}
 
     @app.middleware("http")
