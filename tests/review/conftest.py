@@ -23,6 +23,7 @@ from tests.models import openai_server
 from tests.models.openai_server import COLOURS, ChatRequest, rationale
 
 MARKUP = '<img src=x onerror="document.title=1"><b>"bold"</b>'
+ANALYSIS = "<img src=x onerror='document.title=1'><script>document.title=1</script>"  # without quotes that end a field
 
 
 def answer(request: ChatRequest) -> str:
@@ -33,7 +34,7 @@ def answer(request: ChatRequest) -> str:
         return rationale(hint or request.sentiment, "it is labeled as that")
     if "broken" in request.text:
         return f"No fields. {MARKUP}"
-    return rationale(hint or request.sentiment, MARKUP.replace('"', "'"))
+    return rationale(hint or request.sentiment, ANALYSIS)
 
 
 def make_run(folder: Path) -> Recipe:
