@@ -9,7 +9,7 @@ import pytest
 
 from distill.recipe import Recipe
 from tests.models.openai_server import rationale
-from tests.review.conftest import MARKUP, decisions
+from tests.review.conftest import ANALYSIS, MARKUP, decisions
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -30,20 +30,18 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, client: httpx.Client) -> Iterator[Page]:
-    """The opened page; script errors, violations of its policy and other hosts fail the test."""
+    """The opened page; script errors, violations of its policy and requests to other hosts fail."""
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     page = context.new_page()
-    errors: list[str] = []
+    errors, loaded = list[str](), list[str]()
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda log: errors.append(log.text) if "Content Security Policy" in log.text else None)
-    page.on(
-        "request", lambda request: None if request.url.startswith(str(client.base_url)) else errors.append(request.url)
-    )
+    page.on("request", lambda request: loaded.append(request.url))
     page.goto(f"{client.base_url}/")
     expect(page.locator("#tags code")).to_have_text("plain")
     yield page
     context.close()
-    assert [error for error in errors if error != "data:,"] == []
+    assert not errors and all(url.startswith((str(client.base_url), "data:")) for url in loaded)
 
 
 def at(page: Page, name: str) -> None:
@@ -90,7 +88,7 @@ def test_an_edit_is_checked_saved_and_taken_back(page: Page, recipe: Recipe) -> 
     draft.fill("hello d y 3")  # keys of the page are letters here
     page.keyboard.press("Control+Enter")
     expect(page.locator("#invalid")).to_have_text("Text_analysis is missing.")
-    draft.fill(rationale("neutral", MARKUP.replace('"', "'")))
+    draft.fill(rationale("neutral", ANALYSIS))
     page.get_by_role("button", name="Save").click()
     expect(page.locator("#invalid")).to_have_text("The text predicts neutral, the label is positive.")
     assert decisions(recipe) == []
@@ -100,7 +98,7 @@ def test_an_edit_is_checked_saved_and_taken_back(page: Page, recipe: Recipe) -> 
     page.keyboard.press("ArrowLeft")
     at(page, "plain")
     expect(page.locator("#tags")).to_contain_text("edited")
-    expect(page.locator("#fields dd").first).to_have_text(MARKUP.replace('"', "'"))
+    expect(page.locator("#fields dd").first).to_have_text(ANALYSIS)
     expect(page.locator("#labels .current")).to_contain_text("neutral")
     page.keyboard.press("y")  # the edited text is what is kept
     at(page, "other")
@@ -163,7 +161,7 @@ def test_filters_and_search(page: Page) -> None:
 
 def test_hostile_texts_are_shown_as_text(page: Page) -> None:
     expect(page.locator("#text")).to_have_text(f"hello {MARKUP}")
-    expect(page.locator("#fields dd").first).to_have_text(MARKUP.replace('"', "'"))
+    expect(page.locator("#fields dd").first).to_have_text(ANALYSIS)
     assert page.locator("#text *, #fields dd *").count() == 0
     assert page.title() == "Review of micro"
 

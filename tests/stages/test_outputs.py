@@ -26,7 +26,7 @@ ADAPTER = (
 TRAINED = (*(f"adapter/{file}" for file in ADAPTER), "metrics.csv")
 OUTPUTS = {
     "teacher": TRAINED,
-    "annotate": ("quarantine.jsonl", "rationales.jsonl", "summary.json"),
+    "annotate": ("curated.jsonl", "quarantine.jsonl", "rationales.jsonl", "summary.json"),
     "assistant": TRAINED,
     "augment": ("rationales.jsonl", "summary.json"),
     "student": (*TRAINED, *(f"hard_labels/{file}" for file in TRAINED)),
