@@ -55,7 +55,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], list[str]]:
 
 def readers(stage: str, file: str) -> list[str]:
     """The stages that depend on an output."""
-    read = re.search(r"(^|/)adapter/|rationales|calibration", file) if stage != "export" else None
+    read = re.search(r"(^|/)adapter/|rationales|curated|calibration", file) if stage != "export" else None
     if not read and (stage, file) != ("evaluate", "metrics.json"):
         return []
     found = {stage}
