@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.annotation import curation
 from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
@@ -60,7 +61,9 @@ class Stage(NamedTuple):
 
 STAGES = {
     "teacher": Stage(teacher.run, (), ("trainer",), ("adapter",)),
-    "annotate": Stage(annotate.run, ("teacher",), (), ("rationales.jsonl", "quarantine.jsonl", "summary.json")),
+    "annotate": Stage(
+        annotate.run, ("teacher",), (), ("rationales.jsonl", "quarantine.jsonl", "curated.jsonl", "summary.json")
+    ),
     "assistant": Stage(assistant.run, ("annotate",), ("trainer",), ("adapter", "metrics.csv")),
     "augment": Stage(augment.run, ("annotate", "assistant"), (), ("rationales.jsonl", "summary.json")),
     "student": Stage(student.run, ("annotate", "assistant", "augment"), ("trainer",), ("adapter", "metrics.csv")),
@@ -212,14 +215,18 @@ class _State:
         self.manifest = read_manifest(recipe.folder, self.digests)
         self.fingerprints = fingerprints(recipe, STAGES)
         translate(self.manifest, recipe, self.fingerprints, STAGES)
-        data = data_digest(recipe.data, self.digests)
-        self.contents = {name: contents(recipe, name, data, self.digests) for name in stages_of(recipe)}
         self.context = Context(recipe, {})
+        self.contents = self._contents()
         self.done: dict[str, bool] = {}
         for name in stages_of(recipe):
             self.compare(name)
             if name in ("annotate", "calibrate"):
                 self._name_teacher(getattr(recipe, name).model, self.contents[name].get("model"))
+
+    def _contents(self) -> dict[str, dict[str, str | None]]:
+        recipe, decisions = self.context.recipe, curation.digest(self.context.decisions)
+        data = data_digest(recipe.data, self.digests)
+        return {name: contents(recipe, name, data, self.digests, decisions) for name in stages_of(recipe)}
 
     def compare(self, name: str) -> bool:
         """Compare a stage with the stages before it. Returns whether it is up to date."""
@@ -233,9 +240,9 @@ class _State:
 
     def learn_contents(self, name: str) -> None:
         """Add the contents that were not known before a stage ran, such as the commit of a model it downloaded."""
-        recipe, known = self.context.recipe, self.contents[name]
+        known = self.contents[name]
         if None in known.values():
-            now = contents(recipe, name, data_digest(recipe.data, self.digests), self.digests)
+            now = self._contents()[name]
             self.contents[name] = {key: digest or now[key] for key, digest in known.items()}
 
     def inputs(self, name: str) -> dict[str, str]:

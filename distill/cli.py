@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "export the student as a folder that transformers can load",
     "report": "write report.html again and print the table of results",
     "serve": "serve the cascade with an OpenAI-compatible API",
+    "review": "look through the reasoning data in a browser; keep, edit, drop or relabel posts",
 }
 """The commands that read a recipe."""
 
@@ -150,6 +151,9 @@ def _options(command: str) -> Any:
             reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
         if command == "plan":
             reads.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+        if command == "review":
+            reads.add_argument("--host", type=str, default="127.0.0.1", help="Address that the page is served on.")
+            reads.add_argument("--port", type=int, default=8100, help="Port of the page; 0: any free port.")
         return reads
     options = argparse.ArgumentParser(
         prog=f"distill {command}", description=OTHERS[command], exit_on_error=False, allow_abbrev=False
@@ -309,7 +313,7 @@ def _parsed(
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, recipe
+    from distill import chain, recipe, review
     from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
@@ -324,6 +328,9 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         return
     if command == "serve":
         serve.run(settings, chain.input_fingerprints(settings, command, ("teacher", "student", "calibrate")))
+        return
+    if command == "review":
+        review.run(settings, parsed.host, parsed.port)
         return
     with raise_on_sigterm():
         ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)

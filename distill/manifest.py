@@ -23,10 +23,14 @@ log = logging.getLogger(__name__)
 _MODEL = r"(adapter/)?([^/]+\.(json|safetensors|jinja|model|bin|py)|README\.md|merges\.txt|vocab\.txt)"
 _WORK = r"checkpoints/[^/]+\.ckpt|metrics\.earlier\.csv|hparams\.yaml|(.+/)?\.[^/]+\.part"
 _TRAINING = rf"(hard_labels/)?(adapter/{_MODEL}|metrics\.csv|{_WORK})"
-_KEPT = r"ledger\.jsonl|soft_targets/.*"  # caches whose entries are keyed by their own inputs
-_READ = (
-    r"(hard_labels/)?adapter(/.*)?|rationales\.jsonl|calibration\.json"  # by later stages; and evaluate/metrics.json
+_KEPT = r"ledger\.jsonl|soft_targets/.*|curation\.jsonl"  # caches keyed by their own inputs; decisions of a person
+_READ = (  # by later stages; and evaluate/metrics.json
+    r"(hard_labels/)?adapter(/.*)?|(rationales|curated)\.jsonl|calibration\.json"
 )
+
+
+CURATION = "curation"
+"""The content of `annotate` that is the digest of the decisions in `distill review`; absent without any."""
 
 
 class Manifest:
@@ -91,10 +95,15 @@ class Manifest:
         return same and self.same_inputs(name, inputs, contents)
 
     def same_inputs(self, name: str, inputs: Mapping[str, str], contents: Mapping[str, str | None]) -> bool:
-        """Whether the last run of a stage read these stages and contents; an unknown content is taken as the same."""
+        """Whether the last run of a stage read these stages and contents; an unknown content is taken as the same.
+
+        Decisions that are not there are known: there are none.
+        """
         entry = self.stages.get(name, {})
         recorded = entry.get("contents", {})
         known = {key: digest for key, digest in contents.items() if digest is not None and recorded.get(key)}
+        if recorded.get(CURATION) != contents.get(CURATION):
+            return False
         return entry.get("inputs") == inputs and all(recorded[key] == digest for key, digest in known.items())
 
     def changed(self, name: str) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from distill import chain, cli, logs, recipe, settings_reference
+from distill import chain, cli, logs, recipe, review, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import RARE_WORDS
 from distill.evaluation.comparison_page import METRICS
@@ -44,6 +44,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(tables, "plan_text", lambda settings, **_: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
+    monkeypatch.setattr(review, "run", lambda settings, host, port: seen.append((settings, None)))
     monkeypatch.setattr(logs, "configure", lambda **_: None)
     monkeypatch.chdir(ROOT)
     return seen

@@ -8,8 +8,10 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
 
+from distill.annotation import curation
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
 from distill.annotation.ledger import Ledger
+from distill.data import jsonl
 from distill.data.source import SPLITS
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage.
+    """Write `rationales.jsonl`, `quarantine.jsonl`, `curated.jsonl`, `summary.json` and the ledger of the stage.
 
     Raises:
         RunError, SettingsError: no post has a valid rationale, or the teacher's first answers are all invalid. Only the
@@ -32,7 +34,13 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
-    samples, tally = context.corpus.train, AnnotationCounts()
+    curated = curation.curate(context.corpus.train, context.decisions, context.labels)
+    samples, tally = curated.posts, AnnotationCounts()
+    if unknown := curated.unknown:
+        log.warning(
+            "%s has decisions about %d posts that are not in the training split, such as %s",
+            context.folder / curation.DECISIONS, len(unknown), ", ".join(unknown[:3]),
+        )  # fmt: skip
     labels, other_servers = context.teacher_labels, context.recipe.other_servers()
     teacher = context.teacher(context.recipe.annotating_teacher, labels)
     first = context.first_answers("annotate")
@@ -50,10 +58,13 @@ def run(context: Context, tracked: StageRun) -> None:
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
-        closing(annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first)) as results,
+        closing(
+            annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits)
+        ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
-    summary = tally.summary
+    jsonl.write_rows(context.folder / curation.APPLIED, (item.fields() for item in context.decisions.values()))
+    summary = tally.summary | {"curated": curated.counts}
     if unanswered := tally.quarantined["unanswered"]:
         log.warning(
             "%d posts got no answer; the reasons are in %s; to ask for them again, delete %s and run: distill run",

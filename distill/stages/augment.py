@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.augment
     assert settings is not None
-    labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
+    labelled = {sample.id: sample for sample in context.curated if sample.label is not None}
     annotated = {sample.id: sample for sample in context.rationales("annotate")}
     posts = annotated | labelled  # gold labels take precedence over the teacher's
     folder = context.folder / "augment"

@@ -24,7 +24,9 @@ class Output(NamedTuple):
 OUTPUTS = {
     "teacher": Output("teacher", "model", ("adapter",)),
     "annotate": Output(
-        "rationales", "dataset", ("rationales.jsonl", "quarantine.jsonl", "summary.json", "ledger.jsonl")
+        "rationales",
+        "dataset",
+        ("rationales.jsonl", "quarantine.jsonl", "curated.jsonl", "summary.json", "ledger.jsonl"),
     ),
     "assistant": Output("assistant", "model", ("adapter",)),
     "augment": Output("augmented-rationales", "dataset", ("rationales.jsonl", "summary.json")),
