@@ -76,12 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS | OTHERS:
-        names = ", ".join(COMMANDS | OTHERS)
-        print(f"distill: {arguments[0]} is not a command; the commands are {names}", file=sys.stderr)
-        return 2
     is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
     logs.configure(form, main=is_main)
+    if arguments[0] not in COMMANDS | OTHERS:
+        logs.fail(f"{arguments[0]} is not a command; the commands are {', '.join(COMMANDS | OTHERS)}")
+        return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         if arguments[0] in OTHERS:

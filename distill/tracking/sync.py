@@ -56,7 +56,7 @@ def sync(folder: Path) -> Sent:
         except (SettingsError, RunError):
             raise
         except Exception as error:  # of wandb: it may raise anything
-            raise RunError(f"sync: the wandb server refuses: {first_line(error)}") from error
+            raise RunError(f"sync: the wandb server cannot be used: {first_line(error)}") from error
     return Sent(len(pending), len(edges))
 
 
