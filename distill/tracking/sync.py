@@ -19,6 +19,9 @@ from distill.masking import mask
 from distill.tracking.lineage import UPLOADS, Edge, Lineage
 from distill.tracking.tracker import local_files
 
+_RETRIES = {f"WANDB_X_{what}_RETRY_MAX": "5" for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
+"""About a minute without a server; wandb's own limits are longer. Variables that are set are kept."""
+
 
 class Sent(NamedTuple):
     """How many offline runs were sent, and how many uses of artifacts were linked."""
@@ -69,7 +72,7 @@ def _send(folder: Path, records: Sequence[Path]) -> None:
     if not records:
         return
     command = [sys.executable, "-m", "wandb", "sync", *(str(path.absolute()) for path in records)]
-    environment = os.environ | {"WANDB_SILENT": "false"}  # for the reason of a refusal
+    environment = _RETRIES | dict(os.environ) | {"WANDB_SILENT": "false"}  # not silent: the reason of a refusal
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     for record in filter(_is_sent, records):
         shutil.rmtree(folder / UPLOADS / record.stem.removeprefix("run-"), ignore_errors=True)

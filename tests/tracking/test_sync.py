@@ -15,6 +15,8 @@ from tests.fake_stages import Fakes
 from tests.tracking.test_lineage import run_stage
 from tests.wandb_server import WandbServer
 
+wandb = pytest.importorskip("wandb")
+
 
 @pytest.fixture
 def offline(tmp_path: Path) -> Path:
@@ -136,4 +138,25 @@ def test_runs_that_wandb_has_sent_are_linked(offline: Path, server: WandbServer)
         assert os.environ["WANDB_MODE"] == "offline"
     finally:
         del os.environ["WANDB_MODE"]
+    assert server.lineage() == LINEAGE
+
+
+@pytest.mark.parametrize("reached", [False, True])
+@pytest.mark.usefixtures("login")
+def test_a_server_that_is_gone_is_one_sentence_and_nothing_is_lost(
+    reached: bool, offline: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the login, or after it."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        patch.setenv("WANDB_X_GRAPHQL_RETRY_MAX", "1")
+        if reached:
+            patch.setattr(wandb, "login", lambda **_: True)
+            patch.setattr(wandb, "Api", lambda: None)
+        wandb.teardown()
+        with pytest.raises(RunError, match=r"^sync: .*127\.0\.0\.1:9") as raised:
+            sync(offline)
+    assert "\n" not in str(raised.value)
+    wandb.teardown()
+    assert sync(offline) == Sent(2, 1)
     assert server.lineage() == LINEAGE
