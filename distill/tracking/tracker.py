@@ -52,9 +52,9 @@ class Tracker:
                         tracked.use_artifact(OUTPUTS[name].name)
                 yield tracked
                 if (output := OUTPUTS.get(stage)) is not None:
-                    tracked.log_artifact(
-                        output.name, output.type, [self.folder / stage / file for file in output.files]
-                    )
+                    # normalised: the report has no folder
+                    paths = [Path(os.path.normpath(self.folder / stage / file)) for file in output.files]
+                    tracked.log_artifact(output.name, output.type, paths)
             except BaseException:
                 tracked.finish(exit_code=1)
                 raise

@@ -98,8 +98,10 @@ def test_lightning_logs_into_the_stage_run(tmp_path: Path) -> None:
         (logger,) = run.lightning_loggers()
         assert logger.version == run._run.id
         fit(logger)
+        (baseline,) = run.lightning_loggers("hard_labels")
+        fit(baseline)
         assert run.active
-    assert record(tmp_path, "boring_loss")
+    assert record(tmp_path, "boring_loss", "hard_labels/boring_loss")
 
 
 class Model(BoringModel):
