@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.annotation import curation
 from distill.data.source import data_digest
 from distill.digests import Digests, combine
 from distill.errors import NonFiniteError, RunError, SettingsError
@@ -27,6 +28,7 @@ from distill.fingerprints import contents, fingerprints, reads, translate
 from distill.manifest import Manifest
 from distill.models import memory
 from distill.models.backbone import ModelSettings
+from distill.progress import Progress
 from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import (
     annotate,
@@ -60,7 +62,9 @@ class Stage(NamedTuple):
 
 STAGES = {
     "teacher": Stage(teacher.run, (), ("trainer",), ("adapter",)),
-    "annotate": Stage(annotate.run, ("teacher",), (), ("rationales.jsonl", "quarantine.jsonl", "summary.json")),
+    "annotate": Stage(
+        annotate.run, ("teacher",), (), ("rationales.jsonl", "quarantine.jsonl", "curated.jsonl", "summary.json")
+    ),
     "assistant": Stage(assistant.run, ("annotate",), ("trainer",), ("adapter", "metrics.csv")),
     "augment": Stage(augment.run, ("annotate", "assistant"), (), ("rationales.jsonl", "summary.json")),
     "student": Stage(student.run, ("annotate", "assistant", "augment"), ("trainer",), ("adapter", "metrics.csv")),
@@ -142,9 +146,12 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
             for notice in preflight.notices(state.context, pending):
                 log.warning("%s", notice)
             ran = []
+            progress = Progress(stages_of(recipe), pending, state.manifest.stages)
             for name in names:
                 if not state.compare(name):
+                    progress.begin(name)
                     _run_stage(name, state, tracker)
+                    progress.end(name)
                     state.compare(name)
                     ran.append(name)
             state.digests.save()
@@ -215,14 +222,18 @@ class _State:
         self.manifest = read_manifest(recipe.folder, self.digests)
         self.fingerprints = fingerprints(recipe, STAGES)
         translate(self.manifest, recipe, self.fingerprints, STAGES)
-        data = data_digest(recipe.data, self.digests)
-        self.contents = {name: contents(recipe, name, data, self.digests) for name in stages_of(recipe)}
         self.context = Context(recipe, {})
+        self.contents = self._contents()
         self.done: dict[str, bool] = {}
         for name in stages_of(recipe):
             self.compare(name)
             if name in ("annotate", "calibrate"):
                 self._name_teacher(getattr(recipe, name).model, self.contents[name].get("model"))
+
+    def _contents(self) -> dict[str, dict[str, str | None]]:
+        recipe, decisions = self.context.recipe, curation.digest(self.context.decisions)
+        data = data_digest(recipe.data, self.digests)
+        return {name: contents(recipe, name, data, self.digests, decisions) for name in stages_of(recipe)}
 
     def compare(self, name: str) -> bool:
         """Compare a stage with the stages before it. Returns whether it is up to date."""
@@ -236,9 +247,9 @@ class _State:
 
     def learn_contents(self, name: str) -> None:
         """Add the contents that were not known before a stage ran, such as the commit of a model it downloaded."""
-        recipe, known = self.context.recipe, self.contents[name]
+        known = self.contents[name]
         if None in known.values():
-            now = contents(recipe, name, data_digest(recipe.data, self.digests), self.digests)
+            now = self._contents()[name]
             self.contents[name] = {key: digest or now[key] for key, digest in known.items()}
 
     def inputs(self, name: str) -> dict[str, str]:
@@ -296,7 +307,6 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
     context.foreign = manifest.foreign(name)
     (recipe.folder / name).mkdir(parents=True, exist_ok=True)
     write_text(recipe.folder / "recipe.yaml", to_yaml(recipe))
-    log.info("stage %s", name)
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     previous = earlier.get("seconds", 0.0) if resumes else 0.0
     entry: dict[str, Any] = {
@@ -314,7 +324,7 @@ def _run_stage(name: str, state: _State, tracker: Tracker) -> None:
     memory.reset_peak()
     status = "failed"
     try:
-        with tracker.stage(name, masked(recipe)) as tracked:
+        with tracker.stage(name, masked(recipe), inputs) as tracked:
             stage.run(context, tracked)
         status = "done"
     except NonFiniteError as error:

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "export the student as a folder that transformers can load",
     "report": "write report.html again and print the table of results",
     "serve": "serve the cascade with an OpenAI-compatible API",
+    "review": "look through the reasoning data in a browser; keep, edit, drop or relabel posts",
 }
 """The commands that read a recipe."""
 
@@ -35,6 +36,7 @@ OTHERS = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
     "push": "upload the exported student of a run, or its reasoning data, to the Hugging Face hub",
+    "sync": "send the offline runs of a run to wandb, with the lineage of their artifacts",
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
     "completion": "print the completion script of a shell: bash, zsh or tcsh",
@@ -50,7 +52,7 @@ commands:
 
 Any field of the recipe can be overridden by its dotted name: --student.distillation.weight 0.5
 `distill COMMAND --help` documents the fields, `distill COMMAND --student.help` those of one stage;
---print_config prints the resolved recipe.
+--print_config prints the resolved recipe. Every command takes --log-format json: one JSON object a line on stderr.
 """
 
 
@@ -61,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 (failure while running), 2 (settings or data), 130 (interrupted), 143 (SIGTERM).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        form, arguments = _log_format(arguments)
+    except SettingsError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        return 2
     listed = "\n".join(f"  {name:<10} {description}" for name, description in (COMMANDS | OTHERS).items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(commands=listed))
@@ -70,12 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS | OTHERS:
-        names = ", ".join(COMMANDS | OTHERS)
-        print(f"distill: {arguments[0]} is not a command; the commands are {names}", file=sys.stderr)
-        return 2
     is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
-    logs.configure(main=is_main)
+    logs.configure(form, main=is_main)
+    if arguments[0] not in COMMANDS | OTHERS:
+        logs.fail(f"{arguments[0]} is not a command; the commands are {', '.join(COMMANDS | OTHERS)}")
+        return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         if arguments[0] in OTHERS:
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except (SettingsError, RunError) as error:
-        print(f"distill: {describe(error)}", file=sys.stderr)
+        logs.fail(describe(error))
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt as interruption:
         if is_main:
@@ -94,10 +100,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - a bug: print the traceback and one line
-        print(mask(traceback.format_exc()), file=sys.stderr, end="")
-        print(f"distill: {describe(error)}", file=sys.stderr)
+        logs.fail(describe(error), mask(traceback.format_exc()))
         return 1
     return 0
+
+
+def _log_format(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --log-format, which all commands take, and the other arguments."""
+    rest, form = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--log-format":
+            rest.append(argument)
+            continue
+        form = value if equals else next(remaining, "")
+        if form not in logs.FORMATS:
+            raise SettingsError(f"--log-format is {form!r}; it takes {' or '.join(logs.FORMATS)}")
+    return form, rest
 
 
 def _other(command: str, arguments: Sequence[str]) -> None:
@@ -111,6 +131,8 @@ def _other(command: str, arguments: Sequence[str]) -> None:
         _compare(parsed, rest)
     elif command == "push":
         _push(parsed)
+    elif command == "sync":
+        _sync(parsed.run)
     elif command == "completion":
         from distill import completion
 
@@ -129,6 +151,9 @@ def _options(command: str) -> Any:
             reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
         if command == "plan":
             reads.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+        if command == "review":
+            reads.add_argument("--host", type=str, default="127.0.0.1", help="Address that the page is served on.")
+            reads.add_argument("--port", type=int, default=8100, help="Port of the page; 0: any free port.")
         return reads
     options = argparse.ArgumentParser(
         prog=f"distill {command}", description=OTHERS[command], exit_on_error=False, allow_abbrev=False
@@ -141,6 +166,8 @@ def _options(command: str) -> Any:
         _add_compare(options)
     elif command == "push":
         _add_push(options)
+    elif command == "sync":
+        options.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart")
     else:
         from distill import shipped
 
@@ -258,6 +285,17 @@ def _push(parsed: argparse.Namespace) -> None:
     print(f"uploaded to {(push.push_data if parsed.data else push.push_student)(parsed.run, target)}")
 
 
+def _sync(folder: Path) -> None:
+    from distill import chain
+    from distill.runs import Run
+    from distill.tracking.sync import sync
+
+    with chain.locked(Run(folder).folder), raise_on_sigterm():
+        sent = sync(folder)
+    print(f"{folder}: {sent.runs} runs sent, {sent.links} uses of artifacts linked" if any(sent)
+          else f"{folder}: nothing to do, all offline runs are sent")  # fmt: skip
+
+
 def _parsed(
     options: argparse.ArgumentParser, arguments: Sequence[str], rest: bool = False
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -275,7 +313,7 @@ def _parsed(
 
 
 def _command(command: str, arguments: Sequence[str]) -> None:
-    from distill import chain, recipe
+    from distill import chain, recipe, review
     from distill.planning.tables import plan_text
     from distill.stages import report, serve
 
@@ -292,6 +330,9 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         serve.run(
             settings, chain.input_fingerprints(settings, command, ("teacher", settings.student_stage, "calibrate"))
         )
+        return
+    if command == "review":
+        review.run(settings, parsed.host, parsed.port)
         return
     with raise_on_sigterm():
         ran = chain.run(settings, until=parsed.get("until"), only=None if command == "run" else command)

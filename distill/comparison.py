@@ -247,17 +247,11 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _check_current(run: Run) -> None:
     """Raise SettingsError if the results are not finished, or older than a stage that they read."""
-    recipe, manifest = run.recipe, chain.read_manifest(run.folder)
-    if recipe.evaluate is None:
+    if run.recipe.evaluate is None:
         raise SettingsError(f"{run.folder} has no evaluate section, so there is nothing to compare")
-    for name in ("evaluate", *(["cascade"] if recipe.cascade is not None else [])):
-        entry = manifest.stages.get(name, {})
-        if entry.get("status") != "done":
-            raise SettingsError(f"{run.folder}: the stage {name} has not finished; run: distill run")
-        for read, identity in entry.get("inputs", {}).items():
-            of_read = manifest.stages.get(read, {})
-            if of_read.get("status") != "done" or manifest.identity(read) != identity:
-                raise SettingsError(f"{run.folder}: {name} is older than {read}, which it reads; run: distill run")
+    manifest = chain.read_manifest(run.folder)
+    for name in ("evaluate", *(["cascade"] if run.recipe.cascade is not None else [])):
+        manifest.check_current(name)
 
 
 # ---- output ----

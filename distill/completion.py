@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping
 
+from distill import logs
 from distill.errors import SettingsError
 
 _FILES = ("--config", "--run", "--runs", "--input", "--output", "--images", "--data.root")
@@ -19,6 +20,7 @@ def script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
     subparsers = whole.add_subparsers()
     for name, parser in commands.items():
         command = subparsers.add_parser(name, help=parser.description or name)  # shtab leaves out what has no help
+        command.add_argument("--log-format", choices=logs.FORMATS)
         for action in parser._actions:
             if "--help" in action.option_strings or action.help == argparse.SUPPRESS:
                 continue
@@ -26,6 +28,6 @@ def script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
                 argument = command.add_argument(*action.option_strings, action="store_true")
             else:
                 argument = command.add_argument(*(action.option_strings or [action.dest]), choices=action.choices)
-            if set(action.option_strings) & set(_FILES):
+            if {*action.option_strings, f"--{action.dest}"} & set(_FILES):
                 argument.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(whole, shell=shell))

@@ -14,7 +14,7 @@ import yaml
 
 from distill.data.source import data_fingerprint
 from distill.digests import Digests
-from distill.manifest import Manifest
+from distill.manifest import CURATION, Manifest
 from distill.models.backbone import ModelSettings
 from distill.models.lora import ALL_LINEAR, EARLIER_TARGETS
 from distill.recipe import Recipe, load, masked, parser
@@ -96,15 +96,20 @@ def fingerprints(recipe: Recipe, stages: Mapping[str, Inputs]) -> Fingerprints:
     return _fingerprints(recipe, data_fingerprint(recipe.data), stages)
 
 
-def contents(recipe: Recipe, name: str, data: str | None, digests: Digests) -> dict[str, str | None]:
+def contents(
+    recipe: Recipe, name: str, data: str | None, digests: Digests, decisions: str | None = None
+) -> dict[str, str | None]:
     """Digests of the images and the models behind the settings of a stage; None: not known yet.
 
     Args:
         data: the result of `data_digest`.
+        decisions: digest of the decisions in `distill review`.
     """
     section, found = getattr(recipe, name), {"data": data}
     if (model := getattr(section, "model", None)) is not None and model.path:
         found["model"] = digests.model(model.path, model.revision)
+    if name == "annotate" and decisions is not None:
+        found[CURATION] = decisions
     if name == "evaluate":
         found["similarity_model"] = digests.model(section.similarity_model)
     return found

@@ -25,10 +25,14 @@ _WORK = (
     r"checkpoints/[^/]+\.ckpt|checkpoints/checkpoint-\d+/[^/]+|metrics\.earlier\.csv|hparams\.yaml|(.+/)?\.[^/]+\.part"
 )
 _TRAINING = rf"(hard_labels/)?(adapter/{_MODEL}|metrics\.csv|{_WORK})"
-_KEPT = r"ledger\.jsonl|soft_targets/.*"  # caches whose entries are keyed by their own inputs
-_READ = (
-    r"(hard_labels/)?adapter(/.*)?|rationales\.jsonl|calibration\.json"  # by later stages; and evaluate/metrics.json
+_KEPT = r"ledger\.jsonl|soft_targets/.*|curation\.jsonl"  # caches keyed by their own inputs; decisions of a person
+_READ = (  # by later stages; and evaluate/metrics.json
+    r"(hard_labels/)?adapter(/.*)?|(rationales|curated)\.jsonl|calibration\.json"
 )
+
+
+CURATION = "curation"
+"""The content of `annotate` that is the digest of the decisions in `distill review`; absent without any."""
 
 
 class Manifest:
@@ -93,10 +97,15 @@ class Manifest:
         return same and self.same_inputs(name, inputs, contents)
 
     def same_inputs(self, name: str, inputs: Mapping[str, str], contents: Mapping[str, str | None]) -> bool:
-        """Whether the last run of a stage read these stages and contents; an unknown content is taken as the same."""
+        """Whether the last run of a stage read these stages and contents; an unknown content is taken as the same.
+
+        Decisions that are not there are known: there are none.
+        """
         entry = self.stages.get(name, {})
         recorded = entry.get("contents", {})
         known = {key: digest for key, digest in contents.items() if digest is not None and recorded.get(key)}
+        if recorded.get(CURATION) != contents.get(CURATION):
+            return False
         return entry.get("inputs") == inputs and all(recorded[key] == digest for key, digest in known.items())
 
     def changed(self, name: str) -> list[str]:
@@ -168,6 +177,15 @@ class Manifest:
             if entry.get("status") == "done":
                 for file in self.changed(name):
                     self._check(self.folder / name / file)
+
+    def check_current(self, name: str) -> None:
+        """Raise SettingsError if a stage has not finished, or is older than a stage that it read."""
+        entry = self.stages.get(name, {})
+        if entry.get("status") != "done":
+            raise SettingsError(f"{self.folder}: the stage {name} has not finished; run: distill run")
+        for read, identity in entry.get("inputs", {}).items():
+            if self.stages.get(read, {}).get("status") != "done" or self.identity(read) != identity:
+                raise SettingsError(f"{self.folder}: {name} is older than {read}, which it reads; run: distill run")
 
     # ---- whose a file is ----
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     DatasetCard,
     DatasetCardData,
     EvalResult,
@@ -23,6 +25,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from distill import chain
 from distill.data import jsonl
 from distill.data.images import open_image
 from distill.errors import RunError, SettingsError
@@ -39,6 +42,10 @@ FEATURES = Features({
 _SHARD_BYTES = 500_000_000
 _METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mae": "mae", "correlation": "pearsonr"}
 """Metrics of a run that the card's `model-index` has, by name, and their types on the hub."""
+_EARLIER = re.compile(
+    r"data/train-\d+-of-\d+\.parquet|(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)"
+)
+"""Files of an earlier upload that would be read beside those of the next one."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,20 @@ class Target:
 def push_student(folder: Path, target: Target) -> str:
     """Upload the export of a run with a completed model card. Returns the address of the repository.
 
-    The card gets tags, the test metrics as `model-index`, and the language and datasets of the target. `base_model`
-    stays only if it is an id of the hub.
+    Only the files that the stage wrote are uploaded. The card gets tags, the test metrics as `model-index`, and the
+    language and datasets of the target. `base_model` stays only if it is an id of the hub.
 
     Raises:
-        SettingsError: the run has no export, or there is no token.
+        SettingsError: the run has no export, the export is older than its student, or there is no token.
         RunError: the hub refused the upload or cannot be reached.
     """
+    _check_token()
     run = Run(folder)
-    export = run.folder / "export"
+    export, manifest = run.folder / "export", chain.read_manifest(run.folder)
     if not (export / "config.json").exists() or not (export / "README.md").exists():
         raise SettingsError(f"{export} holds no exported student; run: distill export")
-    files: dict[str, Path | bytes] = {
-        path.relative_to(export).as_posix(): path for path in sorted(export.rglob("*")) if path.is_file()
-    }
+    manifest.check_current("export")
+    files: dict[str, Path | bytes] = {name: export / name for name in manifest.owned("export")}
     return _upload(target, "model", files | {"README.md": _model_card(run, target).encode()})
 
 
@@ -93,6 +100,7 @@ def push_data(folder: Path, target: Target) -> str:
         SettingsError: the run has no reasoning data, a row or a picture cannot be read, or there is no token.
         RunError: the hub refused the upload or cannot be reached.
     """
+    _check_token()
     run = Run(folder)
     paths = [run.folder / stage / "rationales.jsonl" for stage in ("annotate", "augment")]
     paths = [path for path in paths if path.exists()]
@@ -163,9 +171,21 @@ def _model_card(run: Run, target: Target) -> str:
 
 def _without_folders(card: str) -> str:
     """The card with the last part alone of each folder of this machine that its recipe names."""
-    return re.sub(
-        r"^(\s*(?:- )?(?:[\w.]+: )?['\"]?)/(?:[^\s'\"]*/)?([^/\s'\"]+['\"]?)$", r"\1\2", card, flags=re.MULTILINE
-    )
+
+    def shortened(block: re.Match[str]) -> str:
+        recipe = _last_parts(yaml.safe_load(block[1]))
+        return f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```"
+
+    return re.sub(r"^```yaml\n(.*?)^```", shortened, card, flags=re.MULTILINE | re.DOTALL)
+
+
+def _last_parts(value: Any) -> Any:
+    """A tree of settings with the last part of each absolute path in it."""
+    if isinstance(value, Mapping):
+        return {name: _last_parts(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_last_parts(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
 def _dataset_card(run: Run, target: Target, count: int) -> str:
@@ -204,18 +224,33 @@ def _size_category(count: int) -> str:
     return next((name for limit, name in sizes.items() if count < limit), "1M<n<10M")
 
 
-def _upload(target: Target, kind: str, files: Mapping[str, Path | bytes]) -> str:
-    """One commit with all files, so that a repository has either all of them or none."""
+def _check_token() -> None:
     if get_token() is None:
         raise SettingsError("push needs a token of the hub: set HF_TOKEN, or run: hf auth login")
+
+
+def _upload(target: Target, kind: str, files: Mapping[str, Path | bytes]) -> str:
+    """One commit with all files, so that a repository has either all of them or none.
+
+    Weights and tables of an earlier upload that this one does not replace are deleted by the same commit.
+    """
     api = HfApi()
-    operations = [
+    operations: list[Any] = [
         CommitOperationAdd(name, file if isinstance(file, bytes) else str(file)) for name, file in files.items()
     ]
     log.info("upload %d files to %s", len(files), target.repository)
     try:
         address = api.create_repo(target.repository, repo_type=kind, private=target.private, exist_ok=True)
+        there: Any = api.repo_info(target.repository, repo_type=kind)
+        if target.private and not there.private:
+            raise SettingsError(
+                f"--private: {target.repository} exists and is public; make it private on the hub first"
+            )
+        names = [file.rfilename for file in there.siblings or ()]
+        operations += [CommitOperationDelete(name) for name in names if name not in files and _EARLIER.fullmatch(name)]
         api.create_commit(target.repository, operations, commit_message="Upload by distill", repo_type=kind)
+    except SettingsError:
+        raise
     except OfflineModeIsEnabled:
         raise SettingsError("push needs a connection, and HF_HUB_OFFLINE is set") from None
     except HfHubHTTPError as error:

@@ -7,8 +7,10 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import pytest
@@ -26,6 +28,9 @@ from distill.task.labels import LabelSpace
 from distill.task.prompts import render
 from tests import micro, reloads
 from tests.commands import Command, Result
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 torch.set_num_threads(1)
 
@@ -119,3 +124,28 @@ def distill(capsys: pytest.CaptureFixture[str]) -> Command:
         return Result(status, *capsys.readouterr())
 
     return command
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium or Chrome of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if (program := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("neither chromium nor google-chrome is on PATH")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: "Browser") -> Iterator["Page"]:
+    """A page; script errors and violations of its content security policy fail the test."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda log: errors.append(log.text) if "Content Security Policy" in log.text else None)
+    yield page
+    context.close()
+    assert not errors

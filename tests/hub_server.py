@@ -60,7 +60,7 @@ class Hub:
                 self.reply(200, {})
 
             def do_GET(self) -> None:
-                self.reply(404, {"error": "not here"})
+                self.reply(*hub.describe(unquote(urlsplit(self.path).path).removeprefix("/api/")))
 
             def reply(self, status: int, content: dict[str, Any]) -> None:
                 text = json.dumps(content).encode()
@@ -78,6 +78,14 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def describe(self, repository: str) -> tuple[int, dict[str, Any]]:
+        if repository not in self.repositories:
+            return 404, {"error": "not here"}
+        private = self.repositories[repository].get("visibility") == "private"
+        files = [path.relative_to(self.folder / repository) for path in (self.folder / repository).rglob("*.*")]
+        siblings = [{"rfilename": file.as_posix()} for file in files]
+        return 200, {"id": repository.partition("/")[2], "private": private, "siblings": siblings}
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         if path == "/api/repos/create":
@@ -120,6 +128,9 @@ class Hub:
             value = line["value"]
             if line["key"] == "header":
                 self.commits.append({"repository": repository, "summary": value["summary"]})
+                continue
+            if line["key"] == "deletedFile":
+                (self.folder / repository / value["path"]).unlink()
                 continue
             content = base64.b64decode(value["content"]) if line["key"] == "file" else self.large[value["oid"]]
             (path := self.folder / repository / value["path"]).parent.mkdir(parents=True, exist_ok=True)

@@ -159,7 +159,8 @@ def test_a_chain_finishes_on_two_devices_and_asks_each_question_once(tmp_path: P
         again = run(path)
     stages = ["annotate", "assistant"] + ["student"] * (not one)
     assert out.strip() == f"ran {', '.join(stages)}"
-    assert [line for line in err.splitlines() if line.startswith("stage ")] == [f"stage {name}" for name in stages]
+    begun = [line.split(",")[0].split(": ")[1] for line in err.splitlines() if line.startswith("stage ")]
+    assert begun == [text for name in stages for text in (name, f"{name} done")]
     questions = [json.dumps(request.body["messages"]) for request in server.received]
     assert len(questions) == len(set(questions)) == asked, "nothing is asked twice, by no process"
     ledger = (of(path).folder / "annotate" / "ledger.jsonl").read_text().splitlines()

@@ -36,6 +36,7 @@ def test_bash_completes_commands_options_and_files(distill: Command, tmp_path: P
     assert completions(result.stdout, "distill run --un", tmp_path) == {"--until"}
     assert "--data.postcards.image_size" in completions(result.stdout, "distill plan --data.p", tmp_path)
     assert completions(result.stdout, "distill predict --explain ", tmp_path) == {"student", "teacher", "none"}
+    assert completions(result.stdout, "distill review --por", tmp_path) == {"--port"}
     assert "mine.yaml" in completions(result.stdout, "distill run --config mi", tmp_path)
 
 

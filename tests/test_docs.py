@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from distill import chain, cli, logs, recipe, settings_reference
+from distill import chain, cli, logs, recipe, review, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import RARE_WORDS
 from distill.evaluation.comparison_page import METRICS
@@ -19,6 +19,7 @@ from distill.predict import Prediction
 from distill.recipe import Recipe
 from distill.runs import load_recipe
 from distill.stages import report, serve
+from distill.tracking.sync import Sent
 from tests.documents import GENERATED, PAGES, README, RECIPES, ROOT, blocks, commands, named_files, text
 
 CALLS = [(page.name, call) for page in PAGES for call in commands("distill", page)] + [
@@ -44,7 +45,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(tables, "plan_text", lambda settings, **_: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
-    monkeypatch.setattr(logs, "configure", lambda **_: None)
+    monkeypatch.setattr(review, "run", lambda settings, host, port: seen.append((settings, None)))
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
     monkeypatch.chdir(ROOT)
     return seen
 
@@ -94,6 +96,10 @@ def test_every_distill_command_parses(
         monkeypatch.setattr("distill.variants.run_variants", lambda *_: [])
         for name in ("push_student", "push_data"):
             monkeypatch.setattr(f"distill.push.{name}", lambda *_: "https://hub.example/user/name")
+        monkeypatch.setattr("distill.tracking.sync.sync", lambda folder: Sent(9, 20))
+        if arguments[0] == "sync":
+            (tmp_path / arguments[1]).mkdir(parents=True)
+            (tmp_path / arguments[1] / "recipe.yaml").touch()
         assert cli.main(arguments) == 0
         return
     assert cli.main(arguments) == 0, capsys.readouterr().err

@@ -89,10 +89,65 @@ def test_the_hub_receives_the_reasoning_data_with_its_pictures(folder: Path, hub
     assert str(root) not in card.content
 
 
-def test_a_second_upload_replaces_the_first(folder: Path, hub: Hub, push: Push) -> None:
-    for _ in range(2):
-        assert push("--run", folder, "--to", "someone/small").status == 0
-    assert len(hub.commits) == 2
+def test_a_second_upload_replaces_the_first_and_keeps_what_others_wrote(folder: Path, hub: Hub, push: Push) -> None:
+    stale, kept = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"], "notes.md"
+    assert push("--run", folder, "--to", "someone/small").status == 0
+    repository = hub.folder / "models" / "someone" / "small"
+    for name in (*stale, kept):
+        (repository / name).write_text("{}")
+    assert push("--run", folder, "--to", "someone/small").status == 0
+    assert len(hub.commits) == 2 and (repository / "model.safetensors").exists() and (repository / kept).exists()
+    assert not any((repository / name).exists() for name in stale)
+
+
+def test_fewer_tables_than_before(folder: Path, hub: Hub, push: Push) -> None:
+    assert push("--run", folder, "--to", "someone/posts", "--data").status == 0
+    data = hub.folder / "datasets" / "someone" / "posts" / "data"
+    whole = data / "train-00000-of-00001.parquet"
+    shutil.copy(whole, data / "train-00001-of-00002.parquet")
+    assert push("--run", folder, "--to", "someone/posts", "--data").status == 0
+    assert list(data.iterdir()) == [whole]
+
+
+def test_nothing_private_goes_into_a_public_repository(folder: Path, hub: Hub, push: Push) -> None:
+    assert push("--run", folder, "--to", "someone/small").status == 0
+    result = push("--run", folder, "--to", "someone/small", "--private")
+    assert result.status == 2 and result.error == (
+        "--private: someone/small exists and is public; make it private on the hub first"
+    )
+    assert len(hub.commits) == 1
+
+
+def test_only_what_the_stage_wrote_is_uploaded(folder: Path, hub: Hub, push: Push, tmp_path: Path) -> None:
+    run = tmp_path / "my runs" / "run"
+    shutil.copytree(folder, run)
+    card = run / "export" / "README.md"
+    root = f"  root: {api.Run(folder).recipe.data.root}\n"
+    assert root in card.read_text()
+    card.write_text(
+        card.read_text().replace(
+            root, "  root: /home/me/my data/of long name/that is so long that YAML breaks its line/posts\n"
+        )
+    )
+    (run / "export" / "notes.txt").write_text("mine")
+    (run / "export" / ".env").write_text("SECRET=1")
+    assert push("--run", run, "--to", "someone/small").status == 0
+    received = hub.folder / "models" / "someone" / "small"
+    assert not (received / "notes.txt").exists() and not (received / ".env").exists()
+    assert "  root: posts\n" in (received / "README.md").read_text()
+
+
+def test_an_export_that_is_older_than_its_student(
+    folder: Path, tmp_path: Path, distill: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    chain = json.loads((run / "chain.json").read_text())
+    chain["stages"]["student"]["identity"] = "another"
+    (run / "chain.json").write_text(json.dumps(chain))
+    result = distill("push", "--run", run, "--to", "someone/small")
+    assert result.status == 2 and "export is older than student, which it reads; run: distill run" in result.error
 
 
 @pytest.mark.parametrize(
@@ -119,8 +174,9 @@ def test_a_commit_that_fails_leaves_nothing(folder: Path, hub: Hub, push: Push) 
 
 
 def test_what_cannot_be_uploaded_is_refused_before_anything_is_sent(
-    folder: Path, tmp_path: Path, distill: Command
+    folder: Path, tmp_path: Path, distill: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     run = tmp_path / "run"
     shutil.copytree(folder, run, ignore=shutil.ignore_patterns("export"))
     for arguments, message in [

@@ -4,9 +4,10 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 """
 
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.first_answers import FirstAnswers
@@ -22,7 +23,10 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, check
 from distill.task.sample import Sample
 
-Source = Literal["predicted", "explained", "recorded"]
+Source = Literal["predicted", "explained", "recorded", "edited"]
+
+_COUNTED: tuple[Source, ...] = ("predicted", "explained", "recorded")
+"""The sources with a count of their own in `summary.json`; edited posts are counted among the curated ones."""
 
 
 @dataclass
@@ -113,7 +117,7 @@ class AnnotationCounts:
         """The content of `summary.json`."""
         return {
             "n": self.n,
-            **{source: self.sources[source] for source in get_args(Source)},
+            **{source: self.sources[source] for source in _COUNTED},
             "retried": self.retried,
             "quarantined": {"total": self.quarantined.total(), "by_reason": dict(self.quarantined)},
             "unlabelled": {name: self.unlabelled[name] for name in ("seen", "kept", "quarantined", "below_threshold")},
@@ -134,6 +138,7 @@ def annotate(
     progress: Progress | None = None,
     other_servers: Collection[str] = (),
     first_answers: FirstAnswers | None = None,
+    edits: Mapping[str, Rationale] = MappingProxyType({}),
 ) -> Generator[Kept | Quarantined, None, None]:
     """Annotate samples with valid rationales.
 
@@ -145,6 +150,7 @@ def annotate(
         ledger: answers in the ledger are not requested again; every new answer is written to it.
         counts: updated with each sample; complete after the last result.
         other_servers, first_answers: see `CachedTeacher`.
+        edits: rationales that a person has edited, by the id of the sample; they are kept, and nothing is requested.
 
     Raises:
         SettingsError: the label of a sample is not in the label space.
@@ -153,6 +159,8 @@ def annotate(
 
     def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, _SampleState]:
         state = _SampleState(sample, _label(sample, labels))
+        if sample.id in edits:
+            state.keep(edits[sample.id], "edited")
         return _conversation(state, labels, settings, teacher is not None)
 
     teacher_cache = None
@@ -221,7 +229,7 @@ def _conversation(
     state: _SampleState, labels: LabelSpace, settings: AnnotateSettings, has_teacher: bool
 ) -> Generator[TeacherQuery, Answer, _SampleState]:
     """The requests about one sample, until it has a result or is skipped."""
-    if settings.recorded:
+    if settings.recorded and state.needs_rationale:
         _use_recorded(state, labels, has_teacher)
     if has_teacher and state.label is None and settings.unlabelled == "keep_confident":
         _label_if_confident(state, (yield TeacherQuery("classify")), labels, settings)

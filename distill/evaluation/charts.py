@@ -5,10 +5,18 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from distill.evaluation.report_costs import Unit, cascade_cost, number
 
 Points = list[tuple[float, float]]
 
+CASCADE = "this cascade, reviews included"
+"""Name of the point of the calibrated thresholds in the deferral curves."""
+
+_NO_LOSSES = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second"}
+"""On the axis of the losses they would hide them."""
+_COLUMNS = ("deferred", "quality", "low", "high", "seconds", "currency")
 _MAX_POINTS = 300
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 44, 10, 10, 28  # in SVG units
 
@@ -21,47 +29,61 @@ def training_charts(path: Path) -> dict[str, dict[str, Any]]:
         rows = list(csv.DictReader(file))
     curves: dict[str, Points] = {}
     for row in rows:
-        step = _number(row.get("step"))
+        step = number(row.get("step"))
         for name, text in row.items():
-            value = _number(text)
+            value = number(text)
             if isinstance(name, str) and "/" in name and step is not None and value is not None:
                 curves.setdefault(name, []).append((step, value))
     curves = {name: _downsample(sorted(points)) for name, points in curves.items()}
-    losses = {n: p for n, p in curves.items() if n.startswith("train/") and any(y for _, y in p)}
+    losses = {
+        n: p for n, p in curves.items() if n.startswith("train/") and n not in _NO_LOSSES and any(y for _, y in p)
+    }
     validated = {n: p for n, p in curves.items() if n.startswith("val/") and n != "val/selection"}
     charts = {"loss by step": chart(losses), "validation by step": chart(validated, top=1.0)}
     return {title: plot for title, plot in charts.items() if plot}
 
 
+def deferral(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The deferral curves of all policies with their values; None if there are none.
+
+    Args:
+        metrics: `cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it. Rows whose share
+            or quality is no number are left out.
+
+    Returns:
+        `quality`, what the curves show; `policies`, the points by name of the policy: the `_COLUMNS`, None if unknown;
+        `in_use`, the position of the policy that the cascade defers by, -1 if it has no curve; `cascade`, the point of
+        the calibrated thresholds; and `charts` by title, whose lines have the points of the policies in their order.
+    """
+    policies: dict[str, list[list[Any]]] = {}
+    for row in metrics.get("deferral", ()):
+        values = [number(row.get(name)) for name in _COLUMNS]
+        if None not in values[:2]:
+            policies.setdefault(row["policy"].replace("_", " "), []).append(values)
+    if not policies:
+        return None
+    name, quality = ("minus MAE", -metrics["mae"]) if "mae" in metrics else ("accuracy", metrics["accuracy"])
+    share = metrics["stages"]["teacher_first"]["asked"] / metrics["n"]
+    point: list[Any] = [share, quality, None, None, *(cascade_cost(metrics, unit) for unit in get_args(Unit))]
+    in_use = str(metrics["measure"]).replace("_", " ")
+    band = [(row[0], row[2], row[3]) for row in policies.get(in_use, ()) if None not in row[:4]]
+    charts = {}
+    for title, x in {"share of posts deferred": 0, "seconds per post": 4, "currency per post": 5}.items():
+        if all(row[x] is not None for rows in [[point], *policies.values()] for row in rows):
+            lines = {policy: [(row[x], row[1]) for row in rows] for policy, rows in policies.items()}
+            marker = {CASCADE: (point[x], quality)}
+            charts[f"{name} by {title}"] = chart(lines, bottom=None, band=[] if x else band, markers=marker)
+    position = list(policies).index(in_use) if in_use in policies else -1
+    return {"quality": name, "policies": policies, "in_use": position, "cascade": point, "charts": charts}
+
+
 def cascade_charts(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Deferral curves of all policies, and risk-coverage curves and reliability diagrams of student and teacher.
+    """Risk-coverage curves and reliability diagrams of student and teacher.
 
     Args:
         metrics: `cascade/metrics.json` with its curves, as `stages.cascade.read_metrics` returns it.
     """
     charts = {}
-    curves: dict[str, Points] = {}
-    by_cost: dict[str, Points] = {}
-    band: list[tuple[float, float, float]] = []
-    priced = metrics["cost_ratio"]["currency"] is not None
-    unit = "currency" if priced else "seconds"
-    for row in metrics.get("deferral", ()):
-        deferred = float(row["deferred"])
-        policy = row["policy"].replace("_", " ")
-        curves.setdefault(policy, []).append((deferred, float(row["quality"])))
-        by_cost.setdefault(policy, []).append((float(row[unit]), float(row["quality"])))
-        if row["policy"] == metrics["measure"]:
-            band.append((deferred, float(row["low"]), float(row["high"])))
-    if curves:
-        name, quality = ("minus MAE", -metrics["mae"]) if "mae" in metrics else ("accuracy", metrics["accuracy"])
-        stages = metrics["stages"].values()
-        fraction = metrics["stages"]["teacher_first"]["asked"] / metrics["n"]
-        cost = sum(stage["cost"][unit] or 0 for stage in stages) / metrics["n"]
-        marker = "this cascade, reviews included"
-        charts[f"{name} by share of posts deferred"] = chart(
-            curves, bottom=None, band=band, markers={marker: (fraction, quality)}
-        )
-        charts[f"{name} by {unit} per post"] = chart(by_cost, bottom=None, markers={marker: (cost, quality)})
     models = metrics.get("selective", {})
     risks = {
         role: list(zip(*model["after"]["risk_coverage"].values(), strict=True))
@@ -117,18 +139,10 @@ def chart(
         "x_ticks": [(place(tick, 0.0)[0], f"{tick:g}") for tick in x_ticks],
         "y_ticks": [(place(0.0, tick)[1], f"{tick:g}") for tick in y_ticks],
         "lines": {name: [place(x, y) for x, y in curve] for name, curve in curves.items()},
+        "y_axis": (y_ticks[0], _HEIGHT - _BOTTOM, y_ticks[-1], _TOP),
         "band": [place(x, low) for x, low, _ in band] + [place(x, up) for x, _, up in reversed(band)],
         "markers": {name: place(*point) for name, point in (markers or {}).items()},
     }
-
-
-def _number(text: Any) -> float | None:
-    """A finite number, or None."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _downsample(points: Points) -> Points:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from distill.evaluation.report import TITLES, aligned
+from distill.evaluation.report_tables import TITLES, aligned
 
 ROLES = TITLES | {"cascade": "cascade"}
 """Titles of what is compared, in display order."""

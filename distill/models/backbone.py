@@ -200,6 +200,8 @@ class Backbone:
 
     def save(self, folder: Path) -> None:
         """Write the trained weights (with LoRA only the adapter) and the processor."""
+        for weights in folder.glob("*.safetensors"):  # not overwritten in place: it may have hard links
+            weights.unlink()
         with hide_progress_bars():
             self.model.save_pretrained(folder)  # type: ignore[operator]
             save_processor(self.processor, folder)

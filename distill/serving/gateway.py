@@ -1,15 +1,12 @@
 """The HTTP gateway of student and teacher: OpenAI-compatible routes, `/v1/sentiment`, and a web page."""
 
 import asyncio
-import base64
 import contextlib
 import logging
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from hashlib import sha256
-from importlib import resources
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -24,6 +21,7 @@ from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
 from distill.serving.cascade_service import CascadeResult, CascadeService
 from distill.serving.images import RequestImages
 from distill.serving.metrics import Metrics
+from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
@@ -66,7 +64,7 @@ class Gateway:
         self.images = RequestImages(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
         self.created = int(time.time())
         self.warm = self.stopping = False
-        self.page, self.page_policy = _load_page()
+        self.page, self.page_policy = load_page("distill.serving", "blob: data:")
 
     @property
     def models(self) -> list[str]:
@@ -311,17 +309,3 @@ async def _error_response(request: Request, error: Exception) -> Response:
 def _split_words(text: str) -> list[Piece]:
     """Split a text into the pieces in which it is streamed."""
     return [(word, None) for word in re.findall(r"\s*\S+|\s+$", text)]
-
-
-def _load_page() -> tuple[str, str]:
-    """The web page, and a content security policy that allows only its own style and script."""
-    page = (resources.files(__package__) / "page.html").read_text(encoding="utf-8")
-
-    def digest(tag: str) -> str:
-        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        return f"'sha256-{base64.b64encode(sha256(content.encode()).digest()).decode()}'"
-
-    return page, (
-        f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

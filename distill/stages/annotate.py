@@ -8,11 +8,14 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from typing import IO, Any
 
+from distill.annotation import curation
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
 from distill.annotation.ledger import Ledger
+from distill.data import jsonl
 from distill.data.source import SPLITS
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
+from distill.stages import tables
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
 from distill.task.sample import Sample
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """Write `rationales.jsonl`, `quarantine.jsonl`, `summary.json` and the ledger of the stage.
+    """Write `rationales.jsonl`, `quarantine.jsonl`, `curated.jsonl`, `summary.json` and the ledger of the stage.
 
     Raises:
         RunError, SettingsError: no post has a valid rationale, or the teacher's first answers are all invalid. Only the
@@ -31,7 +34,13 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.annotate
     assert settings is not None
     folder = context.folder / "annotate"
-    samples, tally = context.corpus.train, AnnotationCounts()
+    curated = curation.curate(context.corpus.train, context.decisions, context.labels)
+    samples, tally = curated.posts, AnnotationCounts()
+    if unknown := curated.unknown:
+        log.warning(
+            "%s has decisions about %d posts that are not in the training split, such as %s",
+            context.folder / curation.DECISIONS, len(unknown), ", ".join(unknown[:3]),
+        )  # fmt: skip
     labels, other_servers = context.teacher_labels, context.recipe.other_servers()
     teacher = context.teacher(context.recipe.annotating_teacher, labels)
     first = context.first_answers("annotate")
@@ -49,10 +58,13 @@ def run(context: Context, tracked: StageRun) -> None:
         atomic_write(folder / "quarantine.jsonl") as quarantine,
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
-        closing(annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first)) as results,
+        closing(
+            annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits)
+        ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
-    summary = tally.summary
+    jsonl.write_rows(context.folder / curation.APPLIED, (item.fields() for item in context.decisions.values()))
+    summary = tally.summary | {"curated": curated.counts}
     if unanswered := tally.quarantined["unanswered"]:
         log.warning(
             "%d posts got no answer; the reasons are in %s; to ask for them again, delete %s and run: distill run",
@@ -66,8 +78,8 @@ def run(context: Context, tracked: StageRun) -> None:
         splits = {name: getattr(context.corpus, name) for name in SPLITS}
         summary["recording"] = {name: recording_defects(posts, context.labels) for name, posts in splits.items()}
     write_json(folder / "summary.json", summary)
-    tracked.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
-    tracked.log_artifact("rationales", "dataset", folder / "rationales.jsonl")
+    tracked.log(summary)
+    tables.rationales(context, tracked, "annotate")
 
 
 def _kept(

@@ -6,6 +6,7 @@ from collections import Counter
 from distill.annotation.augment import augment
 from distill.annotation.ledger import Ledger
 from distill.files import write_json
+from distill.stages import tables
 from distill.stages.context import Context, progress
 from distill.tracking import StageRun
 
@@ -15,8 +16,7 @@ log = logging.getLogger(__name__)
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.augment
     assert settings is not None
-    tracked.use_artifact("assistant")
-    labelled = {sample.id: sample for sample in context.corpus.train if sample.label is not None}
+    labelled = {sample.id: sample for sample in context.curated if sample.label is not None}
     annotated = {sample.id: sample for sample in context.rationales("annotate")}
     posts = annotated | labelled  # gold labels take precedence over the teacher's
     folder = context.folder / "augment"
@@ -35,5 +35,5 @@ def run(context: Context, tracked: StageRun) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         log.warning("augment: none of the assistant's %d rationales is kept (%s)", len(posts), reasons)
     write_json(folder / "summary.json", summary)
-    tracked.log({key: value for key, value in summary.items() if isinstance(value, int)})
-    tracked.log_artifact("augmented-rationales", "dataset", folder / "rationales.jsonl")
+    tracked.log(summary)
+    tables.rationales(context, tracked, "augment")

@@ -24,4 +24,4 @@ def run(context: Context, tracked: StageRun) -> None:
         reviews=context.recipe.teacher_learned("review"),
     )
     write_json(context.folder / "calibrate" / "calibration.json", content)
-    tracked.log({f"calibrate/{name}": value for name, value in content.items() if isinstance(value, int | float)})
+    tracked.log({"calibrate": content})

@@ -15,6 +15,7 @@ from distill.data import jsonl
 from distill.files import read_json, write_csv, write_json
 from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Cost
+from distill.stages import tables
 from distill.stages.context import Context
 from distill.tracking import StageRun
 
@@ -90,7 +91,9 @@ def run(context: Context, tracked: StageRun) -> None:
         ),
     )
     write_json(folder / "metrics.json", metrics)
-    tracked.log({f"cascade/{name}": value for name, value in metrics.items() if isinstance(value, int | float)})
+    tracked.log({"cascade": metrics})
+    tables.decisions(context, tracked)
+    tables.curves(tracked, rows, metrics["selective"])
 
 
 def _take_curves(selective: Mapping[str, Any]) -> list[dict[str, Any]]:

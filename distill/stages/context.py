@@ -15,10 +15,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
+from distill import logs
 from distill.annotation.cached_teacher import CachedTeacher
+from distill.annotation.curation import APPLIED, DECISIONS, Decision, curate, effective, read_decisions
 from distill.annotation.examples import with_examples
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
+from distill.annotation.reasoning_data import RATIONALES, read_rationales
 from distill.data import jsonl
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
@@ -114,6 +117,18 @@ class Context:
         """The data with texts of any length, on which the tokenizer of tiny models is trained."""
         return read_corpus(self.recipe.data, self.labels)
 
+    @cached_property
+    def decisions(self) -> dict[str, Decision]:
+        """The decisions of `distill review` that change the reasoning data, as a command finds them when it starts."""
+        has_rationales = self.recipe.annotate is not None
+        return effective(read_decisions(self.folder / DECISIONS, self.labels)) if has_rationales else {}
+
+    @property
+    def curated(self) -> list[Sample]:
+        """The training posts of augment and student: with the decisions that the stage annotate has applied."""
+        applied = {} if self.recipe.annotate is None else read_decisions(self.folder / APPLIED, self.labels)
+        return curate(self.corpus.train, applied, self.labels).posts
+
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
         texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
@@ -187,13 +202,12 @@ class Context:
             seed=self.recipe.seed,
             label_targets=learner.label_targets,
         )
-        logger = tracked.lightning_logger()
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
             if isinstance(arguments.get(name), int) and arguments[name] > 0:
                 arguments[name] *= epoch_factor
         with in_section(stage):
-            fit(learner, data, folder, arguments, [logger] if logger and not part else [])
+            fit(learner, data, folder, arguments, tracked.lightning_loggers(part))
         model.save(folder / "adapter")
 
     def trainer_arguments(self, settings: TrainSettings) -> dict[str, Any]:
@@ -305,7 +319,7 @@ class Context:
             jsonl.to_row(replace(sample, rationale=render(rationale)), self.corpus.root) | extra | {"split": "train"}
             for sample, rationale, extra in kept
         )
-        jsonl.write_rows(self.folder / stage / "rationales.jsonl", rows)
+        jsonl.write_rows(self.folder / stage / RATIONALES, rows)
 
     def rationales(self, *stages: str) -> list[Sample]:
         """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped.
@@ -313,23 +327,8 @@ class Context:
         Raises:
             SettingsError: a row, edited by hand perhaps, cannot be used.
         """
-        present = [stage for stage in stages if getattr(self.recipe, stage) is not None]
-        return [sample for stage in present for sample in self._read(self.folder / stage / "rationales.jsonl")]
-
-    def _read(self, path: Path) -> Iterator[Sample]:
-        for row in jsonl.read(path):
-            try:
-                if row.problem is not None:
-                    raise ValueError(row.problem)
-                sample = jsonl.to_sample(row.fields, self.corpus.root)
-                self.labels.index(sample.label if sample.label is not None else "")
-                if sample.rationale is None:
-                    raise ValueError("has no rationale")
-            except ValueError as error:
-                raise SettingsError(
-                    f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
-                ) from None
-            yield sample
+        paths = [self.folder / stage / RATIONALES for stage in stages if getattr(self.recipe, stage) is not None]
+        return [sample for path in paths for sample, _ in read_rationales(path, self.corpus.root, self.labels)]
 
     def training_samples(self, *stages: str) -> list[Sample]:
         """Training data of assistant and student: reasoning data, or labelled posts without an annotate section."""
@@ -341,7 +340,7 @@ class Context:
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar; the yielded function takes the numbers of completed and of all posts."""
-    with tqdm(desc=description, unit="post", leave=False) as bar:
+    with tqdm(desc=description, unit="post", leave=False, disable=logs.quiet()) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

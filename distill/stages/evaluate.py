@@ -1,6 +1,6 @@
 """Stage `evaluate`: evaluates every role on the test split; writes `metrics.json` and `predictions.jsonl`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values,
 from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
 from distill.models.reasoner import Reasoner
+from distill.stages import tables
 from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
@@ -70,9 +71,8 @@ def run(context: Context, tracked: StageRun) -> None:
         for index, sample in enumerate(samples)
     ]
     jsonl.write_rows(context.folder / "evaluate" / "predictions.jsonl", rows)
-    tracked.log({f"{role}/{key}": value for role, values in metrics.items() for key, value in values.items()
-                 if isinstance(value, int | float)})  # fmt: skip
-    tracked.table("predictions", [_table_row(context, row) for row in rows[:32]])
+    tracked.log(metrics)
+    tables.predictions(context, tracked, rows)
 
 
 def read_metrics(folder: Path, student: str = "student") -> dict[str, Any]:
@@ -108,11 +108,3 @@ def _answer(context: Context, outputs: RoleOutputs, index: int) -> dict[str, Any
         "label_mass": float(scores.label_mass[0]) if label is not None and scores.are_probabilities else None,
         "rationale": None if outputs.texts is None else outputs.texts[index],
     }
-
-
-def _table_row(context: Context, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the predictions table for experiment tracking."""
-    image = context.corpus.root / row["images"][0] if row["images"] else None
-    predicted = {role: answer["label"] for role, answer in row["roles"].items()}
-    rationale = row["roles"][context.recipe.student_role]["rationale"]
-    return {"image": image, "text": row["text"], "gold": row["gold"], **predicted, "rationale": rationale}

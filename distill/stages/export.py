@@ -18,7 +18,6 @@ def run(context: Context, tracked: StageRun) -> None:
     recipe = context.recipe
     assert recipe.export is not None and recipe.student is not None
     stage = recipe.student_stage
-    tracked.use_artifact("student" if stage == "student" else "refined")
     student = context.load(stage)
     scores = (
         read_metrics(context.folder, recipe.student_role)[recipe.student_role] if recipe.evaluate is not None else {}
@@ -47,5 +46,4 @@ def run(context: Context, tracked: StageRun) -> None:
             len(result["disagreements"]),
             result["samples"],
         )
-    tracked.log({name: value for name, value in result.items() if isinstance(value, int | float)})
-    tracked.log_artifact("export", "model", folder)
+    tracked.log(result)

@@ -16,9 +16,6 @@ log = logging.getLogger(__name__)
 def run(context: Context, tracked: StageRun) -> None:
     recipe, settings = context.recipe, context.recipe.refine
     assert settings is not None and recipe.student is not None
-    tracked.use_artifact("student")
-    if settings.method == "distill" and settings.teacher == "assistant":
-        tracked.use_artifact("assistant")
     folder = context.folder / "refine"
     student = context.load("student", train=True)
     tasks = recipe.student.tasks
@@ -44,7 +41,6 @@ def run(context: Context, tracked: StageRun) -> None:
         log.warning("refine: no checkpoint has the student's validation accuracy and consistency; its weights are kept")
         student = context.load("student")
     student.save(folder / "adapter")
-    tracked.log_artifact("refined", "model", folder / "adapter")
 
 
 def _teacher(context: Context) -> Backbone | None:

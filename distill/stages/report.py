@@ -1,24 +1,29 @@
 """`report.html` and the table at the end of a chain, from the files of the stages."""
 
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
 from distill.errors import SettingsError
-from distill.evaluation.report import TITLES, Report, format_table, write_report
+from distill.evaluation.report import Report, write_report
+from distill.evaluation.report_tables import TITLES, format_table
 from distill.files import read_json
 from distill.models.backbone import ModelSettings
-from distill.recipe import Recipe, to_yaml
+from distill.recipe import Recipe, masked, to_yaml
 from distill.stages import cascade
 from distill.stages.evaluate import read_metrics
+from distill.stages.report_posts import posts_and_decisions
 from distill.stages.student import HARD_LABELS
+from distill.tracking import Tracker
 
-_GALLERY = 24
+_CURVES = {
+    "teacher": "teacher", "assistant": "assistant", "student": "student", "student_refined": "refine",
+    "student_hard_labels": f"student/{HARD_LABELS}",
+}  # fmt: skip
+"""The folders with the `metrics.csv` of the roles."""
 _SOURCES = (
     "annotate/summary.json", "evaluate/metrics.json", "evaluate/predictions.jsonl", "cascade/metrics.json",
-    "cascade/deferral_curve.csv", "cascade/risk_coverage.csv",
+    "cascade/deferral_curve.csv", "cascade/risk_coverage.csv", "cascade/decisions.jsonl",
 )  # fmt: skip
 
 
@@ -30,21 +35,18 @@ def run(recipe: Recipe) -> None:
         raise SettingsError(f"{folder / 'evaluate'} was written with other task.labels; run: distill run")
     summary = folder / "annotate" / "summary.json"
     stages = read_json(folder / "chain.json")["stages"]
+    gallery, decisions = posts_and_decisions(recipe)
     report = Report(
         name=recipe.name,
         labels=recipe.labels,
         roles=roles,
         baselines=baselines,
-        curves={
-            "teacher": folder / "teacher" / "metrics.csv",
-            "assistant": folder / "assistant" / "metrics.csv",
-            "student": folder / "student" / "metrics.csv",
-            "student_refined": folder / "refine" / "metrics.csv",
-            "student_hard_labels": folder / "student" / HARD_LABELS / "metrics.csv",
-        },
+        curves={role: folder / name / "metrics.csv" for role, name in _CURVES.items()},
         annotation=read_json(summary) if summary.exists() else None,
         cascade=_cascade(recipe),
-        gallery=_gallery(recipe),
+        stages=stages,
+        gallery=gallery,
+        decisions=decisions,
         without_images=[TITLES.get(role, role) for role in roles if not _reads_images(recipe, role)],
         settings=to_yaml(recipe),
         dates={
@@ -54,6 +56,9 @@ def run(recipe: Recipe) -> None:
         versions=stages["evaluate"]["versions"],
     )
     write_report(folder / "report.html", report)
+    shown = [stage for stage in ("annotate", "evaluate", "cascade") if getattr(recipe, stage) is not None]
+    with Tracker(recipe.tracking, folder, recipe.name).stage("report", masked(recipe), shown):
+        pass  # the report is logged at the end of its run
 
 
 def is_available(recipe: Recipe) -> bool:
@@ -112,35 +117,3 @@ def _cascade(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.cascade is None or not (recipe.folder / "cascade" / "metrics.json").exists():
         return None
     return cascade.read_metrics(recipe.folder)
-
-
-def _gallery(recipe: Recipe) -> list[dict[str, Any]]:
-    """Up to `_GALLERY` rows of `predictions.jsonl`; the first half are posts that not all roles classify correctly."""
-    rows = [dict(row.fields) for row in jsonl.read(recipe.folder / "evaluate" / "predictions.jsonl")]
-
-    def all_correct(row: Mapping[str, Any]) -> bool:
-        return {answer["label"] for answer in row["roles"].values()} == {row["gold"]}
-
-    misclassified = [row for row in rows if not all_correct(row)]
-    correct = [row for row in rows if all_correct(row)]
-    half = _GALLERY // 2
-    chosen = misclassified[:half]
-    chosen += correct[: _GALLERY - len(chosen)]
-    return [_entry(Path(recipe.data.root), row, recipe.student_role) for row in chosen]
-
-
-def _entry(root: Path, row: Mapping[str, Any], student: str) -> dict[str, Any]:
-    """A gallery entry of `Report`, with the rationale of the role `student`."""
-    return {
-        "id": row["id"],
-        "text": row["text"],
-        "aspect": row["aspect"],
-        "image": root / row["images"][0] if row["images"] else None,
-        "gold": row["gold"],
-        "answers": {
-            role: {"label": answer["label"], "probability": max(answer["probabilities"] or [None])}
-            for role, answer in row["roles"].items()
-        },
-        "rationale": row["roles"][student]["rationale"],
-        "reference": row["reference"],
-    }

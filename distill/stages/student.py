@@ -29,14 +29,9 @@ HARD_LABELS = "hard_labels"
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.student
     assert settings is not None
-    artifacts = {"annotate": "rationales", "assistant": "assistant", "augment": "augmented-rationales"}
-    for stage, artifact in artifacts.items():
-        if getattr(context.recipe, stage) is not None:
-            tracked.use_artifact(artifact)
-
     rows, targets = context.training_samples("annotate", "augment"), None
     if settings.distillation.label_weight > 0:
-        rows += unlabelled(context.corpus.train, rows)
+        rows += unlabelled(context.curated, rows)
         targets = label_targets(context, rows) if rows else None
 
     def soft_targets(model: Backbone, rows: Sequence[Sample]) -> OnlineTargets | CachedTargets | None:
@@ -49,7 +44,7 @@ def run(context: Context, tracked: StageRun) -> None:
     context.train("student", module, rows, tracked)
     if settings.hard_labels_baseline:
         baseline = replace(settings, tasks={"classify": 1.0})
-        labelled = [replace(sample, rationale=None) for sample in context.corpus.train if sample.label is not None]
+        labelled = [replace(sample, rationale=None) for sample in context.curated if sample.label is not None]
         # fewer rows make shorter epochs: the factor gives both trainings about as many steps and validations
         epoch_factor = max(1, round(len(rows) / max(1, len(labelled))))
         context.train(
@@ -60,7 +55,6 @@ def run(context: Context, tracked: StageRun) -> None:
             part=HARD_LABELS,
             epoch_factor=epoch_factor,
         )
-    tracked.log_artifact("student", "model", context.folder / "student" / "adapter")
 
 
 def _soft_targets(

@@ -86,6 +86,8 @@ class AssistantModule(L.LightningModule):
     training with NonFiniteError, in all processes at once.
     """
 
+    soft_targets: Any = None
+
     def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
         super().__init__()
         self.backbone = backbone
@@ -137,7 +139,8 @@ class AssistantModule(L.LightningModule):
         for task, (hard, soft, weight) in zip(self.settings.tasks, sums.T, strict=True):
             if weight > 0:
                 self.log(f"train/{task}_loss", hard / weight, batch_size=len(batch.sizes))
-                self.log(f"train/{task}_kl", soft / weight, batch_size=len(batch.sizes))
+                if self.soft_targets is not None:
+                    self.log(f"train/{task}_kl", soft / weight, batch_size=len(batch.sizes))
         self.log("train/loss", loss.total, prog_bar=True, batch_size=len(batch.sizes), sync_dist=True)
         return loss.total
 

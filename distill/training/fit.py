@@ -175,7 +175,7 @@ def fit(
 
 def _trainer(arguments: Mapping[str, Any], folder: Path, **extra: Any) -> L.Trainer:
     return L.Trainer(
-        **with_defaults(arguments),
+        **with_defaults({"enable_progress_bar": False} if logs.quiet() else {}, arguments),
         default_root_dir=folder,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,

@@ -184,7 +184,8 @@ class StudentModule(AssistantModule):
             loss = self.published_loss(features)
             self._check_loss(loss, index)
             self.log(f"train/{task}_loss", loss.hard, batch_size=samples)
-            self.log(f"train/{task}_kl", loss.soft, batch_size=samples)
+            if self.soft_targets is not None:
+                self.log(f"train/{task}_kl", loss.soft, batch_size=samples)
             total = total + self.settings.tasks[task] * loss.total * len(features["input_ids"]) / samples
         self.log("train/loss", total, prog_bar=True, batch_size=samples, sync_dist=True)
         return total

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.evaluation.charts import cascade_charts, chart, training_charts
+from distill.evaluation.charts import cascade_charts, chart, deferral, training_charts
+from tests.report_pages import cascade, deferral_rows
 
 
 def value_at(found: dict, y: float) -> float:
@@ -40,46 +41,54 @@ def test_a_band_is_a_closed_polygon() -> None:
     assert heights == pytest.approx([0.4, 0.5, 0.9, 0.6], abs=0.01)
 
 
-def test_a_cascade_has_five_charts() -> None:
-    curve = {"coverage": [0.5, 1.0], "risk": [0.0, 0.1]}
-    bins = {"confidence": [None, 0.6, 0.9], "accuracy": [None, 0.5, 1.0], "count": [0, 4, 6]}
-    model = {when: {"risk_coverage": curve, "reliability": bins} for when in ("before", "after")}
-    rows = [
-        {
-            "policy": policy,
-            "deferred": deferred,
-            "quality": 0.9,
-            "low": 0.8,
-            "high": 1.0,
-            "seconds": deferred,
-            "currency": "",
-        }  # as strings, as csv reads them
-        for policy in ("entropy", "random")
-        for deferred in ("0.0", "1.0")
-    ]
-    metrics = {
-        "measure": "entropy", "accuracy": 0.9, "n": 10, "cost_ratio": {"currency": None}, "deferral": rows,
-        "stages": {"teacher_first": {"asked": 3, "cost": {"seconds": 5.0, "currency": None}}},
-        "selective": {"student": model, "teacher": model},
-    }  # fmt: skip
-    charts = cascade_charts(metrics)
+def test_the_deferral_curves_have_a_chart_for_each_known_cost() -> None:
+    curves = deferral(cascade())
+    assert curves is not None
+    assert (curves["quality"], list(curves["policies"]), curves["in_use"]) == ("accuracy", ["entropy", "random"], 0)
+    assert list(curves["charts"]) == ["accuracy by share of posts deferred", "accuracy by seconds per post"]
+    by_share = curves["charts"]["accuracy by share of posts deferred"]
+    assert len(by_share["band"]) == 6
+    assert curves["policies"]["random"][1] == [0.5, 0.9, 0.7, 1.0, 0.51, None]
+    for name, rows in curves["policies"].items():
+        assert [value_at(by_share, y) for _, y in by_share["lines"][name]] == pytest.approx(
+            [r[1] for r in rows], abs=0.01
+        )
+    assert curves["cascade"] == [0.3, 0.95, None, None, pytest.approx(0.41), None]
+    priced = deferral(cascade(currency=2.0))
+    assert priced is not None and list(priced["charts"])[2] == "accuracy by currency per post"
+    assert priced["cascade"][5] == pytest.approx(0.8)  # 4 calls for 10 posts
+    on_a_scale = deferral(cascade(mae=1.1))
+    assert on_a_scale is not None and next(iter(on_a_scale["charts"])) == "minus MAE by share of posts deferred"
+
+
+def test_curves_without_rows_and_damaged_rows_are_left_out() -> None:
+    assert deferral(cascade(deferral=[])) is None
+    rows = deferral_rows()
+    rows[0]["quality"], rows[1]["low"], rows[2]["seconds"] = "nan", "", "x"
+    curves = deferral(cascade(deferral=rows, measure="margin"))
+    assert curves is not None and curves["in_use"] == -1
+    assert curves["policies"]["entropy"] == [[0.5, 0.9, None, 1.0, 0.51, None], [1.0, 1.0, 0.7, 1.0, None, None]]
+    assert list(curves["charts"]) == ["accuracy by share of posts deferred"]
+    assert not curves["charts"]["accuracy by share of posts deferred"]["band"]
+
+
+def test_a_cascade_has_three_charts_of_its_models() -> None:
+    charts = cascade_charts(cascade())
     assert list(charts) == [
-        "accuracy by share of posts deferred", "accuracy by seconds per post", "risk by coverage",
-        "accuracy of the student by its confidence", "accuracy of the teacher by its confidence",
+        "risk by coverage", "accuracy of the student by its confidence", "accuracy of the teacher by its confidence",
     ]  # fmt: skip
-    assert len(charts["accuracy by share of posts deferred"]["band"]) == 4
     assert len(charts["accuracy of the student by its confidence"]["lines"]["after calibration"]) == 2, (
         "empty bins are left out"
     )
-    on_a_scale = cascade_charts(metrics | {"mae": 1.1})
-    assert next(iter(on_a_scale)) == "minus MAE by share of posts deferred"
-    assert len(cascade_charts(metrics | {"deferral": []})) == 3
 
 
 def test_training_charts_are_read_from_lightnings_csv(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     assert training_charts(path) == {}
-    path.write_text("step,train/loss,val/accuracy,val/selection\n1,2.0,,\n2,1.0,,\n2,,0.5,0.6\n3,nan,,\n")
+    path.write_text(
+        "step,train/loss,val/accuracy,val/selection,train/tokens_per_second\n1,2.0,,,9000\n2,1.0,,,9000\n"
+        "2,,0.5,0.6,\n3,nan,,,\n"
+    )
     found = training_charts(path)
     assert list(found) == ["loss by step", "validation by step"]
     assert (

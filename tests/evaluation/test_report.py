@@ -1,70 +1,17 @@
-"""The HTML report: complete, self-contained and safe with hostile texts; and the table at the end of a chain."""
+"""The HTML report: complete, self-contained and safe with hostile texts."""
 
+import base64
 import re
-from html.parser import HTMLParser
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from distill.errors import RunError
-from distill.evaluation.report import Report, format_table, write_report
+from distill.evaluation.report_tables import format_table
 from distill.task.labels import LabelSpace
-
-LABELS = LabelSpace()
-HOSTILE = '</style><script>alert("x")</script><img src=https://evil.example/x.png onerror=alert(1)>{{ 7 * 7 }}'
-MAJORITY = {"label": "neutral", "n": 6, "accuracy": 0.5, "weighted_f1": 0.333, "macro_f1": 0.222}
-CHAIN = """"Text_analysis": "Glad words."
-"Image_analysis": "A frown."
-"Conflict_resolution": "Sarcasm."
-"Final_conclusion": "Mockery."
-"Prediction": negative"""
-
-
-def metrics(accuracy: float, **more: Any) -> dict[str, Any]:
-    confusion = [[2, 0, 0], [1, 1, 0], [0, 0, 2]]
-    figures = {"n": 6, "accuracy": accuracy, "weighted_f1": 0.8, "macro_f1": 0.7, "confusion": confusion}
-    return {**figures, "ece": 0.05, "aurc": 0.1, **more}
-
-
-def post(**changes: Any) -> dict[str, Any]:
-    answers = {"student": {"label": "negative", "probability": 0.91}}
-    fields = {"id": "t1", "text": "what a day", "aspect": None, "image": None, "gold": "negative"}
-    return {**fields, "answers": answers, "rationale": CHAIN, "reference": None, **changes}
-
-
-class Page(HTMLParser):
-    """A parsed page: elements with their attributes, and the text between them."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = self.words = ""
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        self.words = f"{self.words} {data}" if data.split() else self.words
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def page(tmp_path: Path, **changes: Any) -> Page:
-    fields = {"name": "quickstart", "labels": LABELS, "roles": {"student": metrics(0.83)}, **changes}
-    write_report(tmp_path / "report.html", Report(**fields))
-    return Page(tmp_path / "report.html")
-
-
-def curve(folder: Path, rows: str) -> Path:
-    path = folder / "metrics.csv"
-    path.write_text(rows)
-    return path
+from tests.report_pages import CHAIN, HOSTILE, MAJORITY, cascade, curve, decision, deferral_rows, metrics, page, post
 
 
 def test_the_page_shows_all_content(tmp_path: Path) -> None:
@@ -116,10 +63,16 @@ def test_the_page_loads_no_external_resources(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     shown = page(tmp_path, gallery=[post(image=tmp_path / "a.png")])
     policy = next(meta["content"] for meta in shown.all("meta") if meta.get("http-equiv"))
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    assert not {"script", "link", "iframe", "object", "a"} & {tag for tag, _ in shown.elements}
+    script = shown.source.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in shown.elements}
     sources = [a[name] or "" for _, a in shown.elements for name in ("src", "href", "xlink:href") if name in a]
-    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert sources and all(source.startswith(("data:image/", "#")) for source in sources)
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval|fetch", script)
     assert "url(" not in shown.source and "@import" not in shown.source
 
 
@@ -131,8 +84,9 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
         aspect=HOSTILE,
         gold=HOSTILE,
         answers={role: {"label": HOSTILE, "probability": 0.5}},
-        rationale=CHAIN.replace("Glad words.", HOSTILE.replace('"', "'")),
+        rationales={role: CHAIN.replace("Glad words.", HOSTILE.replace('"', "'"))},
         reference=HOSTILE,
+        attributes={HOSTILE: HOSTILE},
         image=tmp_path / "<script>.png",
     )
     shown = page(
@@ -143,13 +97,17 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
         baselines={HOSTILE: MAJORITY},
         curves={role: curve(tmp_path, f'step,"train/{HOSTILE.replace(chr(34), "")}"\n1,2\n2,1\n')},
         annotation={HOSTILE: HOSTILE},
+        cascade=cascade(promise=HOSTILE, deferral=deferral_rows((HOSTILE, "entropy"))),
+        stages={HOSTILE: {}},
         gallery=[hostile],
+        decisions=[{"title": HOSTILE, "total": 1, "rows": [decision(0, id=HOSTILE, gold=HOSTILE, label=HOSTILE)]}],
         settings=HOSTILE,
         dates={HOSTILE: HOSTILE},
         versions={HOSTILE: HOSTILE},
     )
-    assert "<script" not in shown.source
-    assert not shown.all("script") and not shown.all("img")
+    assert shown.source.count("<script") == len(shown.all("script")) == 1
+    assert not shown.all("img")
+    assert {a["id"] for _, a in shown.elements if "id" in a} == {"post-0", "decision-0"}
     assert not [a for _, a in shown.elements for name in a if name.startswith("on")]
     assert shown.text.count(HOSTILE) >= 15
     assert "49" not in shown.text  # a template in a post is not evaluated
@@ -210,34 +168,79 @@ def test_a_failed_write_keeps_the_earlier_page(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_the_table_of_a_chain() -> None:
-    roles = {
-        "student_hard_labels": metrics(0.7),
-        "student": metrics(0.93, reasoned_accuracy=0.92, parse_rate=1.0, rouge_l=0.8, consistency=0.99, meteor=0.5),
-        "teacher": metrics(0.98, parse_rate=0.97),
+def test_rationales_are_marked_by_the_attributes_that_they_name(tmp_path: Path) -> None:
+    grounded = {"tone": "Glad", "face": "frown"}
+    posts = [
+        post(attributes=grounded, rationales={"student": CHAIN, "student_refined": "no fields"}),
+        post(index=1, attributes=grounded | {"sky": "blue"}),
+        post(index=2),
+    ]
+    words = " ".join(page(tmp_path, gallery=posts).words.split())
+    for mark in (
+        "rationale: student grounded Text analysis",
+        "rationale: student, refined not grounded does not name Glad, frown not a rationale (malformed)",
+        "rationale: student not grounded does not name blue Text analysis",
+        "rationale: student grounding unknown Text analysis",
+    ):
+        assert mark in words, mark
+
+
+def test_a_refined_student_is_shown_in_tables_charts_and_gallery(tmp_path: Path) -> None:
+    answers = {"student_refined": {"label": "negative", "probability": 0.97}}
+    shown = page(
+        tmp_path,
+        roles={"student": metrics(0.8, grounded=0.9), "student_refined": metrics(0.9), "teacher": metrics(0.98)},
+        curves={"student_refined": curve(tmp_path, "step,train/loss\n1,2\n2,1\n")},
+        cascade=cascade(),
+        gallery=[post(answers=answers)],
+    )
+    words = " ".join(shown.words.split())
+    assert "student 0.800 0.800 0.700 0.050 0.100 student, refined 0.900" in words
+    assert "grounded teacher – student 0.900 student, refined –" in words
+    assert "Training student, refined" in words and "student, refined ✓ negative 0.97" in words
+    # the cascade's student is the refined one
+    assert "teacher 1 – student – – student, refined 0.01 – cascade 0.41 –" in words
+
+
+def test_costs_and_curation_are_shown_where_they_are_known(tmp_path: Path) -> None:
+    stages = {
+        "teacher": {"seconds": 146.3, "peak_memory_mb": {"host": 762, "gpu": 11_000}},
+        "annotate": {"seconds": 17.0},
     }
-    lines = format_table(roles, {"majority class (neutral)": MAJORITY}).splitlines()
-    assert re.split(r"\s{2,}", lines[0].strip()) == [
-        "accuracy",
-        "weighted F1",
-        "macro F1",
-        "ECE",
-        "AURC",
-        "reasoned",
-        "parse rate",
-        "ROUGE-L",
-        "consistency",
-    ]
-    assert [re.split(r"\s{2,}", line)[0] for line in lines[2:]] == [
-        "majority class (neutral)",
-        "teacher",
-        "student",
-        "student, hard labels",
-    ]
-    assert re.split(r"\s{2,}", lines[2])[1:] == ["0.500", "0.333", "0.222"] + ["–"] * 6
-    assert re.split(r"\s{2,}", lines[4])[1:] == [
-        *("0.930", "0.800", "0.700", "0.050", "0.100"),
-        *("0.920", "1.000", "0.800", "0.990"),
-    ]
-    assert len({len(line) for line in lines}) == 1
-    assert "ROUGE" not in format_table({"student": metrics(0.9)})
+    paid = {"answers": 1903, "prompt_tokens": 221_440, "completion_tokens": 70_207, "cost": 1.25}
+    annotation = {"n": 9, "paid": paid, "curated": {"edited": 3, "dropped": 1, "relabelled": 0}}
+    roles = {"student": metrics(0.8), "teacher": metrics(0.9)}
+    shown = page(tmp_path, roles=roles, stages=stages, annotation=annotation, cascade=cascade(currency=2.0))
+    words = " ".join(shown.words.split())
+    for text in (
+        "teacher 1 2 student 0.01 – cascade 0.41 0.8",
+        "teacher 2 min 26 s 762 MiB 10.7 GiB annotate 17.0 s – – total 2 min 43 s 762 MiB 10.7 GiB",
+        "1903 answers of the teacher, 221440 prompt tokens, 70207 completion tokens, price 1.25",
+        "Curated by a person: edited 3, dropped 1, relabelled 0.",
+    ):
+        assert text in words, text
+
+
+def test_files_of_earlier_versions_give_dashes(tmp_path: Path) -> None:
+    stages = {"teacher": {"status": "done"}, "student": {"seconds": 20.0}}
+    old = cascade(deferral=[{"policy": "entropy", "deferred": "0.0", "quality": "0.8"}])
+    shown = page(tmp_path, stages=stages, annotation={"n": 9, "paid": {"answers": 3}}, cascade=old, gallery=[post()])
+    words = " ".join(shown.words.split())
+    assert "teacher – – student 20.0 s – total – –" in words
+    assert "3 answers of the teacher, – prompt tokens, – completion tokens, price –" in words
+    assert "Curated" not in words and "grounding unknown" in words
+    assert "accuracy by share of posts deferred" in words and "accuracy by seconds per post" not in words
+
+
+def test_decisions_and_posts_link_to_each_other(tmp_path: Path) -> None:
+    shown_decision = decision(7, review={"label": None, "right": False, "uncertainty": None})
+    rows = [shown_decision, decision(None, id="elsewhere"), decision(9)]
+    group = {"title": "Wrong answers of the cascade", "total": 40, "rows": rows}
+    posts = [post(index=7, decision=shown_decision), post(index=8, decision=decision(8))]
+    shown = page(tmp_path, gallery=posts, decisions=[group])
+    ids = [attributes["id"] for _, attributes in shown.elements if "id" in attributes]
+    assert ids == ["decision-7", "post-7", "post-8"]
+    assert [link["href"] for link in shown.all("a")] == ["#post-7", "#decision-7"]
+    words = " ".join(shown.words.split())
+    assert "Wrong answers of the cascade: 40 the first 3 are shown" in words
+    assert "negative ✗ positive 0.12 – – no answer ✗ positive student: the student is certain" in words

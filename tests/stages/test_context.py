@@ -148,7 +148,10 @@ def test_training_without_samples_raises(tmp_path: Path) -> None:
         context.train("student", lambda model: None, [], tracked)  # type: ignore[arg-type, return-value]
 
 
-def test_a_progress_bar_is_cleared_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_cleared_after_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.logs.quiet", lambda: False)  # a command in this process may have set it
     with pytest.raises(RuntimeError), progress("annotate") as show:
         show(1, 3)
         raise RuntimeError

@@ -26,7 +26,7 @@ ADAPTER = (
 TRAINED = (*(f"adapter/{file}" for file in ADAPTER), "metrics.csv")
 OUTPUTS = {
     "teacher": TRAINED,
-    "annotate": ("quarantine.jsonl", "rationales.jsonl", "summary.json"),
+    "annotate": ("curated.jsonl", "quarantine.jsonl", "rationales.jsonl", "summary.json"),
     "assistant": TRAINED,
     "augment": ("rationales.jsonl", "summary.json"),
     "student": (*TRAINED, *(f"hard_labels/{file}" for file in TRAINED)),
@@ -55,7 +55,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], list[str]]:
 
 def readers(stage: str, file: str) -> list[str]:
     """The stages that depend on an output."""
-    read = re.search(r"(^|/)adapter/|rationales|calibration", file) if stage != "export" else None
+    read = re.search(r"(^|/)adapter/|rationales|curated|calibration", file) if stage != "export" else None
     if not read and (stage, file) != ("evaluate", "metrics.json"):
         return []
     found = {stage}

@@ -21,7 +21,7 @@ from distill.recipe import Recipe, to_yaml
 
 @pytest.fixture(autouse=True)
 def _unchanged_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "configure", lambda **_: None)
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,36 @@
+"""Reading of `rationales.jsonl`, the reasoning data that a stage wrote."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.data import jsonl
+from distill.errors import SettingsError
+from distill.task.labels import LabelSpace
+from distill.task.sample import Sample
+
+RATIONALES = "rationales.jsonl"
+
+
+def read_rationales(path: Path, root: Path, labels: LabelSpace) -> Iterator[tuple[Sample, Mapping[str, Any]]]:
+    """Yield each row as a sample, with all its fields.
+
+    Args:
+        root: folder of the images.
+
+    Raises:
+        SettingsError: a row, edited by hand perhaps, cannot be used.
+    """
+    for row in jsonl.read(path):
+        try:
+            if row.problem is not None:
+                raise ValueError(row.problem)
+            sample = jsonl.to_sample(row.fields, root)
+            labels.index(sample.label if sample.label is not None else "")
+            if sample.rationale is None:
+                raise ValueError("has no rationale")
+        except ValueError as error:
+            raise SettingsError(
+                f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
+            ) from None
+        yield sample, row.fields

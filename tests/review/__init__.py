@@ -1,0 +1,1 @@
+"""A package, because its files share their names with those of the gateway."""
