@@ -1,6 +1,8 @@
 """Files of a run: reading and writing JSON, and atomic replacement of files and folders."""
 
 import csv
+import errno
+import fcntl
 import json
 import math
 import os
@@ -87,6 +89,53 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line of JSON and wait until it is on disk. Several processes may append.
+
+    An incomplete last line, which a kill has left, is removed; a complete one without a line end is ended.
+
+    Args:
+        line: without its line end.
+
+    Raises:
+        OSError: the file cannot be written; it then ends with its last complete line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = _end_last_line(file)
+        if os.write(file, line + b"\n") <= len(line):
+            os.ftruncate(file, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _end_last_line(file: int) -> int:
+    """Remove an incomplete last line, or end a complete one that has no line end. Returns the size of the file."""
+    size = os.fstat(file).st_size
+    content = os.pread(file, size, 0)
+    start = content.rfind(b"\n") + 1
+    if start == size:
+        return size
+    if is_torn(content[start:]):
+        os.ftruncate(file, start)
+        return start
+    os.write(file, b"\n")
+    return size + 1
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of one: a beginning of an object is no JSON."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def finite(content: Any) -> Any:

@@ -16,6 +16,8 @@ from distill.recipe import Recipe
 from distill.stages import augment, student
 from distill.stages.context import Context
 from distill.task.rationale import parse, render
+from distill.tracking.run import Guard, StageRun
+from distill.tracking.settings import TrackingSettings
 from tests import micro
 from tests.fake_stages import Fakes
 from tests.models.openai_server import ChatRequest, Server, rationale
@@ -186,11 +188,9 @@ def test_augment_and_student_see_the_posts_that_annotate_saw(
     distillation = replace(annotated.student.distillation, label_weight=1.0)
     context.recipe = replace(annotated, student=replace(annotated.student, distillation=distillation))
 
-    class Tracked:
-        use_artifact = log_artifact = log = staticmethod(lambda *_: None)
-
+    untracked = StageRun(None, Guard("test"), TrackingSettings(), "", annotated.folder)
     for stage in (augment, student):
-        stage.run(context, Tracked())  # type: ignore[arg-type]
+        stage.run(context, untracked)
         (annotated.folder / "augment" / "rationales.jsonl").touch()
     labels = {"train-0001": "neutral", "train-0002": "positive"}
     for rows_seen in (seen["augment"], seen[""], seen[student.HARD_LABELS]):

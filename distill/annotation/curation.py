@@ -4,11 +4,8 @@ The last decision about a post counts. `keep` marks a rationale as reviewed, `re
 changes the data. `edit` gives the post another rationale, `relabel` another gold label, and `drop` leaves it out.
 """
 
-import errno
-import fcntl
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +17,7 @@ from distill.data import jsonl
 from distill.data.text import clean
 from distill.digests import combine
 from distill.errors import RunError, SettingsError
+from distill.files import append_line, is_torn
 from distill.task.labels import LabelSpace
 from distill.task.rationale import InvalidRationale, Rationale, parse
 from distill.task.sample import Sample
@@ -101,7 +99,7 @@ def read_decisions(path: Path, labels: LabelSpace) -> dict[str, Decision]:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from None
     *lines, rest = content.split(b"\n")
     if rest.strip():
-        if _is_torn(rest):
+        if is_torn(rest):
             log.warning("%s ends with an incomplete line, which is ignored", path)
         else:
             lines.append(rest)
@@ -126,44 +124,11 @@ def append(path: Path, decision: Decision) -> None:
         RunError: the file cannot be written; it then ends with its last complete line.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    line = (json.dumps(replace(decision, time=now).fields(), ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    line = json.dumps(replace(decision, time=now).fields(), ensure_ascii=False).encode("utf-8", "replace")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            end = _end_last_line(file)
-            if os.write(file, line) < len(line):
-                os.ftruncate(file, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file)
-        finally:
-            os.close(file)
+        append_line(path, line)
     except OSError as error:
         raise RunError(f"the decision cannot be written to {path}: {error.strerror}") from error
-
-
-def _end_last_line(file: int) -> int:
-    """Remove an incomplete last line, or end a complete one that has no line end. Returns the size of the file."""
-    size = os.fstat(file).st_size
-    content = os.pread(file, size, 0)
-    start = content.rfind(b"\n") + 1
-    if start == size:
-        return size
-    if _is_torn(content[start:]):
-        os.ftruncate(file, start)
-        return start
-    os.write(file, b"\n")
-    return size + 1
-
-
-def _is_torn(line: bytes) -> bool:
-    """Whether a line without an end is the beginning of one: a beginning of an object is no JSON."""
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return False
 
 
 def _decision(number: int, line: bytes, labels: LabelSpace) -> Decision:

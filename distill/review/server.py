@@ -4,7 +4,6 @@ import asyncio
 import ipaddress
 import json
 import logging
-import signal
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -20,6 +19,7 @@ from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
 from distill.review.posts import Filter, InvalidDecision, Posts, Status
 from distill.serving.page import load_page
+from distill.serving.server import run
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,7 @@ def serve(recipe: Recipe, host: str, port: int) -> None:
         app = create_app(Posts(recipe), host)
         address, number = listener.getsockname()[:2]
         print(f"review of {recipe.name}: http://{_in_url(address)}:{number} (stop with Ctrl-C)", flush=True)
-        server = Server(app)
-        before = {stop: signal.signal(stop, server.handle_exit) for stop in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            server.run(sockets=[listener])
-        finally:
-            for stop, handler in before.items():
-                signal.signal(stop, handler)
+        run(Server(app), listener)
 
 
 class Server(uvicorn.Server):

@@ -30,13 +30,20 @@ def serve(gateway: Gateway) -> None:
     with _listen(gateway.settings) as listener:
         host, port = listener.getsockname()[:2]
         log.info("%s is served on http://%s:%d", gateway.name, f"[{host}]" if ":" in host else host, port)
-        # uvicorn raises the signal again after shutdown; with these handlers the process still exits with status 0
-        before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            server.run(sockets=[listener])
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        run(server, listener)
+
+
+def run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    uvicorn raises the signal again after the shutdown; with these handlers the process still exits with status 0.
+    """
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Server(uvicorn.Server):

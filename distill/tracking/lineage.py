@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from distill.files import append_line
+
 FILE = "wandb/lineage.jsonl"
 """Where the edges are kept in a run's folder."""
 
@@ -80,11 +82,7 @@ class Lineage:
 
     def add(self, edge: Edge) -> None:
         """Append an edge."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            if file.tell() and self.path.read_bytes()[-1:] != b"\n":  # the end of a line that was cut off
-                file.write(b"\n")
-            file.write(json.dumps(asdict(edge)).encode() + b"\n")
+        append_line(self.path, json.dumps(asdict(edge)).encode())
 
     def digest(self, artifact: str) -> str | None:
         """The digest of the version that was logged last; None if none was logged."""

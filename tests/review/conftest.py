@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from distill.review.server import Server, create_app
 from tests import micro
 from tests.models import openai_server
 from tests.models.openai_server import COLOURS, ChatRequest, rationale
+from tests.web_servers import in_thread
 
 MARKUP = '<img src=x onerror="document.title=1"><b>"bold"</b>'
 ANALYSIS = "<img src=x onerror='document.title=1'><script>document.title=1</script>"  # without quotes that end a field
@@ -69,21 +68,11 @@ def make_run(folder: Path) -> Recipe:
 @contextmanager
 def reviewing(recipe: Recipe) -> Iterator[httpx.Client]:
     """A client of the server of a review on a free port, with the headers of its page."""
-    server = Server(create_app(Posts(recipe), "127.0.0.1"))
-    server.config.port = 0
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, headers={"Origin": url}, timeout=60) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
+    with (
+        in_thread(Server(create_app(Posts(recipe), "127.0.0.1"))) as url,
+        httpx.Client(base_url=url, headers={"Origin": url}, timeout=60) as client,
+    ):
+        yield client
 
 
 def decisions(recipe: Recipe) -> list[list[Any]]:

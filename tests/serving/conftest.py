@@ -1,7 +1,6 @@
 """Fixtures: a tiny trained student, gateways over real HTTP, and cascade policies."""
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from distill.serving.settings import ServeSettings
 from distill.task.labels import LabelSpace
 from distill.training.assistant import TrainSettings
 from tests.training.test_assistant import learn
+from tests.web_servers import in_thread
 
 CALIBRATION = Calibration(
     student="tiny", teacher="other", measure="entropy", student_temperature=1.0, teacher_temperature=1.0,
@@ -73,20 +73,9 @@ def running(
     """A client of a gateway that runs on a free port in a thread of this process."""
     settings = {"port": 0, "max_new_tokens": 96} | settings
     server = Server(Gateway(ServeSettings(**settings), cascade_policy or policy(), student, teacher, "cascade"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            wait_until(lambda: not ready or client.get("/health/ready").status_code == 200)
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with in_thread(server) as url, httpx.Client(base_url=url, timeout=60) as client:
+        wait_until(lambda: not ready or client.get("/health/ready").status_code == 200)
+        yield client
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
