@@ -122,7 +122,7 @@ class Backbone:
         """
         reviewed = earlier if earlier is not None else (None,) * len(samples)
         messages = [
-            (prompts.render(template, sample, self.labels, pair), sample.images)
+            (prompts.render(template, sample, self.labels, pair), sample.media)
             for sample, pair in zip(samples, reviewed, strict=True)
         ]
         if answers is not None:

@@ -14,12 +14,13 @@ from distill.errors import SettingsError
 from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.task.labels import LabelSpace
+from distill.task.sample import Media
 
 IGNORE = -100
 """Label of positions without loss."""
 
-Prompt = tuple[str, tuple[Path, ...]]
-"""A user message: its text, and the images placed before the text."""
+Prompt = tuple[str, Media]
+"""A user message: its text, and the media placed before the text."""
 
 Side = Literal["left", "right"]
 
@@ -184,9 +185,9 @@ class Encoder:
             parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()
 
-    def render(self, text: str, images: Sequence[Path] = ()) -> str:
+    def render(self, text: str, media: Media = Media()) -> str:
         """One user message in the chat template, including the generation prompt."""
-        content = [{"type": "image"} for _ in images if self.reads_images]
+        content = [{"type": "image"} for _ in media.images if self.reads_images]
         content.append({"type": "text", "text": self._escape(text)})
         messages = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
@@ -209,9 +210,9 @@ class Encoder:
             ImageError: an image cannot be read.
             SettingsError: the processor refuses the messages, or their images.
         """
-        self.check_images(max(len(images) for _, images in prompts))
+        self.check_images(max(len(media.images) for _, media in prompts))
         texts = [self.render(*prompt) for prompt in prompts]
-        nested = [[self.load_image(path) for path in images if self.reads_images] for _, images in prompts]
+        nested = [[self.load_image(path) for path in media.images if self.reads_images] for _, media in prompts]
         images = nested if any(nested) else None  # a flat list would not say which post an image belongs to
         special = not self.starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}

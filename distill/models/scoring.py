@@ -110,7 +110,7 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
     placeholder = [[backbone.processor.tokenizer.eos_token_id]]  # any first token: it has no column of its own
     packed = backbone.pack([
         [
-            PromptWithAnswers((prompts.render(template, sample, labels), sample.images), [], placeholder),
+            PromptWithAnswers((prompts.render(template, sample, labels), sample.media), [], placeholder),
             label_prompt(backbone, sample),
         ]
         for sample in samples
@@ -160,7 +160,7 @@ def label_prompt(backbone: Backbone, sample: Sample) -> PromptWithAnswers:
     """
     answers = backbone.label_tokens if backbone.labels_share_tokens else [backbone.label_tokens[0][:1]]
     text = prompts.render("classify", sample, backbone.labels)
-    return PromptWithAnswers((text, sample.images), backbone.encoder.tokens(backbone.labels.wording.prefix), answers)
+    return PromptWithAnswers((text, sample.media), backbone.encoder.tokens(backbone.labels.wording.prefix), answers)
 
 
 def label_scores(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:

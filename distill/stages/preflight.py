@@ -180,7 +180,7 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
     model.encode([most, fewest] if len(fewest.images) < len(most.images) else [most], "classify")
     if texts:
         end = [[model.processor.tokenizer.eos_token_id]]
-        model.encoder.pack([[PromptWithAnswers((text, most.images), [], end) for text in texts]])
+        model.encoder.pack([[PromptWithAnswers((text, most.media), [], end) for text in texts]])
 
 
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:

@@ -3,6 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Media(NamedTuple):
+    """What a post has besides its text. False if it has nothing.
+
+    Attributes:
+        video: the file of its video, of which the frames are shown.
+        audio: the file whose sound is heard; for a video with its own sound the same file.
+    """
+
+    images: tuple[Path, ...] = ()
+    video: Path | None = None
+    audio: Path | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.video or self.audio)
 
 
 @dataclass(frozen=True)
@@ -10,6 +27,9 @@ class Sample:
     """A post with its annotations.
 
     Attributes:
+        video: the file of its video, or None.
+        audio: the file whose sound belongs to the post: that of the video, unless another one is given; None for a post
+            without sound.
         aspect: the target of an aspect-level sentiment; None for the sentiment of the whole post.
         label: a name of the label space, a value on a continuous scale, or None if the post is unlabelled.
         rationale: a teacher's text in any format that `task/rationale.py` parses.
@@ -24,3 +44,10 @@ class Sample:
     label: str | float | None = None
     rationale: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
+    video: Path | None = None
+    audio: Path | None = None
+
+    @property
+    def media(self) -> Media:
+        """The files that a model is given besides the text."""
+        return Media(self.images, self.video, self.audio)

@@ -176,7 +176,7 @@ def _task_prompt(
     labels = backbone.labels
     if (text := target_answer(template, sample, labels)) is None:
         return None
-    prompt = (_render(template, sample, labels), sample.images)
+    prompt = (_render(template, sample, labels), sample.media)
     if template in SCORED and labels.scale is not None and labels.scale.spread > 0:
         closing = backbone.encoder.tokens(labels.wording.prefix)
         targets = labels.scale.targets([float(sample.label)])[0].tolist()  # type: ignore[arg-type]
