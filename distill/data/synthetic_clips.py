@@ -62,7 +62,7 @@ def make_sound(pitch: tuple[int, int], rng: random.Random) -> np.ndarray:
     time = np.arange(SECONDS * RATE) / RATE
     progress = ((time - rng.uniform(0.6, 1.0)) / 0.4).clip(0, 1)
     halves = start + (end - start) * (3 * progress**2 - 2 * progress**3) + rng.uniform(-0.2, 0.2)
-    phase = 2 * np.pi * np.cumsum(PITCH * 2 ** (halves / 2)) / RATE
+    phase = (2 * np.pi / RATE * np.cumsum(PITCH * 2 ** (halves / 2))).astype(np.float32)
     tone = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 9))
     syllables = 0.8 + 0.2 * np.sin(2 * np.pi * rng.uniform(2, 4) * time)
     envelope = np.minimum(time / 0.1, (SECONDS - time) / 0.2).clip(0, 1)
