@@ -17,7 +17,9 @@ def ceilings() -> dict[tuple[str, ...], dict[str, float]]:
     """Accuracy, MAE and correlation by the attributes that a predictor is given."""
     posts = [dict(zip(LEVELS, cell, strict=True)) for cell in itertools.product(*LEVELS.values())]
     return {
-        shown: _best(posts, shown) for count in range(len(LEVELS) + 1) for shown in itertools.combinations(LEVELS, count)
+        shown: _best(posts, shown)
+        for count in range(len(LEVELS) + 1)
+        for shown in itertools.combinations(LEVELS, count)
     }
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     """Print the table of docs/clips.md."""
     print("| given | accuracy | MAE | correlation |\n| --- | --- | --- | --- |")
     for shown, best in ceilings().items():
-        print(f"| {', '.join(shown) or 'nothing'} | {best['accuracy']:.3f} | {best['mae']:.3f} | {best['correlation']:.3f} |")
+        print(f"| {', '.join(shown) or 'nothing'} | {' | '.join(f'{figure:.3f}' for figure in best.values())} |")
 
 
 if __name__ == "__main__":

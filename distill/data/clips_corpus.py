@@ -1,9 +1,10 @@
 """Clips: the built-in synthetic corpus of short videos with sound, generated from a seed.
 
 Each post is a video of two seconds and a short text. A drawn face turns to a smile, to a frown or keeps its mouth; a
-voice-like tone rises by an octave, falls by one or holds its pitch; the words are cheerful, plain or gloomy. Each of the
-three adds 1, 0 or -1 to the sentiment, a value from -3 to 3. A face or a pitch that does not move stays at either end
-of the movement, so that one frame or one moment of the sound does not show it. Posts have rare words as postcards do.
+voice-like tone rises by an octave, falls by one or holds its pitch; the words are cheerful, plain or gloomy. Each of
+the three adds 1, 0 or -1 to the sentiment, a value from -3 to 3. A face or a pitch that does not move stays at either
+end of the movement, so that one frame or one moment of the sound is not sufficient. Posts have rare words as postcards
+do.
 """
 
 import itertools
@@ -98,7 +99,7 @@ def _posts(settings: ClipsSettings, part: str, count: int) -> Iterator[dict[str,
             word = rng.choice((rare_words if rng.random() < settings.rare else WORDS)[tone])
         blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
         name = f"{part}-{number:04d}"
-        row = {"id": name, "text": rng.choice(TEXTS).format(**blanks), "video": f"clips/{name}.mp4"}
+        row: dict[str, Any] = {"id": name, "text": rng.choice(TEXTS).format(**blanks), "video": f"clips/{name}.mp4"}
         row |= {"label": None, "rationale": None}
         if number < labelled:
             row |= {"label": value(attributes), "rationale": render(rationale(attributes))}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
-from distill.data.images import ImageError, decode
 from distill.data.built_in import BuiltIn
+from distill.data.images import ImageError, decode
 from distill.data.source import CONTINUOUS, PARTS, SPLITS, DataSettings, built_in, read_rows, split_files
 from distill.data.split import stratified_split
 from distill.data.text import clean

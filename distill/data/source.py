@@ -36,7 +36,7 @@ class DataSettings(Settings):
     root: str = "data"
     """Folder of the data. Images outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
-    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Ignored for built-in corpora."""
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Built-in corpora ignore it."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -114,7 +114,7 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
 def data_fingerprint(settings: DataSettings) -> str:
     """Hash of the data: every row of every split file, and the names and sizes of the images.
 
-    The same data in another folder has the same fingerprint. The fingerprint of a built-in corpus is that of its settings.
+    The same data in another folder has the same fingerprint. That of a built-in corpus is of its settings.
 
     Raises:
         SettingsError: a split file is missing.
@@ -137,7 +137,7 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of a built-in corpus.
+    """Digest of the data that `data_fingerprint` leaves out: the images' content, and the rows of a built-in corpus.
 
     None if the built-in corpus is not generated yet.
 

@@ -52,7 +52,8 @@ def draw_frames(bend: tuple[int, int], size: int, rng: random.Random) -> list[np
         shown: np.asarray(draw_card(shown, sky, random.Random(look), size)) for shown in {start, (start + end) / 2, end}
     }
     return [
-        drawn[start if number < turn else end if number > turn else (start + end) / 2] for number in range(SECONDS * FPS)
+        drawn[start if number < turn else end if number > turn else (start + end) / 2]
+        for number in range(SECONDS * FPS)
     ]
 
 

@@ -20,9 +20,7 @@ def without_each(samples: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]
 
     A post without video keeps its sound.
     """
-    found = {
-        name: fields for name, fields in MODALITIES.items() if any(getattr(sample, name) for sample in samples)
-    }
+    found = {name: fields for name, fields in MODALITIES.items() if any(getattr(sample, name) for sample in samples)}
     if len(found) > 1:
         for name, fields in found.items():
             yield name, [replace(sample, **fields) for sample in samples]

@@ -107,7 +107,12 @@ def best(posts: list[dict[str, Any]], shown: tuple[str, ...]) -> dict[str, float
 
 def test_no_two_modalities_are_sufficient(root: Path) -> None:
     """The figures of docs/clips.md, on the generated posts and by enumeration."""
-    stated = {0: (7 / 27, 10 / 9, 0), 1: (1 / 3, 8 / 9, (1 / 3) ** 0.5), 2: (1 / 3, 2 / 3, (2 / 3) ** 0.5), 3: (1, 0, 1)}
+    stated = {
+        0: (7 / 27, 10 / 9, 0),
+        1: (1 / 3, 8 / 9, (1 / 3) ** 0.5),
+        2: (1 / 3, 2 / 3, (2 / 3) ** 0.5),
+        3: (1, 0, 1),
+    }
     exact = ceilings()
     for count, figures in stated.items():
         for shown in itertools.combinations(LEVELS, count):
