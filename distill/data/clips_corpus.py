@@ -10,16 +10,17 @@ do.
 import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 from distill.data.built_in import BuiltIn
 from distill.data.postcards import DAYS, RARE_WORDS, TEXTS, THINGS, TONES, TOWNS, WORDS, Posts
-from distill.data.synthetic_clips import write_clip
+from distill.errors import SettingsError
 from distill.settings import Fraction, Range, Seed, Settings
 from distill.task.rationale import Rationale, render
 
@@ -63,12 +64,26 @@ def corpus(settings: ClipsSettings) -> BuiltIn:
 def _parts(
     settings: ClipsSettings, root: Path, counts: Mapping[str, int]
 ) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
+    drawing = _drawing()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # drawing and encoding release the GIL for the most part
         for part, count in counts.items():
-            yield part, pool.map(partial(_with_clip, settings, root), _posts(settings, part, count))
+            yield part, pool.map(partial(_with_clip, settings, root, drawing.write_clip), _posts(settings, part, count))
 
 
-def _with_clip(settings: ClipsSettings, root: Path, row: dict[str, Any]) -> dict[str, Any]:
+def _drawing() -> ModuleType:
+    """The module that writes videos. Raises SettingsError without PyAV or one of its encoders."""
+    try:
+        from distill.data import synthetic_clips
+    except ImportError:
+        raise SettingsError("data.source clips needs PyAV: pip install 'distill[media]'") from None
+    if missing := synthetic_clips.missing_encoders():
+        raise SettingsError(f"data.source clips needs a PyAV with the encoder {missing[0]}, as its wheels are")
+    return synthetic_clips
+
+
+def _with_clip(
+    settings: ClipsSettings, root: Path, write_clip: Callable[..., None], row: dict[str, Any]
+) -> dict[str, Any]:
     """Write the video of a row, which depends on the seed and on the row alone. Returns the row."""
     rng = random.Random(f"{settings.seed} {row['id']}")
     _, face, voice = _signs(row["attributes"])

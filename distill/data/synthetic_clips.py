@@ -1,17 +1,27 @@
-"""Short videos of a drawn face with a voice-like tone, encoded as H.264 and AAC in MP4 by PyAV."""
+"""Short videos of a drawn face with a voice-like tone, encoded as H.264 and AAC in MP4 by PyAV.
+
+PyAV is the extra `media`; `data/clips_corpus.py` imports this module when a corpus is generated.
+"""
 
 import random
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 
 from distill.data.clips import RATE
 from distill.data.postcards import SKIES, draw_card
 
+VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
 SECONDS, FPS = 2, 4
 PITCH = 220.0
 """Middle of the octave of the voice, in Hz."""
+
+
+def missing_encoders() -> list[str]:
+    """The encoders that the installed PyAV does not have; its wheels have both."""
+    return [name for name in (VIDEO_CODEC, AUDIO_CODEC) if name not in av.codecs_available]
 
 
 def write_clip(path: Path, bend: tuple[int, int], pitch: tuple[int, int], size: int, rng: random.Random) -> None:
@@ -25,13 +35,11 @@ def write_clip(path: Path, bend: tuple[int, int], pitch: tuple[int, int], size: 
         rng: draws the look of the face, the sound of the voice and when they move.
     """
     frames, sound = draw_frames(bend, size, rng), make_sound(pitch, rng)
-    import av
-
     # without version and date in the file, and on one thread, equal input gives equal bytes
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream("libx264", rate=FPS, options={"crf": "24", "preset": "veryfast"})
+        video = container.add_stream(VIDEO_CODEC, rate=FPS, options={"crf": "24", "preset": "veryfast"})
         video.width, video.height, video.pix_fmt, video.thread_count = size, size, "yuv420p", 1
-        audio = container.add_stream("aac", rate=RATE, layout="mono")
+        audio = container.add_stream(AUDIO_CODEC, rate=RATE, layout="mono")
         audio.bit_rate = 16_000
         for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,14 @@ import numpy as np
 import pytest
 
 from benchmarks.clips_ceilings import ceilings
+from distill import data
+from distill.data import clips_corpus, synthetic_clips
 from distill.data.clips import ClipReader
 from distill.data.clips_corpus import LEVELS, ClipsSettings, corpus, value
+from distill.data.corpus import read_corpus
 from distill.data.postcards import RARE_WORDS
+from distill.data.source import DataSettings
+from distill.errors import SettingsError
 from distill.task.labels import LabelSpace, Scale
 from distill.task.rationale import check
 
@@ -151,17 +157,31 @@ def test_face_and_voice_are_in_the_files_and_need_both_ends_of_the_time(root: Pa
 
 
 def test_the_teacher_alone_meets_every_rare_word() -> None:
-    from distill.data.clips_corpus import _posts
-
     settings = ClipsSettings(labelled=900, unlabelled=0, rare=0.5, teacher=189)
     words = {word for words in RARE_WORDS.values() for word in words}
 
     def met(part: str, count: int) -> Counter[str]:
-        texts = [re.findall(r"\w+", row["text"]) for row in _posts(settings, part, count)]
+        texts = [re.findall(r"\w+", row["text"]) for row in clips_corpus._posts(settings, part, count)]
         return Counter(word for text in texts for word in text if word in words)
 
     assert set(met("teacher", 189)) == words
     assert set(met("train", 900)) == {word for words in RARE_WORDS.values() for word in words[::2]}
+
+
+def test_without_pyav_or_an_encoder_one_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = DataSettings("clips", str(tmp_path / "data"), clips=ClipsSettings(3, 3, 0, 3, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic_clips, "VIDEO_CODEC", "libx999")
+        with pytest.raises(SettingsError, match=r"^data\.source clips needs a PyAV with the encoder libx999"):
+            read_corpus(clips, LABELS)
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "distill.data.synthetic_clips")
+    monkeypatch.delattr(data, "synthetic_clips")
+    with pytest.raises(SettingsError, match=r"^data\.source clips needs PyAV: pip install 'distill\[media\]'$"):
+        read_corpus(clips, LABELS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_generation_leaves_the_folder_as_it_was_and_the_next_completes_it(tmp_path: Path) -> None:
