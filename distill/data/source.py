@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
+from distill.data.clips import VideoSettings
 from distill.data.postcards import VERSION, PostcardSettings, is_generated
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
@@ -56,6 +57,8 @@ class DataSettings(Settings):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus, used if data.source is postcards."""
 
