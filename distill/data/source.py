@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from distill.data import clips_corpus, jsonl, mosi, mvsa, postcards, twitter
 from distill.data.built_in import BuiltIn
+from distill.data.clips import VideoSettings
 from distill.data.clips_corpus import ClipsSettings
 from distill.data.postcards import PostcardSettings
 from distill.digests import Digests, combine
@@ -61,6 +62,8 @@ class DataSettings(Settings):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus of pictures, used if data.source is postcards."""
     clips: ClipsSettings = field(default_factory=ClipsSettings)
