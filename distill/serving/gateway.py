@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -210,8 +211,7 @@ class Gateway:
         top = body.top_logprobs or 0
         async with self.images.stored(message.images, deadline) as paths:
             n_logprobs = max(top, 1) if body.logprobs or ids else 0
-            prompt = message.text, Media(tuple(paths))
-            answer = await self.cascade.complete(prompt, sampling, n_logprobs, ids, deadline)
+            answer = await self.cascade.complete((message.text, Media(paths)), sampling, n_logprobs, ids, deadline)
         usage = protocol.usage(answer.prompt_tokens, answer.completion_tokens)
         logprobs = protocol.logprobs(answer, top=top > 0 or bool(ids)) if n_logprobs else None
         finish = "stop" if answer.finished else "length"
@@ -243,7 +243,7 @@ class Gateway:
             return bool(images)
         encoder = self.cascade.local.backbone.encoder
         try:
-            encoder.check_images(len(images))
+            encoder.media.check(Media(tuple(map(Path, images))))
         except SettingsError:
             raise RequestError(
                 400, "the student reads text only; send the post without images", param="image"
