@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from distill.data import jsonl, mosi, mvsa, twitter
+from distill.data import jsonl, meld, mmsa, mosi, mvsa, twitter
+from distill.data.clips import VideoSettings
 from distill.data.postcards import VERSION, PostcardSettings, is_generated
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
@@ -18,6 +19,9 @@ SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
 
+CONTINUOUS = ("mosi", "mmsa")
+"""The sources whose labels are numbers: they take task.scale, and no other source does."""
+
 Part = Annotated[float, Range(0, 1, below=True)]
 
 
@@ -25,13 +29,15 @@ Part = Annotated[float, Range(0, 1, below=True)]
 class DataSettings(Settings):
     """The data: source, files and splits."""
 
-    source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
-    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), or postcards
-    (the built-in corpus, generated into data.root)."""
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards"] = "jsonl"
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
+    MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or postcards (the built-in corpus, generated
+    into data.root)."""
     root: str = "data"
-    """Folder of the data. Images outside it are rejected."""
+    """Folder of the data. Images, videos and sounds outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
-    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Ignored for postcards."""
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
+    three splits. Ignored for postcards."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -50,12 +56,17 @@ class DataSettings(Settings):
     data.root itself."""
     max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
+    label_column: str | None = None
+    """Column with the labels of mmsa (label, label_T, label_A or label_V) and meld (Sentiment or Emotion); null: the
+    first of these."""
     max_tokens: Count | None = None
     """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
     half of the model's context, at most 4,096."""
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus, used if data.source is postcards."""
 
@@ -90,12 +101,16 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
             return mvsa.read(root / file, root)
         case "mosi":
             return mosi.read(root / file, split)
+        case "mmsa":
+            return mmsa.read(root / file, root, split, settings.label_column or mmsa.LABEL)
+        case "meld":
+            return meld.read(root / file, root, settings.label_column or meld.LABEL)
         case "jsonl" | "postcards":
             return jsonl.read(root / file)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
-    """Hash of the data: every row of every split file, and the names and sizes of the images.
+    """Hash of the data: every row of every split file, and the names and sizes of its files.
 
     The same data in another folder has the same fingerprint. The fingerprint of postcards is that of their settings.
 
@@ -108,7 +123,7 @@ def data_fingerprint(settings: DataSettings) -> str:
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):
         try:
-            names = jsonl.image_names(row.fields)
+            names = jsonl.file_names(row.fields)
         except ValueError:
             names = []
         for name in names:
@@ -120,7 +135,7 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of postcards.
+    """Digest of the data that `data_fingerprint` leaves out: the content of all files, and the rows of postcards.
 
     None if the postcards are not generated yet.
 
@@ -135,10 +150,10 @@ def data_digest(settings: DataSettings, digests: Digests) -> str | None:
         if settings.source == "postcards":
             rows.append([split, file, row.number, row.fields, row.problem])
         with suppress(ValueError):
-            names |= set(jsonl.image_names(row.fields))
+            names |= set(jsonl.file_names(row.fields))
     found = digests.files(root / name for name in names)
-    images = {name: found[root / name] for name in sorted(names)}
-    return combine([rows, images])
+    files = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, files])
 
 
 def _size(path: Path) -> int:
