@@ -13,6 +13,7 @@ from distill.data.postcards import VERSION, PostcardSettings, is_generated
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
+from distill.task.sample import MODALITIES
 
 SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
@@ -56,8 +57,20 @@ class DataSettings(Settings):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    drop_modality: dict[str, float] = field(default_factory=dict)
+    """Augmentation for posts that lack something: the probability with which a training leaves out the text, images,
+    video or audio of a post, drawn anew in each epoch, such as `{audio: 0.2, video: 0.2}`. One of them is always left.
+    Without it, the post is trained on its label only: its rationale may be about what was left out."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus, used if data.source is postcards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.drop_modality if name not in MODALITIES]:
+            raise SettingsError(f"drop_modality.{unknown[0]} is no modality; they are {', '.join(MODALITIES)}")
+        for name, probability in self.drop_modality.items():
+            if problem := Range(0, 1, below=True).problem(probability):
+                raise SettingsError(f"drop_modality.{name} {problem}")
 
 
 def split_files(settings: DataSettings) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from distill.errors import SettingsError
 from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.task.labels import LabelSpace
-from distill.task.sample import Media
+from distill.task.sample import NO_MEDIA, Media
 
 IGNORE = -100
 """Label of positions without loss."""
@@ -185,7 +185,7 @@ class Encoder:
             parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()
 
-    def render(self, text: str, media: Media = Media()) -> str:
+    def render(self, text: str, media: Media = NO_MEDIA) -> str:
         """One user message in the chat template, including the generation prompt."""
         content = [{"type": "image"} for _ in media.images if self.reads_images]
         content.append({"type": "text", "text": self._escape(text)})

@@ -27,7 +27,7 @@ from distill.stages.label_targets import unlabelled
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale, render
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 from distill.training.batches import synthetic_answers
 
 SAMPLE_SIZE = 64
@@ -225,7 +225,7 @@ class ChainForecast:
                 total += len(text) / CHARACTERS_PER_TOKEN
             else:
                 shown = images if tokenizer.encoder.reads_images else ()
-                message = tokenizer.encoder.render(text, shown)
+                message = tokenizer.encoder.render(text, Media(shown))
                 total += len(tokenizer.processor.tokenizer(message)["input_ids"]) - len(shown)
         return total / len(sampled)
 

@@ -25,7 +25,7 @@ from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,8 @@ class Gateway:
         top = body.top_logprobs or 0
         async with self.images.stored(message.images, deadline) as paths:
             n_logprobs = max(top, 1) if body.logprobs or ids else 0
-            answer = await self.cascade.complete((message.text, paths), sampling, n_logprobs, ids, deadline)
+            prompt = message.text, Media(tuple(paths))
+            answer = await self.cascade.complete(prompt, sampling, n_logprobs, ids, deadline)
         usage = protocol.usage(answer.prompt_tokens, answer.completion_tokens)
         logprobs = protocol.logprobs(answer, top=top > 0 or bool(ids)) if n_logprobs else None
         finish = "stop" if answer.finished else "length"

@@ -201,6 +201,7 @@ class Context:
             workers=settings.workers,
             seed=self.recipe.seed,
             label_targets=learner.label_targets,
+            drop=self.recipe.data.drop_modality,
         )
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):

@@ -1,9 +1,14 @@
 """One post: the model's inputs and their annotations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+MODALITIES = ("text", "images", "video", "audio")
+"""What a post can have; fields of `Sample`."""
+
+_ABSENT: dict[str, Any] = {"text": "", "images": (), "video": None, "audio": None}
 
 
 class Media(NamedTuple):
@@ -20,6 +25,9 @@ class Media(NamedTuple):
 
     def __bool__(self) -> bool:
         return bool(self.images or self.video or self.audio)
+
+
+NO_MEDIA = Media()
 
 
 @dataclass(frozen=True)
@@ -51,3 +59,12 @@ class Sample:
     def media(self) -> Media:
         """The files that a model is given besides the text."""
         return Media(self.images, self.video, self.audio)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of MODALITIES that the post has."""
+        return tuple(name for name in MODALITIES if getattr(self, name) != _ABSENT[name])
+
+    def without(self, *names: str) -> "Sample":
+        """The post as if it did not have some of MODALITIES. Its label stays; its rationale may be about them."""
+        return replace(self, **{name: _ABSENT[name] for name in names})
