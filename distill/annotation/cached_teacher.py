@@ -321,9 +321,10 @@ class CachedTeacher:
 
 def _sampled(settings: VideoSettings, limit: int | None) -> str:
     """How the frames of a video are sampled."""
-    if settings.fps is None:
-        return f"{min(settings.frames, limit or settings.frames)}"
-    return f"{settings.fps:g} a second, at most {min(settings.max_frames, limit or settings.max_frames)}"
+    count = f"{min(settings.frames, limit or settings.frames)}"
+    if settings.fps is not None:
+        count = f"{settings.fps:g} a second, at most {min(settings.max_frames, limit or settings.max_frames)}"
+    return f"{count}, {settings.max_side} px"
 
 
 def _unreadable(error: OSError) -> Answer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from distill.data import jsonl, mosi, mvsa, twitter
+from distill.data.clips import VideoSettings
 from distill.data.postcards import VERSION, PostcardSettings, is_generated
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
@@ -61,6 +62,8 @@ class DataSettings(Settings):
     """Augmentation for posts that lack something: the probability with which a training leaves out the text, images,
     video or audio of a post, drawn anew in each epoch, such as `{audio: 0.2, video: 0.2}`. One of them is always left.
     Without it, the post is trained on its label only: its rationale may be about what was left out."""
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus, used if data.source is postcards."""
 

@@ -32,7 +32,8 @@ def scoring(student: Backbone) -> dict[str, Any]:
         and their `polarity`. `label_tokens`: K lists of token ids that follow the prefix; the probability of a label is
         proportional to the product of their probabilities. `values`: the K bin centres of the `scale`, None without
         one. `image_size`: the side of square images in pixels, 0 if the processor resizes them; None if the student
-        reads none.
+        reads none. `clips`: how it is given videos and sounds, `video`, `audio` and `frames` of the model's settings,
+        and their `sampling`.
         `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
         `template_variables`: of the chat template. `wording`: the texts of the task, from
         which the prompts are made.
@@ -48,10 +49,17 @@ def scoring(student: Backbone) -> dict[str, Any]:
         "values": labels.scale and labels.scale.centres.tolist(),
         "scale": labels.scale and asdict(labels.scale),
         "image_size": student.settings.image_size if student.encoder.reads_images else None,
+        "clips": _clips(student),
         "add_special_tokens": not student.encoder.starts_with_bos(student.encoder.render("")),
         "template_variables": _template_variables(student),
         "wording": asdict(labels.wording),
     }
+
+
+def _clips(student: Backbone) -> dict[str, Any]:
+    media = student.encoder.media
+    audio = "auto" if media.audio else "ignore"
+    return {"video": media.video, "audio": audio, "frames": student.settings.frames, "sampling": media.sampling}
 
 
 def model_card(

@@ -6,7 +6,7 @@ implementations.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -22,6 +22,8 @@ class Family:
         packs: whether answers in one packed row are computed as in separate sequences.
         answer_type: value of `token_type_ids` for answer tokens.
         needs_picture: whether each post must have a picture.
+        video: how videos are given to a model that sees pictures, unless `model.video` says otherwise.
+        audio: whether it hears.
         note: what a user should know, for the documentation.
     """
 
@@ -29,6 +31,8 @@ class Family:
     packs: bool = True
     answer_type: int = 0
     needs_picture: bool = False
+    video: Literal["frames", "video"] = "frames"
+    audio: bool = False
     note: str = ""
 
 
@@ -46,6 +50,7 @@ _PALIGEMMA = Family(
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL"),
     "qwen2_5_vl": Family("Qwen2.5-VL"),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", audio=True),
     "qwen3_vl": Family("Qwen3-VL"),
     "qwen3_5": Family("Qwen3.5", note=_HYBRID),
     "llava": Family("LLaVA, Pixtral"),

@@ -42,8 +42,17 @@ class ModelSettings(Settings):
     images: bool = True
     """Give the model the images of the posts. false: their texts only, which a text-only model needs if posts have
     images."""
+    video: Literal["auto", "frames", "video", "ignore"] = "auto"
+    """How the model is given videos: `frames`, as pictures with their times; `video`, as its family takes videos;
+    ignore: not at all; auto: what the table of families says, `frames` for a tiny model."""
+    audio: Literal["auto", "ignore"] = "auto"
+    """auto: the model hears the sound of posts; ignore: it does not, which a model that cannot hear needs if posts have
+    sound."""
+    frames: Count | None = None
+    """Maximum number of frames of a video that the model is given, evenly spaced; null: all that `data.video`
+    samples."""
     image_size: Annotated[int, Range(0, 8192)] = 280
-    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
+    """Images and frames are resized to squares of this many pixels; 0: the processor chooses the size."""
     min_pixels: Count | None = None
     """Images of fewer pixels are enlarged, if `image_size` is 0 and the processor keeps the proportions of images, as
     those of the Qwen-VL models do; null: what the processor has."""
@@ -81,7 +90,8 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
     """
     with torch.device("meta"):
         if not settings.path:
-            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
+            hears = settings.tiny.audio_hidden is not None
+            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary, audio=hears)
             config = tiny.build_config(settings.tiny, tokenizer)
             return model_class(config).from_config(config)
         source = find_source(settings.path, settings.revision)

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -243,7 +244,7 @@ class Gateway:
             return bool(images)
         encoder = self.cascade.local.backbone.encoder
         try:
-            encoder.check_images(len(images))
+            encoder.media.check(Media(tuple(map(Path, images))))
         except SettingsError:
             raise RequestError(
                 400, "the student reads text only; send the post without images", param="image"

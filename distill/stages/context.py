@@ -23,9 +23,10 @@ from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
 from distill.annotation.reasoning_data import RATIONALES, read_rationales
 from distill.data import jsonl
+from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
-from distill.data.source import data_fingerprint
+from distill.data.source import SPLITS, data_fingerprint
 from distill.errors import SettingsError, in_section
 from distill.files import atomic_folder
 from distill.models import backbone, text_limit, tiny
@@ -83,6 +84,11 @@ class Context:
         return self.recipe.labels
 
     @cached_property
+    def clips(self) -> ClipReader:
+        """Decodes the videos and sounds of the posts."""
+        return ClipReader(self.recipe.data.video)
+
+    @cached_property
     def teacher_labels(self) -> LabelSpace:
         """The label space with the examples that the prompts of the annotating teacher show."""
         return with_examples(self.labels, self.corpus.train, self.recipe.task.examples)
@@ -132,12 +138,19 @@ class Context:
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
         texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
-        parts = (*texts, settings.tiny.vocabulary)
+        parts = (*texts, settings.tiny.vocabulary, *(["audio"] if self._hears else []))
         folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
         if not settings.path and not folder.exists():
             with atomic_folder(folder) as new:
-                tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(new)
+                tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary, self._hears).save_pretrained(new)
         return folder
+
+    @property
+    def _hears(self) -> bool:
+        """Whether a tiny model of the chain hears; then the tokenizer that they share has the tokens of sounds."""
+        recipe = self.recipe
+        models = [part.model for part in (recipe.teacher, recipe.assistant, recipe.student) if part is not None]
+        return any(not model.path and model.tiny.audio_hidden is not None for model in models)
 
     @property
     def _reviews(self) -> bool:
@@ -187,7 +200,7 @@ class Context:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - settings.workers)))
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         with in_section(stage):
-            model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
+            model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model), clips=self.clips)
             tasks: Any = settings.tasks
             kept = limit_length(samples, model, tasks, packing=settings.packing, max_length=settings.max_length)
         learner = module(model, kept)
@@ -225,7 +238,8 @@ class Context:
         """Load the model that a stage trained; with `train` to train it further."""
         section, folder = self.recipe.model_section(stage), self.folder / stage / part / "adapter"
         with in_section(section):
-            return backbone.load(getattr(self.recipe, section).model, self.labels, folder, train=train)
+            settings = getattr(self.recipe, section).model
+            return backbone.load(settings, self.labels, folder, train=train, clips=self.clips)
 
     def without_weights(self, settings: ModelSettings, *, train: bool = True) -> Backbone:
         """A model for its shapes and its processor, created once; `train` adds the adapter.
@@ -238,7 +252,7 @@ class Context:
             try:
                 with torch.random.fork_rng(devices=()):  # tiny models have weights
                     self._without_weights[name] = backbone.create(
-                        settings, self.labels, self.tokenizer(settings), train=train, weights=False
+                        settings, self.labels, self.tokenizer(settings), train=train, weights=False, clips=self.clips
                     )
             except SettingsError as error:
                 self._without_weights[name] = error
@@ -264,16 +278,20 @@ class Context:
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
-                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels)
+                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels, self.clips)
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
-                model = backbone.create(settings, labels or self.labels, self.tokenizer(settings), train=False)
+                model = backbone.create(
+                    settings, labels or self.labels, self.tokenizer(settings), train=False, clips=self.clips
+                )
             images = f"{settings.image_size} px" if settings.images else "no images"
             name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
             if settings.keep_layers is not None:
                 name += f" layers {settings.keep_layers}"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"
+            if any(post.video or post.audio for split in SPLITS for post in getattr(self.corpus, split)):
+                name += f" clips {sha256(model.encoder.media.fingerprint().encode()).hexdigest()[:12]}"
             return Local(model, name, self.device)
         return None
 

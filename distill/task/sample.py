@@ -26,6 +26,11 @@ class Media(NamedTuple):
     def __bool__(self) -> bool:
         return bool(self.images or self.video or self.audio)
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many of images, video and audio there are, and how many images: an order of posts by their media."""
+        return bool(self.images) + (self.video is not None) + (self.audio is not None), len(self.images)
+
 
 NO_MEDIA = Media()
 

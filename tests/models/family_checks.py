@@ -99,12 +99,12 @@ def generates(backbone: Backbone, samples: Sequence[Sample]) -> None:
     """A batch of answers is what `generate` of transformers writes after each prompt alone."""
     answers = [answer.text for _, answer in Local(backbone, "").reason(samples, "reason", GREEDY)]
     for sample, found in zip(samples, answers, strict=True):
-        text = backbone.encoder.render(render("reason", sample, LABELS), sample.images)
-        images = [backbone.encoder.load_image(path) for path in sample.images]
+        text = backbone.encoder.render(render("reason", sample, LABELS), sample.media)
+        media = backbone.encoder.media
+        arguments = media.arguments([media.load(sample.media)])
+        arguments.get("audio_kwargs", {}).pop("max_length", None)  # padded as the processor does it
         special = not text.startswith(backbone.processor.tokenizer.bos_token or " ")
-        inputs = backbone.processor(
-            text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=special
-        )
+        inputs = backbone.processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
         inputs.pop("labels", None)
         output = backbone.model.generate(**inputs, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)  # type: ignore[operator]
         new = output[0, inputs["input_ids"].shape[1] :]
