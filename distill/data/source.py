@@ -162,7 +162,7 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of its files, and the rows of a built-in corpus.
+    """Digest of what `data_fingerprint` leaves out: the content of files, and the rows of a built-in corpus.
 
     None if the built-in corpus is not generated yet.
 

@@ -278,7 +278,7 @@ class Context:
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
-                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels)
+                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels, self.clips)
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
                 model = backbone.create(
