@@ -3,8 +3,8 @@
 Both methods generate answers to the *reason* prompts of the training posts with the present student. `distill`
 minimises the divergence from the next-token distributions of the assistant or teacher on them (Agarwal et al., arXiv
 2306.13649), `grpo` reinforces answers with more reward than others to the same prompt (Shao et al., arXiv
-2402.03300). The cross-entropy of the *classify* task on the same posts is added to the loss, so that the student keeps
-its labels.
+2402.03300). The cross-entropy of the labels and the stored rationales of the same posts is added to the loss, so that
+the student keeps what it has learned (as in Ouyang et al., arXiv 2203.02155).
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def refine(
     """Train the student in place; resumes from the last checkpoint. Writes `checkpoints/` and `metrics.csv`.
 
     At each checkpoint, validation posts are classified and reasoned about. Of the checkpoints that have at least the
-    accuracy of the student before, the student ends with that of the highest consistency, the last of several.
+    accuracy of the student before, the student ends with that of the best rationales (`on_policy.selection`).
 
     Args:
         teacher: the model whose distributions are learned; None with rewards.
@@ -84,7 +84,7 @@ def refine(
         progress: is called with the number of posts so far, and of all steps.
 
     Returns:
-        Whether there is a checkpoint with at least the accuracy and the consistency of the student before; if not, its
+        Whether there is a checkpoint with at least the accuracy and the rationales of the student before; if not, its
         weights should be kept.
 
     Raises:
@@ -129,8 +129,7 @@ def refine(
     for name, weights in model.named_parameters():
         if weights.requires_grad and not weights.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
-    accuracy, consistency = trainer.before
-    return bool(state["best_metric"] >= selection(accuracy, consistency, accuracy))
+    return bool(state["best_metric"] >= selection(trainer.before, trainer.before))
 
 
 def _config(student: Backbone) -> Any:

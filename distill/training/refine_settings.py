@@ -57,6 +57,8 @@ class RefineSettings(Settings):
     generalized Jensen-Shannon divergence; grpo: weight of the KL divergence from the student before the stage (0)."""
     classify_weight: NonNegative = 1.0
     """Weight of the cross-entropy of the classify task on the posts of a step; 0: none."""
+    reason_weight: NonNegative = 1.0
+    """Weight of the cross-entropy of the stored rationales of the posts of a step; 0: none."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of trl's DistillationConfig or GRPOConfig, such as bf16, warmup_steps or loss_type."""
 

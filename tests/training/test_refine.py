@@ -171,16 +171,18 @@ def test_what_is_logged(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     assert all("step" not in metrics for metrics, _ in logged)
 
 
-def test_the_most_consistent_checkpoint_that_keeps_the_accuracy_is_kept(
+def test_the_checkpoint_with_the_best_rationales_that_keeps_the_accuracy_is_kept(
     models: Any, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, kept = iter([(0.5, 0.3), (0.4, 0.9), (0.6, 0.5), (0.5, 0.5), (0.7, 0.4)]), []
+    # of accuracy, consistency and groundedness: one alone does not make up for another
+    before, worse = (0.5, 0.3, 0.8), (0.5, 0.5, 0.5)
+    results, kept = iter([before, (0.4, 0.9, 0.9), (0.6, 0.5, 0.7), (0.5, 0.4, 0.8), (0.7, 0.6, 0.5)]), []
 
     def make(base: Any) -> Any:
         class Trainer(on_policy(base)):  # type: ignore[misc]
-            def validate(self) -> tuple[float, float]:
+            def validate(self) -> dict[str, float]:
                 kept.append(weights(self.student))
-                return next(results)
+                return dict(zip(("accuracy", "consistency", "grounded"), next(results), strict=True))
 
         return Trainer
 
@@ -190,17 +192,21 @@ def test_the_most_consistent_checkpoint_that_keeps_the_accuracy_is_kept(
     assert train(student, teacher, postcards, settings, tmp_path)
     assert len(kept) == 5
     assert all(torch.equal(weight, kept[3][name]) for name, weight in weights(student).items())
-    results = iter([(0.5, 0.3), (0.4, 0.9), (0.5, 0.2), (0.5, 0.2), (0.5, 0.2)])
+    results = iter([before, (0.4, 0.9, 0.9), worse, worse, worse])
     assert not train(*models(settings), postcards, settings, tmp_path / "worse")
 
 
-def test_the_task_classify_is_learned_too(models: Any, postcards: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["classify", "reason"])
+def test_the_labels_and_the_stored_rationales_are_learned_too(
+    task: str, models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
     found = {}
     for weight in (0.0, 10.0):
-        settings = replace(DISTILL, classify_weight=weight, max_steps=12)
+        own = {"classify_weight": 0.0, "reason_weight": 0.0, f"{task}_weight": weight}
+        settings = replace(DISTILL, max_steps=12, **own)
         student, teacher = models(settings)
         train(student, teacher, postcards, settings, tmp_path / str(weight))
-        losses = [row.get("train/classify_loss") for row in rows(tmp_path / str(weight)) if row["train/loss"]]
+        losses = [row.get(f"train/{task}_loss") for row in rows(tmp_path / str(weight)) if row["train/loss"]]
         found[weight] = losses
     assert set(found[0.0]) == {None}
     assert float(found[10.0][-1]) < 0.5 * float(found[10.0][0])
