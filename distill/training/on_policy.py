@@ -134,7 +134,7 @@ def on_policy(base: Any) -> Any:
             gold = [student.labels.name(post.label) for post in posts]
             labels = [outputs.label(index, student.labels) for index in range(len(posts))]
             rationales = outputs.rationales or [None] * len(posts)
-            predicted = [found and found.prediction for found in rationales]
+            predicted = [found.prediction if found else None for found in rationales]
             pairs = zip(rationales, posts, strict=True)
             named = [value for found, post in pairs for value in grounding(found, post.attributes)]
             return {
