@@ -166,7 +166,8 @@ def test_what_is_logged(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     assert [int(row["step"]) for row in trained] == [1, 2, 3, 4]
     assert {"train/learning_rate", "train/classify_loss", "train/reward", "completions/mean_length"} <= set(trained[0])
     assert {f"rewards/{name}/mean" for name in ("format", "label", "consistency", "grounded")} <= set(trained[0])
-    assert [row["step"] for row in written if row["val/accuracy"]] == ["2", "4"]
+    for name in ("accuracy", "reasoned_accuracy", "consistency", "grounded"):
+        assert [row["step"] for row in written if row[f"val/{name}"]] == ["2", "4"]
     assert sorted({step for _, step in logged}) == [1, 2, 3, 4]
     assert all("step" not in metrics for metrics, _ in logged)
 
@@ -210,6 +211,13 @@ def test_the_labels_and_the_stored_rationales_are_learned_too(
         found[weight] = losses
     assert set(found[0.0]) == {None}
     assert float(found[10.0][-1]) < 0.5 * float(found[10.0][0])
+
+
+def test_posts_without_labels_and_stored_rationales(models: Any, postcards: Corpus, tmp_path: Path) -> None:
+    posts = [replace(post, label=None, rationale=None) for post in postcards.train[:4]]
+    student, teacher = models(DISTILL)
+    refine(student, teacher, posts, [], DISTILL, tmp_path, seed=1, device="cpu", log_metrics=nothing, progress=nothing)
+    assert not {"train/classify_loss", "train/reason_loss"} & rows(tmp_path)[0].keys()
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(models: Any, postcards: Corpus, tmp_path: Path) -> None:
