@@ -28,7 +28,11 @@ _SOURCES = (
 
 
 def run(recipe: Recipe) -> None:
-    """Write the report. Raises SettingsError if the chain has not been evaluated, only with other labels, or has no manifest."""
+    """Write the report.
+
+    Raises:
+        SettingsError: the chain has not been evaluated, only with other labels, or its manifest is missing.
+    """
     folder = recipe.folder
     roles, baselines = _metrics(recipe)
     if not is_available(recipe):

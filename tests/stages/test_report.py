@@ -66,7 +66,7 @@ def test_stages_of_removed_sections_are_not_shown(finished: Recipe, tmp_path: Pa
     report.run(removed)
     page = (removed.folder / "report.html").read_text(encoding="utf-8")
     assert "<h2>Annotation</h2>" not in page and "<h3>assistant</h3>\n<div" not in page
-    assert "<tr class=\"\"><th>augment</th>" not in page and "<tr class=\"\"><th>student</th>" in page
+    assert '<tr class=""><th>augment</th>' not in page and '<tr class=""><th>student</th>' in page
 
 
 def test_a_run_without_its_manifest_has_no_report(finished: Recipe, tmp_path: Path) -> None:

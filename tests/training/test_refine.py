@@ -214,6 +214,20 @@ def test_a_loss_that_is_not_finite_ends_the_training(models: Any, postcards: Cor
         train(student, teacher, postcards, DISTILL, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings", [replace(DISTILL, batch_size=13), replace(GRPO, batch_size=13)], ids=["distill", "grpo"]
+)
+def test_a_step_of_more_posts_than_there_are_is_refused(
+    settings: RefineSettings, models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
+    message = r"batch_size times arguments\.gradient_accumulation_steps is 13; it takes 1 to 12, the number of posts"
+    with pytest.raises(SettingsError, match=message):
+        train(*models(settings), postcards, settings, tmp_path)
+    arguments = {"gradient_accumulation_steps": 0}
+    with pytest.raises(SettingsError, match="gradient_accumulation_steps is 0"):
+        train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
+
+
 def test_a_teacher_with_a_padded_vocabulary(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     student, teacher = models(DISTILL)
     size = len(student.head)
@@ -242,6 +256,7 @@ def test_the_divergence_from_the_student_before(models: Any, postcards: Corpus, 
     [
         ({"lr": 1}, r"refine\.arguments\.lr is not an argument of trl's DistillationConfig"),
         ({"output_dir": "x"}, r"refine\.arguments\.output_dir is set by the stage"),
+        ({"save_only_model": True}, r"refine\.arguments\.save_only_model is set by the stage"),
         ({"lr_scheduler_type": "zigzag"}, r"refine\.arguments: zigzag is not a valid SchedulerType"),
     ],
 )
