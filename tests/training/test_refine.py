@@ -11,7 +11,9 @@ import torch
 
 from distill.data.corpus import Corpus
 from distill.errors import NonFiniteError, SettingsError
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, ModelSettings, create
+from distill.models.lora import LoraSettings
+from distill.task.labels import LabelSpace
 from distill.training import refine as module
 from distill.training.on_policy import on_policy
 from distill.training.refine import check_models, refine
@@ -147,6 +149,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     again = models(settings)[0]  # killed after the last step
     train(again, teacher, postcards, settings, tmp_path / "killed", progress=kill)
     assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(whole).items())
+
+
+@pytest.mark.parametrize("settings", [DISTILL, replace(GRPO, beta=0.1)], ids=["distill", "grpo"])
+def test_an_adapter_is_trained_further_also_after_a_kill(
+    settings: RefineSettings, models: Any, model_folder: Path, labels: LabelSpace, postcards: Corpus, tmp_path: Path
+) -> None:
+    def student() -> Backbone:
+        torch.manual_seed(1)
+        lora = LoraSettings(r=4, dropout=0.1)
+        return create(ModelSettings(path=str(model_folder), lora=lora, image_size=56), labels, model_folder)
+
+    def kill(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    before, whole, teacher = weights(student()), student(), models(settings)[1]
+    train(whole, teacher, postcards, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(student(), teacher, postcards, settings, tmp_path / "killed", progress=kill)
+    resumed = student()
+    train(resumed, teacher, postcards, settings, tmp_path / "killed")
+    assert before.keys() == weights(whole).keys() == weights(resumed).keys()
+    assert all(torch.equal(weight, weights(resumed)[name]) for name, weight in weights(whole).items())
+    changed = {name for name, weight in weights(whole).items() if not torch.equal(weight, before[name])}
+    assert changed and all("lora_" in name for name in changed)
 
 
 def test_a_checkpoint_that_a_kill_has_cut_is_not_used(models: Any, postcards: Corpus, tmp_path: Path) -> None:
