@@ -88,7 +88,8 @@ def refine(
         weights should be kept.
 
     Raises:
-        SettingsError: trl would train on other prompts than the student was trained on.
+        SettingsError: there are fewer posts than a step takes, or trl would train on other prompts than the student
+            was trained on.
         RunError: there is not enough memory, or the loss is not finite.
     """
     checkpoints, base, config = folder / "checkpoints", *trl_classes(settings)
@@ -96,6 +97,10 @@ def refine(
     config_before = deepcopy(model.config)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     args = config(**trl_arguments(settings, checkpoints, seed=seed, device=device, checkpointing=checkpointing))
+    needed = settings.batch_size * args.gradient_accumulation_steps
+    if not 0 < needed <= len(samples):
+        given = "refine.batch_size times arguments.gradient_accumulation_steps"
+        raise SettingsError(f"{given} is {needed}; it takes 1 to {len(samples)}, the number of posts")
     args._n_gpu = min(args.n_gpu, 1)  # otherwise transformers would use all GPUs of the machine
     with_images = student.encoder.reads_images
     shown = samples if with_images else [dataclasses.replace(sample, images=()) for sample in samples]

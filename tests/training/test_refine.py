@@ -11,7 +11,9 @@ import torch
 
 from distill.data.corpus import Corpus
 from distill.errors import NonFiniteError, SettingsError
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, ModelSettings, create
+from distill.models.lora import LoraSettings
+from distill.task.labels import LabelSpace
 from distill.training import refine as module
 from distill.training.on_policy import on_policy
 from distill.training.refine import check_models, refine
@@ -149,6 +151,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(whole).items())
 
 
+@pytest.mark.parametrize("settings", [DISTILL, replace(GRPO, beta=0.1)], ids=["distill", "grpo"])
+def test_an_adapter_is_trained_further_also_after_a_kill(
+    settings: RefineSettings, models: Any, model_folder: Path, labels: LabelSpace, postcards: Corpus, tmp_path: Path
+) -> None:
+    def student() -> Backbone:
+        torch.manual_seed(1)
+        lora = LoraSettings(r=4, dropout=0.1)
+        return create(ModelSettings(path=str(model_folder), lora=lora, image_size=56), labels, model_folder)
+
+    def kill(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    before, whole, teacher = weights(student()), student(), models(settings)[1]
+    train(whole, teacher, postcards, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(student(), teacher, postcards, settings, tmp_path / "killed", progress=kill)
+    resumed = student()
+    train(resumed, teacher, postcards, settings, tmp_path / "killed")
+    assert before.keys() == weights(whole).keys() == weights(resumed).keys()
+    assert all(torch.equal(weight, weights(resumed)[name]) for name, weight in weights(whole).items())
+    changed = {name for name, weight in weights(whole).items() if not torch.equal(weight, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
 def test_a_checkpoint_that_a_kill_has_cut_is_not_used(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     train(*models(GRPO), postcards, GRPO, tmp_path)
     cut = tmp_path / "checkpoints" / "checkpoint-9"
@@ -228,6 +255,20 @@ def test_a_loss_that_is_not_finite_ends_the_training(models: Any, postcards: Cor
         train(student, teacher, postcards, DISTILL, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings", [replace(DISTILL, batch_size=13), replace(GRPO, batch_size=13)], ids=["distill", "grpo"]
+)
+def test_a_step_of_more_posts_than_there_are_is_refused(
+    settings: RefineSettings, models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
+    message = r"batch_size times arguments\.gradient_accumulation_steps is 13; it takes 1 to 12, the number of posts"
+    with pytest.raises(SettingsError, match=message):
+        train(*models(settings), postcards, settings, tmp_path)
+    arguments = {"gradient_accumulation_steps": 0}
+    with pytest.raises(SettingsError, match="gradient_accumulation_steps is 0"):
+        train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
+
+
 def test_a_teacher_with_a_padded_vocabulary(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     student, teacher = models(DISTILL)
     size = len(student.head)
@@ -256,6 +297,7 @@ def test_the_divergence_from_the_student_before(models: Any, postcards: Corpus, 
     [
         ({"lr": 1}, r"refine\.arguments\.lr is not an argument of trl's DistillationConfig"),
         ({"output_dir": "x"}, r"refine\.arguments\.output_dir is set by the stage"),
+        ({"save_only_model": True}, r"refine\.arguments\.save_only_model is set by the stage"),
         ({"lr_scheduler_type": "zigzag"}, r"refine\.arguments: zigzag is not a valid SchedulerType"),
     ],
 )
