@@ -19,7 +19,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainerCallback
 
-from distill.errors import NonFiniteError, SettingsError
+from distill.errors import NonFiniteError, SettingsError, first_line
 from distill.files import read_json, write_csv
 from distill.models.backbone import Backbone, hide_progress_bars
 from distill.models.memory import memory_errors
@@ -105,18 +105,23 @@ def refine(
     with_images = student.encoder.reads_images
     shown = samples if with_images else [dataclasses.replace(sample, images=()) for sample in samples]
     data = prompt_dataset(shown, student.labels, escaping(student.processor), student.settings.image_size)
-    trainer = on_policy(base)(
-        student,
-        samples,
-        validation,
-        settings,
-        model=model,
-        args=args,
-        train_dataset=data if with_images else data.remove_columns("images"),
-        processing_class=student.processor if with_images else student.processor.tokenizer,
-        callbacks=[_Metrics(folder / "metrics.csv", log_metrics, progress)],
-        **_teaching(student, teacher),
-    )
+    try:
+        trainer = on_policy(base)(
+            student,
+            samples,
+            validation,
+            settings,
+            model=model,
+            args=args,
+            train_dataset=data if with_images else data.remove_columns("images"),
+            processing_class=student.processor if with_images else student.processor.tokenizer,
+            callbacks=[_Metrics(folder / "metrics.csv", log_metrics, progress)],
+            **_teaching(student, teacher),
+        )
+    except SettingsError:
+        raise
+    except (ValueError, ImportError) as error:  # of an argument, or of a library that it needs
+        raise SettingsError(f"refine.arguments: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _check_prompts(trainer, student, samples)
     trainer.before, last = trainer.validate(), _last_checkpoint(checkpoints)

@@ -269,6 +269,18 @@ def test_a_step_of_more_posts_than_there_are_is_refused(
         train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [(GRPO, {"use_vllm": True}), (DISTILL, {"use_vllm": True})],
+    ids=["grpo", "distill"],
+)
+def test_what_trl_refuses_is_one_sentence(
+    settings: RefineSettings, arguments: dict[str, Any], models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"^refine\.arguments: .*vLLM"):
+        train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
+
+
 def test_a_teacher_with_a_padded_vocabulary(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     student, teacher = models(DISTILL)
     size = len(student.head)
