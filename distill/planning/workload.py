@@ -14,7 +14,7 @@ from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
 from distill.annotation.ledger import Ledger
 from distill.data.images import open_image
-from distill.data.postcards import is_generated
+from distill.data.source import built_in
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
@@ -57,7 +57,7 @@ class ChainForecast:
         self.labels = recipe.labels
         self.done = chain.up_to_date(recipe)
         data = recipe.data
-        if data.source == "postcards" and not is_generated(Path(data.root), data.postcards):
+        if (corpus := built_in(data)) and not corpus.is_generated(Path(data.root)):
             data = replace(data, root=str(scratch / "data"))
         self.context = Context(replace(recipe, runs=str(scratch), data=data), {})
         self.corpus = self.context.posts

@@ -1,0 +1,302 @@
+"""Decoding of untrusted videos and sounds by PyAV, which is given the bytes of one file and opens nothing else.
+
+The packets of a file are all read before any is decoded: so its length is known, and a file that was cut is found.
+"""
+
+import math
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+
+from distill.data.clips import RATE, ClipError, Frames, VideoSettings, open_file
+from distill.data.images import MAX_ASPECT_RATIO
+
+DECODERS = (
+    "h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "mpeg1video", "mpeg2video",
+    "msmpeg4", "msmpeg4v2", "h263", "flv", "mjpeg", "theora", "wmv1", "wmv2", "ffv1", "rawvideo",
+    "aac", "aac_latm", "mp3", "mp3float", "mp2", "mp2float", "opus", "libopus", "vorbis", "flac", "alac", "ac3", "eac3",
+    "amrnb", "amrwb", "wmav1", "wmav2", "adpcm_ms", "adpcm_ima_wav", "pcm_u8", "pcm_s16le", "pcm_s16be", "pcm_s24le",
+    "pcm_s24be", "pcm_s32le", "pcm_s32be", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "pcm_alaw", "pcm_mulaw",
+)  # fmt: skip
+"""The decoders of FFmpeg that may run: for videos, and for sounds."""
+
+_MOST_STREAMS = 100  # FFmpeg allocates no more, unless the user's limit is higher
+_MISSING_SHARE, _MISSING_SECONDS = 0.05, 0.5  # a file may end this much earlier than its header says
+_SAMPLE_RATES = range(1_000, 400_001)
+
+
+def _format(head: bytes) -> str | None:
+    """FFmpeg's name of the format of a file that begins with `head`; None for all formats that are not read."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return "mov"
+    if head[:4] in (b"RIFF", b"RF64"):
+        return {b"AVI ": "avi", b"WAVE": "wav"}.get(head[8:12])
+    for start, name in ((b"\x1a\x45\xdf\xa3", "matroska"), (b"OggS", "ogg"), (b"fLaC", "flac"), (b"ID3", "mp3")):
+        if head.startswith(start):
+            return name
+    return "mp3" if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2 else None  # a frame of layer III
+
+
+@contextmanager
+def opened(path: Path, settings: VideoSettings, name: str) -> Iterator["Clip"]:
+    """Open a file whose header and packets are within the limits.
+
+    Args:
+        name: what messages call the file.
+
+    Raises:
+        ClipError: for every error, also within the context.
+    """
+    try:
+        with open_file(path, settings.max_mb, name) as file:
+            clip = Clip(file, settings, name)
+            try:
+                clip.open()
+                yield clip
+            finally:
+                clip.close()
+    except ClipError:
+        raise
+    except av.FFmpegError as error:
+        raise ClipError(f"clip {name} is broken: {error.strerror}") from error
+    except Exception as error:  # the bindings raise many types on corrupt files
+        raise ClipError(f"clip {name} is broken: {error or type(error).__name__}") from error
+
+
+class _Source:
+    """A file for PyAV, which can only be read, and only within the time limit."""
+
+    def __init__(self, file: BinaryIO, clip: "Clip") -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._file, self._clip = file, clip
+
+    def read(self, size: int) -> bytes:
+        self._clip.check_time()
+        return self._file.read(size)
+
+
+class Clip:
+    """An open file. A stream is decoded once, from its start.
+
+    Attributes:
+        spans: for each stream with packets, the times at which the first begins and the last ends, in seconds.
+    """
+
+    def __init__(self, file: BinaryIO, settings: VideoSettings, name: str) -> None:
+        self.settings, self.name = settings, name
+        self.spans: dict[int, tuple[float, float]] = {}
+        self._keys: list[float] = []  # times of the key frames of the video
+        self._file = file
+        self._container: Any = None
+        self._deadline = time.monotonic() + settings.decode_seconds
+
+    def error(self, problem: str) -> ClipError:
+        """An error that names the file."""
+        return ClipError(f"clip {self.name} {problem}")
+
+    def check_time(self) -> None:
+        """Raise ClipError if decoding takes too long."""
+        if time.monotonic() > self._deadline:
+            raise self.error(f"takes more than {self.settings.decode_seconds:g} s (data.video.decode_seconds)")
+
+    def open(self) -> None:
+        """Read the header and all packets. Raises ClipError, FFmpegError."""
+        name = _format(self._file.read(16))
+        self._file.seek(0)
+        if name is None:
+            raise self.error("is none of MP4, MOV, Matroska, WebM, AVI, WAV, MP3, FLAC and Ogg")
+        most = self.settings.max_streams
+        self._container = av.open(
+            _Source(self._file, self),
+            format=name,
+            io_open=self._refuse,
+            options={
+                "protocol_whitelist": "",
+                "format_whitelist": av.ContainerFormat(name, "r").name,
+                "codec_whitelist": ",".join(DECODERS),
+                "max_pixels": str(self.settings.max_pixels),
+                "max_streams": str(max(_MOST_STREAMS, most)),
+                **({"enable_drefs": "0", "use_absolute_path": "0"} if name == "mov" else {}),
+            },
+        )
+        if (count := len(self._container.streams)) > most:
+            raise self.error(f"has {count} streams, more than {most} (data.video.max_streams)")
+        seconds = (self._container.duration or 0) / av.time_base if name != "mp3" else 0  # mp3: an estimate
+        self._check_seconds(seconds)
+        self._scan()
+        end = max((end for _, end in self.spans.values()), default=0.0)
+        if end < seconds * (1 - _MISSING_SHARE) - _MISSING_SECONDS:
+            raise self.error(f"ends after {end:.1f} of {seconds:.1f} s: it was cut")
+        self._container.seek(0)
+
+    def close(self) -> None:
+        """Free the decoders."""
+        if self._container is not None:
+            self._container.close()
+
+    def video(self) -> Any:
+        """The stream of the video. Raises ClipError if there is none, or its frames exceed the limits."""
+        pictures = av.stream.Disposition.attached_pic  # the cover of a sound
+        found = [one for one in self._container.streams.video if not one.disposition & pictures]
+        if not found:
+            raise self.error("has no video")
+        self._prepare(found[0])
+        self._check_size(found[0].codec_context.width, found[0].codec_context.height)
+        return found[0]
+
+    def track(self) -> Any:
+        """The stream of the sound; None if there is none."""
+        found = self._container.streams.audio
+        if found:
+            self._prepare(found[0])
+        return found[0] if found else None
+
+    def decoded(self, stream: Any, wanted: deque[float] | None = None) -> Iterator[Any]:
+        """Yield the frames of a stream in the order of their display. Packets that cannot be decoded are left out.
+
+        Args:
+            wanted: the times for which a frame is still wanted. Parts of a video without any are not decoded.
+
+        Raises:
+            ClipError: most packets cannot be decoded, or a limit is exceeded.
+        """
+        good, bad, skipping = 0, 0, False
+        for packet in self._container.demux(stream):
+            self.check_time()
+            if wanted and packet.is_keyframe and packet.size:
+                key = bisect_right(self._keys, _time(packet))
+                skipping = key < len(self._keys) and self._keys[key] <= wanted[0]
+            if skipping and packet.size:
+                continue
+            try:
+                found = packet.decode()
+                good += bool(found)
+            except av.FFmpegError:
+                found, bad = [], bad + 1
+            yield from found
+        if bad > good:
+            raise self.error(f"is broken: {bad} of its packets cannot be decoded")
+
+    def frames(self) -> Frames:
+        """The sampled frames of the video. Raises ClipError, FFmpegError."""
+        stream, settings = self.video(), self.settings
+        start, end = self.spans.get(stream.index, (0.0, 0.0))
+        seconds = end - start
+        count = settings.frames
+        if settings.fps is not None:
+            count = min(settings.max_frames, max(1, round(seconds * settings.fps)))
+        wanted = deque(start + seconds * (2 * n + 1) / (2 * count) for n in range(count))
+        images, times = [], list[float]()
+        shown, first, at = None, start, start
+        for frame in self.decoded(stream, wanted):
+            self._check_size(frame.width, frame.height)
+            begins = at + 1 / (stream.average_rate or 25) if frame.time is None else frame.time
+            if shown is None:
+                first = begins
+            elif begins <= at:  # its time is wrong
+                continue
+            elif wanted[0] < begins:  # until now, `shown` was
+                images.append(self._image(shown))
+                times.append(at - first)
+                while wanted and wanted[0] < begins:
+                    wanted.popleft()
+                if not wanted:
+                    break
+            shown, at = frame, begins
+        if shown is None:
+            raise self.error("has no frame that can be decoded")
+        if wanted:
+            images.append(self._image(shown))
+            times.append(at - first)
+        return Frames(tuple(images), tuple(times), seconds)
+
+    def sound(self) -> np.ndarray | None:
+        """The sound [S] as float32 at RATE, mixed to mono; None if it has no sample. Raises ClipError, FFmpegError."""
+        if (stream := self.track()) is None:
+            return None
+        parts, seconds, layout, resampler = list[np.ndarray](), 0.0, None, None
+        for frame in self.decoded(stream):
+            if frame.sample_rate not in _SAMPLE_RATES:
+                raise self.error(f"has a sound of {frame.sample_rate} samples a second")
+            seconds += frame.samples / frame.sample_rate
+            self._check_seconds(seconds)  # before it is resampled, which takes memory
+            if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
+                parts += _resampled(resampler, None)
+                resampler = av.AudioResampler(format="fltp", layout="mono", rate=RATE)
+            parts += _resampled(resampler, frame)
+        parts += _resampled(resampler, None)
+        sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        if not np.isfinite(sound).all():
+            raise self.error("has a sound with samples that are no numbers")
+        sound = sound.clip(-1, 1)
+        sound.flags.writeable = False
+        return sound if sound.size else None
+
+    def _refuse(self, address: str, flags: int, options: object) -> None:
+        raise self.error("names another file or address, which is not opened")
+
+    def _prepare(self, stream: Any) -> None:
+        context = stream.codec_context
+        if context is None or context.codec.name not in DECODERS:
+            name = "an unknown format" if context is None else context.codec.canonical_name
+            raise self.error(f"has {stream.type} in {name}, which is not decoded")
+        if not context.is_open:
+            context.thread_count = 1  # the callers have a thread for each file
+            context.options = {"max_pixels": str(self.settings.max_pixels)}
+
+    def _scan(self) -> None:
+        """Read all packets without decoding them. Raises ClipError, FFmpegError."""
+        for packet in self._container.demux():
+            self.check_time()
+            begins = _time(packet)
+            if math.isnan(begins) or packet.is_discard:  # discarded: before the part that is shown
+                continue
+            ends = begins + float((packet.duration or 0) * packet.time_base)
+            start, end = self.spans.get(packet.stream_index, (begins, ends))
+            start, end = min(start, begins), max(end, ends)
+            self._check_seconds(end - start)
+            self.spans[packet.stream_index] = start, end
+            if packet.is_keyframe and packet.stream.type == "video":
+                self._keys.append(begins)
+        self._keys.sort()
+
+    def _check_seconds(self, seconds: float) -> None:
+        if seconds > self.settings.max_seconds:
+            most = f"{self.settings.max_seconds:,g} (data.video.max_seconds)"
+            raise self.error(f"lasts {seconds:,.0f} s, more than {most}")
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.settings.max_pixels:
+            most = f"{self.settings.max_pixels:,} (data.video.max_pixels)"
+            raise self.error(f"has {width} x {height} pixels, more than {most}")
+        if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
+            raise self.error(f"has {width} x {height} pixels, an aspect ratio of {MAX_ASPECT_RATIO} or more")
+
+    def _image(self, frame: Any) -> np.ndarray:
+        """A frame as an upright image, scaled down to `max_side`."""
+        longest = max(frame.width, frame.height)
+        scale = min(1.0, (self.settings.max_side or longest) / longest)
+        width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+        rgb = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        image = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
+        image.flags.writeable = False
+        return image
+
+
+def _time(packet: Any) -> float:
+    """The time of a packet in seconds; NaN if it has none."""
+    stamp = packet.dts if packet.pts is None else packet.pts
+    return math.nan if stamp is None else float(stamp * packet.time_base)
+
+
+def _resampled(resampler: Any, frame: Any) -> list[np.ndarray]:
+    """The samples that come out for a frame, or at the end (None)."""
+    found = [] if resampler is None else resampler.resample(frame)
+    return [part.to_ndarray()[0] for part in found if part is not None]
