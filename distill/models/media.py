@@ -67,8 +67,9 @@ class MediaReader:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings with which videos and sounds are decoded."""
-        return asdict(self._clips.settings)
+        """The settings of `data.video` that decide which frames of a video are shown, and in which size."""
+        settings = asdict(self._clips.settings)
+        return {name: settings[name] for name in ("frames", "fps", "max_frames", "max_side")}
 
     def check(self, media: Media) -> None:
         """Raise SettingsError if a post with these media would reach a model that cannot take them."""

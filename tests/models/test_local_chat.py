@@ -21,7 +21,7 @@ PREFIX = '"Prediction":'
 
 
 def prompts_of(model: Backbone, posts: list[Sample], template: Any = "reason") -> list[Any]:
-    return [(render(template, sample, model.labels), sample.images) for sample in posts]
+    return [(render(template, sample, model.labels), sample.media) for sample in posts]
 
 
 def test_a_chat_gives_the_answers_of_reason(backbone: Backbone, posts: list[Sample]) -> None:
