@@ -1,13 +1,15 @@
 """Posts with videos and sounds, on a tiny model that hears: what the model is given, and that it is the same packed,
 alone and in batches."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Qwen2_5OmniConfig
 
 from distill.errors import SettingsError
 from distill.models import tiny
@@ -120,3 +122,17 @@ def test_a_saved_model_computes_the_same(make: Any, posts: list[Sample], tmp_pat
         logits = backbone.model(**features).logits
         standard = AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert torch.equal(again.model(**features).logits, logits) and torch.equal(standard(**features).logits, logits)
+
+
+def test_a_published_folder_is_loaded_without_its_talker(make: Any, tmp_path: Path) -> None:
+    """As published: the config of the whole model, and earlier names of the thinker's weights."""
+    backbone = make()
+    backbone.save(tmp_path)
+    weights = {f"thinker.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights | {"talker.thinker_to_talker_proj.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    thinker = json.loads((tmp_path / "config.json").read_text())
+    Qwen2_5OmniConfig(thinker_config=thinker).save_pretrained(tmp_path)
+    loaded = create(ModelSettings(str(tmp_path), image_size=56), LABELS, tmp_path, train=False)
+    expected = backbone.model.state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys() and loaded.encoder.media.audio
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
