@@ -90,8 +90,8 @@ class MediaReader:
             )
         if media.audio and not self.audio and self._settings.audio != "ignore":
             raise SettingsError(
-                f"model.audio must be ignore: {self._family.name} cannot hear, and posts have sound, which is then "
-                "left out"
+                f"model.audio must be ignore: {self._family.name} is no family that hears, and posts have sound, "
+                "which is then left out"
             )
 
     def load(self, media: Media) -> Loaded:

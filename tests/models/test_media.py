@@ -108,7 +108,7 @@ def test_a_model_that_cannot_hear_says_what_to_set(make: Any, posts: list[Sample
     with pytest.raises(SettingsError) as refused:
         make(tower=None).encode([posts[2]], "classify")
     assert str(refused.value) == (
-        "model.audio must be ignore: Qwen2.5-VL cannot hear, and posts have sound, which is then left out"
+        "model.audio must be ignore: Qwen2.5-VL is no family that hears, and posts have sound, which is then left out"
     )
 
 
