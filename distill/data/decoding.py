@@ -194,17 +194,15 @@ class Clip:
             count = min(settings.max_frames, max(1, round(seconds * settings.fps)))
         wanted = deque(start + seconds * (2 * n + 1) / (2 * count) for n in range(count))
         images, times = [], list[float]()
-        shown, first, at = None, start, start
+        shown, at = None, start
         for frame in self.decoded(stream, wanted):
             self._check_size(frame.width, frame.height)
             begins = at + 1 / (stream.average_rate or 25) if frame.time is None else frame.time
-            if shown is None:
-                first = begins
-            elif begins <= at:  # its time is wrong
+            if shown is not None and begins <= at:  # its time is wrong
                 continue
-            elif wanted[0] < begins:  # until now, `shown` was
+            if shown is not None and wanted[0] < begins:  # until now, `shown` was
                 images.append(self._image(shown))
-                times.append(at - first)
+                times.append(max(0.0, at - start))
                 while wanted and wanted[0] < begins:
                     wanted.popleft()
                 if not wanted:
@@ -214,7 +212,7 @@ class Clip:
             raise self.error("has no frame that can be decoded")
         if wanted:
             images.append(self._image(shown))
-            times.append(at - first)
+            times.append(max(0.0, at - start))
         return Frames(tuple(images), tuple(times), seconds)
 
     def sound(self) -> np.ndarray | None:
@@ -229,7 +227,7 @@ class Clip:
             self._check_seconds(seconds)  # before it is resampled, which takes memory
             if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
                 parts += _resampled(resampler, None)
-                resampler = av.AudioResampler(format="fltp", layout="mono", rate=RATE)
+                resampler = av.AudioResampler(format="fltp", rate=RATE)
             parts += _resampled(resampler, frame)
         parts += _resampled(resampler, None)
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -297,6 +295,6 @@ def _time(packet: Any) -> float:
 
 
 def _resampled(resampler: Any, frame: Any) -> list[np.ndarray]:
-    """The samples that come out for a frame, or at the end (None)."""
+    """The samples that come out for a frame, or at the end (None): the mean of the channels."""
     found = [] if resampler is None else resampler.resample(frame)
-    return [part.to_ndarray()[0] for part in found if part is not None]
+    return [part.to_ndarray().mean(0) for part in found if part is not None]
