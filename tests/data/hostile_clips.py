@@ -3,6 +3,7 @@
 `main` reads all of a folder in a process of its own, with a limit of memory, and prints what each gave as JSON lines.
 """
 
+import contextlib
 import json
 import resource
 import struct
@@ -55,7 +56,7 @@ def _write_texts(folder: Path, good: Path, address: str) -> None:
     texts = {
         "list": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXTINF:9,\n{remote}\n#EXT-X-ENDLIST\n",
         "concat": f"ffconcat version 1.0\nfile '{good}'\nfile {remote}\n",
-        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
         "dash": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
         f'<Representation id="1" mimeType="video/mp4"><BaseURL>{remote}</BaseURL></Representation></AdaptationSet>'
         "</Period></MPD>",
@@ -75,12 +76,16 @@ def _write_texts(folder: Path, good: Path, address: str) -> None:
 
 def _write_headers(folder: Path, start: Path) -> None:
     content = start.read_bytes()
-    at = content.index(b"mvhd") + 4
-    scale = struct.unpack(">I", content[at + 12 : at + 16])[0]
-    hours = struct.pack(">I", 36_000 * scale)
-    (folder / "hours.mp4").write_bytes(content[: at + 16] + hours + content[at + 20 :])
-    none = struct.pack(">I", 0)
-    (folder / "no_duration.mp4").write_bytes(content[: at + 16] + none + content[at + 20 :])
+    for name, seconds in (("hours.mp4", 36_000), ("no_duration.mp4", 0)):
+        changed = bytearray(content)
+        for box in (b"mvhd", b"mdhd"):
+            at = content.index(box) + 16
+            scale = struct.unpack(">I", content[at : at + 4])[0]
+            changed[at + 4 : at + 8] = struct.pack(">I", seconds * scale)
+        (folder / name).write_bytes(changed)
+    matroska = (folder / "good.mkv").read_bytes()
+    at = matroska.index(b"\x44\x89\x88") + 3  # the duration, in milliseconds
+    (folder / "hours.mkv").write_bytes(matroska[:at] + struct.pack(">d", 36e6) + matroska[at + 8 :])
     at = content.index(b"avc1") + 28
     (folder / "large_header.mp4").write_bytes(content[:at] + struct.pack(">HH", 30_000, 30_000) + content[at + 4 :])
     # an external data reference: the media would be in another file
@@ -88,14 +93,18 @@ def _write_headers(folder: Path, start: Path) -> None:
     length = struct.unpack(">I", content[at : at + 4])[0]
     alias = struct.pack(">I4sI", length, b"alis", 0)[:length]
     (folder / "external.mov").write_bytes(content[:at] + alias + content[at + length :])
-    # more samples than any memory holds, of one size
-    content, at = bytearray(content), content.index(b"stsz")
-    content[at + 8 : at + 16] = struct.pack(">II", 1, 2_000_000_000)
-    for table in (b"stsc", b"stts"):
-        at = content.index(table)
-        fields = (1, 1, 2_000_000_000, 1) if table == b"stsc" else (1, 2_000_000_000, 1)
-        content[at + 8 : at + 8 + 4 * len(fields)] = struct.pack(f">{len(fields)}I", *fields)
-    (folder / "samples.mp4").write_bytes(content)
+    # tables of a few bytes that declare more packets than the memory holds
+    many = 60_000_000
+    changed = bytearray(content)
+    for box, fields in ((b"stsz", (1, many)), (b"stsc", (1, 1, many, 1)), (b"stts", (1, many, 1))):
+        at = content.index(box) + 8
+        changed[at : at + 4 * len(fields)] = struct.pack(f">{len(fields)}I", *fields)
+    (folder / "samples.mp4").write_bytes(changed)
+    path = save_clip(folder / "fragments.mp4", 25, options={"movflags": "frag_keyframe+empty_moov"})
+    changed = bytearray(path.read_bytes())
+    at = changed.index(b"trun") + 4
+    changed[at : at + 8] = struct.pack(">II", 1, many)
+    path.write_bytes(changed)
 
 
 def _write_streams(folder: Path) -> None:
@@ -123,23 +132,26 @@ def _write_streams(folder: Path) -> None:
     save_wav(folder / "nan.wav", wave * np.nan)
     save_wav(folder / "infinite.wav", wave + np.inf)
     save_wav(folder / "slow.wav", wave, rate=1)
-    save_wav(folder / "fast.wav", wave, rate=2_000_000_000)
+    save_wav(folder / "fast.wav", wave, rate=1_000_000_000)
     save_wav(folder / "long.wav", np.zeros(16_000 * 40))
     with av.open(str(folder / "unread.nut"), "w") as container:
         sound = add_sound(container)
         write_tone(container, sound, 1.0)
-    with av.open(str(folder / "png.mkv"), "w") as container:  # a decoder that does not run
+    with av.open(str(folder / "png.avi"), "w") as container:  # a decoder that does not run
         stream = add_video(container, (64, 48), 25, "png", "rgb24")
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
         container.mux(stream.encode())
 
 
 def main(folder: Path) -> None:
-    from distill.data import decoding  # noqa: F401
     from distill.data.clips import ClipError, ClipReader, VideoSettings
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     reader = ClipReader(VideoSettings(max_seconds=30, decode_seconds=10, cache_mb=0))
+    for name in ("good.mp4", "good.mkv", "long.wav"):  # PyAV imports its modules when they are needed
+        for read in (reader.frames, reader.sound):
+            with contextlib.suppress(ClipError):
+                read(folder / name)
     for path in sorted(folder.iterdir()):
         for kind in ("frames", "sound", "check"):
             began, error, value = time.monotonic(), None, None
