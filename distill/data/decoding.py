@@ -301,7 +301,7 @@ class Clip:
     def _check_seconds(self, seconds: float) -> None:
         if seconds > self.settings.max_seconds:
             most = f"{self.settings.max_seconds:,g} (data.video.max_seconds)"
-            raise self.error(f"lasts {seconds:,.0f} s, more than {most}")
+            raise self.error(f"lasts {seconds:,.1f} s, more than {most}")
 
     def _check_size(self, width: int, height: int) -> None:
         most = self.settings.max_pixels
