@@ -12,7 +12,7 @@ from distill.models.local import Local
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 from tests.serving.conftest import message
-from tests.serving.test_images import uri
+from tests.serving.test_media import uri
 
 LABELS = LabelSpace()
 
