@@ -154,8 +154,8 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
 NEW_FIELDS = frozenset({
     "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
     "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
-    "fields", "examples", "templates", "quality", "signal", "drop_modality", "video", "audio", "frames",
-    "audio_hidden", "audio_depth",
+    "fields", "examples", "templates", "quality", "signal", "modalities", "video", "audio", "frames",
+    "audio_hidden", "audio_depth", "drop_modality", "label_column",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from distill.data import jsonl, mosi, mvsa, twitter
+from distill.data import clips_corpus, jsonl, meld, mmsa, mosi, mvsa, postcards, twitter
+from distill.data.built_in import BuiltIn
 from distill.data.clips import VideoSettings
-from distill.data.postcards import VERSION, PostcardSettings, is_generated
+from distill.data.clips_corpus import ClipsSettings
+from distill.data.postcards import PostcardSettings
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
@@ -20,6 +22,9 @@ SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
 
+CONTINUOUS = ("mosi", "mmsa", "clips")
+"""The sources whose labels are values on a scale: they take task.scale, and no other source does."""
+
 Part = Annotated[float, Range(0, 1, below=True)]
 
 
@@ -27,13 +32,15 @@ Part = Annotated[float, Range(0, 1, below=True)]
 class DataSettings(Settings):
     """The data: source, files and splits."""
 
-    source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards"] = "jsonl"
-    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), or postcards
-    (the built-in corpus, generated into data.root)."""
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips"] = "jsonl"
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
+    MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or a built-in corpus, generated into
+    data.root: postcards, or clips (videos with sound; continuous labels)."""
     root: str = "data"
-    """Folder of the data. Images outside it are rejected."""
+    """Folder of the data. Images, videos and sounds outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
-    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Ignored for postcards."""
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
+    three splits. Built-in corpora ignore it."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -52,6 +59,9 @@ class DataSettings(Settings):
     data.root itself."""
     max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
+    label_column: str | None = None
+    """Column with the labels of mmsa (label, label_T, label_A or label_V) and meld (Sentiment or Emotion); null: the
+    first of these."""
     max_tokens: Count | None = None
     """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
     half of the model's context, at most 4,096."""
@@ -65,7 +75,9 @@ class DataSettings(Settings):
     video: VideoSettings = field(default_factory=VideoSettings)
     """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
-    """The built-in corpus, used if data.source is postcards."""
+    """The built-in corpus of pictures, used if data.source is postcards."""
+    clips: ClipsSettings = field(default_factory=ClipsSettings)
+    """The built-in corpus of videos, used if data.source is clips."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,11 +88,21 @@ class DataSettings(Settings):
                 raise SettingsError(f"drop_modality.{name} {problem}")
 
 
+def built_in(settings: DataSettings) -> BuiltIn | None:
+    """The built-in corpus that the source names; None if the files are given."""
+    match settings.source:
+        case "postcards":
+            return postcards.corpus(settings.postcards)
+        case "clips":
+            return clips_corpus.corpus(settings.clips)
+        case _:
+            return None
+
+
 def split_files(settings: DataSettings) -> dict[str, list[str]]:
     """The files of each split and of the teacher's posts, relative to the root."""
-    if settings.source == "postcards":
-        files = {split: [f"{split}.jsonl"] for split in SPLITS}
-        return files | {"teacher": ["teacher.jsonl"] if settings.postcards.teacher else []}
+    if corpus := built_in(settings):
+        return {part: [f"{part}.jsonl"] if part in corpus.counts else [] for part in PARTS}
     files = {"train": settings.train, "validation": settings.validation, "test": settings.test}
     return files | {"teacher": settings.teacher}
 
@@ -106,25 +128,29 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
             return mvsa.read(root / file, root)
         case "mosi":
             return mosi.read(root / file, split)
-        case "jsonl" | "postcards":
+        case "mmsa":
+            return mmsa.read(root / file, root, split, settings.label_column or mmsa.LABEL)
+        case "meld":
+            return meld.read(root / file, root, settings.label_column or meld.LABEL)
+        case "jsonl" | "postcards" | "clips":
             return jsonl.read(root / file)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
-    """Hash of the data: every row of every split file, and the names and sizes of the images.
+    """Hash of the data: every row of every split file, and the names and sizes of its files.
 
-    The same data in another folder has the same fingerprint. The fingerprint of postcards is that of their settings.
+    The same data in another folder has the same fingerprint. That of a built-in corpus is of its settings.
 
     Raises:
         SettingsError: a split file is missing.
     """
-    if settings.source == "postcards":
-        return hashlib.sha256(f"{settings.postcards}, version={VERSION}".encode()).hexdigest()
+    if corpus := built_in(settings):
+        return corpus.fingerprint
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):
         try:
-            names = jsonl.image_names(row.fields)
+            names = jsonl.file_names(row.fields)
         except ValueError:
             names = []
         for name in names:
@@ -136,25 +162,25 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of the images, and the rows of postcards.
+    """Digest of what `data_fingerprint` leaves out: the content of files, and the rows of a built-in corpus.
 
-    None if the postcards are not generated yet.
+    None if the built-in corpus is not generated yet.
 
     Raises:
         SettingsError: a split file is missing.
     """
-    root = Path(settings.root)
-    if settings.source == "postcards" and not is_generated(root, settings.postcards):
+    root, corpus = Path(settings.root), built_in(settings)
+    if corpus and not corpus.is_generated(root):
         return None
     rows, names = [], set()
     for split, file, row in read_rows(settings):
-        if settings.source == "postcards":
+        if corpus:
             rows.append([split, file, row.number, row.fields, row.problem])
         with suppress(ValueError):
-            names |= set(jsonl.image_names(row.fields))
+            names |= set(jsonl.file_names(row.fields))
     found = digests.files(root / name for name in names)
-    images = {name: found[root / name] for name in sorted(names)}
-    return combine([rows, images])
+    files = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, files])
 
 
 def _size(path: Path) -> int:

@@ -9,6 +9,7 @@ from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
+from distill.evaluation.modalities import without_each
 from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
 from distill.models.reasoner import Reasoner
@@ -51,6 +52,8 @@ def run(context: Context, tracked: StageRun) -> None:
         own = output.rationales is references
         compared = (none, none) if own else (references, texts)
         metrics[role] = role_metrics(output, samples, compared[0], labels, settings, compared[1])
+    if settings.modalities:
+        metrics |= _without_modalities(context)
     gold = [labels.name(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [labels.name(sample.label) for sample in samples], labels)
     if labels.scale is not None:
@@ -73,6 +76,19 @@ def run(context: Context, tracked: StageRun) -> None:
     jsonl.write_rows(context.folder / "evaluate" / "predictions.jsonl", rows)
     tracked.log(metrics)
     tables.predictions(context, tracked, rows)
+
+
+def _without_modalities(context: Context) -> dict[str, Any]:
+    """The metrics of the student on the test posts without each modality, by role."""
+    recipe, labels = context.recipe, context.labels
+    assert recipe.evaluate is not None
+    metrics = {}
+    student = context.reasoner("student" if recipe.refine is None else "refine")
+    for name, posts in without_each(context.corpus.test):
+        with progress(f"evaluate student without {name}"):
+            output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
+        metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)
+    return metrics
 
 
 def read_metrics(folder: Path, student: str = "student") -> dict[str, Any]:
