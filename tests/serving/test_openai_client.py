@@ -14,6 +14,7 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 from distill.task.sample import NO_MEDIA
 from tests.serving.conftest import message
+from tests.serving.test_media import uri
 
 LABELS = LabelSpace()
 
