@@ -111,7 +111,7 @@ def test_images_may_be_paths_pictures_bytes_or_rows_of_datasets(folder: Path, po
 @pytest.mark.parametrize(
     ("post", "message"),
     [
-        ({}, "post 1: there is neither text nor image"),
+        ({}, "post 1: there is no text, image, video or audio"),
         ({"text": 3}, "post 1: text must be text"),
         ({"text": "x", "image": "missing.png"}, "post 1: image missing.png is missing"),
         ({"text": "x", "image": b"GIF89a"}, r"post 1: image 1-0\.png is "),

@@ -150,7 +150,7 @@ def test_rows_that_cannot_be_used_are_listed_and_the_others_answered(
     problems = {row["row"]: row["problem"] for row in read(quarantine)}
     assert list(problems) == [3, 4, 5, 6, 7, 8]
     assert problems[3].startswith("is not valid JSON") and problems[4] == "is not a JSON object"
-    assert problems[5] == "there is neither text nor image" and problems[6] == "image gone.png is missing"
+    assert problems[5] == "there is no text, image, video or audio" and problems[6] == "image gone.png is missing"
     assert "lies outside" in problems[7] and problems[8].startswith("text must be text")
 
 
@@ -326,7 +326,7 @@ def test_results_of_other_posts_are_not_continued(
         ({"--input": "gone.jsonl"}, "--input: gone.jsonl does not exist"),
         ({"--input": "new.txt"}, "new.txt is none of JSONL, CSV, Parquet (by its suffix) and a folder of pictures"),
         ({"--input": "broken.parquet"}, "broken.parquet is not a Parquet file: "),
-        ({"--input": "other.csv"}, "other.csv has no column text, image or images; its columns are a, b"),
+        ({"--input": "other.csv"}, "other.csv has no column text, image, images, video or audio; its columns are a, b"),
         ({"--run": "nowhere"}, "nowhere is no run: it has no recipe.yaml"),
         ({"--max_new_tokens": "many"}, "predict: argument --max_new_tokens: invalid int value: 'many'"),
         ({"--run": None}, "predict: the following arguments are required: --run"),

@@ -53,7 +53,7 @@ class VideoSettings(Settings):
     max_side: Count | None = 640
     """Maximum longer side of a frame in pixels; larger frames are scaled down when they are decoded. null: the size of
     the video, which takes memory."""
-    max_seconds: Seconds = 300
+    max_seconds: Seconds = 300.0
     """Maximum duration of a video or sound in seconds. Posts with a longer one are dropped."""
     max_mb: Count = 200
     """Maximum size of the file of a video or sound in MB."""
@@ -61,7 +61,7 @@ class VideoSettings(Settings):
     """Maximum number of pixels of a frame of a video. A larger frame is not decoded."""
     max_streams: Count = 8
     """Maximum number of streams (pictures, sound tracks, subtitles) of a file."""
-    decode_seconds: Seconds = 60
+    decode_seconds: Seconds = 60.0
     """Maximum time to decode one video or sound, in seconds."""
     cache_mb: Natural = 256
     """Memory for decoded frames and sounds in MB, in each process that decodes. 0: none are kept."""

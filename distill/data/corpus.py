@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.data import jsonl
 from distill.data.built_in import BuiltIn
+from distill.data.clips import ClipError, ClipReader
 from distill.data.images import ImageError, decode
 from distill.data.source import CONTINUOUS, PARTS, SPLITS, DataSettings, built_in, read_rows, split_files
 from distill.data.split import stratified_split
@@ -20,6 +21,8 @@ from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
 
 log = logging.getLogger(__name__)
+
+_File = tuple[str, Path]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class _Entry:
 
 
 def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
-    """Read, validate and split a corpus. Every image is decoded once. An invalid row is dropped; the others are kept.
+    """Read, validate and split a corpus. An invalid row is dropped; the others are kept.
+
+    Every image is decoded once; of every clip the packets are read, and its first frame and sound are decoded.
 
     Raises:
         SettingsError: the source and `task.scale` do not fit, a file is missing or has no usable row, or a split cannot
@@ -82,7 +87,7 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
         _generate(built_in_corpus, settings.root)
     root = Path(settings.root).resolve()
     entries = [_entry(split, file, row, settings, labels) for split, file, row in read_rows(settings)]
-    broken = _broken_images({image for entry in entries if entry.sample for image in entry.sample.images}, settings)
+    broken = _broken_files({file for entry in entries if entry.sample for file in _files(entry.sample)}, settings)
     kept: dict[str, list[_Entry]] = defaultdict(list)
     for entry in entries:
         if entry.sample is not None:
@@ -109,14 +114,13 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
     """Raise SettingsError if labels are continuous and the label space has no scale, or the reverse."""
-    continuous = settings.source in CONTINUOUS
-    if continuous and labels.scale is None:
+    source = settings.source
+    if source in CONTINUOUS and labels.scale is None:
+        raise SettingsError(f"data.source {source} has continuous labels: add task.scale, which divides them into bins")
+    if source not in CONTINUOUS and labels.scale is not None:
         raise SettingsError(
-            f"data.source {settings.source} has continuous labels: add task.scale, which divides them into bins"
+            f"task.scale needs continuous labels: data.source {', '.join(CONTINUOUS[:-1])} or {CONTINUOUS[-1]}, not {source}"
         )
-    if not continuous and labels.scale is not None:
-        sources = " or ".join(CONTINUOUS)
-        raise SettingsError(f"task.scale needs continuous labels: data.source {sources}, not {settings.source}")
 
 
 def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:
@@ -190,26 +194,38 @@ def _log_repairs(entries: list[_Entry]) -> None:
             log.warning("data: %s; the first: %s row %d", message, rows[0].file, rows[0].row)
 
 
-def _broken_images(images: set[Path], settings: DataSettings) -> dict[Path, str]:
-    """The images that cannot be decoded, with the reasons, which name them relative to `data.root`."""
-    root = Path(settings.root).resolve()
+def _files(sample: Sample) -> list[_File]:
+    """The files of a sample, each with its kind. The sound of a video is checked with it."""
+    files = [("image", path) for path in sample.images]
+    files += [("video", sample.video)] if sample.video is not None else []
+    return files + ([("audio", sample.audio)] if sample.audio is not None and sample.audio != sample.video else [])
 
-    def error_of(path: Path) -> str | None:
+
+def _broken_files(files: set[_File], settings: DataSettings) -> dict[_File, str]:
+    """The files that cannot be decoded, with the reasons, which name them relative to `data.root`."""
+    root, clips = Path(settings.root).resolve(), ClipReader(settings.video)
+
+    def error_of(file: _File) -> str | None:
+        kind, path = file
+        name = os.path.relpath(path, root)
         try:
-            decode(path, settings.max_pixels, os.path.relpath(path, root))
-        except ImageError as error:
+            if kind == "image":
+                decode(path, settings.max_pixels, name)
+            else:
+                clips.check(path, name, video=kind == "video")
+        except (ImageError, ClipError) as error:
             return str(error)
         return None
 
-    paths = sorted(images)
+    found = sorted(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
-        return {path: error for path, error in zip(paths, pool.map(error_of, paths), strict=True) if error is not None}
+        return {file: error for file, error in zip(found, pool.map(error_of, found), strict=True) if error is not None}
 
 
 _LEAKED = "with the same content"
 
 
-def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[Path, str], same_id: list[_Entry]) -> str | None:
+def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[_File, str], same_id: list[_Entry]) -> str | None:
     """Why a well-formed row is dropped; None if it is kept.
 
     Every split may number its posts from 1, so rows of two splits may have the same id unless they are the same post.
@@ -217,9 +233,9 @@ def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[Path, str], same
     Args:
         same_id: the rows with the same id that are kept.
     """
-    for image in sample.images:
-        if image in broken:
-            return broken[image]
+    for file in _files(sample):
+        if file in broken:
+            return broken[file]
     for first in same_id:
         if first.split == entry.split:
             return f"id {sample.id!r} is already used by {first.file} row {first.row}"
@@ -231,7 +247,7 @@ def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[Path, str], same
 
 
 def _content(sample: Sample | None) -> tuple[Any, ...]:
-    return () if sample is None else (sample.text.split(), sample.images, sample.aspect)
+    return () if sample is None else (sample.text.split(), sample.media, sample.aspect)
 
 
 def _check_files(settings: DataSettings, entries: list[_Entry]) -> None:

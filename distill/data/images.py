@@ -38,7 +38,7 @@ def resolve(root: Path, name: str) -> Path:
             valid path.
     """
     if _ADDRESS.match(name):
-        raise ImageError(f"{name[:80]!r} is an address; store the image in the data root and give its file name")
+        raise ImageError(f"{name[:80]!r} is an address; store the file in the data root and give its file name")
     try:
         base = root.resolve()
         path = (base / name).resolve()

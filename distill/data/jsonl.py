@@ -1,8 +1,8 @@
 """JSONL files with one post per line: reading of samples, writing of reasoning data.
 
-The fields are `id`, `text`, `aspect`, `label`, `images` (a list, or one name as `image`), `rationale` and `attributes`.
-The readers of the other layouts yield rows with the same fields. Image names are relative to the data root. `to_row` is
-the inverse of `to_sample`.
+The fields are `id`, `text`, `aspect`, `label`, `images` (a list, or one name as `image`), `video`, `audio`, `rationale`
+and `attributes`. The readers of the other layouts yield rows with the same fields. File names are relative to the data
+root. `to_row` is the inverse of `to_sample`.
 """
 
 import json
@@ -17,6 +17,8 @@ from distill.data.text import clean, decode_lines
 from distill.errors import RunError
 from distill.files import atomic_write, finite
 from distill.task.sample import Sample
+
+_CLIPS = ("video", "audio")
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,24 @@ def image_names(fields: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name.strip()]
 
 
-def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
-    """Convert a row's fields to a sample. The label and the content of the images are not checked here.
-
-    Characters that no model accepts are replaced in its texts (`data/text.py`, `clean`). NaN is how Python libraries
-    write a missing value.
+def file_names(fields: Mapping[str, Any]) -> list[str]:
+    """The names of all files of a row: its images, its video and its audio.
 
     Raises:
-        ValueError: a field is missing or has the wrong type, the id or an image name is not valid Unicode, there is
-            neither text nor image, or an image is outside `root`.
+        ValueError: as `image_names`, or a name of a video or audio is no text.
+    """
+    return image_names(fields) + [name for field in _CLIPS if (name := _name(fields, field)) is not None]
+
+
+def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
+    """Convert a row's fields to a sample. The label and the content of the files are not checked here.
+
+    The sound of a video is its own, unless `audio` names another file. Characters that no model accepts are replaced in
+    its texts (`data/text.py`, `clean`). NaN is how Python libraries write a missing value.
+
+    Raises:
+        ValueError: a field is missing or has the wrong type, the id or a file name is not valid Unicode, there is no
+            text, image, video or audio, or a file is outside `root`.
     """
     fields = {name: None if value != value else value for name, value in fields.items()}
     identity = fields.get("id")
@@ -100,10 +111,10 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
         raise ValueError("id is missing")
     if not isinstance(identity, str):
         raise ValueError(f"id must be text, not {identity!r}")
-    names = image_names(fields)
+    names = file_names(fields)
     text = _text(fields, "text") or ""
     if not text.strip() and not names:
-        raise ValueError("there is neither text nor image")
+        raise ValueError("there is no text, image, video or audio")
     attributes = fields.get("attributes") or {}
     if not isinstance(attributes, dict):
         raise ValueError("attributes must be an object")
@@ -113,33 +124,44 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     attributes = {clean(name): clean(value) for name, value in attributes.items()}
     aspect, rationale, label = _text(fields, "aspect"), _text(fields, "rationale"), fields.get("label")
     if clean(identity) != identity or any(clean(name) != name for name in names):
-        raise ValueError("the id or an image name has control characters or is not valid Unicode")
+        raise ValueError("the id or a file name has control characters or is not valid Unicode")
+    video, audio = (None if (name := _name(fields, field)) is None else resolve(root, name) for field in _CLIPS)
     return Sample(
         id=identity,
         text=text,
-        images=tuple(resolve(root, name) for name in names),
+        images=tuple(resolve(root, name) for name in image_names(fields)),
         aspect=(aspect or "").strip() or None,
         label=None if isinstance(label, str) and not label.strip() else label,
         rationale=rationale,
         attributes=attributes,
+        video=video,
+        audio=audio or video,
     )
 
 
 def to_row(sample: Sample, root: Path) -> dict[str, Any]:
-    """Convert a sample to the fields of a row, in a fixed order; image names are relative to `root`.
+    """Convert a sample to the fields of a row, in a fixed order; file names are relative to `root`.
 
     Raises:
-        ValueError: an image is outside `root`.
+        ValueError: a file is outside `root`.
     """
+
+    def name(path: Path) -> str:
+        return path.resolve().relative_to(base).as_posix()
+
     base = root.resolve()
     fields: dict[str, Any] = {
         "id": sample.id,
         "text": sample.text,
         "aspect": sample.aspect,
         "label": sample.label,
-        "images": [path.resolve().relative_to(base).as_posix() for path in sample.images],
+        "images": [name(path) for path in sample.images],
         "rationale": sample.rationale,
     }
+    if sample.video is not None:
+        fields["video"] = name(sample.video)
+    if sample.audio is not None and sample.audio != sample.video:
+        fields["audio"] = name(sample.audio)
     return {**fields, "attributes": dict(sample.attributes)} if sample.attributes else fields
 
 
@@ -155,6 +177,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                 file.write(json.dumps(finite(fields), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _name(fields: Mapping[str, Any], field: str) -> str | None:
+    """The file name in a field; an empty name is none. Raises ValueError if it is no text."""
+    name = fields.get(field)
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{field} must be a file name")
+    return name if name and name.strip() else None
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:

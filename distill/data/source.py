@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from distill.data import clips_corpus, jsonl, mosi, mvsa, postcards, twitter
+from distill.data import clips_corpus, jsonl, meld, mmsa, mosi, mvsa, postcards, twitter
 from distill.data.built_in import BuiltIn
 from distill.data.clips import VideoSettings
 from distill.data.clips_corpus import ClipsSettings
@@ -21,8 +21,8 @@ SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
 
-CONTINUOUS = ("mosi", "clips")
-"""The sources whose labels are values on a scale."""
+CONTINUOUS = ("mosi", "mmsa", "clips")
+"""The sources whose labels are numbers: they take task.scale, and no other source does."""
 
 Part = Annotated[float, Range(0, 1, below=True)]
 
@@ -31,13 +31,15 @@ Part = Annotated[float, Range(0, 1, below=True)]
 class DataSettings(Settings):
     """The data: source, files and splits."""
 
-    source: Literal["jsonl", "twitter", "mvsa", "mosi", "postcards", "clips"] = "jsonl"
-    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), or a built-in
-    corpus, generated into data.root: postcards, or clips (videos with sound; requires task.scale)."""
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips"] = "jsonl"
+    """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
+    MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or a built-in corpus, generated into
+    data.root: postcards, or clips (videos with sound; continuous labels, too)."""
     root: str = "data"
-    """Folder of the data. Images outside it are rejected."""
+    """Folder of the data. Images, videos and sounds outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
-    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt. Built-in corpora ignore it."""
+    """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
+    three splits. Ignored for built-in corpora."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -56,6 +58,9 @@ class DataSettings(Settings):
     data.root itself."""
     max_pixels: Count = 50_000_000
     """Maximum number of pixels of an image. Rows with a larger image are dropped; the image is not decoded."""
+    label_column: str | None = None
+    """Column with the labels of mmsa (label, label_T, label_A or label_V) and meld (Sentiment or Emotion); null: the
+    first of these."""
     max_tokens: Count | None = None
     """Maximum number of tokens of a post's text, counted by the tokenizer of the model that the recipe trains; null:
     half of the model's context, at most 4,096."""
@@ -110,12 +115,16 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
             return mvsa.read(root / file, root)
         case "mosi":
             return mosi.read(root / file, split)
+        case "mmsa":
+            return mmsa.read(root / file, root, split, settings.label_column or mmsa.LABEL)
+        case "meld":
+            return meld.read(root / file, root, settings.label_column or meld.LABEL)
         case "jsonl" | "postcards" | "clips":
             return jsonl.read(root / file)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
-    """Hash of the data: every row of every split file, and the names and sizes of the images.
+    """Hash of the data: every row of every split file, and the names and sizes of its files.
 
     The same data in another folder has the same fingerprint. That of a built-in corpus is of its settings.
 
@@ -128,7 +137,7 @@ def data_fingerprint(settings: DataSettings) -> str:
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):
         try:
-            names = jsonl.image_names(row.fields)
+            names = jsonl.file_names(row.fields)
         except ValueError:
             names = []
         for name in names:
@@ -140,7 +149,7 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the images' content, and the rows of a built-in corpus.
+    """Digest of the data that `data_fingerprint` leaves out: the content of all files, and a built-in corpus's rows.
 
     None if the built-in corpus is not generated yet.
 
@@ -155,10 +164,10 @@ def data_digest(settings: DataSettings, digests: Digests) -> str | None:
         if corpus:
             rows.append([split, file, row.number, row.fields, row.problem])
         with suppress(ValueError):
-            names |= set(jsonl.image_names(row.fields))
+            names |= set(jsonl.file_names(row.fields))
     found = digests.files(root / name for name in names)
-    images = {name: found[root / name] for name in sorted(names)}
-    return combine([rows, images])
+    files = {name: found[root / name] for name in sorted(names)}
+    return combine([rows, files])
 
 
 def _size(path: Path) -> int:

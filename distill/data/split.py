@@ -3,18 +3,19 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 
 from distill.task.sample import Sample
 
 PLACEHOLDER_SHARE, PLACEHOLDER_MINIMUM = 0.1, 10
-"""An image or text of more than this share, and more than this number, of the samples says nothing about them."""
+"""A file or text of more than this share, and more than this number, of the samples says nothing about them."""
 
 
 def stratified_split(samples: Sequence[Sample], fractions: Mapping[str, float], seed: int) -> dict[str, list[Sample]]:
     """Split off a stratified part of the labelled samples for each name in `fractions`; the rest is `train`.
 
-    Samples that share an image or a text form a group and stay together, so that no part repeats one of `train`. An
-    image or text of more than PLACEHOLDER_SHARE of the samples is a placeholder and forms no group. A
+    Samples that share an image, a video, a sound or a text form a group and stay together, so that no part repeats one
+    of `train`. A file or text of more than PLACEHOLDER_SHARE of the samples is a placeholder and forms no group. A
     group with an unlabelled sample stays in `train`. Groups are assigned in random order, each to the first part that
     still has room for all of it. The assignment depends on the seed and the ids, not on the order of the rows; each
     part keeps that order. Values on a continuous scale are stratified by the nearest integer.
@@ -35,7 +36,7 @@ def stratified_split(samples: Sequence[Sample], fractions: Mapping[str, float], 
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Connected groups of samples that share an image (by content) or a text (up to case and white space)."""
+    """Connected groups of samples that share a file (by content) or a text (up to case and white space)."""
     parent = list(range(len(samples)))
 
     def find(i: int) -> int:
@@ -43,12 +44,11 @@ def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    images = {image for sample in samples for image in sample.images}
-    digests = {image: hashlib.sha256(image.read_bytes()).digest() for image in images}
+    digests = {path: _digest(path) for path in {path for sample in samples for path in sample.media.files}}
     keys: list[set[Hashable]] = []
     for sample in samples:
         text = " ".join(sample.text.casefold().split())
-        keys.append({*(digests[image] for image in sample.images), *([text] if text else [])})
+        keys.append({*(digests[path] for path in sample.media.files), *([text] if text else [])})
     counts = Counter(key for found in keys for key in found)
     most = max(PLACEHOLDER_MINIMUM, PLACEHOLDER_SHARE * len(samples))
     owner: dict[Hashable, int] = {}
@@ -60,6 +60,11 @@ def _groups(samples: Sequence[Sample]) -> list[list[Sample]]:
     for i, sample in enumerate(samples):
         groups[find(i)].append(sample)
     return list(groups.values())
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _stratum(sample: Sample) -> str | int | None:

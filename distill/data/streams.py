@@ -12,7 +12,7 @@ from distill.data.jsonl import Row, parse_line
 from distill.data.text import decode
 from distill.errors import SettingsError
 
-FIELDS = ("id", "text", "aspect", "image", "images")
+FIELDS = ("id", "text", "aspect", "image", "images", "video", "audio")
 
 _BATCH = 256
 
@@ -101,8 +101,9 @@ def _pictures(folder: Path) -> Iterator[Row]:
 def _check_columns(path: Path, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         raise SettingsError(f"{path}: two columns have the same name")
-    if not {"text", "image", "images"} & set(names):
-        raise SettingsError(f"{path} has no column text, image or images; its columns are {', '.join(names) or 'none'}")
+    if not {"text", "image", "images", "video", "audio"} & set(names):
+        known = "text, image, images, video or audio"
+        raise SettingsError(f"{path} has no column {known}; its columns are {', '.join(names) or 'none'}")
 
 
 def write(path: Path, lines: Iterator[dict[str, Any]], columns: dict[str, str]) -> None:

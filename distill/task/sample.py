@@ -19,7 +19,12 @@ class Media(NamedTuple):
     audio: Path | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.images or self.video or self.audio)
+        return bool(self.files)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files, each once: the images, the video, and the sound unless it is that of the video."""
+        return tuple(dict.fromkeys(path for path in (*self.images, self.video, self.audio) if path is not None))
 
     @property
     def extent(self) -> tuple[int, int]:

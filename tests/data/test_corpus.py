@@ -73,7 +73,7 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
     cases: list[tuple[Any, str, str]] = [
         (b'{"id": "a",', "", "is not valid JSON"),
         ({"text": "x", "label": "neutral"}, "", "id is missing"),
-        (post("empty", text=" "), "empty", "there is neither text nor image"),
+        (post("empty", text=" "), "empty", "there is no text, image, video or audio"),
         (post("odd", label="Neutral"), "odd", "unknown label 'Neutral'; the labels are negative, neutral, positive"),
         (post("list", label=["neutral"]), "list", "unknown label"),
         (post("value", label=0.5), "value", "unknown label 0.5"),
@@ -84,7 +84,7 @@ def test_invalid_rows_are_dropped_with_a_reason_and_valid_ones_kept(tmp_path: Pa
         (post("svg", image="drawing.svg"), "svg", "image drawing.svg is none of JPEG"),
         (post("short", images=["good.png", "short.png"]), "short", "image short.png is broken"),
         (post("first"), "first", "id 'first' is already used by train.jsonl row 1"),
-        (post("\ud83d"), "\\ud83d", "the id or an image name has control characters"),
+        (post("\ud83d"), "\\ud83d", "the id or a file name has control characters"),
         (post("true", label=True), "true", "label must be text, not true"),
         (post("long", label="x" * 10_000), "long", "unknown label 'xxx"),
     ]
@@ -307,7 +307,8 @@ def test_mosi_layout_with_a_scale(tmp_path: Path) -> None:
 def test_continuous_labels_and_a_scale_require_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data\.source mosi has continuous labels: add task\.scale"):
         read_corpus(DataSettings("mosi", str(tmp_path)), LABELS)
-    with pytest.raises(SettingsError, match=r"task\.scale needs continuous labels: data\.source mosi, not jsonl"):
+    message = r"task\.scale needs continuous labels: data\.source mosi or mmsa, not jsonl"
+    with pytest.raises(SettingsError, match=message):
         read_corpus(valid_settings(tmp_path), BINS)
 
 

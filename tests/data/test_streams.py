@@ -57,8 +57,8 @@ def test_a_broken_row_of_a_table_is_named_and_the_others_are_read(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "", "has no column text, image or images; its columns are none"),
-        ("a.csv", "a,b\n", "has no column text, image or images; its columns are a, b"),
+        ("a.csv", "", "has no column text, image, images, video or audio; its columns are none"),
+        ("a.csv", "a,b\n", "has no column text, image, images, video or audio; its columns are a, b"),
         ("a.csv", "text,text\n", "two columns have the same name"),
         ("a.parquet", "PAR1", "is not a Parquet file"),
         ("a.txt", "a", "is none of JSONL, CSV, Parquet"),

@@ -117,7 +117,7 @@ def test_datasets_reads_the_file_directly(tmp_path: Path) -> None:
         ({"label": "angry"}, "row 1: unknown label 'angry'"),
         ({"images": ["../secret.png"]}, "row 1: '../secret.png' lies outside"),
         ({"images": ["images/9.png"]}, "row 1: image images/9.png is missing"),
-        ({"text": "", "images": []}, "row 1: there is neither text nor image"),
+        ({"text": "", "images": []}, "row 1: there is no text, image, video or audio"),
         ({"id": None}, "row 1: id is missing"),
         ({"label": None, "rationale": None}, "no answers to reason or classify"),
     ],
