@@ -118,9 +118,7 @@ def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
     if source in CONTINUOUS and labels.scale is None:
         raise SettingsError(f"data.source {source} has continuous labels: add task.scale, which divides them into bins")
     if source not in CONTINUOUS and labels.scale is not None:
-        raise SettingsError(
-            f"task.scale needs continuous labels: data.source {', '.join(CONTINUOUS[:-1])} or {CONTINUOUS[-1]}, not {source}"
-        )
+        raise SettingsError(f"task.scale needs continuous labels: data.source {' or '.join(CONTINUOUS)}, not {source}")
 
 
 def write_quarantine(path: Path, dropped: Iterable[Dropped]) -> None:

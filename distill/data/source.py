@@ -16,13 +16,14 @@ from distill.data.postcards import PostcardSettings
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
+from distill.task.sample import MODALITIES
 
 SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
 
 CONTINUOUS = ("mosi", "mmsa", "clips")
-"""The sources whose labels are numbers: they take task.scale, and no other source does."""
+"""The sources whose labels are values on a scale: they take task.scale, and no other source does."""
 
 Part = Annotated[float, Range(0, 1, below=True)]
 
@@ -34,12 +35,12 @@ class DataSettings(Settings):
     source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips"] = "jsonl"
     """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
     MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or a built-in corpus, generated into
-    data.root: postcards, or clips (videos with sound; continuous labels, too)."""
+    data.root: postcards, or clips (videos with sound; continuous labels)."""
     root: str = "data"
     """Folder of the data. Images, videos and sounds outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
     """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
-    three splits. Ignored for built-in corpora."""
+    three splits. Built-in corpora ignore it."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -67,12 +68,24 @@ class DataSettings(Settings):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    drop_modality: dict[str, float] = field(default_factory=dict)
+    """Augmentation for posts that lack something: the probability with which a training leaves out the text, images,
+    video or audio of a post, drawn anew in each epoch, such as `{audio: 0.2, video: 0.2}`. One of them is always left.
+    Without it, the post is trained on its label only: its rationale may be about what was left out."""
     video: VideoSettings = field(default_factory=VideoSettings)
     """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
     """The built-in corpus of pictures, used if data.source is postcards."""
     clips: ClipsSettings = field(default_factory=ClipsSettings)
     """The built-in corpus of videos, used if data.source is clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.drop_modality if name not in MODALITIES]:
+            raise SettingsError(f"drop_modality.{unknown[0]} is no modality; they are {', '.join(MODALITIES)}")
+        for name, probability in self.drop_modality.items():
+            if problem := Range(0, 1, below=True).problem(probability):
+                raise SettingsError(f"drop_modality.{name} {problem}")
 
 
 def built_in(settings: DataSettings) -> BuiltIn | None:
@@ -149,7 +162,7 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of all files, and a built-in corpus's rows.
+    """Digest of what `data_fingerprint` leaves out: the content of files, and the rows of a built-in corpus.
 
     None if the built-in corpus is not generated yet.
 

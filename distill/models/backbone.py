@@ -86,9 +86,10 @@ class Backbone:
             raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        use_chat_template(processor, settings.path or "the tiny model")
-        limit_pixels(processor, settings)
         self.family, self.packs = families.find(model.config), families.packs(model.config)
+        hears = self.family.audio and settings.audio != "ignore"
+        use_chat_template(processor, settings.path or "the tiny model", hears)
+        limit_pixels(processor, settings)
         self.cap, self._scale = families.logit_cap(model.config), families.logit_scale(model.config)
         self.encoder = Encoder(processor, settings, self.family, clips)
         self.label_tokens = label_tokens(tokenizer, labels)

@@ -17,15 +17,13 @@ from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
 from distill.models.pretrained import ModelSettings
 from distill.task.labels import LabelSpace
-from distill.task.sample import Media
+from distill.task.sample import NO_MEDIA, Media
 
 IGNORE = -100
 """Label of positions without loss."""
 
 Prompt = tuple[str, Media]
 """A user message: its text, and the media placed before the text."""
-
-_NOTHING = Media()
 
 Side = Literal["left", "right"]
 
@@ -205,7 +203,7 @@ class Encoder:
             parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()
 
-    def render(self, text: str, media: Media = _NOTHING) -> str:
+    def render(self, text: str, media: Media = NO_MEDIA) -> str:
         """One user message in the chat template, including the generation prompt. Raises ClipError."""
         return self._render(text, self.media.load(media))
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError, first_line
-from distill.models import layers, tiny
+from distill.models import families, layers, tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
 from distill.models.kinds import attention_problem, check_kind
@@ -182,7 +182,10 @@ def load_pretrained(settings: ModelSettings, source: Source) -> Any:
 
 def _load_weights(source: Source, **options: Any) -> Any:
     """A model with the weights of its files. Raises ValueError if they lack some, which would be random values."""
-    load = model_class(_load_config(source)).from_pretrained
+    config = _load_config(source)
+    load = model_class(config).from_pretrained
+    if hasattr(config, "audio_config"):
+        options["config"] = config  # not that of the folder
     options |= {"revision": source.revision, "output_loading_info": True}
     model, found = load_from_hub(load, source.path, **options)
     if missing := sorted(found["missing_keys"]):
@@ -202,7 +205,9 @@ def _keep_layers(model: Any, settings: ModelSettings, source: Source) -> Any:
 
 
 def _load_config(source: Source) -> Any:
-    return load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
+    """The config of a model; of Qwen2.5-Omni that of its thinker, which writes text, without the talker."""
+    config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
+    return getattr(config, "thinker_config", config)
 
 
 def _not_loaded(source: Source, problem: str) -> SettingsError:
@@ -242,6 +247,8 @@ def load_processor(model: Any, source: Source) -> Any:
         raise
     except Exception as error:  # each tokenizer raises its own types if files are missing
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor") and families.find(model.config).audio:
+        processor.image_processor = None  # hears and reads
     if not hasattr(processor, "image_processor"):
         raise SettingsError(f"model.path: {path} has no image processor, which a model of its architecture needs")
     return processor

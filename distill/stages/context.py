@@ -214,6 +214,7 @@ class Context:
             workers=settings.workers,
             seed=self.recipe.seed,
             label_targets=learner.label_targets,
+            drop=self.recipe.data.drop_modality,
         )
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
@@ -277,7 +278,7 @@ class Context:
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
-                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels)
+                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels, self.clips)
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
                 model = backbone.create(

@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from distill.serving.images import RequestImages
 from PIL import Image
 
-from distill.serving.images import RequestImages
 from distill.serving.protocol import RequestError
 
 
