@@ -6,7 +6,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.serving.test_images import uri
 
 from distill.data.corpus import Corpus
 from distill.models.local import Local
