@@ -6,7 +6,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.serving.test_images import uri
 
 from distill.data.corpus import Corpus
 from distill.models.local import Local
@@ -14,6 +13,7 @@ from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 from distill.task.sample import NO_MEDIA
 from tests.serving.conftest import message
+from tests.serving.test_media import uri
 
 LABELS = LabelSpace()
 
