@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
-from distill.data.postcards import FACES, SKIES, TEXTS, THINGS, TOWNS, WORDS, draw_card
+from distill.data.postcards import BENDS, FACES, SKIES, TEXTS, THINGS, TOWNS, WORDS, draw_card
 from distill.models import tiny
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings
 from distill.models.lora import add_lora
@@ -141,7 +141,7 @@ def synthetic_posts(
     for number in range(min(count, 16)):
         generator = random.Random(number)
         images.append(folder / f"{number}.png")
-        draw_card(generator.choice(FACES), generator.choice(list(SKIES)), generator, image_size).save(images[-1])
+        draw_card(BENDS[generator.choice(FACES)], generator.choice(list(SKIES)), generator, image_size).save(images[-1])
     words = tokenizer(_random_words(random.Random(0), 5000), add_special_tokens=False)["input_ids"]
 
     def text(deciles: tuple[int, ...], decile: float, factor: float, generator: random.Random) -> str:

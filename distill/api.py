@@ -15,6 +15,7 @@ from distill.annotation.cached_teacher import CachedTeacher
 from distill.annotation.ledger import Ledger
 from distill.cascade.cascade import CascadePolicy, run_cascade
 from distill.cascade.uncertainty import uncertainty
+from distill.data.clips import ClipReader, VideoSettings
 from distill.data.lengths import MAX_TOKENS
 from distill.data.posts import as_samples
 from distill.errors import SettingsError
@@ -105,15 +106,16 @@ class Student:
             scale = None if scoring["scale"] is None else Scale(**scoring["scale"])
             wording = Wording.from_json(scoring["wording"]) if "wording" in scoring else Wording()
             labels = LabelSpace(tuple(scoring["labels"]), tuple(scoring["polarity"]), scale, wording)
-            size = scoring["image_size"]
+            size, clips = scoring["image_size"], dict(scoring.get("clips", {}))
+            sampling = VideoSettings(**clips.pop("sampling", {}))
             dtype = read_json(Path(folder) / "config.json")["dtype"]
         except OSError as error:
             raise SettingsError(f"{folder} is no exported student: {error.filename} is missing") from None
         except (LookupError, TypeError) as error:
             raise SettingsError(f"{folder} was exported by an earlier version ({error}); export it again") from None
-        pixels = {} if size is None else {"image_size": size}
-        settings = ModelSettings(str(folder), images=size is not None, dtype=dtype, **pixels)
-        model = backbone.create(settings, labels, Path(folder), train=False)
+        options = ({} if size is None else {"image_size": size}) | clips
+        settings = ModelSettings(str(folder), images=size is not None, dtype=dtype, **options)
+        model = backbone.create(settings, labels, Path(folder), train=False, clips=ClipReader(sampling))
         return cls(Local(model, "student", _device(device)))
 
     def classify(self, posts: Iterable[Post]) -> list[dict[str, Any]]:

@@ -41,6 +41,9 @@ _CHECKS = frozenset({"check_samples"})
 
 _LEFT_OUT = _IRRELEVANT | _DEVICES | _CHECKS
 
+_DROPPED = "drop_modality"
+"""A field of `data` that only the trainings depend on."""
+
 _ACCUMULATION = "accumulate_grad_batches"
 
 _TRAININGS = ("teacher", "assistant", "student")
@@ -210,7 +213,8 @@ def _fingerprints(recipe: Recipe, data: str, stages: Mapping[str, Inputs]) -> Fi
 
 def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]) -> dict[str, str]:
     """Hash of the inputs of each stage: its settings, the data, the seed, and the hashes of the stages it reads."""
-    rows = [data, {name: value for name, value in settings["data"].items() if name != "root"}]
+    rows = [data, {name: value for name, value in settings["data"].items() if name not in ("root", _DROPPED)}]
+    dropped = [settings["data"][_DROPPED]] if settings["data"].get(_DROPPED) else []
     task, hashes = settings["task"], dict[str, str]()
     if task.get("fields"):
         task = task | {"fields": list(task["fields"].items())}  # their order counts
@@ -224,6 +228,7 @@ def _hashes(settings: Mapping[str, Any], data: str, stages: Mapping[str, Inputs]
             task,
             settings[name],
             *_section_values(settings, stage.sections),
+            *(dropped if name in _TRAININGS else ()),
             *(hashes.get(read) for read in reads(name, stage, settings[name]) if read not in _LATER or read in hashes),
         ]
         hashes[name] = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -248,6 +248,8 @@ def check(recipe: Recipe) -> None:
             check_schedule(settings, recipe.trainer, stage)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
+            if recipe.data.drop_modality and "classify" not in settings.tasks:
+                raise SettingsError(f"data.drop_modality needs classify in {stage}.tasks: it trains labels only")
             if settings.model.lora is not None and not settings.model.path:
                 raise SettingsError(f"{stage}.model.lora needs {stage}.model.path: a tiny model is not pretrained")
     annotate, student = recipe.annotate, recipe.student
@@ -278,6 +280,8 @@ def check(recipe: Recipe) -> None:
             raise SettingsError("student.packing must be false if assistant.model.attention is flash_attention_2")
         if options.weight > 0 and recipe.task.scale is not None and recipe.task.scale.spread > 0:
             raise SettingsError("student.distillation.weight must be 0 if task.scale.spread is above 0")
+        if options.weight > 0 and recipe.data.drop_modality and options.soft_targets == "cached":
+            raise SettingsError("student.distillation.soft_targets must be online with data.drop_modality")
         check_label_teacher(options, recipe.assistant, recipe.annotating_teacher)
     if recipe.refine is not None:
         check_refine(

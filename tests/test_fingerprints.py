@@ -154,7 +154,8 @@ def test_a_training_begun_on_two_devices_keeps_its_checkpoint_on_one(earlier: bo
 NEW_FIELDS = frozenset({
     "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
     "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
-    "fields", "examples", "templates", "quality", "signal", "video", "label_column",
+    "fields", "examples", "templates", "quality", "signal", "modalities", "video", "audio", "frames",
+    "audio_hidden", "audio_depth", "drop_modality", "label_column",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 
@@ -225,3 +226,11 @@ def test_refine_changes_nothing_of_a_recipe_without_it_and_what_follows_it_in_on
     assert fingerprints.fingerprints(recipe, before).whole == whole
     refined = fingerprints.fingerprints(micro.read(path, "--refine", "{}"), STAGES).whole
     assert {name for name in whole if refined[name] != whole[name]} == {"evaluate", "calibrate", "cascade", "export"}
+
+
+def test_modalities_that_a_training_leaves_out_change_the_trainings_only(tmp_path: Path, fakes: Fakes) -> None:
+    path = micro.write(tmp_path, micro.RECORDED)
+    run(micro.read(path))
+    flags = ("--data.drop_modality", "{images: 0.2}")
+    assert run(micro.read(path, *flags))[0] == "assistant"
+    assert run(micro.read(path, *flags)) == []

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,10 +16,10 @@ import numpy as np
 from distill.annotation.first_answers import FirstAnswers, GivenAnswer
 from distill.annotation.ledger import Ledger, PaidTotals, digest, key
 from distill.annotation.scores import read_scores, scores_text
-from distill.data.images import ImageError
+from distill.data.clips import VideoSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
+from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.pool import as_completed
-from distill.models.endpoint.reasoner import UserMessage
 from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_DIGEST_CACHE_SIZE = 4096  # image digests
+_DIGEST_CACHE_SIZE = 4096  # digests of files
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ class CachedTeacher:
 
     def _request(self, ledger_key: str, message: UserMessage, query: TeacherQuery, stop: threading.Event) -> Answer:
         assert isinstance(self.teacher, Endpoint)
-        with contextlib.suppress(ImageError, OSError):  # reported by the answer
-            message.encode()  # before the slot is taken
+        with contextlib.suppress(MediaError):  # reported by the answer
+            self.teacher.encode(message)  # before the slot is taken
         with self._slots:
             if query.template in prompts.SCORED:
                 score = self.teacher.score(message, query.earlier, stop)
@@ -233,7 +234,7 @@ class CachedTeacher:
         return answer
 
     def knows(self, sample: Sample, query: TeacherQuery) -> bool:
-        """Whether the ledger has an answer that can be used. Raises OSError if an image cannot be read."""
+        """Whether the ledger has an answer that can be used. Raises OSError if a file of the post cannot be read."""
         return self._paid_answer(self._key(sample, query)) is not None
 
     def keep(self, sample: Sample, query: TeacherQuery, answer: Answer) -> Answer:
@@ -294,11 +295,37 @@ class CachedTeacher:
             text += "\n" + ", ".join(self.labels.names)
             if isinstance(self.teacher, Endpoint):
                 text += f"\n{self.teacher.settings.agreement_samples}"
-        if isinstance(self.teacher, Endpoint) and sample.images:
+        clips = self._clips(sample)
+        if isinstance(self.teacher, Endpoint) and (sample.images or "video" in clips):
             side = self.teacher.settings.max_image_side
             text += "" if side == EndpointSettings.max_image_side else f"\n{side} px"
-        return key(self.name, query.template, query.sampling, text, [self._digest(p) for p in sample.images])
+        images = [self._digest(path) for path in sample.images]
+        return key(self.name, query.template, query.sampling, text, images, clips)
+
+    def _clips(self, sample: Sample) -> dict[str, str]:
+        """The digests of the video and the sound that are shown, and how the video is sampled.
+
+        Not whether an endpoint gets a video or images: both show the same frames, and it is known only after a refusal.
+        The name of a model on this machine says what it is shown and how that is sampled.
+        """
+        shown: dict[str, Path | None] = {"video": sample.video, "audio": sample.audio}
+        if not isinstance(self.teacher, Endpoint):
+            return {name: self._digest(path) for name, path in shown.items() if path is not None}
+        settings, sampling = self.teacher.settings, self.teacher.clips.settings
+        ignored = {"video": settings.video == "ignore", "audio": settings.audio == "ignore"}
+        found = {name: self._digest(path) for name, path in shown.items() if path is not None and not ignored[name]}
+        if "video" in found and (frames := _sampled(sampling, settings.frames)) != _sampled(VideoSettings(), None):
+            found["frames"] = frames
+        return found
+
+
+def _sampled(settings: VideoSettings, limit: int | None) -> str:
+    """How the frames of a video are sampled."""
+    count = f"{min(settings.frames, limit or settings.frames)}"
+    if settings.fps is not None:
+        count = f"{settings.fps:g} a second, at most {min(settings.max_frames, limit or settings.max_frames)}"
+    return f"{count}, {settings.max_side} px"
 
 
 def _unreadable(error: OSError) -> Answer:
-    return Answer("", finished=False, error=f"an image cannot be read: {error}", calls=0)
+    return Answer("", finished=False, error=f"a file of the post cannot be read: {error}", calls=0)

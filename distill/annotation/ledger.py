@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self
 
 from distill.annotation.ledger_index import LedgerIndex
@@ -25,13 +25,22 @@ from distill.task import prompts
 log = logging.getLogger(__name__)
 
 
-def key(model: str, template: str, sampling: Sampling, prompt: str, images: Sequence[str] = ()) -> str:
+def key(
+    model: str,
+    template: str,
+    sampling: Sampling,
+    prompt: str,
+    images: Sequence[str] = (),
+    clips: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Key of an answer: SHA-256 over everything that the answer depends on, including the version of the prompts.
 
     Args:
         images: the `digest` of each image, in the order of the message.
+        clips: the `digest` of the video and of the sound, and how the video is sampled; empty without both.
     """
     inputs = [model, prompts.VERSION, template, asdict(sampling), prompt, list(images)]
+    inputs += [dict(clips)] if clips else []  # the keys of posts without clips are those of earlier versions
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,6 +24,10 @@ from distill.task.labels import LabelSpace
 
 log = logging.getLogger(__name__)
 
+MIN_POSTS = 100
+"""Validation posts with the same modalities from which a temperature of their own is fitted: that of fewer is less
+certain than the temperatures of trained models differ."""
+
 
 @dataclass
 class CalibrateSettings(Settings):
@@ -72,6 +76,7 @@ def calibrate(
     labels: LabelSpace,
     settings: CalibrateSettings,
     *,
+    modalities: Sequence[str] | None = None,
     reviews: bool = True,
 ) -> dict[str, Any]:
     """Fit both temperatures and both thresholds and return the content of `calibration.json`.
@@ -80,6 +85,8 @@ def calibrate(
         gold: label names or values on a scale, one for each validation post.
         student, teacher: scores of the same posts. Posts that a model did not answer are left out and counted.
         names: names of student and teacher.
+        modalities: what each post has (`modalities_of`): a set of modalities that MIN_POSTS posts have, but not all of
+            them, has temperatures of its own; None: all posts have the same.
         reviews: whether the cascade has its third stage, whose posts cost a second call.
 
     Raises:
@@ -91,8 +98,10 @@ def calibrate(
         raise RunError("calibrate: no validation post was answered by both student and teacher")
     gold = [label for label, keep in zip(gold, answered, strict=True) if keep]
     student, teacher = student.select(answered), teacher.select(answered)
+    kinds = np.array(modalities if modalities is not None else [""] * len(answered))[answered]
     truth = np.array([labels.index(label) for label in gold])
     temperatures = [fit_temperature(scores.probabilities, truth) for scores in (student, teacher)]
+    by_modalities = [_by_modalities(scores, truth, kinds) for scores in (student, teacher)]
     signal = settings.signal or settings.measure
     calibration = Calibration(
         student=names[0],
@@ -103,9 +112,11 @@ def calibrate(
         student_threshold=0.0,
         teacher_threshold=0.0,
         min_label_mass=settings.min_label_mass,
+        student_by_modalities=by_modalities[0],
+        teacher_by_modalities=by_modalities[1],
     )
     policy = CascadePolicy(labels, calibration, reviews=reviews)
-    predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
+    predictions = (policy.student_predictions(student, kinds), policy.teacher_predictions(teacher, kinds))
     student_errors, teacher_errors = (errors(of_model, gold, labels) for of_model in predictions)
     knots = (
         fit_error_map(_uncertainty(predictions[0]), student_errors),
@@ -114,7 +125,7 @@ def calibrate(
     if signal == "error":
         calibration = replace(calibration, student_errors=knots[0], teacher_errors=knots[1])
         policy = replace(policy, calibration=calibration)
-        predictions = (policy.student_predictions(student), policy.teacher_predictions(teacher))
+        predictions = (policy.student_predictions(student, kinds), policy.teacher_predictions(teacher, kinds))
     student_uncertainty, teacher_uncertainty = (_uncertainty(of_model) for of_model in predictions)
 
     teacher_threshold = settings.teacher_threshold
@@ -172,6 +183,13 @@ def calibrate(
             "teacher": _model_metrics(teacher, predictions[1], knots[1], truth),
         },
     }
+
+
+def _by_modalities(scores: ClassScores, truth: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
+    """The temperature of each set of modalities that MIN_POSTS posts have, but not all of them."""
+    names, counts = np.unique(kinds, return_counts=True)
+    enough = [str(name) for name, count in zip(names, counts, strict=True) if MIN_POSTS <= count < len(kinds)]
+    return {name: fit_temperature(scores.probabilities[kinds == name], truth[kinds == name]) for name in enough}
 
 
 def stack_probabilities(predictions: Sequence[Prediction]) -> np.ndarray:

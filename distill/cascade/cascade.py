@@ -4,8 +4,8 @@
 to a data set, with one batch per stage; the gateway in `serving/` applies the same policy to single requests.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,12 +36,25 @@ class CascadeSettings(Settings):
     """Number of bootstrap resamples for each 95% interval."""
 
 
+_EARLIER: dict[str, Any] = {
+    "student_errors": None, "teacher_errors": None, "student_by_modalities": {}, "teacher_by_modalities": {},
+}  # fmt: skip
+"""Fields that the calibrations of earlier versions do not have."""
+
+
+def modalities_of(samples: Iterable[Sample]) -> list[str]:
+    """What each post has, such as `text+video+audio`."""
+    return ["+".join(sample.modalities) for sample in samples]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Temperatures and thresholds from `calibration.json`.
 
     `student` and `teacher` are the names of the models that it was fitted to. `student_errors` and `teacher_errors` map
     the measure to the probability of an error; None if answers are ranked by the measure itself.
+    `student_by_modalities` and `teacher_by_modalities` are the temperatures for posts with certain modalities
+    (`modalities_of`); other posts have `student_temperature` and `teacher_temperature`.
     """
 
     student: str
@@ -54,6 +67,8 @@ class Calibration:
     min_label_mass: float = 0.5
     student_errors: Knots | None = None
     teacher_errors: Knots | None = None
+    student_by_modalities: Mapping[str, float] = field(default_factory=dict)
+    teacher_by_modalities: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def signal(self) -> str:
@@ -69,7 +84,7 @@ class Calibration:
         """
         try:
             content = read_json(path)
-            content = {"student_errors": None, "teacher_errors": None} | content  # those of earlier versions have none
+            content = _EARLIER | content
             calibration = cls(**{name: content[name] for name in cls.__dataclass_fields__})
             calibration._check()
         except OSError:
@@ -87,6 +102,9 @@ class Calibration:
         for name in ("student_temperature", "teacher_temperature", "student_threshold", "teacher_threshold"):
             if not isinstance(value := getattr(self, name), int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}")
+        for name in ("student_by_modalities", "teacher_by_modalities"):
+            if not all(isinstance(value, float) for value in dict(getattr(self, name)).values()):
+                raise TypeError(f"{name} has values that are no numbers")
         for name in ("student_errors", "teacher_errors"):
             if (knots := getattr(self, name)) is not None:
                 values = np.array(knots, dtype=np.float64)  # ValueError if it is no table of numbers
@@ -189,13 +207,17 @@ class CascadePolicy:
         """The prompt that asks the teacher for a rationale."""
         return "explain" if self.explains else "predict"
 
-    def student_predictions(self, scores: ClassScores) -> list[Prediction]:
-        """The student's predictions on B samples."""
-        return self._predictions(scores, self.calibration.student_temperature, self.calibration.student_errors)
+    def student_predictions(self, scores: ClassScores, modalities: Sequence[str] | None = None) -> list[Prediction]:
+        """The student's predictions on B samples, given `modalities_of` them; None if these are not known."""
+        fitted = self.calibration
+        temperatures = _temperatures(fitted.student_temperature, fitted.student_by_modalities, modalities)
+        return self._predictions(scores, temperatures, fitted.student_errors)
 
-    def teacher_predictions(self, scores: ClassScores) -> list[Prediction]:
-        """The teacher's predictions on B samples, first answers or reviews."""
-        return self._predictions(scores, self.calibration.teacher_temperature, self.calibration.teacher_errors)
+    def teacher_predictions(self, scores: ClassScores, modalities: Sequence[str] | None = None) -> list[Prediction]:
+        """The teacher's predictions on B samples, first answers or reviews; see `student_predictions`."""
+        fitted = self.calibration
+        temperatures = _temperatures(fitted.teacher_temperature, fitted.teacher_by_modalities, modalities)
+        return self._predictions(scores, temperatures, fitted.teacher_errors)
 
     def accept_student(self, student: Prediction) -> Decision | None:
         """Stage 1: accept the student's answer if its uncertainty is at most the threshold and below 1."""
@@ -240,7 +262,9 @@ class CascadePolicy:
             return float(self.labels.scale.expectation(probabilities))
         return self.labels.names[int(np.argmax(probabilities))]
 
-    def _predictions(self, scores: ClassScores, temperature: float, errors: Knots | None) -> list[Prediction]:
+    def _predictions(
+        self, scores: ClassScores, temperature: float | np.ndarray, errors: Knots | None
+    ) -> list[Prediction]:
         probabilities = temper(scores.probabilities, temperature)
         uncertainties = uncertainty(probabilities, self.calibration.measure)
         if errors is not None:  # 1 is for answers that are never accepted
@@ -263,6 +287,13 @@ class CascadePolicy:
         return weights / weights.sum() @ np.stack([student.probabilities, teacher.probabilities])
 
 
+def _temperatures(overall: float, fitted: Mapping[str, float], modalities: Sequence[str] | None) -> float | np.ndarray:
+    """The temperature of each of B posts, [B]; a number if all have the same."""
+    if modalities is None or not fitted:
+        return overall
+    return np.array([fitted.get(name, overall) for name in modalities])
+
+
 def run_cascade(
     samples: Sequence[Sample], student_scores: ClassScores, teacher: Reasoner, policy: CascadePolicy
 ) -> list[Decision]:
@@ -274,19 +305,23 @@ def run_cascade(
     Raises:
         RunError: the teacher cannot be reached.
     """
-    students = policy.student_predictions(student_scores)
+    modalities = modalities_of(samples)
+    students = policy.student_predictions(student_scores, modalities)
     decisions: list[Decision | None] = [policy.accept_student(student) for student in students]
     deferred = [index for index, decision in enumerate(decisions) if decision is None]
     teachers: dict[int, Prediction] = {}
     if deferred:
         scores = teacher.classify([samples[index] for index in deferred])
-        teachers = dict(zip(deferred, policy.teacher_predictions(scores), strict=True))
+        teachers = dict(
+            zip(deferred, policy.teacher_predictions(scores, [modalities[n] for n in deferred]), strict=True)
+        )
     for index in deferred:
         decisions[index] = policy.accept_teacher(students[index], teachers[index])
     undecided = [index for index in deferred if decisions[index] is None]
     if undecided:
         earlier = [policy.earlier_answers(students[index], teachers[index]) for index in undecided]
-        reviews = policy.teacher_predictions(teacher.classify([samples[index] for index in undecided], earlier))
+        scores = teacher.classify([samples[index] for index in undecided], earlier)
+        reviews = policy.teacher_predictions(scores, [modalities[index] for index in undecided])
         for index, review in zip(undecided, reviews, strict=True):
             decisions[index] = policy.accept_review(students[index], teachers[index], review)
     return [decision for decision in decisions if decision is not None]

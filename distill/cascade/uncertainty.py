@@ -45,16 +45,20 @@ def uncertainty(probabilities: np.ndarray, measure: Measure = "entropy") -> np.n
     return found.clip(0.0, 1.0)
 
 
-def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+def temper(probabilities: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
     """Probabilities [B, K] at another temperature: softmax(log p / T). Zeros stay zero.
 
+    Args:
+        temperature: of all rows, or [B].
+
     Raises:
-        ValueError: the temperature is not a positive number, or a row is not a probability distribution.
+        ValueError: a temperature is not a positive number, or a row is not a probability distribution.
     """
-    if not 0 < temperature < np.inf:
+    temperatures = np.asarray(temperature, dtype=np.float64)
+    if not ((temperatures > 0) & (temperatures < np.inf)).all():
         raise ValueError(f"temperature is {temperature}; it takes a positive number")
     with np.errstate(divide="ignore"):
-        return softmax(np.log(_checked(probabilities)) / temperature, axis=1)
+        return softmax(np.log(_checked(probabilities)) / temperatures.reshape(-1, 1), axis=1)
 
 
 def fit_temperature(probabilities: np.ndarray, gold: np.ndarray) -> float:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
+from distill.data.built_in import BuiltIn
 from distill.data.clips import ClipError, ClipReader
 from distill.data.images import ImageError, decode
-from distill.data.postcards import generate
-from distill.data.source import CONTINUOUS, PARTS, SPLITS, DataSettings, read_rows, split_files
+from distill.data.source import CONTINUOUS, PARTS, SPLITS, DataSettings, built_in, read_rows, split_files
 from distill.data.split import stratified_split
 from distill.data.text import clean
 from distill.errors import RunError, SettingsError
@@ -79,12 +79,12 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
     Raises:
         SettingsError: the source and `task.scale` do not fit, a file is missing or has no usable row, or a split cannot
             be drawn.
-        RunError: the postcards cannot be written.
+        RunError: the built-in corpus cannot be written.
     """
     check_labels(settings, labels)
     _check_settings(settings)
-    if settings.source == "postcards":
-        _make_postcards(settings)
+    if built_in_corpus := built_in(settings):
+        _generate(built_in_corpus, settings.root)
     root = Path(settings.root).resolve()
     entries = [_entry(split, file, row, settings, labels) for split, file, row in read_rows(settings)]
     broken = _broken_files({file for entry in entries if entry.sample for file in _files(entry.sample)}, settings)
@@ -137,13 +137,13 @@ def _check_settings(settings: DataSettings) -> None:
         raise SettingsError("data.validation_fraction and data.test_fraction must sum to less than 1")
 
 
-def _make_postcards(settings: DataSettings) -> None:
+def _generate(corpus: BuiltIn, root: str) -> None:
     try:
-        generate(settings.root, settings.postcards)
+        corpus.generate(root)
     except FileExistsError as error:
         raise SettingsError(str(error)) from error
     except OSError as error:
-        raise RunError(f"cannot write the postcards to {settings.root}: {error.strerror or error}") from error
+        raise RunError(f"cannot write the {corpus.name} to {root}: {error.strerror or error}") from error
 
 
 def _splits_to_draw(settings: DataSettings) -> dict[str, float]:

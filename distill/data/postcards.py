@@ -8,23 +8,24 @@ them from further posts, and the training split has only every other one.
 """
 
 import itertools
-import json
 import math
 import random
-import re
-from collections.abc import Iterator, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image, ImageDraw
 
-from distill.files import atomic_folder, read_json, write_json
+from distill.data.built_in import BuiltIn
 from distill.settings import Fraction, Range, Seed, Settings
 from distill.task.rationale import Rationale, render
 
 TONES = ("cheerful", "plain", "gloomy")
 FACES = ("smiling", "blank", "frowning")
+BENDS = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}
+"""How far the mouth of each face is bent."""
 
 RULE = {
     ("cheerful", "smiling"): ("positive", "Both are glad, so the joy is meant."),
@@ -89,13 +90,8 @@ TEXTS = (
 )
 TOWNS = ("Arles", "Bergen", "Cork", "Delft", "Evora", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kotor", "Lund")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MARKER = "postcards.json"
 VERSION = 2
 """Of the posts that the same settings give."""
-GENERATED = {"train.jsonl", "validation.jsonl", "test.jsonl", "teacher.jsonl", "images", MARKER}
-"""Everything in a folder of postcards. A folder that contains anything else is never overwritten."""
-_IMAGE = re.compile(r"(train|validation|test|teacher)-\d{4,}\.png")
-
 SKIES = {"blue": (80, 150, 230), "grey": (140, 140, 145), "pink": (245, 145, 165), "green": (95, 190, 110)}
 
 
@@ -124,50 +120,17 @@ class PostcardSettings(Settings):
     """Width and height of the images, in pixels."""
 
 
-def is_generated(root: Path, settings: PostcardSettings) -> bool:
-    """Whether `root` contains the corpus of these settings."""
-    marker = root / MARKER
-    return marker.exists() and bool(read_json(marker) == _content(settings))
+def corpus(settings: PostcardSettings) -> BuiltIn:
+    """The postcards of these settings. The same settings give the same files."""
+    return BuiltIn("postcards", "images", ".png", VERSION, settings, partial(_parts, settings))
 
 
-def _content(settings: PostcardSettings) -> dict[str, int | float]:
-    return {"version": VERSION} | asdict(settings)
-
-
-def generate(root: str | Path, settings: PostcardSettings) -> None:
-    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `images/` to `root`, unless they are already generated.
-
-    The same settings give the same files. A corpus of other settings in the same folder is replaced.
-
-    Raises:
-        FileExistsError: `root` contains files that were not generated here.
-        OSError: `root` cannot be written.
-    """
-    root = Path(root).resolve()  # of a link, the folder that it names is replaced
-    if is_generated(root, settings):
-        return
-    if root.exists():
-        found = {path.name for path in root.iterdir()}
-        # The folder is written atomically, marker included: without the marker, nothing in it was generated here.
-        if foreign := _foreign(root, found) if (root / MARKER).exists() else found:
-            name = min(foreign)
-            raise FileExistsError(f"data.root: {root} contains {name}; use a new or empty folder for the postcards")
+def _parts(
+    settings: PostcardSettings, root: Path, counts: Mapping[str, int]
+) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
     rng = random.Random(settings.seed)
-    with atomic_folder(root) as new:
-        (new / "images").mkdir()
-        counts = {"train": settings.labelled + settings.unlabelled, "validation": settings.validation}
-        counts |= {"test": settings.test} | ({"teacher": settings.teacher} if settings.teacher else {})
-        for split, count in counts.items():
-            with (new / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for row in _posts(split, count, settings, rng, new):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        write_json(new / MARKER, _content(settings))
-
-
-def _foreign(root: Path, found: Set[str]) -> Set[str]:
-    """The names in a folder of postcards and in its `images/` that were not generated here."""
-    images = [path.name for path in (root / "images").iterdir()] if (root / "images").is_dir() else []
-    return (found - GENERATED) | {f"images/{name}" for name in images if not _IMAGE.fullmatch(name)}
+    for split, count in counts.items():
+        yield split, _posts(split, count, settings, rng, root)
 
 
 def _posts(
@@ -190,7 +153,7 @@ def _posts(
         text = rng.choice(TEXTS).format(**blanks)
         sky = rng.choice(tuple(SKIES))
         name = f"images/{split}-{number:04d}.png"
-        draw_card(face, sky, rng, settings.image_size).save(root / name)
+        draw_card(BENDS[face], sky, rng, settings.image_size).save(root / name)
         label, why = RULE[tone, face]
         row = {"id": f"{split}-{number:04d}", "text": text, "image": name, "label": None, "rationale": None}
         if number < labelled:
@@ -211,8 +174,13 @@ def rationale(tone: str, face: str, sky: str, label: str, why: str) -> Rationale
     )
 
 
-def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image:
-    """Draw one card at four times its size and scale it down: sky, ground, and a face near the middle."""
+def draw_card(bend: float, sky: str, rng: random.Random, size: int) -> Image.Image:
+    """Draw one card at four times its size and scale it down: sky, ground, and a face near the middle.
+
+    Args:
+        bend: of the mouth, from -1 (frowning) to 1 (smiling).
+        rng: draws the look of the card. In the same state it draws the same look with any bend.
+    """
     side = 4 * size
     background = tuple(max(0, min(255, channel + rng.randint(-6, 6))) for channel in SKIES[sky])
     card = Image.new("RGB", (side, side), background)
@@ -226,7 +194,7 @@ def draw_card(face: str, sky: str, rng: random.Random, size: int) -> Image.Image
     for sign in (-1, 1):
         eye_x, eye_y, eye = x + sign * radius * 0.38, y - radius * 0.28, radius * rng.uniform(0.11, 0.13)
         draw.ellipse((eye_x - eye, eye_y - eye, eye_x + eye, eye_y + eye), fill=(40, 30, 30))
-    curve = {"smiling": 1.0, "blank": 0.0, "frowning": -1.0}[face] * rng.uniform(0.55, 0.65)
+    curve = bend * rng.uniform(0.55, 0.65)
     points = []
     for step in range(21):
         across = step / 10 - 1

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from distill.data import jsonl, meld, mmsa, mosi, mvsa, twitter
+from distill.data import clips_corpus, jsonl, meld, mmsa, mosi, mvsa, postcards, twitter
+from distill.data.built_in import BuiltIn
 from distill.data.clips import VideoSettings
-from distill.data.postcards import VERSION, PostcardSettings, is_generated
+from distill.data.clips_corpus import ClipsSettings
+from distill.data.postcards import PostcardSettings
 from distill.digests import Digests, combine
 from distill.errors import SettingsError
 from distill.settings import Count, Range, Seed, Settings
+from distill.task.sample import MODALITIES
 
 SPLITS = ("train", "validation", "test")
 PARTS = (*SPLITS, "teacher")
 """The splits, and the posts of the teacher alone."""
 
-CONTINUOUS = ("mosi", "mmsa")
-"""The sources whose labels are numbers: they take task.scale, and no other source does."""
+CONTINUOUS = ("mosi", "mmsa", "clips")
+"""The sources whose labels are values on a scale: they take task.scale, and no other source does."""
 
 Part = Annotated[float, Range(0, 1, below=True)]
 
@@ -29,15 +32,15 @@ Part = Annotated[float, Range(0, 1, below=True)]
 class DataSettings(Settings):
     """The data: source, files and splits."""
 
-    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards"] = "jsonl"
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips"] = "jsonl"
     """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
-    MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or postcards (the built-in corpus, generated
-    into data.root)."""
+    MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or a built-in corpus, generated into
+    data.root: postcards, or clips (videos with sound; continuous labels)."""
     root: str = "data"
     """Folder of the data. Images, videos and sounds outside it are rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
     """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
-    three splits. Ignored for postcards."""
+    three splits. Built-in corpora ignore it."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -65,17 +68,41 @@ class DataSettings(Settings):
     too_long: Literal["truncate", "quarantine"] = "truncate"
     """Posts above data.max_tokens: `truncate` cuts the end of the text, `quarantine` drops the post. Both list the
     ids."""
+    drop_modality: dict[str, float] = field(default_factory=dict)
+    """Augmentation for posts that lack something: the probability with which a training leaves out the text, images,
+    video or audio of a post, drawn anew in each epoch, such as `{audio: 0.2, video: 0.2}`. One of them is always left.
+    Without it, the post is trained on its label only: its rationale may be about what was left out."""
     video: VideoSettings = field(default_factory=VideoSettings)
     """Sampling of videos, and limits of videos and sounds."""
     postcards: PostcardSettings = field(default_factory=PostcardSettings)
-    """The built-in corpus, used if data.source is postcards."""
+    """The built-in corpus of pictures, used if data.source is postcards."""
+    clips: ClipsSettings = field(default_factory=ClipsSettings)
+    """The built-in corpus of videos, used if data.source is clips."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.drop_modality if name not in MODALITIES]:
+            raise SettingsError(f"drop_modality.{unknown[0]} is no modality; they are {', '.join(MODALITIES)}")
+        for name, probability in self.drop_modality.items():
+            if problem := Range(0, 1, below=True).problem(probability):
+                raise SettingsError(f"drop_modality.{name} {problem}")
+
+
+def built_in(settings: DataSettings) -> BuiltIn | None:
+    """The built-in corpus that the source names; None if the files are given."""
+    match settings.source:
+        case "postcards":
+            return postcards.corpus(settings.postcards)
+        case "clips":
+            return clips_corpus.corpus(settings.clips)
+        case _:
+            return None
 
 
 def split_files(settings: DataSettings) -> dict[str, list[str]]:
     """The files of each split and of the teacher's posts, relative to the root."""
-    if settings.source == "postcards":
-        files = {split: [f"{split}.jsonl"] for split in SPLITS}
-        return files | {"teacher": ["teacher.jsonl"] if settings.postcards.teacher else []}
+    if corpus := built_in(settings):
+        return {part: [f"{part}.jsonl"] if part in corpus.counts else [] for part in PARTS}
     files = {"train": settings.train, "validation": settings.validation, "test": settings.test}
     return files | {"teacher": settings.teacher}
 
@@ -105,20 +132,20 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
             return mmsa.read(root / file, root, split, settings.label_column or mmsa.LABEL)
         case "meld":
             return meld.read(root / file, root, settings.label_column or meld.LABEL)
-        case "jsonl" | "postcards":
+        case "jsonl" | "postcards" | "clips":
             return jsonl.read(root / file)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
     """Hash of the data: every row of every split file, and the names and sizes of its files.
 
-    The same data in another folder has the same fingerprint. The fingerprint of postcards is that of their settings.
+    The same data in another folder has the same fingerprint. That of a built-in corpus is of its settings.
 
     Raises:
         SettingsError: a split file is missing.
     """
-    if settings.source == "postcards":
-        return hashlib.sha256(f"{settings.postcards}, version={VERSION}".encode()).hexdigest()
+    if corpus := built_in(settings):
+        return corpus.fingerprint
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):
@@ -135,19 +162,19 @@ def data_fingerprint(settings: DataSettings) -> str:
 
 
 def data_digest(settings: DataSettings, digests: Digests) -> str | None:
-    """Digest of the data that `data_fingerprint` leaves out: the content of all files, and the rows of postcards.
+    """Digest of what `data_fingerprint` leaves out: the content of files, and the rows of a built-in corpus.
 
-    None if the postcards are not generated yet.
+    None if the built-in corpus is not generated yet.
 
     Raises:
         SettingsError: a split file is missing.
     """
-    root = Path(settings.root)
-    if settings.source == "postcards" and not is_generated(root, settings.postcards):
+    root, corpus = Path(settings.root), built_in(settings)
+    if corpus and not corpus.is_generated(root):
         return None
     rows, names = [], set()
     for split, file, row in read_rows(settings):
-        if settings.source == "postcards":
+        if corpus:
             rows.append([split, file, row.number, row.fields, row.problem])
         with suppress(ValueError):
             names |= set(jsonl.file_names(row.fields))

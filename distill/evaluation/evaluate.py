@@ -23,6 +23,8 @@ class EvaluateSettings(Settings):
 
     teacher: bool = True
     """Evaluate the teacher, too, if it can be called; an endpoint receives two requests per test post."""
+    modalities: bool = False
+    """Also evaluate the student on posts without their text, images, video or sound, one at a time."""
     max_new_tokens: Count = 512
     """Maximum number of tokens of a rationale."""
     similarity_model: str = "sentence-transformers/all-MiniLM-L6-v2"

@@ -1,7 +1,8 @@
 """Regression metrics of a role, from gold and predicted values on a scale.
 
-Acc-2 and its F1 are published in two conventions for multimodal sentiment: with zero (non-negative against negative,
-all rows) and without zero (positive against negative, rows with a gold value of 0 left out).
+Acc-2 and its F1 are published in three conventions for multimodal sentiment: with zero (non-negative against negative,
+all rows), without zero (positive against negative, rows with a gold value of 0 left out), and for CH-SIMS positive
+against not positive. The accuracies of more classes are those of MMSA (https://github.com/thuiar/MMSA).
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,11 @@ def regression_metrics(gold: Values, predicted: Values, scale: Scale) -> dict[st
         raise ValueError("gold and predicted values must be finite")
     metrics = {"mae": float(np.abs(truth - answer).mean()), "correlation": _correlation(truth, answer)}
     if (scale.low, scale.high) == (-3, 3):
-        metrics |= {f"acc{2 * end + 1}": _rounded_accuracy(truth, answer, end) for end in (3, 2)}
+        metrics |= {f"acc{2 * end + 1}": _rounded_accuracy(truth, answer, end) for end in (3, 2, 1)}
+    if (scale.low, scale.high) == (-1, 1):
+        ends = {"acc5": (-0.7, -0.1, 0.1, 0.7), "acc3": (-0.1, 0.1)}
+        metrics |= {name: _interval_accuracy(truth, answer, inner) for name, inner in ends.items()}
+        metrics |= _polarity_metrics(truth > 0, answer > 0, "positive")
     if scale.low < 0 < scale.high:
         kept = truth != 0
         metrics |= _polarity_metrics(truth >= 0, answer >= 0, "with_zero")
@@ -62,6 +67,8 @@ def trivial_baseline(train_gold: Values, test_gold: Values, scale: Scale) -> dic
         majority = 2 * (train >= 0).sum() >= len(train), (train > 0).sum() >= (train < 0).sum()
         metrics |= _polarity_metrics(truth >= 0, np.full(len(truth), majority[0]), "with_zero")
         metrics |= _polarity_metrics(truth[kept] > 0, np.full(kept.sum(), majority[1]), "without_zero")
+    if "acc2_positive" in metrics:
+        metrics |= _polarity_metrics(truth > 0, np.full(len(truth), 2 * (train > 0).sum() >= len(train)), "positive")
     return metrics
 
 
@@ -75,6 +82,10 @@ def _correlation(truth: np.ndarray, answer: np.ndarray) -> float | None:
 
 def _rounded_accuracy(truth: np.ndarray, answer: np.ndarray, end: int) -> float:
     return float((np.round(truth.clip(-end, end)) == np.round(answer.clip(-end, end))).mean())
+
+
+def _interval_accuracy(truth: np.ndarray, answer: np.ndarray, ends: Sequence[float]) -> float:
+    return float((np.digitize(truth, ends, right=True) == np.digitize(answer, ends, right=True)).mean())
 
 
 def _polarity_metrics(truth: np.ndarray, answer: np.ndarray, convention: str) -> dict[str, float | None]:

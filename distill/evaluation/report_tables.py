@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.task.sample import MODALITIES
+
 Metrics = Mapping[str, Any]
 Roles = Mapping[str, Metrics | Sequence[Metrics]]
 """The object of each role in `metrics.json`, or a list of such objects, one per seed."""
@@ -14,6 +16,7 @@ TITLES = {
     "student": "student",
     "student_refined": "student, refined",
     "student_hard_labels": "student, hard labels",
+    **{f"student_without_{name}": f"student, without {name}" for name in MODALITIES},
 }
 """Titles of the roles, in display order."""
 
@@ -29,12 +32,15 @@ REGRESSION = {
     "correlation": "correlation",
     "acc7": "Acc-7",
     "acc5": "Acc-5",
+    "acc3": "Acc-3",
     "acc2_with_zero": "Acc-2 (≥ 0)",
     "acc2_without_zero": "Acc-2 (no 0)",
+    "acc2_positive": "Acc-2 (> 0)",
     "f1_with_zero": "F1 (≥ 0)",
     "f1_without_zero": "F1 (no 0)",
+    "f1_positive": "F1 (> 0)",
 }
-"""Metrics of values on a scale; Acc-2 and F1 in both published conventions."""
+"""Metrics of values on a scale; Acc-2 and F1 in the published conventions."""
 REASONING = {
     "reasoned_accuracy": "reasoned accuracy",
     "parse_rate": "parse rate",

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def digests(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -26,8 +26,10 @@ def digests(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def main(folder: str, batches: str, logits: str, weights: str = "") -> None:
-    with_images = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto = AutoModelForImageTextToText
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     with torch.inference_mode():

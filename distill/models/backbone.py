@@ -1,4 +1,4 @@
-"""A transformers model of images and text, or of text only, with its processor: loading, encoding, saving and merging.
+"""A transformers model of text, with images and sound or without, with its processor: loading, encoding, saving.
 
 A backbone is either pretrained (`path`, usually with LoRA) or tiny and built from a config (`tiny`, all weights train).
 """
@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, Cache
 
+from distill.data.clips import ClipReader
 from distill.errors import SettingsError, first_line
 from distill.models import families, tiny
 from distill.models.adapters import Source, find_source, load_adapter, merge
+from distill.models.chat_template import use_chat_template
 from distill.models.encoding import (
     IGNORE,
     Encoder,
@@ -23,7 +25,6 @@ from distill.models.encoding import (
     Side,
     label_tokens,
     save_processor,
-    use_chat_template,
 )
 from distill.models.lora import LoraSettings, add_lora, head_weight
 from distill.models.packing import Features, Packed, TreeRow, packed_batch, pad_rows, tree_positions
@@ -68,7 +69,14 @@ class Backbone:
             or the attention implementation cannot score them.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, labels: LabelSpace, settings: ModelSettings) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: Any,
+        labels: LabelSpace,
+        settings: ModelSettings,
+        clips: ClipReader | None = None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.labels = labels
@@ -78,11 +86,12 @@ class Backbone:
             raise SettingsError(f"model.path: the tokenizer of {settings.path} has no end token")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        use_chat_template(processor, settings.path or "the tiny model")
-        limit_pixels(processor, settings)
         self.family, self.packs = families.find(model.config), families.packs(model.config)
+        hears = self.family.audio and settings.audio != "ignore"
+        use_chat_template(processor, settings.path or "the tiny model", hears)
+        limit_pixels(processor, settings)
         self.cap, self._scale = families.logit_cap(model.config), families.logit_scale(model.config)
-        self.encoder = Encoder(processor, settings.image_size, settings.images, self.family.answer_type)
+        self.encoder = Encoder(processor, settings, self.family, clips)
         self.label_tokens = label_tokens(tokenizer, labels)
         self.label_ids = torch.tensor([tokens[0] for tokens in self.label_tokens])
         if self.labels_share_tokens and settings.attention == "flash_attention_2":
@@ -108,7 +117,7 @@ class Backbone:
         earlier: Sequence[EarlierAnswers] | None = None,
         padding_side: Side = "right",
     ) -> Features:
-        """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and the image tensors.
+        """Tensors of B samples padded to the longest: `input_ids`, `attention_mask` [B, T], and those of the media.
 
         Args:
             answers: B answers; each is appended with its end token, and `labels` [B, T] holds its tokens, IGNORE
@@ -117,7 +126,7 @@ class Backbone:
             earlier: B earlier answers of student and teacher, for *review*.
 
         Raises:
-            ImageError: an image cannot be read.
+            ImageError, ClipError: an image, a video or a sound cannot be read.
             ValueError: *review* without earlier answers.
         """
         reviewed = earlier if earlier is not None else (None,) * len(samples)
@@ -137,14 +146,14 @@ class Backbone:
         return [*self.encoder.tokens(text), self.processor.tokenizer.eos_token_id]
 
     def pack(self, rows: Sequence[Sequence[PromptWithAnswers]], width: int = 0) -> Packed:
-        """Pack B rows into one sequence each (`models/packing.py`); the prompts of a row have the same images.
+        """Pack B rows into one sequence each (`models/packing.py`); the prompts of a row have the same media.
 
         Args:
-            width: rows without images are joined up to this many tokens; 0: they are not.
+            width: rows without media are joined up to this many tokens; 0: they are not.
 
         Raises:
-            ImageError: an image cannot be read.
-            SettingsError: the chat template places the images where the prompts cannot share them.
+            ImageError, ClipError: an image, a video or a sound cannot be read.
+            SettingsError: the chat template places the media where the prompts cannot share them.
         """
         return self.branch(*self.encoder.pack(rows, width))
 
@@ -194,8 +203,13 @@ class Backbone:
         rope_index = getattr(self._base_model.base_model, "get_rope_index", None)
         if rope_index is None:
             return (features["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        given = dict(features)
+        if (mask := features.get("feature_attention_mask")) is not None:
+            given["audio_seqlens"] = mask.sum(1)  # the names of Qwen2.5-Omni
+        if (seconds := features.get("video_second_per_grid")) is not None:
+            given["second_per_grids"] = seconds
         accepted = inspect.signature(rope_index).parameters
-        positions: torch.Tensor = rope_index(**{name: value for name, value in features.items() if name in accepted})[0]
+        positions: torch.Tensor = rope_index(**{name: value for name, value in given.items() if name in accepted})[0]
         return positions
 
     def save(self, folder: Path) -> None:
@@ -238,7 +252,13 @@ def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def create(
-    settings: ModelSettings, labels: LabelSpace, tokenizer: Path, *, train: bool = True, weights: bool = True
+    settings: ModelSettings,
+    labels: LabelSpace,
+    tokenizer: Path,
+    *,
+    train: bool = True,
+    weights: bool = True,
+    clips: ClipReader | None = None,
 ) -> Backbone:
     """Create a model before training: pretrained with a new adapter or its own one, or tiny with random weights.
 
@@ -246,6 +266,7 @@ def create(
         tokenizer: folder of the tokenizer that all tiny models of a chain share.
         train: False for inference only; no adapter is added.
         weights: False for shapes only: a pretrained model is then on the meta device, and no weights are read.
+        clips: decodes videos and sounds; None: with the default settings.
 
     Raises:
         SettingsError: the model cannot be loaded, has no chat template, or its tokenizer cannot encode the labels.
@@ -262,7 +283,7 @@ def create(
             tiny.build_config(settings.tiny, tiny_tokenizer), attn_implementation=attention
         )
         set_checkpointing(model, settings, train=train)
-        return Backbone(model, tiny.build_processor(tiny_tokenizer), labels, settings)
+        return Backbone(model, tiny.build_processor(tiny_tokenizer, settings.tiny), labels, settings, clips)
     source = find_source(settings.path, settings.revision)
     model = load_pretrained(settings, source) if weights else on_meta(settings)
     if source.adapter:
@@ -272,14 +293,22 @@ def create(
     elif train and settings.lora is not None:
         model = add_lora(model, settings.lora, source.revision)
     set_checkpointing(model, settings, train=train)
-    return Backbone(model.train(train), load_processor(model, source), labels, settings)
+    return Backbone(model.train(train), load_processor(model, source), labels, settings, clips)
 
 
-def load(settings: ModelSettings, labels: LabelSpace, adapter: Path, *, train: bool = False) -> Backbone:
+def load(
+    settings: ModelSettings,
+    labels: LabelSpace,
+    adapter: Path,
+    *,
+    train: bool = False,
+    clips: ClipReader | None = None,
+) -> Backbone:
     """Load a trained model from the folder that `Backbone.save` wrote.
 
     Args:
         train: whether it is trained further.
+        clips: as for `create`.
 
     Raises:
         SettingsError: the folder is missing or broken, or `settings.path` cannot be loaded.
@@ -293,4 +322,4 @@ def load(settings: ModelSettings, labels: LabelSpace, adapter: Path, *, train: b
     else:
         model = load_pretrained(replace(settings, keep_layers=None), trained)  # has no other layers
     set_checkpointing(model, settings, train=train)
-    return Backbone(model.eval(), load_processor(model, trained), labels, settings)
+    return Backbone(model.eval(), load_processor(model, trained), labels, settings, clips)

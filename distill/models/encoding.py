@@ -1,20 +1,23 @@
 """Encoding of prompts and images as model inputs, and of labels as tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from distill.data.images import resized
+from distill.data.clips import ClipReader
 from distill.data.text import clean
 from distill.errors import SettingsError
+from distill.models.families import Family
+from distill.models.media import Loaded, MediaReader
 from distill.models.memory import is_out_of_memory
 from distill.models.packing import Features, TreeRow, build_tree_row, shared_prefix_length
+from distill.models.pretrained import ModelSettings
 from distill.task.labels import LabelSpace
-from distill.task.sample import Media
+from distill.task.sample import NO_MEDIA, Media
 
 IGNORE = -100
 """Label of positions without loss."""
@@ -24,11 +27,18 @@ Prompt = tuple[str, Media]
 
 Side = Literal["left", "right"]
 
+_OF_MEDIA = re.compile("audio|feature|image|pixel|video")
+"""Names of inputs with a value for each picture or sound: a mask of a spectrogram can have the shape of the tokens."""
+
 
 def token_aligned(features: Features) -> Features:
     """The inputs of shape [B, T] or [B, T, ...] that have a value for each token."""
     shape = features["input_ids"].shape
-    return {name: value for name, value in features.items() if value.shape == shape or name == "cross_attention_mask"}
+    return {
+        name: value
+        for name, value in features.items()
+        if name == "cross_attention_mask" or (value.shape == shape and not _OF_MEDIA.search(name))
+    }
 
 
 class PromptWithAnswers(NamedTuple):
@@ -51,21 +61,24 @@ class Encoder:
     """Encodes single user messages with a model's processor.
 
     Args:
-        processor: tokenizer, chat template and image processor.
-        image_size: images are resized to squares of this many pixels; 0: no resizing.
-        images: whether the model is given the images of the messages.
-        answer_type: value of `token_type_ids` for appended tokens (`families.py`).
+        processor: tokenizer, chat template, image processor and feature extractor.
+        settings: how the model is given images, videos and sounds.
+        family: of the model.
+        clips: decodes videos and sounds.
 
     Attributes:
-        reads_images: whether it is, and can read them.
+        reads_images: whether the model is given the images of the messages, and can read them.
     """
 
-    def __init__(self, processor: Any, image_size: int, images: bool = True, answer_type: int = 0) -> None:
+    def __init__(
+        self, processor: Any, settings: ModelSettings, family: Family | None = None, clips: ClipReader | None = None
+    ) -> None:
         self.processor = processor
-        self.answer_type = answer_type
-        self.image_size = image_size
-        self.reads_images = images and processor.image_processor is not None
-        self._leaves_images_out = not images
+        family = family or Family("")
+        self.answer_type = family.answer_type
+        self.image_size = settings.image_size
+        self.media = MediaReader(processor, settings, family, clips or ClipReader())
+        self.reads_images = self.media.images
         self._control_tokens = control_tokens(processor)
 
     def encode(
@@ -83,9 +96,9 @@ class Encoder:
             labelled: add `labels` [B, T]: the tokens of the endings, IGNORE elsewhere.
 
         Raises:
-            ImageError: an image cannot be read.
+            ImageError, ClipError: an image, a video or a sound cannot be read.
         """
-        features = self._process(prompts)
+        features = self._process(prompts, self._load(prompts))
         if labelled:
             features["labels"] = torch.full(features["input_ids"].shape, IGNORE)
         return self.append(features, endings or [()] * len(prompts), padding_side)
@@ -125,26 +138,28 @@ class Encoder:
     def pack(
         self, rows: Sequence[Sequence[PromptWithAnswers]], width: int = 0
     ) -> tuple[Features, list[TreeRow], list[int]]:
-        """Pack B rows of prompts; the prompts of a row have the same images, and their common prefix is stored once.
+        """Pack B rows of prompts; the prompts of a row have the same media, and their common prefix is stored once.
 
         Args:
-            width: rows without images are joined to the row before while they have at most this many tokens together.
+            width: rows without media are joined to the row before while they have at most this many tokens together.
 
         Returns:
             The features of each row's first prompt, padded by the processor; at most B packed rows (`build_tree_row`);
             and the lengths of their common prefixes, in tokens.
 
         Raises:
-            ImageError: an image cannot be read.
-            SettingsError: the chat template places the images after the common prefix.
+            ImageError, ClipError: an image, a video or a sound cannot be read.
+            SettingsError: the chat template places the media after the common prefix.
         """
-        tokens = iter(self._prompt_tokens([item.prompt for row in rows for item in row]))
+        prompts = [item.prompt for row in rows for item in row]
+        loaded = self._load(prompts)
+        tokens = iter(self._prompt_tokens(prompts, loaded))
         branches = [[(item, next(tokens)) for item in row] for row in rows]
-        branches = self._joined(branches, width) if width else branches
-        features = self._process([row[0][0].prompt for row in branches])
+        branches = self._joined(branches, width, loaded) if width else branches
+        features = self._process([row[0][0].prompt for row in branches], loaded)
         packed, lengths = [], []
         for row, ids, mask in zip(branches, features["input_ids"], features["attention_mask"], strict=True):
-            first = ids[mask.bool()].tolist()  # with the image tokens expanded
+            first = ids[mask.bool()].tolist()  # with the tokens of the media expanded
             shared = shared_prefix_length([prompt for _, prompt in row])
             length = len(first) - len(row[0][1]) + shared
             if first[length:] != row[0][1][shared:]:
@@ -153,12 +168,12 @@ class Encoder:
             lengths.append(length)
         return features, packed, lengths
 
-    def _joined(self, rows: Sequence[list[_Branch]], width: int) -> list[list[_Branch]]:
-        """Join neighbouring rows without images that have at most `width` tokens together."""
+    def _joined(self, rows: Sequence[list[_Branch]], width: int, loaded: Mapping[Media, Loaded]) -> list[list[_Branch]]:
+        """Join neighbouring rows without media that have at most `width` tokens together."""
         joined: list[list[_Branch]] = []
-        length = width  # of the last row; no row joins one with images
+        length = width  # of the last row; no row joins one with media
         for row in rows:
-            if self.reads_images and row[0][0].prompt[1]:
+            if loaded[row[0][0].prompt[1]].parts:
                 joined.append(row)
                 length = width
                 continue
@@ -177,7 +192,10 @@ class Encoder:
         return list(self.processor.tokenizer(self._escape(text), add_special_tokens=False)["input_ids"])
 
     def fingerprint(self) -> str:
-        """SHA-256 of the preprocessing: tokenizer, chat template, image processor and image size."""
+        """SHA-256 of the preprocessing of texts and images: tokenizer, chat template, image processor and size.
+
+        That of videos and sounds is `media.fingerprint`.
+        """
         tokenizer = self.processor.tokenizer.backend_tokenizer
         tokenizer.no_padding(), tokenizer.no_truncation()  # it keeps those of its last call
         parts = [tokenizer.to_str(), str(self.processor.chat_template)]
@@ -185,53 +203,47 @@ class Encoder:
             parts += [self.processor.image_processor.to_json_string(), str(self.image_size)]
         return sha256("\0".join(parts).encode()).hexdigest()
 
-    def render(self, text: str, media: Media = Media()) -> str:
-        """One user message in the chat template, including the generation prompt."""
-        content = [{"type": "image"} for _ in media.images if self.reads_images]
-        content.append({"type": "text", "text": self._escape(text)})
+    def render(self, text: str, media: Media = NO_MEDIA) -> str:
+        """One user message in the chat template, including the generation prompt. Raises ClipError."""
+        return self._render(text, self.media.load(media))
+
+    def _render(self, text: str, loaded: Loaded) -> str:
+        content = [*loaded.parts, {"type": "text", "text": self._escape(text)}]
         messages = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def check_images(self, count: int) -> None:
-        """Raise SettingsError if a post with this number of images would reach a model that reads none."""
-        if count and not self.reads_images and not self._leaves_images_out:
-            raise SettingsError(
-                "model.images must be false: the model reads text only, and posts have images, which are then left out"
-            )
+    def _load(self, prompts: Sequence[Prompt]) -> dict[Media, Loaded]:
+        """The media of some messages, each loaded once."""
+        return {media: self.media.load(media) for media in dict.fromkeys(media for _, media in prompts)}
 
-    def load_image(self, path: Path) -> Any:
-        """An image, resized to the model's input size. Raises ImageError."""
-        return resized(path, self.image_size)
-
-    def _process(self, prompts: Sequence[Prompt]) -> Features:
+    def _process(self, prompts: Sequence[Prompt], loaded: Mapping[Media, Loaded]) -> Features:
         """The processor's tensors of B messages, padded to the longest on the processor's padding side.
 
         Raises:
             ImageError: an image cannot be read.
-            SettingsError: the processor refuses the messages, or their images.
+            SettingsError: the processor refuses the messages, or their media.
         """
-        self.check_images(max(len(media.images) for _, media in prompts))
-        texts = [self.render(*prompt) for prompt in prompts]
-        nested = [[self.load_image(path) for path in media.images if self.reads_images] for _, media in prompts]
-        images = nested if any(nested) else None  # a flat list would not say which post an image belongs to
+        texts = [self._render(text, loaded[media]) for text, media in prompts]
+        arguments = self.media.arguments([loaded[media] for _, media in prompts])
         special = not self.starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
-            features = dict(self.processor(text=texts, images=images, **options))
+            features = dict(self.processor(text=texts, **arguments, **options))
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            most = max(len(loaded[media].pictures) for _, media in prompts)
             raise SettingsError(
-                f"model.path: the processor does not take posts with {max(map(len, nested))} images and image_size "
+                f"model.path: the processor does not take posts with {most} images and image_size "
                 f"{self.image_size}: {reason}"
             ) from error
         features.pop("labels", None)  # some processors add labels that ignore all tokens
         return features
 
-    def _prompt_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The tokens of messages before their image placeholders are expanded."""
-        texts = [self.render(*prompt) for prompt in prompts]
+    def _prompt_tokens(self, prompts: Sequence[Prompt], loaded: Mapping[Media, Loaded]) -> list[list[int]]:
+        """The tokens of messages before the placeholders of their media are expanded."""
+        texts = [self._render(text, loaded[media]) for text, media in prompts]
         special = not self.starts_with_bos(texts[0])
         encoded = self.processor.tokenizer(texts, add_special_tokens=special)["input_ids"]
         return [list(tokens) for tokens in encoded]
@@ -243,45 +255,6 @@ class Encoder:
 
     def _escape(self, text: str) -> str:
         return escape(clean(text), self._control_tokens)
-
-
-def use_chat_template(processor: Any, name: str) -> None:
-    """Take the chat template of the tokenizer if the processor has none, and check that it renders a post.
-
-    Args:
-        name: of the model, for messages.
-
-    Raises:
-        SettingsError: there is no chat template, or it does not take a message of images and text.
-    """
-    if not getattr(processor, "chat_template", None):
-        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
-    if not processor.chat_template:
-        raise SettingsError(
-            f"model.path: {name} has no chat template; use its instruction-tuned version, "
-            "or put a chat_template.jinja into its folder"
-        )
-    content: list[list[dict[str, str]]] = [[{"type": "text", "text": "probe"}]]
-    reads_images = processor.image_processor is not None
-    if reads_images:
-        content.append([{"type": "image"}, *content[0]])
-    try:
-        text, *both = (
-            str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
-            for parts in content
-        )
-    except Exception as error:  # noqa: BLE001 (a template can raise anything; most are errors of jinja2)
-        problem = " ".join(str(error).split()) or type(error).__name__
-    else:
-        if "probe" in text and "'text'" not in text and both != [text]:
-            return
-        problem = "it takes the text of a message as a string only"
-        if both == [text]:
-            problem = "it drops the images"
-        elif not reads_images:
-            problem = "it drops the text"
-    post = "a post of images and text" if reads_images else "the text of a post"
-    raise SettingsError(f"model.path: the chat template of {name} cannot render {post}: {problem}")
 
 
 def label_tokens(tokenizer: Any, labels: LabelSpace) -> list[list[int]]:
@@ -334,7 +307,11 @@ def control_tokens(processor: Any) -> re.Pattern[str]:
         str(token) for token in tokenizer.added_tokens_decoder.values() if token.special or _MARKED.match(str(token))
     }
     tokens |= {str(token) for token in tokenizer.all_special_tokens}
-    named = {name for name in (*vars(processor), "image_token", "video_token") if name.endswith(("_token", "_tag"))}
+    named = {
+        name
+        for name in (*vars(processor), "image_token", "video_token", "audio_token")
+        if name.endswith(("_token", "_tag"))
+    }
     tokens |= {str(value) for name in named if (value := getattr(processor, name, None))}
     tokens = {token for token in tokens if len(token.strip()) > 1}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")

@@ -6,7 +6,7 @@ implementations.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -22,6 +22,11 @@ class Family:
         packs: whether answers in one packed row are computed as in separate sequences.
         answer_type: value of `token_type_ids` for answer tokens.
         needs_picture: whether each post must have a picture.
+        video: how videos are given to the model, unless `model.video` says otherwise: as pictures, or as it was trained
+            on them.
+        same_frames: whether all videos of a batch must have the same number of frames.
+        audio: whether it hears.
+        audio_window: whether each sound must fill the window of the feature extractor.
         note: what a user should know, for the documentation.
     """
 
@@ -29,6 +34,10 @@ class Family:
     packs: bool = True
     answer_type: int = 0
     needs_picture: bool = False
+    video: Literal["frames", "video"] = "frames"
+    same_frames: bool = False
+    audio: bool = False
+    audio_window: bool = False
     note: str = ""
 
 
@@ -44,13 +53,15 @@ _PALIGEMMA = Family(
 )
 
 FAMILIES = {
-    "qwen2_vl": Family("Qwen2-VL"),
-    "qwen2_5_vl": Family("Qwen2.5-VL"),
-    "qwen3_vl": Family("Qwen3-VL"),
+    "qwen2_vl": Family("Qwen2-VL", video="video"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", video="video"),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", audio=True),
+    "qwen3_vl": Family("Qwen3-VL", video="video"),
     "qwen3_5": Family("Qwen3.5", note=_HYBRID),
     "llava": Family("LLaVA, Pixtral"),
     "llava_next": Family("LLaVA-NeXT"),
-    "llava_onevision": Family("LLaVA-OneVision"),
+    "qwen2_audio": Family("Qwen2-Audio", audio=True, audio_window=True, note="hears the first 30 seconds of a sound"),
+    "llava_onevision": Family("LLaVA-OneVision", video="video", same_frames=True),
     "internvl": Family("InternVL"),
     "idefics3": Family("Idefics3"),
     "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from distill.errors import SettingsError
+from distill.models import families
 from distill.models.adapters import find_file
 from distill.models.hub import load_from_hub
 
@@ -43,6 +44,7 @@ def _problem(path: str, revision: str) -> str | None:
         return None
     kind, architecture = config.model_type, next(iter(config.architectures or ()), "")
     audio = hasattr(config, "audio_config") and not hasattr(config, "vision_config")
+    audio = audio and not (kind in families.FAMILIES and families.FAMILIES[kind].audio)
     if audio or kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES or kind in MODEL_FOR_CTC_MAPPING_NAMES:
         return f"is a model of audio ({kind}); it must take images and text"
     if config.is_encoder_decoder:

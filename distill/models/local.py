@@ -117,12 +117,12 @@ class Local:
         Log-probabilities are those of the model before temperature is applied.
 
         Args:
-            prompts: B pairs of a text and the images placed before it.
+            prompts: B pairs of a text and the media placed before it.
             logprobs: number of most probable tokens to return per position.
             token_ids: tokens whose log-probabilities are returned at every position.
 
         Raises:
-            ImageError: an image cannot be read.
+            ImageError, ClipError: an image, a video or a sound cannot be read.
         """
         completions: list[Completion] = []
         for first, batch in self._batches(prompts):
@@ -160,11 +160,11 @@ class Local:
 
     def _supports_joint_prefill(self, samples: Sequence[Sample]) -> bool:
         """Whether a joint prefill gives the same label scores as `classify`: checked once, on the sample with the most
-        images."""
+        media."""
         if self._joint_prefill is None:
             flash = self.backbone.settings.attention == "flash_attention_2"
             supported = self.backbone.packs and not flash and _has_full_cache(self.backbone)
-            sample = max(samples, key=lambda sample: len(sample.images))
+            sample = max(samples, key=lambda sample: sample.media.extent)
             if supported:
                 try:
                     joint = self._score_and_prefill([sample], "reason").probabilities.double().cpu().numpy()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill.errors import SettingsError, first_line
-from distill.models import layers, tiny
+from distill.models import families, layers, tiny
 from distill.models.adapters import Source, find_source
 from distill.models.hub import load_from_hub, missing_weights
 from distill.models.kinds import attention_problem, check_kind
@@ -42,8 +42,17 @@ class ModelSettings(Settings):
     images: bool = True
     """Give the model the images of the posts. false: their texts only, which a text-only model needs if posts have
     images."""
+    video: Literal["auto", "frames", "video", "ignore"] = "auto"
+    """How the model is given videos: `frames`, as pictures with their times; `video`, as its family takes videos;
+    ignore: not at all; auto: what the table of families says, `frames` for a tiny model."""
+    audio: Literal["auto", "ignore"] = "auto"
+    """auto: the model hears the sound of posts; ignore: it does not, which a model that cannot hear needs if posts have
+    sound."""
+    frames: Count | None = None
+    """Maximum number of frames of a video that the model is given, evenly spaced; null: all that `data.video`
+    samples."""
     image_size: Annotated[int, Range(0, 8192)] = 280
-    """Images are resized to squares of this many pixels; 0: the processor chooses the size."""
+    """Images and frames are resized to squares of this many pixels; 0: the processor chooses the size."""
     min_pixels: Count | None = None
     """Images of fewer pixels are enlarged, if `image_size` is 0 and the processor keeps the proportions of images, as
     those of the Qwen-VL models do; null: what the processor has."""
@@ -81,7 +90,8 @@ def on_meta(settings: ModelSettings) -> torch.nn.Module:
     """
     with torch.device("meta"):
         if not settings.path:
-            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary)
+            hears = settings.tiny.audio_hidden is not None
+            tokenizer = tiny.train_tokenizer(["negative neutral positive"], settings.tiny.vocabulary, audio=hears)
             config = tiny.build_config(settings.tiny, tokenizer)
             return model_class(config).from_config(config)
         source = find_source(settings.path, settings.revision)
@@ -172,7 +182,10 @@ def load_pretrained(settings: ModelSettings, source: Source) -> Any:
 
 def _load_weights(source: Source, **options: Any) -> Any:
     """A model with the weights of its files. Raises ValueError if they lack some, which would be random values."""
-    load = model_class(_load_config(source)).from_pretrained
+    config = _load_config(source)
+    load = model_class(config).from_pretrained
+    if hasattr(config, "audio_config"):
+        options["config"] = config  # not that of the folder
     options |= {"revision": source.revision, "output_loading_info": True}
     model, found = load_from_hub(load, source.path, **options)
     if missing := sorted(found["missing_keys"]):
@@ -192,7 +205,9 @@ def _keep_layers(model: Any, settings: ModelSettings, source: Source) -> Any:
 
 
 def _load_config(source: Source) -> Any:
-    return load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
+    """The config of a model; of Qwen2.5-Omni that of its thinker, which writes text, without the talker."""
+    config = load_from_hub(AutoConfig.from_pretrained, source.path, revision=source.revision)
+    return getattr(config, "thinker_config", config)
 
 
 def _not_loaded(source: Source, problem: str) -> SettingsError:
@@ -232,6 +247,8 @@ def load_processor(model: Any, source: Source) -> Any:
         raise
     except Exception as error:  # each tokenizer raises its own types if files are missing
         raise SettingsError(f"model.path: the processor of {path} cannot be loaded: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor") and families.find(model.config).audio:
+        processor.image_processor = None  # hears and reads
     if not hasattr(processor, "image_processor"):
         raise SettingsError(f"model.path: {path} has no image processor, which a model of its architecture needs")
     return processor

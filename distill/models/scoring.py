@@ -103,8 +103,8 @@ def score_and_prefill(backbone: Backbone, samples: Sequence[Sample], template: T
         template: template of the second prompt.
 
     Raises:
-        ImageError: an image cannot be read.
-        SettingsError: the chat template places the images where the prompts cannot share them.
+        ImageError, ClipError: an image, a video or a sound cannot be read.
+        SettingsError: the chat template places the media where the prompts cannot share them.
     """
     labels = backbone.labels
     placeholder = [[backbone.processor.tokenizer.eos_token_id]]  # any first token: it has no column of its own

@@ -4,23 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from distill.errors import SettingsError
+from distill.models import families
 
 TEMPLATE_VARIABLES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 """Variables of published chat templates: models that can think answer at once, and no prompt has today's date."""
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The transformers class that loads a model: of images and text if there is one, else of text only.
+    """The transformers class that loads a model: of images and text, of sound and text, or of text only.
 
     Raises:
         SettingsError: the model generates no text.
     """
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
+    if config.model_type in families.FAMILIES and families.find(config).audio:
+        return AutoModelForMultimodalLM
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     name = (config.architectures or [config.model_type])[0]

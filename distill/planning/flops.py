@@ -1,7 +1,7 @@
 """FLOPs and saved activations of a pass through a model, counted from its modules (meta device suffices)."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,8 +11,13 @@ _PARTS = {
     "adapter": ("lora_",),
     "projection": ("merger", "projector", "connector"),  # from patches to tokens; may be inside the vision tower
     "vision": ("visual", "vision"),
+    "audio": ("audio",),
 }
 """Substrings of the module names of each part; all other modules belong to the language model."""
+
+
+_SOUND_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
+"""Names of the inputs that say which steps of a spectrogram are sound."""
 
 
 def flops(
@@ -22,6 +27,7 @@ def flops(
     logits: float,
     patches: float = 0,
     pairs: float = 0,
+    sounds: float = 0,
     backward: Literal["none", "activations", "all"] = "none",
 ) -> float:
     """Return the FLOPs of a forward pass and its backward pass: two per multiply-add of a matrix product.
@@ -35,6 +41,7 @@ def flops(
         tokens: number of positions in the language model, including image tokens.
         logits: number of positions in the output head.
         patches: number of image patches in the vision tower.
+        sounds: number of positions in the audio tower.
         pairs: number of (query, key) pairs that the mask allows, summed over all sequences, for one layer and head.
         backward: "none"; "activations" if only an adapter is trained, so that no gradient enters the vision tower;
             "all" if all weights are trained.
@@ -52,7 +59,7 @@ def flops(
     attention = 2 * pairs * query_width * config.num_hidden_layers
     return 2.0 * (
         patches * sizes["patches"] * (1 + weight_grads)  # pixels need no gradient
-        + images * (1 + 2 * weight_grads)
+        + (images + sounds * sizes["audio"]) * (1 + 2 * weight_grads)
         + language * (forward + weight_grads)
         + (tokens * sizes["adapter"] + attention) * (2 * forward - 1)
     )
@@ -71,23 +78,34 @@ def saved_activations(
     return tokens * (widths["language"] + widths["adapter"]) + patches * widths["vision"] * (backward == "all")
 
 
-def count_patches(model: Any, pixels: torch.Tensor | None) -> int:
-    """Return the number of image patches in a batch's `pixel_values`."""
-    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
-    size = next((module.weight[0].numel() for module in convolutions), 0)
-    return pixels.numel() // size if size and pixels is not None else 0
+def count_patches(model: Any, features: Mapping[str, torch.Tensor]) -> int:
+    """Return the number of image patches in a batch, of pictures and of videos."""
+    size = next((module.weight[0].numel() for module in _patch_embeddings(model)), 0)
+    pixels = sum(features[name].numel() for name in ("pixel_values", "pixel_values_videos") if name in features)
+    return pixels // size if size else 0
+
+
+def count_sounds(features: Mapping[str, torch.Tensor]) -> int:
+    """Return the number of positions in the audio tower for a batch: one for two steps of a spectrogram."""
+    masks = (features[name] for name in _SOUND_MASKS if name in features)
+    return next((int(mask.sum()) // 2 for mask in masks), 0)
 
 
 def _sum_linear(model: Any, value: Callable[[nn.Linear], int]) -> Counter[str]:
     """Sum `value` over the linear layers of each part; `patches` counts the weights of the patch embedding."""
-    head, sums = model.get_output_embeddings(), Counter[str]()
+    head = model.get_output_embeddings()
+    sums = Counter({"patches": sum(module.weight.numel() for module in _patch_embeddings(model))})
     head = getattr(head, "base_layer", head)  # it may have an adapter
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            sums["patches"] += module.weight.numel()
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             sums["head" if module is head else _part(name)] += value(module)
     return sums
+
+
+def _patch_embeddings(model: Any) -> Iterator[nn.Conv2d | nn.Conv3d]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and _part(name) != "audio":
+            yield module
 
 
 def _part(name: str) -> str:
@@ -99,10 +117,8 @@ def _part(name: str) -> str:
 
 def _widths(model: Any) -> tuple[int, int]:
     """Return the width of a patch in the vision tower, and the input width of the projection for one image token."""
-    width = merged = 1
+    width = merged = next((module.out_channels for module in _patch_embeddings(model)), 1)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and width == 1:
-            width = merged = module.out_channels
         if isinstance(module, nn.Linear) and _part(name) == "projection":
             return width, module.in_features
     return width, merged

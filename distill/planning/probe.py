@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from distill import chain
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.ledger import Ledger
+from distill.data.clips import ClipReader
 from distill.errors import RunError, SettingsError, in_section
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.reasoner import Answer, Sampling
@@ -76,7 +77,8 @@ def _ask(
     others = recipe.other_servers(for_cascade=settings != recipe.annotating_teacher)
     try:
         with in_section(section):
-            endpoint = Endpoint(replace(settings, max_attempts=1), forecast.labels, recipe.data.max_pixels)
+            clips = ClipReader(recipe.data.video)
+            endpoint = Endpoint(replace(settings, max_attempts=1), forecast.labels, recipe.data.max_pixels, clips)
     except SettingsError as error:
         return [str(error)]
     for question in questions:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from distill.models.backbone import Backbone
-from distill.planning.flops import count_patches, flops, saved_activations
+from distill.planning.flops import count_patches, count_sounds, flops, saved_activations
 from distill.task.prompts import Template
 from distill.task.sample import Sample
 from distill.training.assistant import TrainSettings
@@ -31,6 +31,7 @@ class TokenCounts:
     Attributes:
         longest: number of tokens of the longest sample.
         answers: answer tokens with soft targets; those after the same tokens have the same logits. 0 where not counted.
+        sounds: positions in the audio tower.
     """
 
     tokens: float
@@ -39,6 +40,7 @@ class TokenCounts:
     pairs: float
     longest: int
     answers: float = 0
+    sounds: float = 0
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def count_tokens(
     tasks: dict[Template, float] = settings.tasks  # type: ignore[assignment]
     separate = [_separate_lengths(sample, backbone, tasks) for sample in samples]
     widths = {task: max(lengths.get(task, 0) for lengths, _ in separate) for task in tasks}
-    published = [_separate_counts([widths[task] for task in lengths], patches) for lengths, patches in separate]
+    published = [_separate_counts([widths[task] for task in lengths], *media) for lengths, media in separate]
     if uses_all_positions(settings):
-        return _mean(published), _mean([_separate_counts(lengths.values(), patches) for lengths, patches in separate])
+        return _mean(published), _mean([_separate_counts(lengths.values(), *media) for lengths, media in separate])
     labels, size = learns_labels(settings), settings.batch_size
 
     def packed(part: Sequence[Sample]) -> TokenCounts:
@@ -198,22 +200,25 @@ def soft_target_bytes(answer_tokens: float, options: DistillationSettings, assis
 
 
 def _flops(model: Any, counts: TokenCounts, backward: Literal["none", "activations", "all"] = "none") -> float:
-    arguments = {"tokens": counts.tokens, "logits": counts.logits, "patches": counts.patches, "pairs": counts.pairs}
-    return flops(model, backward=backward, **arguments)
+    return flops(
+        model, tokens=counts.tokens, logits=counts.logits, patches=counts.patches, sounds=counts.sounds,
+        pairs=counts.pairs, backward=backward,
+    )  # fmt: skip
 
 
 def _separate_lengths(
     sample: Sample, backbone: Backbone, tasks: dict[Template, float]
-) -> tuple[dict[Template, int], int]:
-    """Return the tokens of a separate sequence for each task, and the patches of all sequences."""
-    lengths, patches = {}, 0
+) -> tuple[dict[Template, int], tuple[int, int]]:
+    """Return the tokens of a separate sequence for each task, and the patches and sound positions of all sequences."""
+    lengths, patches, sounds = {}, 0, 0
     for task in tasks:
         if (text := target_answer(task, sample, backbone.labels)) is not None:
             earlier = [synthetic_answers(sample, backbone.labels)] if task == "review" else None
             features = backbone.encode([sample], task, [text], earlier=earlier)
             lengths[task] = int(features["attention_mask"].sum())
-            patches += count_patches(backbone.model, features.get("pixel_values"))
-    return lengths, patches
+            patches += count_patches(backbone.model, features)
+            sounds += count_sounds(features)
+    return lengths, (patches, sounds)
 
 
 def _packed_counts(
@@ -229,19 +234,19 @@ def _packed_counts(
         columns = torch.arange(ends.shape[1])
         pairs = int(((ends - columns) * (columns < lengths[:, None])).sum())
     tokens, logits = int(lengths.sum()), len(batch.positions.unique())
-    patches = count_patches(backbone.model, batch.inputs.get("pixel_values"))
-    return TokenCounts(tokens, logits, patches, pairs, tokens, len(batch.tokens))
+    patches, sounds = count_patches(backbone.model, batch.inputs), count_sounds(batch.inputs)
+    return TokenCounts(tokens, logits, patches, pairs, tokens, len(batch.tokens), sounds)
 
 
-def _separate_counts(lengths: Collection[int], patches: int) -> TokenCounts:
+def _separate_counts(lengths: Collection[int], patches: int, sounds: int) -> TokenCounts:
     """Return the counts of causal sequences with logits at all positions."""
-    tokens = sum(lengths)
-    return TokenCounts(tokens, tokens, patches, sum(length * (length + 1) // 2 for length in lengths), tokens)
+    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    return TokenCounts(tokens, tokens, patches, pairs, tokens, sounds=sounds)
 
 
 def _mean(parts: list[TokenCounts], samples: int = 0) -> TokenCounts:
     """Return the mean over the samples; by default each part has one."""
     n = samples or len(parts)
-    names = "tokens", "logits", "patches", "pairs", "answers"
+    names = "tokens", "logits", "patches", "pairs", "answers", "sounds"
     mean = {name: sum(getattr(part, name) for part in parts) / n for name in names}
     return TokenCounts(**mean, longest=max(part.longest for part in parts))

@@ -13,8 +13,9 @@ from pathlib import Path
 from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
 from distill.annotation.ledger import Ledger
+from distill.data.clips import RATE, ClipReader
 from distill.data.images import open_image
-from distill.data.postcards import is_generated
+from distill.data.source import built_in
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import EndpointSettings
@@ -27,7 +28,7 @@ from distill.stages.label_targets import unlabelled
 from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale, render
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 from distill.training.batches import synthetic_answers
 
 SAMPLE_SIZE = 64
@@ -35,6 +36,9 @@ SAMPLE_SIZE = 64
 
 TOKEN_SIDE, MIN_IMAGE_TOKENS = 28, 4
 """Qwen2.5-VL: side in pixels of the square that becomes one token, and the tokens of the smallest images."""
+
+SOUND_TOKENS = 25
+"""Qwen2.5-Omni and Qwen2-Audio: tokens of a second of sound."""
 
 _FILLER = " ".join(["What the post says, what its picture shows and which of them prevails is weighed here."] * 3)
 
@@ -57,7 +61,7 @@ class ChainForecast:
         self.labels = recipe.labels
         self.done = chain.up_to_date(recipe)
         data = recipe.data
-        if data.source == "postcards" and not is_generated(Path(data.root), data.postcards):
+        if (corpus := built_in(data)) and not corpus.is_generated(Path(data.root)):
             data = replace(data, root=str(scratch / "data"))
         self.context = Context(replace(recipe, runs=str(scratch), data=data), {})
         self.corpus = self.context.posts
@@ -221,11 +225,12 @@ class ChainForecast:
             text = prompts.render(template, post, labels, earlier)
             images = post.images if isinstance(teacher, EndpointSettings) or teacher.images else ()
             total += sum(_image_tokens(path, teacher) for path in images)
+            total += _clip_tokens(post.media, teacher, self.context.clips)
             if tokenizer is None:
                 total += len(text) / CHARACTERS_PER_TOKEN
             else:
                 shown = images if tokenizer.encoder.reads_images else ()
-                message = tokenizer.encoder.render(text, shown)
+                message = tokenizer.encoder.render(text, Media(tuple(shown)))
                 total += len(tokenizer.processor.tokenizer(message)["input_ids"]) - len(shown)
         return total / len(sampled)
 
@@ -256,7 +261,21 @@ def sample_by_length(rows: Iterable[Sample]) -> list[Sample]:
 def _image_tokens(path: Path, teacher: Teacher) -> float:
     """Estimate the tokens of an image from its size in pixels."""
     with open_image(path) as image:
-        width, height = image.size
+        return _picture_tokens(*image.size, teacher)
+
+
+def _clip_tokens(media: Media, teacher: Teacher, clips: ClipReader) -> float:
+    """Estimate the tokens of a video's frames and of a sound; those of the frames' times are not counted."""
+    total = 0.0
+    if media.video is not None and teacher.video != "ignore":
+        frames = clips.frames(media.video, teacher.frames).images
+        total += sum(_picture_tokens(frame.shape[1], frame.shape[0], teacher) for frame in frames)
+    if media.audio is not None and teacher.audio != "ignore" and (sound := clips.sound(media.audio)) is not None:
+        total += len(sound) / RATE * SOUND_TOKENS
+    return total
+
+
+def _picture_tokens(width: int, height: int, teacher: Teacher) -> float:
     if isinstance(teacher, ModelSettings):
         width, height = (teacher.image_size, teacher.image_size) if teacher.image_size else (width, height)
     else:

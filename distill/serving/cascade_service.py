@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distill.cascade.cascade import CascadePolicy, Decision, Prediction
+from distill.cascade.cascade import CascadePolicy, Decision, Prediction, modalities_of
 from distill.models.encoding import Prompt
 from distill.models.endpoint import Endpoint
 from distill.models.local import Completion, Local
@@ -271,7 +271,7 @@ class CascadeService:
     def _run_student(self, kind: Any, items: list[Any]) -> Sequence[Any]:
         student = self._models[0]
         if kind == "classify":
-            return self.policy.student_predictions(student.classify(items))
+            return self.policy.student_predictions(student.classify(items), modalities_of(items))
         if kind in ("reason", "explain"):
             return self._generate(student, items, kind)
         assert self.local is not None
@@ -285,7 +285,8 @@ class CascadeService:
         samples, earlier = zip(*items, strict=True)
         if kind in ("explain", "predict"):
             return self._generate(teacher, samples, kind)
-        return self.policy.teacher_predictions(teacher.classify(samples, earlier if kind == "review" else None))
+        scores = teacher.classify(samples, earlier if kind == "review" else None)
+        return self.policy.teacher_predictions(scores, modalities_of(samples))
 
     def _generate(self, model: Reasoner, samples: Sequence[Sample], template: Template) -> list[Answer]:
         answers = dict(model.reason(samples, template, Sampling(max_new_tokens=self._settings.max_new_tokens)))

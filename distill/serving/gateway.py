@@ -6,26 +6,27 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from distill.cascade.cascade import CascadePolicy
+from distill.data.clips import ClipReader
 from distill.data.images import MAX_PIXELS
 from distill.errors import SettingsError
 from distill.models.reasoner import Reasoner, Sampling
 from distill.serving import protocol
 from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
 from distill.serving.cascade_service import CascadeResult, CascadeService
-from distill.serving.images import RequestImages
+from distill.serving.media import RequestMedia, Source, Sources
 from distill.serving.metrics import Metrics
 from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
 from distill.task import rationale
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Gateway:
         teacher: None if there is no teacher; answers on which the student is uncertain are then marked `degraded`.
         name: model name of the cascade; the student alone is `NAME-student`.
         max_pixels: most pixels of an image.
+        clips: decodes videos and sounds; None: with the default settings.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
@@ -56,15 +58,16 @@ class Gateway:
         teacher: Reasoner | None,
         name: str,
         max_pixels: int = MAX_PIXELS,
+        clips: ClipReader | None = None,
     ) -> None:
         self.settings, self.name, self.labels = settings, name, policy.labels
         self.metrics = Metrics()
         self.admission = AdmissionControl(settings, self.metrics)
         self.cascade = CascadeService(settings, policy, student, teacher, self.metrics)
-        self.images = RequestImages(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels)
+        self.media = RequestMedia(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels, clips)
         self.created = int(time.time())
         self.warm = self.stopping = False
-        self.page, self.page_policy = load_page("distill.serving", "blob: data:")
+        self.page, self.page_policy = load_page("distill.serving", "blob: data:", "blob:")
 
     @property
     def models(self) -> list[str]:
@@ -78,16 +81,15 @@ class Gateway:
         yield
         self.stopping = True
         warming.cancel()
-        await self.images.close()
+        await self.media.close()
         await asyncio.to_thread(self.cascade.close)
 
     async def sentiment(self, request: Request) -> Response:
         """`POST /v1/sentiment`."""
         async with self.admission.admit(request) as admitted:
-            body = protocol.read(SentimentRequest, admitted.body)
-            images = [image] if (image := body.image or "").strip() else []
-            result = await self._classify(body.text, images, body.aspect, body.rationale, admitted.deadline)
-        return JSONResponse(self._result_json(result))
+            body, sources = await _read_post(request, admitted.body)
+            _, found = await self._classify(body.text, sources, body.aspect, body.rationale, admitted.deadline)
+        return JSONResponse(found)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -149,18 +151,21 @@ class Gateway:
             raise RequestError(404, message, param="model", code="model_not_found")
 
     async def _classify(
-        self, text: str, images: Sequence[str], aspect: str | None, with_rationale: bool | None, deadline: float
-    ) -> CascadeResult:
-        readable = self._reads(images)
-        if not text.strip() and not readable:
-            raise RequestError(400, "text is empty; send the text of a post, an image, or both", param="text")
+        self, text: str, sources: Sources, aspect: str | None, with_rationale: bool | None, deadline: float
+    ) -> tuple[CascadeResult, Json]:
+        """The result, also as JSON with the times of the frames of a video."""
         await self._check_length(text + (aspect or ""), deadline)
-        async with self.images.stored(images, deadline) as paths:
-            sample = Sample(uuid.uuid4().hex, text, paths, (aspect or "").strip() or None)
+        async with self.media.stored(sources, deadline) as stored:
+            media = stored.media
+            self._check_post(text, media, "text")
+            sample = Sample(
+                uuid.uuid4().hex, text, media.images, (aspect or "").strip() or None,
+                video=media.video, audio=media.audio,
+            )  # fmt: skip
             reason = self.settings.rationale and with_rationale is not False
             result = await self.cascade.classify(sample, deadline, reason)
         self.metrics.decision(result.decision, result.teacher_calls)
-        return result
+        return result, self._result_json(result) | ({} if stored.times is None else {"frames": list(stored.times)})
 
     def _result_json(self, result: CascadeResult) -> Json:
         decision, prediction, found = result.decision, result.prediction, result.explanation.rationale
@@ -185,12 +190,11 @@ class Gateway:
         post = next((message for message in reversed(body.messages) if message.role == "user"), None)
         if post is None:
             raise RequestError(400, "messages has no user message; send the post as one", param="messages")
-        result = await self._classify(post.text, post.images, body.aspect, body.rationale, deadline)
+        result, extra = await self._classify(post.text, _sources(post), body.aspect, body.rationale, deadline)
         found = result.explanation.rationale
         content = rationale.render(found) if found else f"{self.labels.wording.prefix} {result.label}"
         usage = protocol.usage(result.cost.prompt_tokens, result.cost.completion_tokens)
-        extra = {"distill": self._result_json(result)}
-        completion = protocol.completion(body.model, content, "stop", usage, extra=extra)
+        completion = protocol.completion(body.model, content, "stop", usage, extra={"distill": extra})
         return completion, _split_words(content)
 
     async def _student_completion(self, body: ChatRequest, deadline: float) -> tuple[Json, list[Piece]]:
@@ -208,9 +212,11 @@ class Gateway:
             seed=uuid.uuid4().int >> 66 if body.seed is None else body.seed,
         )
         top = body.top_logprobs or 0
-        async with self.images.stored(message.images, deadline) as paths:
+        async with self.media.stored(_sources(message), deadline) as stored:
+            self._check_post(message.text, stored.media, "messages")
             n_logprobs = max(top, 1) if body.logprobs or ids else 0
-            answer = await self.cascade.complete((message.text, paths), sampling, n_logprobs, ids, deadline)
+            prompt = message.text, stored.media
+            answer = await self.cascade.complete(prompt, sampling, n_logprobs, ids, deadline)
         usage = protocol.usage(answer.prompt_tokens, answer.completion_tokens)
         logprobs = protocol.logprobs(answer, top=top > 0 or bool(ids)) if n_logprobs else None
         finish = "stop" if answer.finished else "length"
@@ -225,29 +231,39 @@ class Gateway:
                 raise RequestError(400, f"{field} is not supported by {body.model}; leave it out", param=field)
         if len(body.messages) != 1 or body.messages[0].role != "user":
             raise RequestError(400, f"{body.model} takes exactly one user message", param="messages")
-        readable = self._reads(body.messages[0].images)
-        if not body.messages[0].text.strip() and not readable:
-            raise RequestError(400, "the message is empty; send a text, an image, or both", param="messages")
         if body.top_logprobs and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return body.messages[0]
 
-    def _reads(self, images: Sequence[str]) -> bool:
-        """Whether a post has images that the student reads; with `model.images: false` it reads the text alone.
+    def _check_post(self, text: str, media: Media, param: str) -> None:
+        """Refuse a post of which the student reads nothing, or which has media that it was not trained for.
+
+        With `model.images: false`, `model.video: ignore` or `model.audio: ignore` it leaves such media out.
 
         Raises:
-            RequestError: the student is a text-only model that was trained on posts without images.
+            RequestError: with `param` as the field that is empty.
         """
-        if not images or not self.cascade.local:
-            return bool(images)
-        encoder = self.cascade.local.backbone.encoder
-        try:
-            encoder.check_images(len(images))
-        except SettingsError:
-            raise RequestError(
-                400, "the student reads text only; send the post without images", param="image"
-            ) from None
-        return encoder.reads_images
+        readable = bool(media)
+        if self.cascade.local:
+            reader = self.cascade.local.backbone.encoder.media
+            for given, why, name in (
+                (Media(media.images), "the student reads text only; send the post without images", "image"),
+                (Media(video=media.video), "the student sees no pictures; send the post without video", "video"),
+                (Media(audio=media.audio), "the student cannot hear; send the post without sound", "audio"),
+            ):
+                try:
+                    reader.check(given)
+                except SettingsError:
+                    raise RequestError(400, why, param=name) from None
+            shown = (
+                media.images and reader.images,
+                media.video and reader.video != "ignore",
+                media.audio and reader.audio,
+            )
+            readable = any(shown)
+        if not text.strip() and not readable:
+            name = "the message" if param == "messages" else param
+            raise RequestError(400, f"{name} is empty; send a text, an image, a video or a sound", param=param)
 
     async def _check_length(self, text: str, deadline: float) -> None:
         """Raise RequestError if a text has too many tokens. Its bytes often decide without counting."""
@@ -268,6 +284,24 @@ class Gateway:
             except Exception as error:  # noqa: BLE001 - the gateway reports not ready until the student answers
                 log.warning("the student is not ready: %s", error)
                 await asyncio.sleep(2)
+
+
+async def _read_post(request: Request, body: bytes) -> tuple[SentimentRequest, Sources]:
+    """A post and its media, as JSON or as a form with uploaded files."""
+    files: dict[str, bytes] = {}
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/form-data"):
+        post, files = await asyncio.to_thread(protocol.read_form, body, content_type)
+    else:
+        post = protocol.read(SentimentRequest, body)
+    given = {"image": post.image, "video": post.video, "audio": post.audio}
+    named: dict[str, Source] = {name: value for name, value in given.items() if value and value.strip()}
+    named |= files
+    return post, Sources(*([named[name]] if name in named else [] for name in ("image", "video", "audio")))
+
+
+def _sources(message: Message) -> Sources:
+    return Sources(message.images, message.videos, message.sounds)
 
 
 def create_app(gateway: Gateway) -> FastAPI:

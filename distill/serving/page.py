@@ -5,11 +5,12 @@ from hashlib import sha256
 from importlib import resources
 
 
-def load_page(package: str, images: str) -> tuple[str, str]:
+def load_page(package: str, images: str, media: str = "'none'") -> tuple[str, str]:
     """The `page.html` of a package, and a content security policy that allows only its own style and script.
 
     Args:
         images: where images may come from, such as `'self'`.
+        media: where videos and sounds may come from.
     """
     page = (resources.files(package) / "page.html").read_text(encoding="utf-8")
 
@@ -19,5 +20,6 @@ def load_page(package: str, images: str) -> tuple[str, str]:
 
     return page, (
         f"default-src 'none'; style-src {digest('style')}; script-src {digest('script')}; img-src {images}; "
+        f"media-src {media}; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

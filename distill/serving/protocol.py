@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from email import message_from_bytes, policy
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,6 +43,8 @@ class SentimentRequest(_Request):
 
     text: str = ""
     image: str | None = None
+    video: str | None = None
+    audio: str | None = None
     aspect: str | None = None
     rationale: bool | None = None
 
@@ -66,7 +69,29 @@ class ImagePart(_Lenient):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoUrl(_Lenient):
+    url: str
+
+
+class VideoPart(_Lenient):
+    """vLLM's part with a video."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
+class InputAudio(_Lenient):
+    """A sound in base64. Its format is read from its content."""
+
+    data: str
+
+
+class AudioPart(_Lenient):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart, Field(discriminator="type")]
 
 
 class Message(_Lenient):
@@ -83,8 +108,25 @@ class Message(_Lenient):
     @property
     def images(self) -> list[str]:
         """The URLs of the message's images; a blank URL is no image."""
-        parts = self.content if isinstance(self.content, list) else []
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart) and part.image_url.url.strip()]
+        return [
+            part.image_url.url for part in self._parts if isinstance(part, ImagePart) and part.image_url.url.strip()
+        ]
+
+    @property
+    def videos(self) -> list[str]:
+        """The URLs of the message's videos."""
+        return [
+            part.video_url.url for part in self._parts if isinstance(part, VideoPart) and part.video_url.url.strip()
+        ]
+
+    @property
+    def sounds(self) -> list[str]:
+        """The message's sounds, in base64."""
+        return [part.input_audio.data for part in self._parts if isinstance(part, AudioPart)]
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []
 
 
 class StreamOptions(_Request):
@@ -167,6 +209,35 @@ def read(kind: type[R], body: bytes) -> R:
         raise RequestError(400, "the body is not valid JSON; send an object in UTF-8") from None
     if not isinstance(content, dict):
         raise RequestError(400, 'the body is not a JSON object; send one, such as {"text": "..."}')
+    return _validated(kind, content)
+
+
+def read_form(body: bytes, content_type: str) -> tuple[SentimentRequest, dict[str, bytes]]:
+    """Parse a post in multipart/form-data: its fields, and the files of `image`, `video` and `audio`.
+
+    Raises:
+        RequestError: the body is no such form, or a field is unknown, repeated or invalid.
+    """
+    head = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
+    message = message_from_bytes(head + body, policy=policy.HTTP)
+    fields: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for part in message.iter_parts() if message.is_multipart() else ():
+        name, data = str(part.get_param("name", "", "content-disposition")), part.get_payload(decode=True)
+        if not name or not isinstance(data, bytes) or name in fields or name in files:
+            break
+        if name in ("image", "video", "audio") and part.get_filename() is not None:
+            files[name] = data
+        else:
+            text = data.decode("utf-8", "replace")
+            fields[name] = {"true": True, "false": False}.get(text, text) if name == "rationale" else text
+    else:
+        if fields or files:
+            return _validated(SentimentRequest, fields), files
+    raise RequestError(400, "the body is not a valid form; send each field once as multipart/form-data")
+
+
+def _validated(kind: type[R], content: Json) -> R:
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """Stage `calibrate`: fits temperatures and thresholds of the cascade on both models' validation predictions."""
 
 from distill.cascade.calibration import calibrate
+from distill.cascade.cascade import modalities_of
 from distill.files import write_json
 from distill.stages.context import Context
 from distill.tracking import StageRun
@@ -21,6 +22,7 @@ def run(context: Context, tracked: StageRun) -> None:
         (student.name, teacher.name),
         context.labels,
         settings,
+        modalities=modalities_of(samples),
         reviews=context.recipe.teacher_learned("review"),
     )
     write_json(context.folder / "calibrate" / "calibration.json", content)

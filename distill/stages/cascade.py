@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.cascade.calibration import stack_probabilities
-from distill.cascade.cascade import Calibration, CascadePolicy, CascadeSettings, run_cascade
+from distill.cascade.cascade import Calibration, CascadePolicy, CascadeSettings, modalities_of, run_cascade
 from distill.cascade.deferral import cascade_metrics, deferral_rows, selective_metrics
 from distill.cascade.uncertainty import error_probability, uncertainty
 from distill.data import jsonl
@@ -54,13 +54,15 @@ def run(context: Context, tracked: StageRun) -> None:
         return model.cost(cost.prompt_tokens, cost.completion_tokens) if isinstance(model, Endpoint) else None
 
     plain = replace(
-        calibration, student_temperature=1.0, teacher_temperature=1.0, student_errors=None, teacher_errors=None
-    )
+        calibration, student_temperature=1.0, teacher_temperature=1.0, student_errors=None, teacher_errors=None,
+        student_by_modalities={}, teacher_by_modalities={},
+    )  # fmt: skip
     uncalibrated = replace(policy, calibration=plain)
-    after = {"student": policy.student_predictions(student_scores)}
+    modalities = modalities_of(samples)
+    after = {"student": policy.student_predictions(student_scores, modalities)}
     before = {"student": uncalibrated.student_predictions(student_scores)}
     if teacher_scores is not None:
-        after["teacher"] = policy.teacher_predictions(teacher_scores)
+        after["teacher"] = policy.teacher_predictions(teacher_scores, modalities)
         before["teacher"] = uncalibrated.teacher_predictions(teacher_scores)
     metrics = cascade_metrics(decisions, gold, labels, after.get("teacher"), price)
     metrics["measure"], metrics["reviews"] = calibration.signal, policy.reviews

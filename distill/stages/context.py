@@ -23,25 +23,24 @@ from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
 from distill.annotation.reasoning_data import RATIONALES, read_rationales
 from distill.data import jsonl
+from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
-from distill.data.source import data_fingerprint
+from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
-from distill.files import atomic_folder
-from distill.models import backbone, text_limit, tiny
+from distill.models import backbone, text_limit
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
 from distill.recipe import Recipe
 from distill.stage_settings import Teacher, TeacherSettings
-from distill.task import prompts
+from distill.stages.tiny_tokenizer import tiny_tokenizer
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
-from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
 from distill.training.length_limit import limit_length
@@ -52,8 +51,6 @@ log = logging.getLogger(__name__)
 
 _FITS = 256
 """A text of so many bytes fits the context of every model."""
-
-_TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
 
 @dataclass
@@ -81,6 +78,11 @@ class Context:
     def labels(self) -> LabelSpace:
         """The label space of the recipe."""
         return self.recipe.labels
+
+    @cached_property
+    def clips(self) -> ClipReader:
+        """Decodes the videos and sounds of the posts."""
+        return ClipReader(self.recipe.data.video)
 
     @cached_property
     def teacher_labels(self) -> LabelSpace:
@@ -131,29 +133,7 @@ class Context:
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
-        texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
-        parts = (*texts, settings.tiny.vocabulary)
-        folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
-        if not settings.path and not folder.exists():
-            with atomic_folder(folder) as new:
-                tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary).save_pretrained(new)
-        return folder
-
-    @property
-    def _reviews(self) -> bool:
-        """Whether a teacher trains the *review* task, whose prompts the tokenizer is then trained on as well."""
-        return self.recipe.teacher is not None and "review" in self.recipe.teacher.tasks
-
-    def _texts(self) -> list[str]:
-        """Training texts of the tokenizer: posts, rationales, prompts and answers."""
-        posts = [*self._as_read.train, *self._as_read.teacher]
-        texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
-        labelled = [post for post in posts if post.label is not None]
-        texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
-        if self._reviews:
-            reviews = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
-            texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in reviews]
-        return texts + [f"{self.labels.wording.prefix} {name}" for name in self.labels.names for _ in range(100)]
+        return tiny_tokenizer(self.recipe, settings, lambda: self._as_read)
 
     def train(
         self,
@@ -187,7 +167,7 @@ class Context:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - settings.workers)))
         L.seed_everything(self.recipe.seed, workers=True, verbose=False)
         with in_section(stage):
-            model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model))
+            model = backbone.create(settings.model, self.labels, self.tokenizer(settings.model), clips=self.clips)
             tasks: Any = settings.tasks
             kept = limit_length(samples, model, tasks, packing=settings.packing, max_length=settings.max_length)
         learner = module(model, kept)
@@ -201,6 +181,7 @@ class Context:
             workers=settings.workers,
             seed=self.recipe.seed,
             label_targets=learner.label_targets,
+            drop=self.recipe.data.drop_modality,
         )
         arguments = self.trainer_arguments(settings)
         for name in ("max_epochs", "check_val_every_n_epoch"):
@@ -224,7 +205,8 @@ class Context:
         """Load the model that a stage trained; with `train` to train it further."""
         section, folder = self.recipe.model_section(stage), self.folder / stage / part / "adapter"
         with in_section(section):
-            return backbone.load(getattr(self.recipe, section).model, self.labels, folder, train=train)
+            settings = getattr(self.recipe, section).model
+            return backbone.load(settings, self.labels, folder, train=train, clips=self.clips)
 
     def without_weights(self, settings: ModelSettings, *, train: bool = True) -> Backbone:
         """A model for its shapes and its processor, created once; `train` adds the adapter.
@@ -237,7 +219,7 @@ class Context:
             try:
                 with torch.random.fork_rng(devices=()):  # tiny models have weights
                     self._without_weights[name] = backbone.create(
-                        settings, self.labels, self.tokenizer(settings), train=train, weights=False
+                        settings, self.labels, self.tokenizer(settings), train=train, weights=False, clips=self.clips
                     )
             except SettingsError as error:
                 self._without_weights[name] = error
@@ -263,16 +245,20 @@ class Context:
             return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
-                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels)
+                return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels, self.clips)
         if isinstance(settings, ModelSettings):
             with in_section(self.recipe.section_of(settings)):
-                model = backbone.create(settings, labels or self.labels, self.tokenizer(settings), train=False)
+                model = backbone.create(
+                    settings, labels or self.labels, self.tokenizer(settings), train=False, clips=self.clips
+                )
             images = f"{settings.image_size} px" if settings.images else "no images"
             name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
             if settings.keep_layers is not None:
                 name += f" layers {settings.keep_layers}"
             if settings.path in self.variants:
                 name += f" {self.variants[settings.path]}"
+            if any(post.video or post.audio for split in SPLITS for post in getattr(self.corpus, split)):
+                name += f" clips {sha256(model.encoder.media.fingerprint().encode()).hexdigest()[:12]}"
             return Local(model, name, self.device)
         return None
 

@@ -17,6 +17,7 @@ from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale
+from distill.task.sample import MODALITIES
 from distill.tracking import StageRun
 
 
@@ -51,6 +52,8 @@ def run(context: Context, tracked: StageRun) -> None:
         own = output.rationales is references
         compared = (none, none) if own else (references, texts)
         metrics[role] = role_metrics(output, samples, compared[0], labels, settings, compared[1])
+    if settings.modalities:
+        metrics |= _without_modalities(context)
     gold = [labels.name(sample.label) for sample in context.corpus.train if sample.label is not None]
     metrics["majority_class"] = majority_baseline(gold, [labels.name(sample.label) for sample in samples], labels)
     if labels.scale is not None:
@@ -73,6 +76,22 @@ def run(context: Context, tracked: StageRun) -> None:
     jsonl.write_rows(context.folder / "evaluate" / "predictions.jsonl", rows)
     tracked.log(metrics)
     tables.predictions(context, tracked, rows)
+
+
+def _without_modalities(context: Context) -> dict[str, Any]:
+    """The metrics of the student on the test posts without each modality, by role."""
+    recipe, labels = context.recipe, context.labels
+    assert recipe.evaluate is not None
+    metrics = {}
+    student = context.reasoner("student" if recipe.refine is None else "refine")
+    present = {name for post in context.corpus.test for name in post.modalities}
+    removable = [name for name in MODALITIES if name in present and len(present) > 1]  # something must be left
+    for name in removable:
+        posts = [post.without(name) for post in context.corpus.test]
+        with progress(f"evaluate student without {name}"):
+            output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
+        metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)
+    return metrics
 
 
 def read_metrics(folder: Path, student: str = "student") -> dict[str, Any]:

@@ -73,18 +73,17 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
         except SettingsError as error:
             found[str(error)] = None
 
-    images = _images(context)
     for name in _TRAININGS:
         settings: TrainSettings | None = getattr(recipe, name)
         if settings is not None:
             with noted(), in_section(name):
                 if name in stages:
-                    _check_training(context, settings, posts, images)
+                    _check_training(context, settings, posts)
                 elif settings.model.lora is not None and not _LOADED_BY[name].isdisjoint(stages):
                     check_weights(settings.model)
     for teacher in _teachers(recipe, stages):
         with noted(), in_section(recipe.section_of(teacher)):
-            _check_teacher(context, teacher, posts, images)
+            _check_teacher(context, teacher, posts)
     if "student" in stages:
         with noted():
             _check_student(context, posts)
@@ -119,9 +118,9 @@ def _images(context: Context) -> list[int]:
     return [len(post.images) for post in posts if post.images]
 
 
-def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample], images: Sequence[int]) -> None:
+def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
     model = _load(context, settings.model)
-    model.encoder.check_images(max(images, default=0))
+    _check_media(model, context.corpus)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
     _check_pictures(model, context.corpus)
     tasks: Any = list(settings.tasks) if settings.packing and model.packs and not published else []
@@ -153,23 +152,23 @@ def _teachers(recipe: Recipe, stages: Collection[str]) -> list[Teacher]:
     return [teacher for teacher in asked if isinstance(teacher, EndpointSettings | ModelSettings)]
 
 
-def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample], images: Sequence[int]) -> None:
+def _check_teacher(context: Context, teacher: Teacher, posts: Sequence[Sample]) -> None:
     if isinstance(teacher, EndpointSettings):
         read_key(teacher)
     elif isinstance(teacher, ModelSettings):
         model = _load(context, teacher, train=False)
-        model.encoder.check_images(max(images, default=0))
+        _check_media(model, context.corpus)
         _check_pictures(model, context.corpus)
         _check_inputs(model, posts)
 
 
 def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Template] = ()) -> None:
-    """Encode the posts with the most and the fewest images, and pack the first with the prompts of these tasks.
+    """Encode the posts with the most and the fewest media, and pack the first with the prompts of these tasks.
 
     Raises:
         SettingsError: the processor does not take the posts.
     """
-    posts = sorted((post for post in posts if post.label is not None), key=lambda post: -len(post.images))
+    posts = sorted((post for post in posts if post.label is not None), key=lambda post: post.media.extent, reverse=True)
     if not posts:
         return
     most, fewest = posts[0], posts[-1]
@@ -177,16 +176,24 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
         prompts.render(task, most, model.labels, synthetic_answers(most, model.labels) if task == "review" else None)
         for task in packed
     ]
-    model.encode([most, fewest] if len(fewest.images) < len(most.images) else [most], "classify")
+    model.encode([most, fewest] if fewest.media.extent < most.media.extent else [most], "classify")
     if texts:
         end = [[model.processor.tokenizer.eos_token_id]]
         model.encoder.pack([[PromptWithAnswers((text, most.media), [], end) for text in texts]])
 
 
+def _check_media(model: Backbone, corpus: Corpus) -> None:
+    """Raise SettingsError if posts have media that the model cannot be given, before any is decoded."""
+    for post in (post for split in SPLITS for post in getattr(corpus, split)):
+        model.encoder.media.check(post.media)
+
+
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have no picture and the model's family needs one in each."""
-    posts = [*corpus.train, *corpus.validation, *corpus.test, *corpus.teacher]
-    without = [post.id for post in posts if not (post.images and model.encoder.reads_images)]
+    posts, media = [*corpus.train, *corpus.validation, *corpus.test, *corpus.teacher], model.encoder.media
+    without = [
+        post.id for post in posts if not (post.images and media.images) and not (post.video and media.video == "frames")
+    ]
     if model.family.needs_picture and without:
         raise SettingsError(
             f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {len(posts)} posts have "
@@ -211,6 +218,8 @@ def _check_student(context: Context, posts: Sequence[Sample]) -> None:
 def _check_refine(context: Context, posts: Sequence[Sample]) -> None:
     recipe, settings = context.recipe, context.recipe.refine
     assert settings is not None and recipe.student is not None
+    if clips := [post.id for post in posts if post.video or post.audio]:
+        raise SettingsError(f"refine does not take posts with videos or sound, such as {clips[0]}; remove the section")
     check_arguments(settings)
     if process_count(recipe.trainer) > 1 or context.device not in ("cpu", "cuda:0", "mps:0"):
         raise SettingsError("refine trains on one device, the first: set trainer.devices to 1")

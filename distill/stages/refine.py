@@ -3,7 +3,7 @@
 import logging
 
 from distill.models import backbone
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, ModelSettings
 from distill.stage_settings import TeacherSettings
 from distill.stages.context import Context, progress
 from distill.tracking import StageRun
@@ -38,7 +38,7 @@ def run(context: Context, tracked: StageRun) -> None:
             progress=show,
         )
     if not kept:
-        log.warning("refine: no checkpoint has the student's validation accuracy and consistency; its weights are kept")
+        log.warning("refine: no checkpoint is as good as the student on validation posts; its weights are kept")
         student = context.load("student")
     student.save(folder / "adapter")
 
@@ -54,4 +54,5 @@ def _teacher(context: Context) -> Backbone | None:
     teacher = recipe.annotating_teacher
     if isinstance(teacher, TeacherSettings):
         return context.load("teacher")
-    return backbone.create(teacher, context.labels, context.tokenizer(teacher), train=False)  # type: ignore[arg-type]
+    assert isinstance(teacher, ModelSettings)  # checked before the first stage
+    return backbone.create(teacher, context.labels, context.tokenizer(teacher), train=False, clips=context.clips)

@@ -74,7 +74,7 @@ def _entry(root: Path, index: int, row: Row) -> dict[str, Any]:
 def _attributes(data: DataSettings) -> dict[tuple[str, str], Mapping[str, str]]:
     """The gold attributes of the test posts by id and text; empty if the data have none, or are no longer there."""
     found: dict[tuple[str, str], Mapping[str, str]] = {}
-    if data.source not in ("jsonl", "postcards"):  # the other layouts have no attributes
+    if data.source not in ("jsonl", "postcards", "clips"):  # the other layouts have no attributes
         return found
     root, files = Path(data.root), split_files(data)
     for file in files["test"] or files["train"]:

@@ -33,7 +33,7 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     if settings.student is not None:
         endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
         with in_section("serve.student"):
-            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels)
+            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels, context.clips)
     else:
         student = context.reasoner(recipe.student_stage)
     teacher = recipe.cascade_teacher
@@ -41,4 +41,4 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
         teacher = endpoint_for_serving(teacher, settings.deadline_s)
     with in_section(recipe.section_of(recipe.cascade_teacher)):
         reasoner = context.teacher(teacher)
-    serve(Gateway(settings, policy, student, reasoner, recipe.name, recipe.data.max_pixels))
+    serve(Gateway(settings, policy, student, reasoner, recipe.name, recipe.data.max_pixels, context.clips))

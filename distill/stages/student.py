@@ -97,6 +97,8 @@ def _use_cache(context: Context, settings: StudentSettings, student: Backbone, r
     """Whether soft targets are cached on disk (`DistillationSettings.use_cache`)."""
     options, model = settings.distillation, context.recipe.assistant
     assert model is not None
+    if context.recipe.data.drop_modality:  # other posts in each epoch
+        return False
     epochs = context.trainer_arguments(settings)["max_epochs"]
     cached, free = soft_target_cache.disk_space(context.folder)
     if options.soft_targets is not None or not options.use_cache(epochs, 0, cached, free):

@@ -1,9 +1,14 @@
 """One post: the model's inputs and their annotations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+MODALITIES = ("text", "images", "video", "audio")
+"""What a post can have; fields of `Sample`."""
+
+_ABSENT: dict[str, Any] = {"text": "", "images": (), "video": None, "audio": None}
 
 
 class Media(NamedTuple):
@@ -25,6 +30,14 @@ class Media(NamedTuple):
     def files(self) -> tuple[Path, ...]:
         """All files, each once: the images, the video, and the sound unless it is that of the video."""
         return tuple(dict.fromkeys(path for path in (*self.images, self.video, self.audio) if path is not None))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many of images, video and audio there are, and how many images: an order of posts by their media."""
+        return bool(self.images) + (self.video is not None) + (self.audio is not None), len(self.images)
+
+
+NO_MEDIA = Media()
 
 
 @dataclass(frozen=True)
@@ -56,3 +69,12 @@ class Sample:
     def media(self) -> Media:
         """The files that a model is given besides the text."""
         return Media(self.images, self.video, self.audio)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of MODALITIES that the post has."""
+        return tuple(name for name in MODALITIES if getattr(self, name) != _ABSENT[name])
+
+    def without(self, *names: str) -> "Sample":
+        """The post as if it did not have some of MODALITIES. Its label stays; its rationale may be about them."""
+        return replace(self, **{name: _ABSENT[name] for name in names})

@@ -71,7 +71,7 @@ LabelTargets = Mapping[str, Sequence[float]]
 _NO_TASK = -1  # in place of a task's index: the tokens of `label_prompt`
 
 JOINED_TOKENS = 256
-"""Tokens up to which the sequences of posts without images are joined, so that they share the beginning of their
+"""Tokens up to which the sequences of posts without media are joined, so that they share the beginning of their
 prompts. Attention costs more than that saves in longer ones."""
 
 SYNTHETIC_ACCURACY = 0.6
@@ -102,8 +102,8 @@ def encode(
     probability.
 
     Args:
-        packing: True puts all tasks of a sample into one sequence, which short posts without images share; False gives
-            each task its own sequence and images. If the model does not pack (`Backbone.packs`), each answer has its
+        packing: True puts all tasks of a sample into one sequence, which short posts without media share; False gives
+            each task its own sequence and media. If the model does not pack (`Backbone.packs`), each answer has its
             own sequence.
         label_targets: the label distributions to learn; they are read from a further prompt, `label_prompt`.
     """
@@ -217,7 +217,7 @@ def check_compatibility(
     The log-probabilities of the answer tokens, computed from hidden states and output head, alone and packed, are
     compared with the model's own logits for each answer in a separate sequence, and the packed hidden states with the
     separate ones. No token may depend on later tokens of its answer, or on other answers in a packed sequence. The
-    sample is the one with the most answers, then with the most images.
+    sample is the one with the most answers, then with the most media.
 
     Args:
         label_targets: whether a sample has the prompt of a label distribution as well.
@@ -229,7 +229,7 @@ def check_compatibility(
     """
     labels = backbone.labels
     sample = max(
-        samples, key=lambda one: (sum(target_answer(t, one, labels) is not None for t in tasks), len(one.images))
+        samples, key=lambda one: (sum(target_answer(t, one, labels) is not None for t in tasks), one.media.extent)
     )
     task_prompts = [encoded[0] for task in tasks if (encoded := _task_prompt(task, sample, backbone)) is not None]
     task_prompts += [label_prompt(backbone, sample)] if label_targets else []

@@ -2,8 +2,10 @@
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -14,7 +16,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.task.prompts import Template
-from distill.task.sample import Sample
+from distill.task.sample import MODALITIES, Sample
 from distill.training.batches import target_answer
 
 
@@ -65,6 +67,35 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
+class TrainingPosts(Sequence[Sample]):
+    """The training samples as the epoch of a sampler sees them: without the modalities that are left out.
+
+    Each modality of a sample is left out with its probability, drawn from seed, epoch and id, so that a resumed run
+    draws the same. One of them is always left. A sample without a modality has no rationale, which may be about it.
+
+    Args:
+        drop: probability of each modality.
+    """
+
+    def __init__(self, samples: Sequence[Sample], drop: Mapping[str, float], sampler: LengthGroupedSampler) -> None:
+        self.samples, self.drop, self.sampler = samples, drop, sampler
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        sample = self.samples[index]
+        if not self.drop or sample.label is None:
+            return sample
+        random = Random(f"{self.sampler.seed} {self.sampler.epoch} {sample.id}")
+        drawn = {name: random.random() for name in MODALITIES}  # of all, so that they do not depend on each other
+        present = sample.modalities
+        left_out = [name for name in present if drawn[name] < self.drop.get(name, 0.0)]
+        if len(left_out) == len(present):
+            left_out.remove(random.choice(left_out))
+        return replace(sample.without(*left_out), rationale=None) if left_out else sample
+
+
 class ReasoningDataModule(L.LightningDataModule):
     """Training and validation loaders of one training.
 
@@ -79,6 +110,7 @@ class ReasoningDataModule(L.LightningDataModule):
 
     Args:
         label_targets: ids of the samples that need no answer, because their label distribution is learned.
+        drop: probability with which a modality of a training sample is left out (`TrainingPosts`).
 
     Raises:
         SettingsError: no training sample has an answer.
@@ -96,6 +128,7 @@ class ReasoningDataModule(L.LightningDataModule):
         workers: int = 0,
         seed: int = 42,
         label_targets: Container[str] = (),
+        drop: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -112,6 +145,7 @@ class ReasoningDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self.drop = drop
 
     def train_dataloader(self) -> StatefulDataLoader:
         world_size, rank = self._processes()
@@ -120,7 +154,7 @@ class ReasoningDataModule(L.LightningDataModule):
         if self.trainer:  # a resumed run starts its workers before Lightning sets the epoch of the sampler
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
-            self.train,
+            TrainingPosts(self.train, self.drop, sampler),
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,

@@ -123,7 +123,8 @@ def fit(
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
-        RunError: there is not enough memory for a step, an image cannot be read, or a process of the training ended.
+        RunError: there is not enough memory for a step, an image or clip cannot be read, or a process of the
+            training ended.
     """
     checkpoints = folder / "checkpoints"
     main_process = processes.begin(folder)
@@ -140,9 +141,10 @@ def fit(
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    with_images = module.backbone.encoder.reads_images and all(sample.images for sample in data.train)
+    encoder = module.backbone.encoder
+    with_images = encoder.reads_images and not encoder.media.audio and all(sample.images for sample in data.train)
     if isinstance(trainer.strategy, DDPStrategy) and not with_images:
-        # weights that a batch does not use, such as those of the vision tower, would be waited for forever
+        # weights that a batch does not use, such as those of a vision or audio tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if (twice := -len(data.train) % trainer.world_size) and not worker:
         message = "%d of %d posts are trained twice in each epoch, so that all %d devices have as many"

@@ -2,7 +2,7 @@
 
 A shard is a safetensors file with the assistant's outputs at the answer tokens of up to SHARD_SAMPLES samples. Its
 metadata lists the samples by key: a hash of everything that the soft targets depend on, such as the assistant's weights
-and the sample's prompts, answers and images. Only samples whose key is missing are computed.
+and the sample's prompts, answers and media. Only samples whose key is missing are computed.
 """
 
 import json
@@ -50,15 +50,23 @@ _SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
 
 @dataclass(frozen=True)
 class KeyFunction:
-    """Returns the key of a sample: a hash of `common` and of the sample's id, prompts, answers and images."""
+    """Returns the key of a sample: a hash of `common` and of the sample's id, prompts, answers and media.
+
+    Attributes:
+        clips: the preprocessing of videos and sounds.
+    """
 
     common: str
+    clips: str
     labels: LabelSpace
     tasks: tuple[Template, ...]
 
     def __call__(self, sample: Sample) -> str:
         pairs = prompts_and_answers(sample, self.labels, self.tasks)
         content = [sample.id, *pairs, *map(_file_digest, sample.images)]
+        if sample.video or sample.audio:
+            clips = [path and _file_digest(path) for path in (sample.video, sample.audio)]
+            content.append(json.dumps([self.clips, *clips]))
         return sha256(json.dumps([self.common, *content]).encode()).hexdigest()
 
 
@@ -118,13 +126,13 @@ def key_function(
     """Return the key function of samples.
 
     Args:
-        student: determines how images and texts are encoded.
+        student: determines how texts and media are encoded.
         assistant: identifies the assistant, for example a hash of its weights.
         top_k: kind of soft targets, as in `write`; the key depends on the temperature only if it is not 0.
     """
     kind = f"top {top_k} at {temperature}" if top_k else "hidden states"
     common = json.dumps([_FORMAT, assistant, student.encoder.fingerprint(), kind])
-    return KeyFunction(common, student.labels, tuple(tasks))
+    return KeyFunction(common, student.encoder.media.fingerprint(), student.labels, tuple(tasks))
 
 
 def write(

@@ -65,7 +65,10 @@ def shared_vocabulary(assistant: Backbone, student: Backbone) -> int:
 
 
 def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
-    """Raise SettingsError if the models differ in tokenizer, image processor or `images`; no weights are read."""
+    """Raise SettingsError if the models differ in tokenizer, image processor or in how they are given media.
+
+    No weights are read.
+    """
     problem = different_inputs(assistant, student)
     if problem == _TOKENIZERS:
         raise SettingsError(
@@ -77,7 +80,7 @@ def check_same_inputs(assistant: Backbone, student: Backbone) -> None:
 
 
 def different_inputs(one: Backbone, other: Backbone) -> str | None:
-    """How two models differ in tokenizer, image processor or `images`, as the end of a sentence; None if they do not.
+    """How two models differ in tokenizer, image processor or media, as the end of a sentence; None if they do not.
 
     No weights are read.
     """
@@ -86,6 +89,8 @@ def different_inputs(one: Backbone, other: Backbone) -> str | None:
     images = [model.processor.image_processor for model in (one, other)]
     if one.settings.images != other.settings.images or _settings(images[0]) != _settings(images[1]):
         return "process images differently"
+    if one.encoder.media.ways != other.encoder.media.ways:
+        return "are given videos and sounds differently (model.video, model.audio, model.frames)"
     return None
 
 

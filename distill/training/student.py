@@ -33,7 +33,8 @@ class DistillationSettings(Settings):
     one padded sequence per task, and the KL at all of its positions)."""
     soft_targets: Literal["online", "cached"] | None = None
     """online: the assistant runs in every epoch; cached: it runs once before the first epoch, and its soft targets are
-    stored on disk; null: cached if there is more than one epoch and the disk has space for twice their size."""
+    stored on disk; null: cached if there is more than one epoch and the disk has space for twice their size, online
+    with `data.drop_modality`."""
     top_k: Natural = 0
     """What is cached per answer token: k > 0 stores the log-probabilities of the k most likely tokens and the mass of
     all others; 0 stores the assistant's last hidden state in bfloat16, from which the full distribution is computed."""

@@ -189,6 +189,10 @@ def test_a_key_depends_on_everything_that_determines_the_answer(
         ("m", "predict", replace(greedy, temperature=0.3), "p"),
         ("m", "predict", replace(greedy, max_new_tokens=1), "p"),
         ("m", "predict", replace(greedy, seed=1), "p"),
+        ("m", "predict", greedy, "p", [], {"video": digest(one)}),
+        ("m", "predict", greedy, "p", [], {"audio": digest(one)}),
+        ("m", "predict", greedy, "p", [], {"video": digest(one), "audio": digest(one)}),
+        ("m", "predict", greedy, "p", [], {"video": digest(one), "frames": "4"}),
     ]
     keys = {key(*item) for item in arguments}
     monkeypatch.setattr(module.prompts, "VERSION", "another version")
@@ -282,3 +286,9 @@ def test_the_last_line_of_a_key_counts(tmp_path: Path) -> None:
         assert ledger.get("a") == CUT
     with Ledger(path) as ledger:
         assert (ledger.get("a"), len(ledger)) == (CUT, 1)
+
+
+def test_the_key_of_a_post_without_clips_is_that_of_earlier_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.prompts, "VERSION", "5")
+    found = key("m", "predict", Sampling(0.5, 9, 1, 2), "p", ["d"])
+    assert found == "b553e3ed1f0a11501d526ff7abfdbdad6682d0a3d629def8818c019cc74a5f65"

@@ -10,7 +10,7 @@ import pytest
 
 from distill.cascade.calibration import CalibrateSettings, calibrate
 from distill.cascade.cascade import Calibration, CascadePolicy, run_cascade
-from distill.cascade.uncertainty import Signal
+from distill.cascade.uncertainty import Signal, fit_temperature, temper
 from distill.errors import RunError, SettingsError
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, ClassScores
 from distill.task.labels import LabelSpace, Scale
@@ -279,3 +279,33 @@ def _calibration(content: dict) -> Calibration:
 
 def _first(scores: ClassScores, n: int) -> ClassScores:
     return ClassScores(scores.probabilities[:n], scores.label_mass[:n])
+
+
+def test_posts_with_the_same_modalities_have_their_own_temperature_if_there_are_enough() -> None:
+    random = np.random.default_rng(3)
+    kinds = ["text+video"] * 150 + ["text"] * 120 + ["video"] * 20
+    truth = random.integers(0, 3, len(kinds))
+    sharp = np.where(np.arange(len(kinds)) < 150, 3.0, 0.8)[:, None]  # over-confident with a video, else the reverse
+    logits = (2 * np.eye(3)[truth] + random.normal(size=(len(kinds), 3))) * sharp
+    rows = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gold = [LABELS.names[index] for index in truth]
+    both = ClassScores(rows, np.ones(len(rows)))
+    content = calibrate(gold, both, both, ("s", "t"), LABELS, CalibrateSettings(), modalities=kinds)
+    fitted = content["student_by_modalities"]
+    assert fitted.keys() == {"text+video", "text"} and fitted == content["teacher_by_modalities"]
+    for name in fitted:
+        own = np.array(kinds) == name
+        assert fitted[name] == fit_temperature(rows[own], truth[own])
+    assert fitted["text"] < content["student_temperature"] < fitted["text+video"]
+    calibration = Calibration(**{name: content[name] for name in Calibration.__dataclass_fields__})
+    policy = CascadePolicy(LABELS, calibration)
+    for kind, temperature in {**fitted, "video": content["student_temperature"]}.items():
+        found = policy.student_predictions(ClassScores(rows[:1], np.ones(1)), [kind])[0].probabilities
+        np.testing.assert_allclose(found, temper(rows[:1], temperature)[0])
+
+
+def test_posts_that_all_have_the_same_modalities_have_one_temperature() -> None:
+    rows = np.tile([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]], (100, 1))
+    both, gold = ClassScores(rows, np.ones(200)), ["negative", "neutral"] * 100
+    content = calibrate(gold, both, both, ("s", "t"), LABELS, CalibrateSettings(), modalities=["text+audio"] * 200)
+    assert content["student_by_modalities"] == content["teacher_by_modalities"] == {}

@@ -1,4 +1,4 @@
-"""Hostile videos and sounds: one sentence or a right result each, in little time and memory, and nothing else opened."""
+"""Hostile videos and sounds: one sentence or a right result, in bounded time and memory; nothing else is opened."""
 
 import json
 import os

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.postcards import FACES, RARE_WORDS, RULE, TONES, PostcardSettings, generate
+from distill.data import postcards
+from distill.data.postcards import FACES, RARE_WORDS, RULE, TONES, PostcardSettings
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
 
 SMALL = PostcardSettings(labelled=27, unlabelled=18, validation=9, test=36)
 LABELS = LabelSpace()
+
+
+def generate(root: Path, settings: PostcardSettings) -> None:
+    postcards.corpus(settings).generate(root)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_a_case_computed_by_hand() -> None:
     # rounded: gold 0 0 -3 2 0, predicted 0 1 -3 2 0; both clipped to [-2, 2] first: -2.6 and -2.9 become -2
     assert found["acc7"] == pytest.approx(4 / 5)
     assert found["acc5"] == pytest.approx(4 / 5)
+    assert found["acc3"] == pytest.approx(4 / 5)
     assert found["acc2_with_zero"] == pytest.approx(3 / 5)  # gold + + - + -, predicted - + - + +
     assert found["acc2_without_zero"] == pytest.approx(3 / 4)  # gold + - + -, predicted + - + +
     assert found["f1_without_zero"] == pytest.approx((2 * (4 / 5) + 2 * (2 / 3)) / 4)
@@ -73,11 +74,37 @@ def test_metrics_without_zero_are_none_if_all_gold_values_are_zero() -> None:
 
 def test_other_scales_have_fewer_metrics() -> None:
     assert set(regression_metrics([0.2], [0.4], Scale(low=0, high=1))) == {"mae", "correlation"}
-    half = regression_metrics([0.2], [0.4], Scale(low=-1, high=1))
-    assert set(half) == {
-        "mae", "correlation", "acc2_with_zero", "f1_with_zero", "acc2_without_zero", "f1_without_zero",
-    }  # fmt: skip
-    assert set(regression_metrics([0.2], [0.4], Scale(bins=13))) == {*half, "acc7", "acc5"}
+    polarity = {"mae", "correlation", "acc2_with_zero", "f1_with_zero", "acc2_without_zero", "f1_without_zero"}
+    assert set(regression_metrics([0.2], [0.4], Scale(low=-2, high=2))) == polarity
+    assert set(regression_metrics([0.2], [0.4], Scale(bins=13))) == {*polarity, "acc7", "acc5", "acc3"}
+    small = set(regression_metrics([0.2], [0.4], Scale(low=-1, high=1)))
+    assert small == {*polarity, "acc5", "acc3", "acc2_positive", "f1_positive"}
+
+
+def test_the_classes_of_mosi_equal_those_of_integer_rounding() -> None:
+    """Acc-3, Acc-5 and Acc-7 of MMSA for CMU-MOSI: the rounded value, cut to the classes."""
+    random = np.random.default_rng(2)
+    gold, predicted = random.integers(-15, 16, 400) / 5, random.normal(0, 2, 400)
+    found = regression_metrics(gold, predicted, SCALE)
+    for name, end in (("acc7", 3), ("acc5", 2), ("acc3", 1)):
+        # Python's round is to even, too, and cutting after rounding is the same for whole ends
+        classes = [[max(-end, min(end, round(float(v)))) for v in values] for values in (gold, predicted)]
+        assert found[name] == pytest.approx(np.mean([a == b for a, b in zip(*classes, strict=True)]))
+
+
+def test_the_classes_of_ch_sims_contain_their_upper_ends() -> None:
+    """MMSA for CH-SIMS: [-1, -0.7], (-0.7, -0.1], (-0.1, 0.1], (0.1, 0.7], (0.7, 1], and two or three of them."""
+    random = np.random.default_rng(3)
+    gold, predicted = random.integers(-10, 11, 500) / 10, random.integers(-12, 13, 500) / 10
+    found = regression_metrics(gold, predicted, Scale(low=-1, high=1, bins=5))
+    for name, uppers in (("acc5", (-0.7, -0.1, 0.1, 0.7)), ("acc3", (-0.1, 0.1)), ("acc2_positive", (0.0,))):
+        classes = [[sum(v > upper for upper in uppers) for v in values] for values in (gold, predicted)]
+        assert found[name] == pytest.approx(np.mean([a == b for a, b in zip(*classes, strict=True)]))
+    assert found["f1_positive"] == pytest.approx(f1_score(gold > 0, predicted > 0, average="weighted"))
+    edge = regression_metrics([-0.7, 0.1, 0.0], [-0.8, 0.0, -0.3], Scale(low=-1, high=1))
+    assert (edge["acc5"], edge["acc3"], edge["acc2_positive"]) == (2 / 3, 2 / 3, 2 / 3)
+    trivial = trivial_baseline([0.2, 0.4, -0.6], [0.5, -0.5], Scale(low=-1, high=1))
+    assert trivial["acc2_positive"] == 0.5, "the most frequent polarity of the training values"
 
 
 def test_the_dead_zone_of_the_scale_does_not_change_the_metrics() -> None:

@@ -67,6 +67,30 @@ def qwen2_5_vl(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
+def qwen2_5_omni_thinker(size: int, ids: Ids) -> Any:
+    words = text("qwen2_5_omni_text", size, ids, rope_parameters=MROPE, tie_word_embeddings=True)
+    sound = _audio_tower(output_dim=64, n_window=20)
+    return t.Qwen2_5OmniThinkerConfig(
+        text_config=words, vision_config=_qwen_vision(fullatt_block_indexes=[1]), audio_config=sound,
+        audio_token_id=ids("<|AUDIO|>"), audio_start_token_id=ids("<|audio_bos|>"),
+        audio_end_token_id=ids("<|audio_eos|>"), tie_word_embeddings=True, **_qwen_ids(ids),
+    )  # fmt: skip
+
+
+def qwen2_audio(size: int, ids: Ids) -> Any:
+    sound = _audio_tower(model_type="qwen2_audio_encoder", max_source_positions=100)
+    return t.Qwen2AudioConfig(
+        text_config=text("qwen2", size, ids), audio_config=sound, audio_token_index=ids("<|AUDIO|>")
+    )
+
+
+def _audio_tower(**more: Any) -> dict[str, Any]:
+    return {
+        "num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "d_model": 32,
+        "initializer_range": 0.1,
+    } | more  # fmt: skip
+
+
 def qwen3_vl(size: int, ids: Ids) -> Any:
     words = text("qwen3_vl_text", size, ids, rope_parameters=MROPE | {"mrope_interleaved": True})
     picture = _qwen_vision(patch_size=14, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])

@@ -19,10 +19,12 @@ TEMPLATE = (
     "{{% for message in messages %}}{bos}<|im_start|>{{{{ message['role'] }}}}\n"
     "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
     "{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{image}"
+    "{{% elif part['type'] == 'video' %}}{video}"
+    "{{% elif part['type'] == 'audio' %}}{audio}"
     "{{% elif part['type'] == 'text' %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}<|im_end|>\n"
     "{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
 )
-"""A chat template; the families differ in the marker of an image."""
+"""A chat template; the families differ in the markers of media."""
 
 Ids = Callable[[str], int]
 
@@ -34,7 +36,7 @@ class TinyFamily:
     Attributes:
         config: the config, given the vocabulary's size and a function from a token to its id.
         processor: content of `processor_config.json`; empty for a text-only model.
-        image: the marker of an image in the chat template.
+        image, video, audio: the markers of media in the chat template; empty for those that the model does not take.
         tokens: special tokens; those with a name are attributes of the tokenizer.
         bos: the BOS token, with which the chat template begins.
         image_size, attention: `model.image_size` and `model.attention` of the family.
@@ -50,6 +52,8 @@ class TinyFamily:
     image_size: int = 56
     attention: str = "sdpa"
     pictures: tuple[int, ...] = (1, 2, 0, 1)
+    video: str = ""
+    audio: str = ""
 
 
 def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:
@@ -62,7 +66,9 @@ def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:
     tokenizer.init_kwargs |= family.tokens
     for name, token in family.tokens.items():
         tokenizer._set_model_specific_special_tokens({name: token})
-    tokenizer.chat_template = TEMPLATE.format(image=family.image, bos="{{ bos_token }}" if family.bos else "")
+    tokenizer.chat_template = TEMPLATE.format(
+        image=family.image, video=family.video, audio=family.audio, bos="{{ bos_token }}" if family.bos else ""
+    )
     torch.manual_seed(seed)
     config = family.config(len(tokenizer), tokenizer.convert_tokens_to_ids)
     model: Any = model_class(config).from_config(config)

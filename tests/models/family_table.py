@@ -9,11 +9,17 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def _processor(
-    name: str, image: str, video: str = "", *, options: dict[str, Any] | None = None, **settings: Any
+    name: str,
+    image: str,
+    video: str = "",
+    *,
+    options: dict[str, Any] | None = None,
+    frames: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     parts: dict[str, Any] = {"processor_class": name, "image_processor": {"image_processor_type": image} | settings}
     if video:
-        parts["video_processor"] = {"video_processor_type": video}
+        parts["video_processor"] = {"video_processor_type": video} | (frames or {})
     return parts | (options or {})
 
 
@@ -21,8 +27,23 @@ SQUARE = {"height": 56, "width": 56}
 CROP = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
 PATCHES = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 QWEN_IMAGES = {"patch_size": 14, "size": {"shortest_edge": 784, "longest_edge": 3136}}
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+WHISPER = {
+    "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 16, "chunk_length": 2,
+    "return_attention_mask": True,
+}  # fmt: skip
+AUDIO_TOKENS = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "audio_token": "<|AUDIO|>",
+    "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+}  # fmt: skip
+QWEN_FRAMES = {"size": {"shortest_edge": 784, "longest_edge": 50176}}
 QWEN_VISION = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
-QWEN3 = _processor("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", **QWEN_IMAGES)
+OMNI = _processor("Qwen2_5OmniProcessor", *QWEN_VISION, options={"feature_extractor": WHISPER})
+QWEN3 = _processor(
+    "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", frames=QWEN_IMAGES | QWEN_FRAMES,
+    **QWEN_IMAGES,
+)  # fmt: skip
 PIXTRAL = _processor(
     "PixtralProcessor", "PixtralImageProcessor", patch_size=14, size={"longest_edge": 56},
     options={"patch_size": 14, "image_token": "[IMG]"},
@@ -67,10 +88,23 @@ MOLMO2 = _processor(
 MLLAMA = _processor("MllamaProcessor", "MllamaImageProcessor", size=SQUARE, max_image_tiles=4)
 
 FAMILIES: dict[str, TinyFamily] = {
-    "qwen2_vl": TinyFamily(configs.qwen2_vl, _processor("Qwen2VLProcessor", *QWEN_VISION), QWEN_IMAGE),
-    "qwen2_5_vl": TinyFamily(configs.qwen2_5_vl, _processor("Qwen2_5_VLProcessor", *QWEN_VISION), QWEN_IMAGE),
+    "qwen2_vl": TinyFamily(
+        configs.qwen2_vl, _processor("Qwen2VLProcessor", *QWEN_VISION, frames=QWEN_FRAMES), QWEN_IMAGE, video=QWEN_VIDEO
+    ),
+    "qwen2_5_vl": TinyFamily(
+        configs.qwen2_5_vl, _processor("Qwen2_5_VLProcessor", *QWEN_VISION, frames=QWEN_FRAMES), QWEN_IMAGE,
+        video=QWEN_VIDEO,
+    ),
+    "qwen2_5_omni_thinker": TinyFamily(
+        configs.qwen2_5_omni_thinker, OMNI, QWEN_IMAGE, AUDIO_TOKENS, audio="<|audio_bos|><|AUDIO|><|audio_eos|>"
+    ),
+    "qwen2_audio": TinyFamily(
+        configs.qwen2_audio, {"processor_class": "Qwen2AudioProcessor", "feature_extractor": WHISPER}, "",
+        {"audio_token": "<|AUDIO|>"}, ("<|audio_bos|>", "<|audio_eos|>"), pictures=(0, 0, 0, 0),
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+    ),
     "qwen3_vl": TinyFamily(
-        configs.qwen3_vl, QWEN3, QWEN_IMAGE
+        configs.qwen3_vl, QWEN3, QWEN_IMAGE, video=QWEN_VIDEO
     ),
     "qwen3_5": TinyFamily(configs.qwen3_5, QWEN3, QWEN_IMAGE),
     "llava": TinyFamily(
@@ -89,10 +123,11 @@ FAMILIES: dict[str, TinyFamily] = {
         configs.llava_onevision,
         _processor(
             "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", "LlavaOnevisionVideoProcessor", size=SQUARE,
+            frames={"size": SQUARE},
             image_grid_pinpoints=[[56, 112], [112, 56]],
             options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         ),
-        "<image>", {"image_token": "<image>", "video_token": "<video>"},
+        "<image>", {"image_token": "<image>", "video_token": "<video>"}, video="<video>",
     ),
     "internvl": TinyFamily(
         configs.internvl,

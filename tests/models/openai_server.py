@@ -233,7 +233,7 @@ def _parse(body: dict[str, Any]) -> ChatRequest:
         return ChatRequest(body, content, [])
     data = [part["image_url"]["url"].partition("base64,")[2] for part in content if part["type"] == "image_url"]
     images = [Image.open(io.BytesIO(base64.b64decode(url))) for url in data]
-    return ChatRequest(body, next(part["text"] for part in content if part["type"] == "text"), images)
+    return ChatRequest(body, [part["text"] for part in content if part["type"] == "text"][-1], images)
 
 
 def write_image(path: Path, label: str, size: int = 8) -> Path:

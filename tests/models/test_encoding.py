@@ -9,8 +9,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distill.data.images import resized
 from distill.errors import SettingsError
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, ModelSettings
 from distill.models.encoding import IGNORE, Encoder, label_tokens
 from distill.models.local import Local
 from distill.models.tiny import SPECIAL_TOKENS
@@ -63,8 +64,8 @@ def test_an_appended_answer_is_encoded_like_one_text(backbone: Backbone, mixed: 
     sample = mixed[2]
     answer = sample.rationale or '"Text_analysis": "words"'
     features = backbone.encode([sample], "reason", [answer])
-    prompt = backbone.encoder.render(render("reason", sample, LABELS), sample.images)
-    images = [backbone.encoder.load_image(path) for path in sample.images]
+    prompt = backbone.encoder.render(render("reason", sample, LABELS), sample.media)
+    images = [resized(path, 56) for path in sample.images]
     whole = backbone.processor(text=[prompt + answer + "<|im_end|>"], images=[images], return_tensors="pt")
     assert torch.equal(features["input_ids"], whole["input_ids"])
     assert torch.equal(features["mm_token_type_ids"], whole["mm_token_type_ids"])
@@ -104,8 +105,8 @@ def test_an_image_affects_only_its_own_sample(backbone: Backbone, mixed: list[Sa
 
 def test_images_are_squares_of_the_given_size(backbone: Backbone, mixed: list[Sample], make_backbone: Any) -> None:
     assert backbone.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 4, 4]]
-    large = make_backbone()
-    large.encoder.image_size = 84
+    small = make_backbone()
+    large = Backbone(small.model, small.processor, LABELS, replace(small.settings, image_size=84))
     assert large.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 6, 6]]
 
 
@@ -144,7 +145,7 @@ def test_every_kind_of_control_token_is_escaped(make_backbone: Any) -> None:
     tokenizer.add_tokens([AddedToken("<|fim_prefix|>"), AddedToken("<tool_call>"), AddedToken("<h1>")])  # not special
     tokenizer.add_special_tokens({"unk_token": "<unk>", "extra_special_tokens": ["<start_of_image>", " ", "[IMG]"]})
     processor.fake_image_token = "<fake_token_around_image>"
-    encoder = Encoder(processor, 56)
+    encoder = Encoder(processor, ModelSettings(image_size=56))
     kinds = ["<|fim_prefix|>", "<tool_call>", "<unk>", "<start_of_image>", "[IMG]", "<fake_token_around_image>"]
     found = encoder.render(" ".join(kinds))
     assert not any(token in found for token in kinds)

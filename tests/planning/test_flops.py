@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 from distill.models.lora import LoraSettings, add_lora
-from distill.planning.flops import flops
+from distill.planning.flops import count_sounds, flops
+from tests.models import family_configs
 from tests.test_recipes import qwen_config
 
 PATCHES, TOKENS, ROWS = 64, 48, 2
@@ -104,6 +105,24 @@ def test_the_parts_of_another_architecture_are_found_by_name() -> None:
     block = 4 * 48 * 48 + 2 * 48 * 96
     projection = 48 * 64 + 64 * 64
     assert flops(model, tokens=0, logits=0, patches=1) == 2 * (2 * block + 3 * 14 * 14 * 48 + projection)
+
+
+def test_the_audio_tower_counts_for_sounds_and_not_for_tokens() -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(family_configs.qwen2_5_omni_thinker(300, lambda _: 1))
+    layer, words = 4 * 32 * 32 + 2 * 32 * 48, model.config.get_text_config()
+    assert flops(model, tokens=0, logits=0, sounds=1) == 2 * (2 * layer + 32 * 64)
+    heads, groups = words.num_attention_heads, words.num_key_value_heads
+    width, hidden = words.hidden_size // heads, words.hidden_size
+    attention = 2 * hidden * heads * width + 2 * hidden * groups * width
+    decoder = words.num_hidden_layers * (attention + 3 * hidden * words.intermediate_size)
+    assert flops(model, tokens=1, logits=0) == 2 * decoder
+    assert flops(model, tokens=0, logits=0, sounds=1, backward="all") == 3 * flops(model, tokens=0, logits=0, sounds=1)
+
+
+def test_the_positions_of_a_sound_are_half_the_steps_of_its_spectrogram() -> None:
+    mask = torch.arange(200)[None] < torch.tensor([[120], [200]])
+    assert count_sounds({"feature_attention_mask": mask}) == 160 and count_sounds({"input_ids": mask}) == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Forecast of a chain: rows that exist, rows that are assumed, and teacher requests."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from distill.planning.workload import SAMPLE_SIZE, ChainForecast, sample_by_leng
 from distill.task.prompts import render
 from distill.task.sample import Sample
 from tests import micro
+from tests.clip_files import write_clip
 
 PREFIX = '"Prediction":'
 
@@ -147,3 +149,28 @@ def test_sampled_posts_cover_all_lengths() -> None:
     assert len(sampled) == SAMPLE_SIZE and (sampled[0], sampled[-1]) == (rows[0], rows[-1])
     assert sum(len(row.text) for row in sampled) / SAMPLE_SIZE == pytest.approx(499.5, rel=0.01)
     assert sample_by_length(rows[:SAMPLE_SIZE]) == rows[:SAMPLE_SIZE]
+
+
+def test_the_frames_and_the_sound_of_a_clip_are_prompt_tokens(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_clip(data / "a.mp4", [(200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9)], 440, seconds=2.0, size=(112, 56))
+    rows = [
+        {"id": f"p{n}", "text": f"post {n}", "label": ["negative", "positive"][n % 2], "video": "a.mp4"}
+        for n in range(20)
+    ]
+    (data / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = micro.RECORDED | {"data": {"source": "jsonl", "train": ["all.jsonl"], "test": []}}
+
+    def tokens(name: str, **endpoint: Any) -> float:
+        server = {"base_url": "http://127.0.0.1:9/v1", "model": "big"} | endpoint
+        (folder := tmp_path / name).mkdir()
+        shutil.copytree(data, folder / "data")
+        found = forecast(folder, content | {"annotate": {"endpoint": server}})
+        return next(request.prompt_tokens for request, _ in found.teacher_requests())
+
+    text = tokens("text", video="ignore", audio="ignore")
+    frame = 4 * 2  # tokens of 28 x 28 pixels
+    assert tokens("frames", audio="ignore") - text == 4 * frame
+    assert tokens("fewer", audio="ignore", frames=2) - text == 2 * frame
+    assert tokens("sound", video="ignore") - text == pytest.approx(2 * 25, abs=3)  # the encoder adds some silence

@@ -148,7 +148,7 @@ GRADED: dict[str, Any] = {name: micro.RECORDED[name] for name in ("seed", "train
     "data": {"source": "mosi", "validation": ["dev.jsonl"]},
     "teacher": micro.LEARNER | {"tasks": {"classify": 1.0, "review": 0.5}},
     "student": CLASSIFY | {"distillation": {"weight": 0.0}, "hard_labels_baseline": False},
-    "evaluate": {},
+    "evaluate": {"modalities": True},
 }
 
 
@@ -177,7 +177,8 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def test_on_a_scale_each_role_has_regression_metrics(graded: Recipe) -> None:
     metrics = json.loads((graded.folder / "evaluate" / "metrics.json").read_text())
-    assert set(metrics) == {"teacher", "student", "majority_class", "trivial"}
+    without = {"student_without_text", "student_without_images"}
+    assert set(metrics) == {"teacher", "student", "majority_class", "trivial", *without}
     rows = [json.loads(line) for line in (graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 9, "the label outside the scale is left out, with a reason"
     assert "label 7 is outside the scale from -3 to 3" in (graded.folder / "quarantine.jsonl").read_text()
@@ -194,6 +195,16 @@ def test_on_a_scale_each_role_has_regression_metrics(graded: Recipe) -> None:
     assert metrics["trivial"]["value"] == pytest.approx(np.mean(train))
     assert metrics["trivial"]["mae"] == pytest.approx(np.abs(np.array(gold) - np.mean(train)).mean())
     assert metrics["trivial"]["correlation"] is None
+
+
+def test_the_student_is_evaluated_without_each_modality(graded: Recipe) -> None:
+    metrics = json.loads((graded.folder / "evaluate" / "metrics.json").read_text())
+    for name in ("student_without_text", "student_without_images"):
+        assert set(metrics[name]) == set(metrics["student"]) and metrics[name]["n"] == 9
+        assert metrics[name]["mae"] != metrics["student"]["mae"]
+    row = json.loads((graded.folder / "evaluate" / "predictions.jsonl").read_text().splitlines()[0])
+    assert set(row["roles"]) == {"teacher", "student"}, "the predictions are those of whole posts"
+    assert "student, without images" in report.summary(graded)
 
 
 def test_predictions_on_a_scale_have_bins_and_values(graded: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from distill.data.corpus import Corpus
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone
 from distill.task.sample import Sample
-from distill.training.datamodule import ReasoningDataModule
+from distill.training.datamodule import LengthGroupedSampler, ReasoningDataModule, TrainingPosts
 
 
 def module(
@@ -132,3 +133,43 @@ def test_samples_without_an_answer_are_dropped(backbone: Backbone, postcards: Co
     assert [sample.id for sample in kept] == [a.id, b.id]
     with pytest.raises(SettingsError, match="none of the 1 training posts has an answer to reason or classify"):
         ReasoningDataModule(backbone, rows[2:], postcards.validation, ["reason", "classify"], list, batch_size=2)
+
+
+CLIP = Sample(
+    "a", "words", (Path("i.png"),), label="neutral", rationale="why", video=Path("v.mp4"), audio=Path("v.mp4")
+)
+
+
+def dropped(samples: list[Sample], drop: dict[str, float], epoch: int = 0) -> list[Sample]:
+    sampler = LengthGroupedSampler(samples, 1, 0, 7, 4)
+    sampler.set_epoch(epoch)
+    return list(TrainingPosts(samples, drop, sampler))
+
+
+def test_modalities_are_left_out_with_their_probabilities_independently_and_anew_in_each_epoch() -> None:
+    posts = [replace(CLIP, id=str(n)) for n in range(2000)]
+    first, second = (dropped(posts, {"audio": 0.3, "text": 0.1}, epoch) for epoch in (0, 1))
+    assert first == dropped(posts, {"audio": 0.3, "text": 0.1}), "a resumed run draws the same"
+    without = [[sample.audio is None for sample in epoch] for epoch in (first, second)]
+    assert np.mean(without[0]) == pytest.approx(0.3, abs=0.03) and without[0] != without[1]
+    assert np.mean([sample.text == "" for sample in first]) == pytest.approx(0.1, abs=0.02)
+    both = np.mean([sample.text == "" and sample.audio is None for sample in first])
+    assert both == pytest.approx(0.03, abs=0.015)
+    assert all(sample.images and sample.video and sample.label == "neutral" for sample in first)
+    assert all((sample.rationale is None) == (sample.modalities != CLIP.modalities) for sample in first)
+
+
+def test_one_modality_is_always_left_and_posts_without_a_label_stay_whole() -> None:
+    drop = dict.fromkeys(("text", "images", "video", "audio"), 0.99)
+    posts = [replace(CLIP, id=str(n)) for n in range(200)]
+    found = dropped(posts, drop)
+    assert all(sample.modalities for sample in found)
+    assert {sample.modalities for sample in found} >= {(name,) for name in drop}
+    assert dropped([Sample("t", "words", label="neutral")], drop) == [Sample("t", "words", label="neutral")]
+    assert dropped([replace(CLIP, label=None)], drop) == [replace(CLIP, label=None)]
+
+
+def test_a_training_batch_has_the_posts_without_what_was_left_out(backbone: Backbone, postcards: Corpus) -> None:
+    data = as_process(module(backbone, postcards, drop={"images": 0.5}), 0, 1)
+    samples = [sample for batch in data.train_dataloader() for sample in batch]
+    assert 0 < sum(not sample.images for sample in samples) < len(samples)

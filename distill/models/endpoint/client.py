@@ -4,10 +4,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 from distill.errors import RunError
 from distill.models.endpoint.http import (
@@ -20,12 +19,16 @@ from distill.models.endpoint.http import (
 )
 from distill.models.endpoint.negotiation import ChatRequest, OptionalFields, Steps
 from distill.models.endpoint.settings import EndpointSettings
-from distill.models.reasoner import Answer, NoAnswer, Sampling
+from distill.models.reasoner import Answer, NoAnswer
 
 log = logging.getLogger(__name__)
 
 _MAX_BACKOFF_S = 60.0
 _MAX_CONSECUTIVE_FAILURES = 8  # unanswered requests in a row that end the run; at least `concurrency`
+
+
+Content = Callable[[bool], Sequence[bytes]]
+"""The JSON fragments of the content of a user message, with the frames of its video as images or with a video part."""
 
 
 class ChatClient:
@@ -50,36 +53,23 @@ class ChatClient:
         """Close the connections."""
         self._http.close()
 
-    def ask(
-        self,
-        content: Sequence[bytes],
-        sampling: Sampling,
-        stop: threading.Event,
-        *,
-        schema: Mapping[str, Any] | None = None,
-        logprobs: bool = False,
-        token_ids: Sequence[int] = (),
-    ) -> tuple[Answer, Tokens]:
+    def ask(self, content: Content, request: ChatRequest, stop: threading.Event) -> tuple[Answer, Tokens]:
         """Request one answer, with retries: exponential back-off with full jitter that respects `Retry-After`.
 
         `seconds` of the answer is the time from the first request to the end of the last reply.
 
         Args:
-            content: JSON fragments of the user message's content: a string, or a list of image and text parts.
             stop: set when the answer is no longer needed.
-            schema: JSON schema of the answer; sent unless the server has refused schemas.
-            logprobs: request the tokens with their log-probabilities; the tokens are empty if the server returns none.
-            token_ids: request the log-probabilities of these tokens instead of the top-k tokens. A server that does
-                not support `logprob_token_ids` returns the top-k tokens.
 
         Returns:
             The answer and its tokens. If no answer was received, `error` and `kind` of the answer say why.
 
         Raises:
-            RunError: the server cannot be reached, no longer answers, refuses the key or does not serve the model.
+            RunError: the server cannot be reached, no longer answers, refuses the key, does not serve the model or does
+                not take sound.
+            Exception: what `content` raises.
         """
         begin = time.monotonic()
-        request = ChatRequest(sampling, schema, logprobs, token_ids)
         answer, tokens = self._ask(content, request, stop)
         return replace(answer, seconds=time.monotonic() - begin), tokens
 
@@ -87,7 +77,7 @@ class ChatClient:
         """Token ids of a text from the server's tokenizer; None if the server does not return them."""
         return self._http.tokenize(text)
 
-    def _ask(self, content: Sequence[bytes], request: ChatRequest, stop: threading.Event) -> tuple[Answer, Tokens]:
+    def _ask(self, content: Content, request: ChatRequest, stop: threading.Event) -> tuple[Answer, Tokens]:
         deadline = time.monotonic() + self.settings.deadline_s
         attempts = failures = 0
         while not stop.is_set():
@@ -123,9 +113,7 @@ class ChatClient:
                 stop.wait(pause)
         return unanswered("the request was cancelled"), ()
 
-    def _send(
-        self, content: Sequence[bytes], request: ChatRequest, steps: Steps, deadline: float
-    ) -> tuple[Answer, Tokens]:
+    def _send(self, content: Content, request: ChatRequest, steps: Steps, deadline: float) -> tuple[Answer, Tokens]:
         """Send a request. If it is refused and no field is named, send it without optional fields, one after the other.
 
         Raises:
@@ -153,12 +141,12 @@ class ChatClient:
         raise first
 
     def _send_once(
-        self, content: Sequence[bytes], request: ChatRequest, steps: Steps, deadline: float
+        self, content: Content, request: ChatRequest, steps: Steps, deadline: float
     ) -> tuple[Answer, Tokens]:
-        fields = self.optional.fields(request, steps)
+        fields, parts = self.optional.fields(request, steps), content(self.optional.shows_frames(steps))
         remaining_s = max(deadline - time.monotonic(), 0.001)
         try:
-            answer = self._http.send(self.optional.body(fields), content, min(self.settings.timeout_s, remaining_s))
+            answer = self._http.send(self.optional.body(fields), parts, min(self.settings.timeout_s, remaining_s))
         except (OnlyThought, RequestFiltered) as reply:
             self._has_answered = True
             if isinstance(reply, OnlyThought):

@@ -46,6 +46,7 @@ _ABOUT_KEY = re.compile(
 _ABOUT_MODEL = re.compile(
     r"\bmodel\b.{0,80}(?:not found|not exist|not available|unknown)|(?:unknown|no such|invalid) model", re.IGNORECASE
 )
+_UNSUPPORTED = re.compile(r"\b(?:image|audio|video) input is not supported|unsupported content", re.IGNORECASE)
 _TEXT_PARTS = ("text", "output_text")
 _ESCAPED = re.compile(r"(?:bytes:)?(?:\\x[0-9a-fA-F]{2})+|(?:<0x[0-9a-fA-F]{2}>)+")  # bytes in the token's text
 _HEX = re.compile(r"x([0-9a-fA-F]{2})")
@@ -131,7 +132,8 @@ class HttpClient:
             raise RunError(f"the endpoint {url} requires payment (status 402): {words}")
         if 300 <= status < 400 or (status == 404 and _ABOUT_MODEL.search(words)):
             raise RunError(f"the endpoint at base_url {url} does not serve {model} (status {status}): {words}")
-        if status in (408, 429) or status >= 500:
+        cannot = status == 501 or (status == 500 and bool(_UNSUPPORTED.search(words)))  # llama.cpp's status for it
+        if status in (408, 429) or (status >= 500 and not cannot):
             retry_after_s = _retry_after_s(headers.get("retry-after", ""))
             busy = status == 429 or (status == 503 and retry_after_s > 0)
             raise RequestFailed(

@@ -12,14 +12,19 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from distill.errors import RunError
 from distill.models.endpoint.http import RequestRefused
 from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import Sampling
 
 log = logging.getLogger(__name__)
 
-Option = Literal["thinking", "token_ids", "seed", "schema", "temperature", "logprobs", "limit"]
+Option = Literal["video", "sound", "thinking", "token_ids", "seed", "schema", "temperature", "logprobs", "limit"]
 """The options, the most dispensable first: the order in which they are left out if the server names none."""
+
+_PARTS: tuple[Option, ...] = ("video", "sound")
+"""Options that are parts of the message instead of fields of the request. They are never left out: the frames of a
+video are sent as images instead, and without the sound the request is another one."""
 
 Steps = Mapping[Option, int]
 Fields = Mapping[Option, Mapping[str, Any]]
@@ -48,6 +53,8 @@ _NAMES: dict[str, str] = {
     "logprob_token_ids": r"logprob_token_ids",
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "reasoning_effort": r"reasoning[_ ]effort",
+    "video_url": r"video|content\W{0,4}(?:part|type)|unsupported content",
+    "input_audio": r"audio|content\W{0,4}(?:part|type)|unsupported content",
 }
 """How messages name the fields."""
 
@@ -58,12 +65,22 @@ _NOT_THE_FIELDS = re.compile(
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What a request asks for, before the server's abilities are taken into account."""
+    """What a request asks for, before the server's abilities are taken into account.
+
+    Attributes:
+        schema: JSON schema of the answer; sent unless the server has refused schemas.
+        logprobs: request the tokens with their log-probabilities; the tokens are empty if the server returns none.
+        token_ids: request the log-probabilities of these tokens instead of the top-k tokens. A server that does not
+            support `logprob_token_ids` returns the top-k tokens.
+        video, sound: whether the message has a part of this kind.
+    """
 
     sampling: Sampling
     schema: Mapping[str, Any] | None = None
     logprobs: bool = False
     token_ids: Sequence[int] = ()
+    video: bool = False
+    sound: bool = False
 
 
 class OptionalFields:
@@ -87,6 +104,10 @@ class OptionalFields:
         step = self._steps["logprobs"]
         return self._tops[step] if step < len(self._tops) else 0
 
+    def shows_frames(self, steps: Steps | None = None) -> bool:
+        """Whether the frames of a video are sent as images; in the current dialect if no steps are given."""
+        return self._settings.video == "frames" or (steps or self._steps)["video"] > 0
+
     def steps(self) -> dict[Option, int]:
         """The current dialect of each option."""
         with self._lock:
@@ -103,8 +124,8 @@ class OptionalFields:
     def body(self, fields: Fields) -> dict[str, Any]:
         """A request without `messages`."""
         body: dict[str, Any] = {"model": self._settings.model}
-        for part in fields.values():
-            body |= part
+        for option, part in fields.items():
+            body |= {} if option in _PARTS else part
         return body
 
     def accept(self, fields: Fields, steps: Steps) -> None:
@@ -113,13 +134,22 @@ class OptionalFields:
 
     def names_field(self, request: ChatRequest, steps: Steps, refusal: RequestRefused) -> bool:
         """Whether a refusal names an optional field of the request."""
-        return _named(self.fields(request, steps), refusal) is not None
+        return self._named(self.fields(request, steps), steps, refusal) is not None
 
     def drop_named(self, fields: Fields, steps: Steps, refusal: RequestRefused) -> bool:
-        """If a refusal names a field of the request, send its option in the next dialect from now on; return True."""
-        option = _named(fields, refusal)
+        """If a refusal names a field of the request, send its option in the next dialect from now on; return True.
+
+        Raises:
+            RunError: it names the sound.
+        """
+        option = self._named(fields, steps, refusal)
         if option is None:
             return False
+        if option == "sound":
+            raise RunError(
+                f"the endpoint {self._settings.shown_url} does not take the sound of posts (status {refusal.status}: "
+                f"{refusal.error.words}); use a model that hears, or set audio: ignore in the settings of the endpoint"
+            )
         self._advance(option, steps[option], steps[option] + 1, refusal.error.words)
         return True
 
@@ -132,7 +162,9 @@ class OptionalFields:
         """
         ladders, fields = self._ladders(request, steps), self.fields(request, steps)
         suspects = [
-            option for option in get_args(Option) if option in fields and (option, steps[option]) not in self._accepted
+            option
+            for option in get_args(Option)
+            if option in fields and option != "sound" and (option, steps[option]) not in self._accepted
         ]
         if refusal.status == 413 or _NOT_THE_FIELDS.search(refusal.error.words) or not suspects:
             return
@@ -140,11 +172,11 @@ class OptionalFields:
             if self.steps() != dict(steps) or frozenset(suspects) in self._tried:
                 return
             for option in suspects:
-                for step in range(steps[option] + 1, len(ladders[option]) + (option != "thinking")):
+                for step in range(steps[option] + 1, len(ladders[option]) + (option not in ("video", "thinking"))):
                     yield {**steps, option: step}
             without = dict(steps)
             for option in suspects:
-                last = _TOKENS_ONLY if option == "thinking" else len(ladders[option])
+                last = _TOKENS_ONLY if option == "thinking" else len(ladders[option]) - (option == "video")
                 for step in (1, last) if option == "limit" and steps[option] == 0 else (last,):
                     without[option] = step
                     yield dict(without)
@@ -190,7 +222,10 @@ class OptionalFields:
                 {"response_format": {"type": "json_object"}},
             ]
         tops = [{"logprobs": True, "top_logprobs": top} for top in self._tops] if request.logprobs else []
+        as_video = request.video and self._settings.video == "auto"
         return {
+            "video": [{"video_url": True}, {"image_url": True}] if as_video else [],
+            "sound": [{"input_audio": True}] if request.sound else [],
             "temperature": [{"temperature": sampling.temperature}],
             "limit": [{"max_tokens": limit}, {"max_completion_tokens": limit}],
             "seed": [{"seed": sampling.seed + sampling.attempt}],
@@ -199,6 +234,15 @@ class OptionalFields:
             "token_ids": [{"logprob_token_ids": list(request.token_ids)}] if request.token_ids else [],
             "thinking": [fields for fields, _ in _WITHOUT_THINKING],
         }
+
+    def _named(self, fields: Fields, steps: Steps, refusal: RequestRefused) -> Option | None:
+        """The option that a refusal names; never a part that the server has taken before: then the post is at fault."""
+        own = {
+            option: part
+            for option, part in fields.items()
+            if option not in _PARTS or (option, steps[option]) not in self._accepted
+        }
+        return _named(own, refusal, self._settings.model)
 
     def _advance(self, option: Option, seen: int, step: int, words: str) -> None:
         """Go on to a step of an option, unless another thread has changed it since `seen`; log it once."""
@@ -227,6 +271,7 @@ class OptionalFields:
             remedy = f"{json.dumps(extra)} is sent" if extra else f"up to {factor} times as many tokens are allowed"
             return f"to get an answer after a thought, {remedy}"
         return {
+            "video": "videos are not taken; their frames are sent as images instead",
             "logprobs": "no log-probabilities; label probabilities are estimated from the agreement of sampled answers",
             "token_ids": "logprob_token_ids is not taken; the top-k tokens are read",
             "temperature": "temperature is not taken and left out: answers are sampled as the server likes",
@@ -234,17 +279,21 @@ class OptionalFields:
         }[option]
 
 
-def _named(fields: Fields, refusal: RequestRefused) -> Option | None:
-    """The option whose field a refusal names, in a field of its own or first in its message."""
+def _named(fields: Fields, refusal: RequestRefused, model: str) -> Option | None:
+    """The option whose field a refusal names, in a field of its own or first in its message.
+
+    Args:
+        model: its name may be in the message, and contain a word such as audio.
+    """
     if refusal.status == 413 or _NOT_THE_FIELDS.search(refusal.error.words):
         return None
-    for text in (refusal.error.param, refusal.error.words):
+    for text in (refusal.error.param, refusal.error.words.replace(model, "")):
         found = [
-            (match.start(), option)
+            (match.start(), get_args(Option).index(option), option)
             for option, part in fields.items()
             for name in part
             if name in _NAMES and (match := re.search(_NAMES[name], text, re.IGNORECASE))
         ]
         if found:
-            return min(found)[1]
+            return min(found)[2]
     return None

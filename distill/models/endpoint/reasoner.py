@@ -1,22 +1,22 @@
 """A `Reasoner` over an OpenAI-compatible server: vLLM, SGLang, llama.cpp, or a hosted service."""
 
-import base64
-import json
 import logging
 import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from distill.data.images import ImageError, jpeg_bytes
+from distill.data.clips import ClipReader
 from distill.models.endpoint.client import ChatClient, unanswered
-from distill.models.endpoint.http import RequestFailed
+from distill.models.endpoint.http import RequestFailed, Tokens
 from distill.models.endpoint.logprobs import agreement, label_probabilities
+from distill.models.endpoint.message import MediaError, UserMessage
+from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
 from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
@@ -43,47 +43,28 @@ class LabelScore:
     answer: Answer
 
 
-class UserMessage:
-    """A sample as the content of user messages. Its images are encoded once, at the first use."""
-
-    def __init__(self, sample: Sample, max_side: int, max_pixels: int) -> None:
-        self.sample = sample
-        self._max_side = max_side
-        self._max_pixels = max_pixels
-        self._images: list[bytes] | None = None
-
-    def content(self, text: str) -> list[bytes]:
-        """JSON fragments of the message content: the images as `data:` URIs, then the text.
-
-        Raises:
-            ImageError, OSError: an image cannot be read.
-        """
-        if not self.sample.images:
-            return [json.dumps(text).encode()]
-        self.encode()
-        return [b"[", *(self._images or ()), json.dumps({"type": "text", "text": text}).encode(), b"]"]
-
-    def encode(self) -> None:
-        """Encode the images if this has not been done. Raises ImageError, OSError."""
-        if self._images is None:
-            self._images = [self._image(path) for path in self.sample.images]
-
-    def _image(self, path: Path) -> bytes:
-        data = base64.b64encode(jpeg_bytes(path, self._max_side, self._max_pixels))  # base64 needs no JSON escapes
-        return b'{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%b"}}, ' % data
-
-
 class Endpoint:
     """A remote model as a `Reasoner`. Optional request fields that the server refuses are omitted from then on.
+
+    Args:
+        max_pixels: most pixels of an image.
+        clips: reads videos and sounds; None: with the default settings.
 
     Raises:
         SettingsError: the environment variable named by `api_key_env` is not set.
     """
 
-    def __init__(self, settings: EndpointSettings, labels: LabelSpace, max_pixels: int = 50_000_000) -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        labels: LabelSpace,
+        max_pixels: int = 50_000_000,
+        clips: ClipReader | None = None,
+    ) -> None:
         self.name = settings.model
         self.settings = settings
         self.labels = labels
+        self.clips = clips or ClipReader()
         self._max_pixels = max_pixels
         self._client = ChatClient(settings)
         self._schema = _schema(labels)
@@ -114,7 +95,15 @@ class Endpoint:
 
     def message(self, sample: Sample) -> UserMessage:
         """A sample as message content, reusable for several requests."""
-        return UserMessage(sample, self.settings.max_image_side, self._max_pixels)
+        return UserMessage(sample, self.settings, self._max_pixels, self.clips)
+
+    def encode(self, message: UserMessage) -> None:
+        """Encode the media of a message in the form that the server takes, if this has not been done.
+
+        Raises:
+            MediaError: an image, video or sound cannot be read.
+        """
+        message.encode(self._client.optional.shows_frames())
 
     def ask(
         self,
@@ -134,11 +123,11 @@ class Endpoint:
         Raises:
             RunError: the server cannot be reached, no longer answers, refuses the key or does not serve the model.
         """
+        text = prompts.render(template, message.sample, self.labels)
         try:
-            content = message.content(prompts.render(template, message.sample, self.labels))
-        except (ImageError, OSError) as error:
+            answer, tokens = self._request(message, text, stop, sampling, schema=self._schema, logprobs=logprobs)
+        except MediaError as error:
             return unanswered(str(error))
-        answer, tokens = self._client.ask(content, sampling, stop, schema=self._schema, logprobs=logprobs)
         if logprobs and answer.error is None and not tokens:
             self._client.optional.disable_logprobs("its replies have none")
         return answer
@@ -196,13 +185,15 @@ class Endpoint:
         """
         undecided = np.full(len(self.labels), 1 / len(self.labels))
         template: Template = "classify" if earlier is None else "review"
-        try:
-            content = message.content(prompts.render(template, message.sample, self.labels, earlier))
-        except (ImageError, OSError) as error:
-            return LabelScore(undecided, 0.0, unanswered(str(error)))
+        text = prompts.render(template, message.sample, self.labels, earlier)
         # No schema: constrained decoding would force a label, and the label mass would be meaningless.
         greedy = Sampling(0.0, _CLASSIFY_MAX_TOKENS)
-        answer, tokens = self._client.ask(content, greedy, stop, logprobs=True, token_ids=self._label_token_ids())
+        try:
+            self.encode(message)
+            token_ids = self._label_token_ids()
+            answer, tokens = self._request(message, text, stop, greedy, logprobs=True, token_ids=token_ids)
+        except MediaError as error:
+            return LabelScore(undecided, 0.0, unanswered(str(error)))
         if answer.error is not None or not answer.text.strip():
             return LabelScore(undecided, 0.0, answer)
         if tokens:
@@ -210,7 +201,7 @@ class Endpoint:
         self._client.optional.disable_logprobs("its replies have none")
         sampled = [answer]
         for attempt in range(1, self.settings.agreement_samples):
-            sampled.append(self._client.ask(content, Sampling(1.0, _CLASSIFY_MAX_TOKENS, attempt), stop)[0])
+            sampled.append(self._request(message, text, stop, Sampling(1.0, _CLASSIFY_MAX_TOKENS, attempt))[0])
         if stop.is_set() and any(answer.error is not None for answer in sampled):
             return LabelScore(undecided, 0.0, unanswered("the request was cancelled"))  # never store an incomplete set
         texts = [answer.text for answer in sampled if answer.error is None]
@@ -220,6 +211,13 @@ class Endpoint:
         if all(self.labels.find(text) is None for text in texts):
             mass = 0.0  # the answers are no answer to the question
         return LabelScore(agreement(texts, self.labels), mass, Answer("\n".join(texts), True, **asdict(cost)))
+
+    def _request(
+        self, message: UserMessage, text: str, stop: threading.Event, sampling: Sampling, **asked: Any
+    ) -> tuple[Answer, Tokens]:
+        """Request one answer to a message with this text. Raises MediaError, RunError."""
+        request = ChatRequest(sampling, video=message.has_video, sound=message.has_sound, **asked)
+        return self._client.ask(partial(message.content, text), request, stop)
 
     def _label_token_ids(self) -> Sequence[int]:
         """Token ids of the labels in the server's tokenizer, with and without a leading space.

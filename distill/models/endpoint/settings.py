@@ -1,7 +1,7 @@
 """Settings of an OpenAI-compatible server."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
@@ -40,7 +40,15 @@ class EndpointSettings(Settings):
     """Answers sampled per classification if the server returns no log-probabilities; their agreement rate is the
     confidence. With 1 the confidence is unknown, so the cascade uses the polarity alone; in service it is always 1."""
     max_image_side: Count = 1024
-    """Maximum length of the longer image side, in pixels; larger images are scaled down before they are sent."""
+    """Maximum length of the longer side of images and frames, in pixels; larger ones are scaled down before they are
+    sent."""
+    video: Literal["auto", "frames", "ignore"] = "auto"
+    """How the sampled frames of a video are sent. `auto`: as a video, or as images with their times if the server takes
+    no videos; `frames`: as images; `ignore`: not at all."""
+    frames: Count | None = None
+    """At most so many of the sampled frames (`data.video`), evenly spaced; null: all of them."""
+    audio: Literal["auto", "ignore"] = "auto"
+    """`auto`: the sound of posts is sent, and a server that does not take it is refused; `ignore`: it is not sent."""
     prompt_price: NonNegative | None = None
     """Price per million prompt tokens, in any currency."""
     completion_price: NonNegative | None = None
