@@ -3,8 +3,8 @@
 Each post is a video of two seconds and a short text. A drawn face turns to a smile, to a frown or keeps its mouth; a
 voice-like tone rises by an octave, falls by one or holds its pitch; the words are cheerful, plain or gloomy. Each of
 the three adds 1, 0 or -1 to the sentiment, a value from -3 to 3. A face or a pitch that does not move stays at either
-end of the movement, so that one frame or one moment of the sound is not sufficient. Posts have rare words as postcards
-do.
+end of the movement, so that one frame or one moment of the sound is not sufficient. Posts may have rare words: a
+teacher learns all words from further posts, and the training split has only every other rare one.
 """
 
 import itertools
@@ -30,6 +30,8 @@ LEVELS = {
     "voice": ("rising", "level", "falling"),
 }
 """The values of each attribute; they add 1, 0 and -1 to the sentiment. All combinations are equally frequent."""
+RARE = {tone: words[:12] for tone, words in RARE_WORDS.items()}
+"""The rare words; there are as many frequent ones."""
 VERSION = 1
 """Of the posts that the same settings give."""
 
@@ -42,14 +44,14 @@ class ClipsSettings(Settings):
     """Seed of the texts, pictures and sounds."""
     labelled: Posts = 270
     """Number of training posts with a gold label and a gold rationale."""
-    unlabelled: Posts = 810
+    unlabelled: Posts = 540
     """Number of training posts without label and rationale."""
     validation: Posts = 189
     """Number of validation posts, all labelled."""
     test: Posts = 405
     """Number of test posts, all labelled."""
     teacher: Posts = 0
-    """Number of labelled posts with a rare word, on which only the teacher is trained."""
+    """Number of labelled posts with all words in turn, on which only the teacher is trained."""
     rare: Fraction = 0.0
     """Fraction of the posts of the splits whose word is rare. The training split has only every other rare word."""
     image_size: Annotated[int, Range(16, 512, step=2)] = 56
@@ -101,15 +103,15 @@ def _posts(settings: ClipsSettings, part: str, count: int) -> Iterator[dict[str,
     rng = random.Random(f"{settings.seed} {part}")
     cells = list(itertools.product(*LEVELS.values()))
     labelled = settings.labelled if part == "train" else count
-    every_rare_word = {tone: itertools.cycle(words) for tone, words in RARE_WORDS.items()}
-    rare_words = {tone: words[::2] if part == "train" else words for tone, words in RARE_WORDS.items()}
+    every_word = {tone: itertools.cycle(WORDS[tone] + RARE[tone]) for tone in TONES}
+    rare_words = {tone: words[::2] if part == "train" else words for tone, words in RARE.items()}
     for number in range(count):
         if number % len(cells) == 0:
             rng.shuffle(cells)  # every 27 posts contain each cell once
         attributes = dict(zip(LEVELS, cells[number % len(cells)], strict=True))
         tone = attributes["tone"]
         if part == "teacher":
-            word = next(every_rare_word[tone])
+            word = next(every_word[tone])
         else:
             word = rng.choice((rare_words if rng.random() < settings.rare else WORDS)[tone])
         blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill.evaluation.modalities import MODALITIES
+from distill.task.sample import MODALITIES
 
 Metrics = Mapping[str, Any]
 Roles = Mapping[str, Metrics | Sequence[Metrics]]

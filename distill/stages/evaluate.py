@@ -9,7 +9,6 @@ from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
-from distill.evaluation.modalities import without_each
 from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
 from distill.models.reasoner import Reasoner
@@ -18,6 +17,7 @@ from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale
+from distill.task.sample import MODALITIES
 from distill.tracking import StageRun
 
 
@@ -84,7 +84,10 @@ def _without_modalities(context: Context) -> dict[str, Any]:
     assert recipe.evaluate is not None
     metrics = {}
     student = context.reasoner("student" if recipe.refine is None else "refine")
-    for name, posts in without_each(context.corpus.test):
+    present = {name for post in context.corpus.test for name in post.modalities}
+    removable = [name for name in MODALITIES if name in present and len(present) > 1]  # something must be left
+    for name in removable:
+        posts = [post.without(name) for post in context.corpus.test]
         with progress(f"evaluate student without {name}"):
             output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
         metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)

@@ -307,7 +307,7 @@ def test_mosi_layout_with_a_scale(tmp_path: Path) -> None:
 def test_continuous_labels_and_a_scale_require_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data\.source mosi has continuous labels: add task\.scale"):
         read_corpus(DataSettings("mosi", str(tmp_path)), LABELS)
-    message = r"task\.scale needs continuous labels: data\.source mosi or mmsa, not jsonl"
+    message = r"task\.scale needs continuous labels: data\.source mosi or mmsa or clips, not jsonl"
     with pytest.raises(SettingsError, match=message):
         read_corpus(valid_settings(tmp_path), BINS)
 
