@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from distill.models.backbone import ModelSettings, create
 from distill.models.local import Local
@@ -27,7 +28,8 @@ TEXT = "A fine day."
 
 
 def tiny(folder: Path, audio_hidden: int | None, **settings: Any) -> Local:
-    """A tiny student with random weights; it hears if it has an audio tower."""
+    """A tiny student with random weights, always the same; it hears if it has an audio tower."""
+    torch.manual_seed(0)
     name = folder / f"tokenizer-{audio_hidden}"
     train_tokenizer(["a fine day, good words"] * 20, 600, audio_hidden is not None).save_pretrained(name)
     size = TinySettings(
