@@ -6,6 +6,7 @@ PyAV is the extra `media`; `data/clips_corpus.py` imports this module when a cor
 import random
 from fractions import Fraction
 from pathlib import Path
+from typing import Final
 
 import av
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from distill.data.clips import RATE
 from distill.data.postcards import SKIES, draw_card
 
-VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
+VIDEO_CODEC: Final = "libx264"
+AUDIO_CODEC: Final = "aac"
 SECONDS, FPS = 2, 4
 PITCH = 220.0
 """Middle of the octave of the voice, in Hz."""
