@@ -113,8 +113,8 @@ class Student:
             raise SettingsError(f"{folder} is no exported student: {error.filename} is missing") from None
         except (LookupError, TypeError) as error:
             raise SettingsError(f"{folder} was exported by an earlier version ({error}); export it again") from None
-        pixels = {} if size is None else {"image_size": size}
-        settings = ModelSettings(str(folder), images=size is not None, dtype=dtype, **pixels, **clips)
+        options = ({} if size is None else {"image_size": size}) | clips
+        settings = ModelSettings(str(folder), images=size is not None, dtype=dtype, **options)
         model = backbone.create(settings, labels, Path(folder), train=False, clips=ClipReader(sampling))
         return cls(Local(model, "student", _device(device)))
 

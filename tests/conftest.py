@@ -55,6 +55,10 @@ def postcards(tmp_path_factory: pytest.TempPathFactory, labels: LabelSpace) -> C
     return read_corpus(DataSettings(source="postcards", root=str(root), postcards=cards), labels)
 
 
+FAKE_CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+"""The browser of the tests records a test picture and beeps, and asks nobody."""
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, postcards: Corpus, labels: LabelSpace) -> Path:
     """A tokenizer trained on prompts and rationales of the postcards."""
@@ -133,7 +137,7 @@ def browser() -> Iterator["Browser"]:
     if (program := shutil.which("chromium") or shutil.which("google-chrome")) is None:
         pytest.skip("neither chromium nor google-chrome is on PATH")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox", *FAKE_CAMERA])
         yield browser
         browser.close()
 

@@ -11,7 +11,7 @@ import pytest
 from distill import chain
 from distill.annotation.curation import DECISIONS, Decision, append
 from distill.chain import STAGES, run
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.recipe import Recipe
 from distill.stages import augment, student
 from distill.stages.context import Context
@@ -22,7 +22,8 @@ from tests import micro
 from tests.fake_stages import Fakes
 from tests.models.openai_server import ChatRequest, Server, rationale
 
-AFTER_TEACHER = list(STAGES)[1:]
+ALL = [name for name in STAGES if name != "refine"]
+AFTER_TEACHER = ALL[1:]
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def rows(recipe: Recipe, name: str) -> dict[str, dict[str, Any]]:
 def test_a_change_runs_annotate_and_what_follows_and_its_reset_does_so_again(
     decision: tuple[Any, ...], recipe: Recipe, fakes: Fakes
 ) -> None:
-    assert run(recipe) == list(STAGES)
+    assert run(recipe) == ALL
     before = chain.identities(recipe)
     decide(recipe, "train-0001", *decision)
     assert run(recipe) == AFTER_TEACHER
@@ -166,6 +167,13 @@ def test_only_a_relabelled_post_needs_a_new_answer(annotated: Recipe, server: Se
         decide(annotated, name, "reset")
     assert run(annotated, until="annotate") == ["annotate"]
     assert server.paid == paid + 1 and rows(annotated, "rationales.jsonl") == kept
+
+
+def test_the_message_says_that_all_posts_are_dropped(annotated: Recipe) -> None:
+    for number in range(36):
+        decide(annotated, f"train-{number:04d}", "drop")
+    with pytest.raises(RunError, match=r"none of the 36 posts has a valid rationale \(36 dropped by a person\)$"):
+        run(annotated, until="annotate")
 
 
 def test_augment_and_student_see_the_posts_that_annotate_saw(

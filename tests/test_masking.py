@@ -41,6 +41,14 @@ def test_text(text: str, expected: str) -> None:
     assert mask({"a": [text, 3, None]}) == {"a": [expected, 3, None]}
 
 
+def test_secrets_among_the_arguments_of_a_logger() -> None:
+    arguments = {"api_key": "s3cret", "apiKey": "s3cret", "api_token": "s3cret", "password": "s3cret"}
+    kept = {"max_tokens": 5, "token": None, "api_key": "", "key": "accuracy", "api_key_env": "TEACHER_KEY"}
+    logger = {"class_path": "lightning.pytorch.loggers.CometLogger", "init_args": arguments}
+    assert "s3cret" not in str(mask({"trainer": {"loggers": [logger]}}))
+    assert mask({"a": kept}) == {"a": kept}
+
+
 def test_a_key_in_place_of_a_variable_is_refused_without_repeating_it(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["sk-abc123def456", "hf_abcdefghijklmnop12QRST", "AKIAIOSFODNN7EXAMPLE", "84f0c1d2e3b4a5968778695a4b3c2d1e"]
     for key in [*keys, "my key", "1KEY", "AIzaSyA1bcDEfgHIjklMNopQRstUVwxYZ012345"]:

@@ -27,19 +27,22 @@ def test_each_family_has_a_row() -> None:
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_row_says_what_the_code_says(kind: str) -> None:
-    name, _, packed, pictures, _, notes = ROWS[kind]
+    name, _, packed, pictures, videos, sound, _, notes = ROWS[kind]
     family = families.FAMILIES[kind]
     config = FAMILIES[kind].config(4000, lambda token: 7)
     assert packed == ("yes" if families.packs(config) else "no")
     read = "needed" if family.needs_picture else "any number"
-    assert pictures == ("none, text only" if is_text_only(config) else read)
+    sees = hasattr(config, "vision_config")
+    assert pictures == ("none, text only" if is_text_only(config) else read if sees else "none")
+    assert videos == (family.video if sees else "–")
+    assert sound == ("yes" if family.audio else "–")
     assert (name, notes) == (family.name, family.note or "–")
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 @pytest.mark.parametrize("kind", [*(kind for kind in ROWS if FAMILIES[kind].processor), "pixtral"])
 def test_which_processors_load_without_torchvision(kind: str, tmp_path: Path) -> None:
-    cell = ROWS["llava" if kind == "pixtral" else kind][4]
+    cell = ROWS["llava" if kind == "pixtral" else kind][6]
     expected = {"llava": "LLaVA yes", "pixtral": "Pixtral no"}.get(kind, cell)
     folder = write(FAMILIES[kind], tmp_path)
     try:

@@ -4,6 +4,9 @@ The packets of a file are all read before any is decoded: so its length is known
 """
 
 import math
+import mmap
+import os
+import struct
 import time
 from bisect import bisect_right
 from collections import deque
@@ -28,7 +31,8 @@ DECODERS = (
 """The decoders of FFmpeg that may run: for videos, and for sounds."""
 
 _MOST_STREAMS = 100  # FFmpeg allocates no more, unless the user's limit is higher
-_MISSING_SHARE, _MISSING_SECONDS = 0.05, 0.5  # a file may end this much earlier than its header says
+_PACKETS, _SAMPLES = 1_000, 50_000  # most packets of a second, and most samples of a sound that is not compressed
+_MISSING_SHARE, _MISSING_SECONDS = 0.05, 0.25  # a file may end this much earlier than its header says
 _SAMPLE_RATES = range(1_000, 400_001)
 
 
@@ -112,6 +116,8 @@ class Clip:
         self._file.seek(0)
         if name is None:
             raise self.error("is none of MP4, MOV, Matroska, WebM, AVI, WAV, MP3, FLAC and Ogg")
+        if name == "mov":
+            self._check_tables()
         most = self.settings.max_streams
         self._container = av.open(
             _Source(self._file, self),
@@ -194,17 +200,15 @@ class Clip:
             count = min(settings.max_frames, max(1, round(seconds * settings.fps)))
         wanted = deque(start + seconds * (2 * n + 1) / (2 * count) for n in range(count))
         images, times = [], list[float]()
-        shown, first, at = None, start, start
+        shown, at = None, start
         for frame in self.decoded(stream, wanted):
             self._check_size(frame.width, frame.height)
             begins = at + 1 / (stream.average_rate or 25) if frame.time is None else frame.time
-            if shown is None:
-                first = begins
-            elif begins <= at:  # its time is wrong
+            if shown is not None and begins <= at:  # its time is wrong
                 continue
-            elif wanted[0] < begins:  # until now, `shown` was
+            if shown is not None and wanted[0] < begins:  # until now, `shown` was
                 images.append(self._image(shown))
-                times.append(at - first)
+                times.append(max(0.0, at - start))
                 while wanted and wanted[0] < begins:
                     wanted.popleft()
                 if not wanted:
@@ -214,7 +218,7 @@ class Clip:
             raise self.error("has no frame that can be decoded")
         if wanted:
             images.append(self._image(shown))
-            times.append(at - first)
+            times.append(max(0.0, at - start))
         return Frames(tuple(images), tuple(times), seconds)
 
     def sound(self) -> np.ndarray | None:
@@ -229,7 +233,7 @@ class Clip:
             self._check_seconds(seconds)  # before it is resampled, which takes memory
             if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
                 parts += _resampled(resampler, None)
-                resampler = av.AudioResampler(format="fltp", layout="mono", rate=RATE)
+                resampler = av.AudioResampler(format="fltp", rate=RATE)
             parts += _resampled(resampler, frame)
         parts += _resampled(resampler, None)
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -251,6 +255,33 @@ class Clip:
             context.thread_count = 1  # the callers have a thread for each file
             context.options = {"max_pixels": str(self.settings.max_pixels)}
 
+    def _check_tables(self) -> None:
+        """Raise ClipError if an MP4 file declares more packets than its duration may have.
+
+        FFmpeg allocates memory for each packet that a table declares, and a table of a few bytes may declare 2³².
+        """
+        size = os.fstat(self._file.fileno()).st_size
+        declared = {"packets": 0, "samples": 0}
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for kind in (b"stsz", b"stz2", b"trun", b"cmov"):
+                at = content.find(kind, 4)
+                while at >= 0:
+                    self.check_time()
+                    length = int.from_bytes(content[at - 4 : at])
+                    if length < 2 or 16 <= length <= size - at + 4:  # otherwise these bytes are no box
+                        fields = content[at + 4 : at + 24]
+                        each, count, *_ = struct.unpack(">xxxxII", fields[:12].ljust(12, b"\0"))
+                        if length == 1:  # the length has 8 bytes more
+                            each, count = struct.unpack(">xxxxII", fields[8:].ljust(12, b"\0"))
+                        if kind == b"cmov":
+                            raise self.error("has a compressed header, which is not read")
+                        one_size = kind == b"stsz" and each > 0
+                        declared["samples" if one_size else "packets"] += each if kind == b"trun" else count
+                    at = content.find(kind, at + 4)
+        most = {"packets": _PACKETS * self.settings.max_seconds, "samples": _SAMPLES * self.settings.max_seconds}
+        if declared["packets"] > most["packets"] or declared["samples"] > min(size, most["samples"]):
+            raise self.error(f"declares {sum(declared.values()):,} packets, more than its duration may have")
+
     def _scan(self) -> None:
         """Read all packets without decoding them. Raises ClipError, FFmpegError."""
         for packet in self._container.demux():
@@ -270,12 +301,14 @@ class Clip:
     def _check_seconds(self, seconds: float) -> None:
         if seconds > self.settings.max_seconds:
             most = f"{self.settings.max_seconds:,g} (data.video.max_seconds)"
-            raise self.error(f"lasts {seconds:,.0f} s, more than {most}")
+            raise self.error(f"lasts {seconds:,.1f} s, more than {most}")
 
     def _check_size(self, width: int, height: int) -> None:
-        if width * height > self.settings.max_pixels:
-            most = f"{self.settings.max_pixels:,} (data.video.max_pixels)"
-            raise self.error(f"has {width} x {height} pixels, more than {most}")
+        most = self.settings.max_pixels
+        if width * height > most:
+            raise self.error(f"has {width} x {height} pixels, more than {most:,} (data.video.max_pixels)")
+        if not width * height:  # what FFmpeg says of a frame that it refuses
+            raise self.error(f"has no frame of at most {most:,} pixels (data.video.max_pixels)")
         if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
             raise self.error(f"has {width} x {height} pixels, an aspect ratio of {MAX_ASPECT_RATIO} or more")
 
@@ -297,6 +330,6 @@ def _time(packet: Any) -> float:
 
 
 def _resampled(resampler: Any, frame: Any) -> list[np.ndarray]:
-    """The samples that come out for a frame, or at the end (None)."""
+    """The samples that come out for a frame, or at the end (None): the mean of the channels."""
     found = [] if resampler is None else resampler.resample(frame)
-    return [part.to_ndarray()[0] for part in found if part is not None]
+    return [part.to_ndarray().mean(0) for part in found if part is not None]

@@ -6,7 +6,7 @@ PyAV is the extra `media`; `data/clips_corpus.py` imports this module when a cor
 import random
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 import av
 import numpy as np
@@ -14,8 +14,7 @@ import numpy as np
 from distill.data.clips import RATE
 from distill.data.postcards import SKIES, draw_card
 
-VIDEO_CODEC: Final = "libx264"
-AUDIO_CODEC: Final = "aac"
+VIDEO_CODEC, AUDIO_CODEC = "libx264", "aac"
 SECONDS, FPS = 2, 4
 PITCH = 220.0
 """Middle of the octave of the voice, in Hz."""
@@ -39,9 +38,9 @@ def write_clip(path: Path, bend: tuple[int, int], pitch: tuple[int, int], size: 
     frames, sound = draw_frames(bend, size, rng), make_sound(pitch, rng)
     # without version and date in the file, and on one thread, equal input gives equal bytes
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream(VIDEO_CODEC, rate=FPS, options={"crf": "24", "preset": "veryfast"})
+        video: Any = container.add_stream(VIDEO_CODEC, rate=FPS, options={"crf": "24", "preset": "veryfast"})
         video.width, video.height, video.pix_fmt, video.thread_count = size, size, "yuv420p", 1
-        audio = container.add_stream(AUDIO_CODEC, rate=RATE, layout="mono")
+        audio: Any = container.add_stream(AUDIO_CODEC, rate=RATE, layout="mono")
         audio.bit_rate = 16_000
         for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")

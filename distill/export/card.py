@@ -32,8 +32,8 @@ def scoring(student: Backbone) -> dict[str, Any]:
         and their `polarity`. `label_tokens`: K lists of token ids that follow the prefix; the probability of a label is
         proportional to the product of their probabilities. `values`: the K bin centres of the `scale`, None without
         one. `image_size`: the side of square images in pixels, 0 if the processor resizes them; None if the student
-        reads none. `clips`: how it is given videos and sounds, `video`, `audio` and `frames` of the model's settings,
-        and their `sampling`.
+        reads none. `clips`: how it is given videos and sounds, `video`, `audio`, `frames` and `image_size` of
+        its settings, and the `sampling` of frames.
         `add_special_tokens`: whether the tokenizer adds the first token, since the chat template does not.
         `template_variables`: of the chat template. `wording`: the texts of the task, from
         which the prompts are made.
@@ -58,8 +58,12 @@ def scoring(student: Backbone) -> dict[str, Any]:
 
 def _clips(student: Backbone) -> dict[str, Any]:
     media = student.encoder.media
-    audio = "auto" if media.audio else "ignore"
-    return {"video": media.video, "audio": audio, "frames": student.settings.frames, "sampling": media.sampling}
+    settings = {"frames": student.settings.frames, "image_size": student.settings.image_size}
+    return settings | {
+        "video": media.video,
+        "audio": "auto" if media.audio else "ignore",
+        "sampling": media.sampling,
+    }
 
 
 def model_card(
@@ -150,6 +154,10 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
     if images:
         size = f"{student.settings.image_size} pixels"
         parts.append(f"Images are resized to squares of {size} (0: resized by the processor).")
+    if example.video and student.encoder.media.video == "frames":
+        parts.append("A video is given as its sampled frames, each an image after its time: `0.5 s: ` and the image.")
+    if example.audio and student.encoder.media.audio:
+        parts.append("Its sound follows, as audio of 16 kHz before the text.")
     if used := _template_variables(student):
         values = ", ".join(f"`{name}={value!r}`" for name, value in used.items())
         parts.append(f"The chat template was applied with {values}.")

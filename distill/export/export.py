@@ -59,7 +59,7 @@ def export(
     check = Check.begin(student, samples[: settings.check_samples])
     if quantised := lora is not None and lora.quantize:
         unquantised = replace(student.settings, lora=replace(lora, quantize=False))
-        student = load(unquantised, student.labels, adapter)
+        student = load(unquantised, student.labels, adapter, clips=student.encoder.media.clips)
     check.record(student, changed=quantised)
     if rounded:
         student = _in_float32(student, adapter)
@@ -89,7 +89,7 @@ def export(
 def _in_float32(student: Backbone, adapter: Path) -> Backbone:
     """The student with its weights, computed in float32. It is loaded again, since buffers that are not stored, such as
     the scale of Gemma's embeddings, depend on the dtype in which a model is loaded."""
-    again = load(replace(student.settings, dtype="float32"), student.labels, adapter)
+    again = load(replace(student.settings, dtype="float32"), student.labels, adapter, clips=student.encoder.media.clips)
     dtypes = {name: weights.dtype for name, weights in student.model.named_parameters()}
     for name, weights in again.model.named_parameters():
         weights.data = weights.data.to(dtypes[name]).float()

@@ -45,13 +45,14 @@ class MediaReader:
     """Loads what a model is given of the media of posts.
 
     Attributes:
+        clips: decodes videos and sounds.
         images: whether the model is given the images of posts, and can read them.
         video: how it is given their videos.
         audio: whether it is given their sound, and can hear it.
     """
 
     def __init__(self, processor: Any, settings: ModelSettings, family: Family, clips: ClipReader) -> None:
-        self._processor, self._settings, self._family, self._clips = processor, settings, family, clips
+        self._processor, self._settings, self._family, self.clips = processor, settings, family, clips
         self._sees = processor.image_processor is not None
         if settings.video == "video" and family.video != "video":
             raise SettingsError(f"model.video must be frames: {family.name} takes videos as pictures only")
@@ -67,8 +68,9 @@ class MediaReader:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings with which videos and sounds are decoded."""
-        return asdict(self._clips.settings)
+        """The settings of `data.video` that decide which frames of a video are shown, and in which size."""
+        settings = asdict(self.clips.settings)
+        return {name: settings[name] for name in ("frames", "fps", "max_frames", "max_side")}
 
     def check(self, media: Media) -> None:
         """Raise SettingsError if a post with these media would reach a model that cannot take them."""
@@ -88,8 +90,8 @@ class MediaReader:
             )
         if media.audio and not self.audio and self._settings.audio != "ignore":
             raise SettingsError(
-                f"model.audio must be ignore: {self._family.name} cannot hear, and posts have sound, which is then "
-                "left out"
+                f"model.audio must be ignore: {self._family.name} is no family that hears, and posts have sound, "
+                "which is then left out"
             )
 
     def load(self, media: Media) -> Loaded:
@@ -105,7 +107,7 @@ class MediaReader:
             loaded.parts.extend({"type": "image"} for _ in media.images)
             loaded.pictures.extend(media.images)
         if media.video is not None and self.video != "ignore":
-            frames = self._clips.frames(media.video, self._settings.frames)
+            frames = self.clips.frames(media.video, self._settings.frames)
             if self.video == "video":
                 loaded.parts.append({"type": "video"})
                 loaded.videos.append(self._filled(frames) if self._family.same_frames else frames)
@@ -113,7 +115,7 @@ class MediaReader:
             for time, picture in zip(frames.times, frames.images, strict=True):
                 loaded.parts.extend(({"type": "text", "text": f"{time:.1f} s: "}, {"type": "image"}))
                 loaded.pictures.append(picture)
-        if media.audio is not None and self.audio and (sound := self._clips.sound(media.audio)) is not None:
+        if media.audio is not None and self.audio and (sound := self.clips.sound(media.audio)) is not None:
             loaded.parts.append({"type": "audio"})
             loaded.sounds.append(np.pad(sound, (0, max(0, _SHORTEST - len(sound)))))
         return loaded
@@ -137,7 +139,7 @@ class MediaReader:
 
     def _filled(self, frames: Frames) -> Frames:
         """Frames as many as are sampled of a long video; the last one is repeated."""
-        sampling = self._clips.settings
+        sampling = self.clips.settings
         most = sampling.frames if sampling.fps is None else sampling.max_frames
         missing = min(most, self._settings.frames or most) - len(frames.images)
         return frames._replace(

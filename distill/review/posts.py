@@ -105,21 +105,21 @@ class Posts:
         """Read the files that have changed; those of a running `annotate` are missing until it ends."""
         decided, applied, stage = self.folder / DECISIONS, self.folder / APPLIED, self.folder / "annotate"
         rationales, quarantine = stage / RATIONALES, stage / "quarantine.jsonl"
-        if self._has_changed(decided):
+        if changed := self._changed(decided):
             self.decisions = read_decisions(decided, self.labels)
-        if rationales.exists() and quarantine.exists() and self._has_changed(rationales, quarantine, applied):
+            self._seen |= changed
+        if rationales.exists() and quarantine.exists() and (changed := self._changed(rationales, quarantine, applied)):
             self.applied = read_decisions(applied, self.labels)
             found: dict[str, Any] = {name: {} for name in (*self.applied, *self.decisions)}
             found |= {str(row.fields.get("id")): {"quarantined": row.fields} for row in jsonl.read(quarantine)}
             found |= {sample.id: {"row": row} for sample, row in read_rationales(rationales, self.root, self.labels)}
             self.entries = {name: Entry(post, **found[name]) for name, post in self._samples.items() if name in found}
+            self._seen |= changed
 
-    def _has_changed(self, *paths: Path) -> bool:
-        """Whether one of the files is another one than at the last call."""
+    def _changed(self, *paths: Path) -> dict[str, Any]:
+        """The stamps of the files if one of them has changed since it was read, otherwise none."""
         now = {str(path): _stamp(path) for path in paths}
-        changed = any(name not in self._seen or self._seen[name] != stamp for name, stamp in now.items())
-        self._seen |= now
-        return changed
+        return now if any(name not in self._seen or self._seen[name] != stamp for name, stamp in now.items()) else {}
 
     # ---- what is shown ----
 

@@ -247,14 +247,14 @@ class Gateway:
         if self.cascade.local:
             reader = self.cascade.local.backbone.encoder.media
             for given, why, name in (
-                (Media(media.images), "reads text only; send the post without images", "image"),
-                (Media(video=media.video), "sees no pictures; send the post without video", "video"),
-                (Media(audio=media.audio), "cannot hear; send the post without sound", "audio"),
+                (Media(media.images), "the student reads text only; send the post without images", "image"),
+                (Media(video=media.video), "the student sees no pictures; send the post without video", "video"),
+                (Media(audio=media.audio), "the student cannot hear; send the post without sound", "audio"),
             ):
                 try:
                     reader.check(given)
                 except SettingsError:
-                    raise RequestError(400, f"the student {why}", param=name) from None
+                    raise RequestError(400, why, param=name) from None
             shown = (
                 media.images and reader.images,
                 media.video and reader.video != "ignore",

@@ -40,11 +40,11 @@ class ServeSettings(Settings):
     teacher_concurrency: Count = 8
     """Most requests in flight to a teacher behind an endpoint."""
     max_body_mb: Annotated[float, Range(0, 2000, above=True)] = 10.0
-    """Largest request body, and largest image fetched from a URL, in megabytes."""
+    """Largest request body, and largest file fetched from a URL, in megabytes."""
     max_text_tokens: Count = 2048
     """Longest post with its aspect, in tokens of the student."""
     image_hosts: list[str] = field(default_factory=list)
-    """Hosts (host or host:port) from which images may be fetched by http(s) URL; empty: no images are fetched."""
+    """Hosts (host or host:port) from which images, videos and sounds may be fetched by http(s) URL; empty: none are."""
     max_new_tokens: Count = 512
     """Token limit of rationales, and of completions by the student alone."""
     rationale: bool = True

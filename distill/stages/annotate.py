@@ -48,10 +48,14 @@ def run(context: Context, tracked: StageRun) -> None:
     def nothing_kept() -> Exception:
         first.end()
         unlabelled = tally.unlabelled["seen"] - tally.unlabelled["quarantined"]
-        counts = tally.quarantined + Counter({"without a label": unlabelled, "without a recording": tally.unannotated})
+        counts = tally.quarantined + Counter({
+            "without a label": unlabelled, "without a recording": tally.unannotated,
+            "dropped by a person": curated.counts["dropped"],
+        })  # fmt: skip
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         kind = SettingsError if teacher is None else RunError
-        return kind(f"annotate: none of the {tally.n} posts has a valid rationale ({reasons})")
+        n = len(context.corpus.train)
+        return kind(f"annotate: none of the {n} posts has a valid rationale ({reasons})")
 
     with (
         Ledger(folder / "ledger.jsonl") as ledger,

@@ -26,23 +26,21 @@ from distill.data import jsonl
 from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
-from distill.data.source import SPLITS, data_fingerprint
+from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
-from distill.files import atomic_folder
-from distill.models import backbone, text_limit, tiny
+from distill.models import backbone, text_limit
 from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
 from distill.recipe import Recipe
 from distill.stage_settings import Teacher, TeacherSettings
-from distill.task import prompts
+from distill.stages.tiny_tokenizer import tiny_tokenizer
 from distill.task.labels import LabelSpace
 from distill.task.rationale import Rationale, render
 from distill.task.sample import Sample
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule, TrainSettings
-from distill.training.batches import synthetic_answers
 from distill.training.datamodule import ReasoningDataModule
 from distill.training.fit import fit
 from distill.training.length_limit import limit_length
@@ -53,8 +51,6 @@ log = logging.getLogger(__name__)
 
 _FITS = 256
 """A text of so many bytes fits the context of every model."""
-
-_TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
 
 
 @dataclass
@@ -137,36 +133,7 @@ class Context:
 
     def tokenizer(self, settings: ModelSettings) -> Path:
         """The folder of the tokenizer for tiny models of one vocabulary size; trained on the corpus if missing."""
-        texts = (data_fingerprint(self.recipe.data), self.labels.names, prompts.VERSION, self._reviews)
-        parts = (*texts, settings.tiny.vocabulary, *(["audio"] if self._hears else []))
-        folder = self.folder / "tokenizer" / sha256(repr(parts).encode()).hexdigest()[:12]
-        if not settings.path and not folder.exists():
-            with atomic_folder(folder) as new:
-                tiny.train_tokenizer(self._texts(), settings.tiny.vocabulary, self._hears).save_pretrained(new)
-        return folder
-
-    @property
-    def _hears(self) -> bool:
-        """Whether a tiny model of the chain hears; then the tokenizer that they share has the tokens of sounds."""
-        recipe = self.recipe
-        models = [part.model for part in (recipe.teacher, recipe.assistant, recipe.student) if part is not None]
-        return any(not model.path and model.tiny.audio_hidden is not None for model in models)
-
-    @property
-    def _reviews(self) -> bool:
-        """Whether a teacher trains the *review* task, whose prompts the tokenizer is then trained on as well."""
-        return self.recipe.teacher is not None and "review" in self.recipe.teacher.tasks
-
-    def _texts(self) -> list[str]:
-        """Training texts of the tokenizer: posts, rationales, prompts and answers."""
-        posts = [*self._as_read.train, *self._as_read.teacher]
-        texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
-        labelled = [post for post in posts if post.label is not None]
-        texts += [prompts.render(template, post, self.labels) for template in _TEMPLATES for post in labelled[:100]]
-        if self._reviews:
-            reviews = [(post, synthetic_answers(post, self.labels)) for post in labelled[:100]]
-            texts += [prompts.render("review", post, self.labels, earlier) for post, earlier in reviews]
-        return texts + [f"{self.labels.wording.prefix} {name}" for name in self.labels.names for _ in range(100)]
+        return tiny_tokenizer(self.recipe, settings, lambda: self._as_read)
 
     def train(
         self,

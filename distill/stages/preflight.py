@@ -218,6 +218,8 @@ def _check_student(context: Context, posts: Sequence[Sample]) -> None:
 def _check_refine(context: Context, posts: Sequence[Sample]) -> None:
     recipe, settings = context.recipe, context.recipe.refine
     assert settings is not None and recipe.student is not None
+    if clips := [post.id for post in posts if post.video or post.audio]:
+        raise SettingsError(f"refine does not take posts with videos or sound, such as {clips[0]}; remove the section")
     check_arguments(settings)
     if process_count(recipe.trainer) > 1 or context.device not in ("cpu", "cuda:0", "mps:0"):
         raise SettingsError("refine trains on one device, the first: set trainer.devices to 1")

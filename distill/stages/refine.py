@@ -38,7 +38,7 @@ def run(context: Context, tracked: StageRun) -> None:
             progress=show,
         )
     if not kept:
-        log.warning("refine: no checkpoint has the student's validation accuracy and consistency; its weights are kept")
+        log.warning("refine: no checkpoint is as good as the student on validation posts; its weights are kept")
         student = context.load("student")
     student.save(folder / "adapter")
 

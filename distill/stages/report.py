@@ -28,21 +28,32 @@ _SOURCES = (
 
 
 def run(recipe: Recipe) -> None:
-    """Write the report. Raises SettingsError if the chain has not been evaluated, or only with other labels."""
+    """Write the report.
+
+    Raises:
+        SettingsError: the chain has not been evaluated, only with other labels, or its manifest is missing.
+    """
     folder = recipe.folder
     roles, baselines = _metrics(recipe)
     if not is_available(recipe):
         raise SettingsError(f"{folder / 'evaluate'} was written with other task.labels; run: distill run")
+    if not (folder / "chain.json").exists():
+        raise SettingsError(f"{folder / 'chain.json'} is missing; run: distill run")
+    # stages of removed sections keep their files
+    stages = {
+        name: entry for name, entry in read_json(folder / "chain.json")["stages"].items() if getattr(recipe, name, None)
+    }
     summary = folder / "annotate" / "summary.json"
-    stages = read_json(folder / "chain.json")["stages"]
     gallery, decisions = posts_and_decisions(recipe)
     report = Report(
         name=recipe.name,
         labels=recipe.labels,
         roles=roles,
         baselines=baselines,
-        curves={role: folder / name / "metrics.csv" for role, name in _CURVES.items()},
-        annotation=read_json(summary) if summary.exists() else None,
+        curves={
+            role: folder / name / "metrics.csv" for role, name in _CURVES.items() if name.partition("/")[0] in stages
+        },
+        annotation=read_json(summary) if recipe.annotate is not None and summary.exists() else None,
         cascade=_cascade(recipe),
         stages=stages,
         gallery=gallery,

@@ -67,7 +67,7 @@ class Edge:
 
 
 class Lineage:
-    """The edges of a chain in an append-only file; a line that a crash has cut off is ignored."""
+    """The edges of a chain in an append-only file; a line that is no edge, such as one cut off, is ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
@@ -76,9 +76,11 @@ class Lineage:
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         for line in lines:
             try:
-                yield Edge(**json.loads(line))
-            except (ValueError, TypeError):
+                edge = Edge(**json.loads(line))
+                hash(edge)  # TypeError for a list in place of a text
+            except (ValueError, TypeError, RecursionError):
                 continue
+            yield edge
 
     def add(self, edge: Edge) -> None:
         """Append an edge."""

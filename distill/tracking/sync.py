@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from distill.errors import RunError, SettingsError, first_line
 from distill.masking import mask
 from distill.tracking.lineage import UPLOADS, Edge, Lineage
+from distill.tracking.records import is_empty, remove_incomplete_end
 from distill.tracking.tracker import local_files
 
 _RETRIES = {f"WANDB_X_{what}_RETRY_MAX": "5" for what in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
@@ -37,15 +38,15 @@ def sync(folder: Path) -> Sent:
 
     Raises:
         SettingsError: there are no offline runs, or nobody is logged in to wandb.
-        RunError: the server refuses a run or a link, or cannot be reached.
+        RunError: the server refuses a run or a link, has not received an artifact, or cannot be reached.
     """
     records, lineage = sorted(folder.glob("wandb/offline-run-*/run-*.wandb")), Lineage(folder)
     edges, pending = lineage.unlinked(), [path for path in records if not _is_sent(path)]
     if not records and not edges:
         raise SettingsError(f"{folder / 'wandb'} holds no offline runs")
-    if not pending and not edges:
+    if not pending and not edges and not _unchecked(folder, records):
         return Sent(0, 0)
-    with local_files(folder / "wandb"), _online():
+    with local_files(folder.absolute() / "wandb"), _online():
         import wandb
 
         try:
@@ -53,6 +54,14 @@ def sync(folder: Path) -> Sent:
                 raise SettingsError("sync needs a login to wandb: wandb login, or WANDB_API_KEY")
             api = wandb.Api()
             _send(folder, pending)
+            empty = [path for path in records if is_empty(path)]
+            missing = [_missing(api, folder, record, lineage) for record in _unchecked(folder, records)]
+            if lost := next(filter(None, missing), None):
+                raise RunError(
+                    f"sync: the server has not received the artifact {lost}; repeat this. If {folder} was moved after "
+                    "it ran, first move it back"
+                )
+            edges = [edge for edge in edges if edge.run not in map(_run_id, empty)]
             for edge in edges:
                 _link(api, edge)
                 lineage.add(replace(edge, linked=True))
@@ -60,33 +69,80 @@ def sync(folder: Path) -> Sent:
             raise
         except Exception as error:  # of wandb: it may raise anything
             raise RunError(f"sync: the wandb server cannot be used: {first_line(error)}") from error
-    return Sent(len(pending), len(edges))
+    return Sent(len([path for path in pending if path not in empty]), len(edges))
+
+
+def _run_id(record: Path) -> str:
+    return record.stem.removeprefix("run-")
+
+
+def _mark(record: Path) -> Path:
+    """The file by which wandb marks a record as sent."""
+    return record.with_suffix(".wandb.synced")
 
 
 def _is_sent(record: Path) -> bool:
-    return record.with_suffix(".wandb.synced").exists()
+    return _mark(record).exists()
+
+
+def _unchecked(folder: Path, records: Sequence[Path]) -> list[Path]:
+    """The records that were sent, and whose artifacts are not known to have arrived."""
+    return [path for path in records if _is_sent(path) and (folder / UPLOADS / _run_id(path)).exists()]
 
 
 def _send(folder: Path, records: Sequence[Path]) -> None:
-    """Send the records of offline runs, and delete the files that were kept for them."""
+    """Send the records of offline runs.
+
+    No stage is running, so an incomplete end was left by a kill. It is removed: wandb never counts such a record as
+    sent, and sends no other one beside a record that holds nothing.
+    """
     if not records:
         return
+    reason = _wandb_sync(folder, records)
+    for record in (killed := [path for path in records if not _is_sent(path) and remove_incomplete_end(path)]):
+        if is_empty(record):
+            _mark(record).touch()
+    if killed and (rest := [path for path in records if not _is_sent(path)]):
+        reason = _wandb_sync(folder, rest)
+    if refused := [path.parent.name for path in records if not _is_sent(path)]:
+        raise RunError(f"sync: {len(refused)} of {len(records)} offline runs were not sent; {refused[0]}: {reason}")
+
+
+def _wandb_sync(folder: Path, records: Sequence[Path]) -> str:
+    """Run `wandb sync`. Returns its first line about an error, or its exit status."""
     command = [sys.executable, "-m", "wandb", "sync", *(str(path.absolute()) for path in records)]
     environment = _RETRIES | dict(os.environ) | {"WANDB_SILENT": "false"}  # not silent: the reason of a refusal
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    for record in filter(_is_sent, records):
-        shutil.rmtree(folder / UPLOADS / record.stem.removeprefix("run-"), ignore_errors=True)
-    if refused := [path.parent.name for path in records if not _is_sent(path)]:
-        lines = [line.partition("ERROR")[2].strip() or line for line in ran.stderr.splitlines() if "rror" in line]
-        reason = mask(next(filter(None, lines), f"exit status {ran.returncode}"))
-        raise RunError(f"sync: {len(refused)} of {len(records)} offline runs were not sent; {refused[0]}: {reason}")
+    lines = [line.partition("ERROR")[2].strip() or line for line in ran.stderr.splitlines() if "error" in line.lower()]
+    return str(mask(next(filter(None, lines), f"exit status {ran.returncode}")))
+
+
+def _missing(api: Any, folder: Path, record: Path, lineage: Lineage) -> str | None:
+    """Delete the files that were kept for a run once the server has its artifacts; wandb ignores a failed upload.
+
+    Returns:
+        What is missing; the run is then sent again by the next call.
+    """
+    sent = record.read_bytes()  # a stage that was killed may have logged what its record does not have
+    for edge in lineage:
+        if (edge.kind, edge.run) == ("logs", _run_id(record)) and edge.digest.encode() in sent:
+            try:
+                _artifact(api, edge)
+            except Exception as error:  # noqa: BLE001 (of wandb: it may raise anything)
+                _mark(record).unlink()
+                return f"{edge.artifact} of {record.parent.name} ({first_line(error)})"
+    shutil.rmtree(folder / UPLOADS / _run_id(record))
+    return None
+
+
+def _artifact(api: Any, edge: Edge) -> Any:
+    return api.artifact(f"{edge.entity or api.default_entity}/{edge.project}/{edge.artifact}:{edge.digest}")
 
 
 def _link(api: Any, edge: Edge) -> None:
     """Record on the server that a run used a version of an artifact."""
     place = f"{edge.entity or api.default_entity}/{edge.project}"
-    artifact = api.artifact(f"{place}/{edge.artifact}:{edge.digest}")
-    api.run(f"{place}/{edge.run}").use_artifact(artifact)
+    api.run(f"{place}/{edge.run}").use_artifact(_artifact(api, edge))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Tracker:
             name: name of the recipe, the default group.
         """
         self.settings = settings
-        self.folder = folder
+        self.folder = folder.absolute()  # wandb records the paths of files, and may be asked for them elsewhere
         self.group = shorten(settings.group or name, _GROUP_LENGTH)
 
     @contextmanager
@@ -91,19 +91,6 @@ class Tracker:
                 finish_timeout=_FINISH_SECONDS,  # limits the wait without network; `distill sync` uploads later
             ),
         )
-
-
-def not_logged_in(settings: TrackingSettings) -> bool:
-    """Whether the settings ask for online runs although nobody is logged in to wandb."""
-    mode = os.environ.get("WANDB_MODE", "auto") if settings.mode == "auto" else settings.mode
-    if mode != "online":
-        return False
-    try:
-        import wandb
-
-        return not wandb.login(prompt=False, verify=False)
-    except Exception:  # noqa: BLE001 (no error of wandb may stop the chain)
-        return True
 
 
 @contextmanager

@@ -123,7 +123,8 @@ def fit(
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
-        RunError: there is not enough memory for a step, an image cannot be read, or a process of the training ended.
+        RunError: there is not enough memory for a step, an image or clip cannot be read, or a process of the
+            training ended.
     """
     checkpoints = folder / "checkpoints"
     main_process = processes.begin(folder)

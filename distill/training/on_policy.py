@@ -1,6 +1,6 @@
-"""trl's trainers with the *classify* task, the rewards and the validation of this project (`refine`)."""
+"""trl's trainers with the supervised tasks, the rewards and the validation of this project (`refine`)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from distill.errors import NonFiniteError
 from distill.evaluation.evaluate import EvaluateSettings, evaluate_role
+from distill.evaluation.reasoning import grounding
 from distill.models.backbone import Backbone
 from distill.models.local import Local
+from distill.task.prompts import Template
 from distill.task.sample import Sample
-from distill.training.batches import encode
+from distill.training.batches import encode, target_answer
 from distill.training.fused_loss import answer_loss
 from distill.training.refine_settings import RefineSettings
 from distill.training.rewards import Answered, rewards
@@ -26,7 +28,7 @@ _VALIDATED = 256
 
 
 def on_policy(base: Any) -> Any:
-    """trl's trainer with the *classify* task in its loss and, with GRPO, the rewards of this project."""
+    """trl's trainer with the supervised tasks in its loss and, with GRPO, the rewards of this project."""
 
     class OnPolicyTrainer(base):
         def __init__(
@@ -39,7 +41,7 @@ def on_policy(base: Any) -> Any:
         ) -> None:
             self.student, self.samples, self.validation, self.settings = student, samples, validation, settings
             self.current_ids: list[str] = []
-            self.before = (0.0, 0.0)  # the result of the validation before the training
+            self.before: dict[str, float] = {}  # the result of the validation before the training
             self._rows = {sample.id: row for row, sample in enumerate(samples)}
             self._rewarded: tuple[Any, dict[str, list[float | None]]] = (None, {})
             if settings.method == "grpo":
@@ -60,26 +62,35 @@ def on_policy(base: Any) -> Any:
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
             posts = [self.samples[row] for row in dict.fromkeys(inputs.pop("posts").tolist())]
             loss = super().compute_loss(model, inputs, *args, **options)
-            labelled = [post for post in posts if post.label is not None]
-            if self.settings.classify_weight and labelled:
-                own = self._classify_loss(labelled)
-                self._metrics["train"]["classify_loss"].append(own.item())
-                # the loss of trl is divided by the number of accumulated steps already
-                loss = loss + self.settings.classify_weight * own / self.current_gradient_accumulation_steps
+            # the loss of trl is divided by the number of accumulated steps already
+            loss = loss + self._supervised_loss(posts) / self.current_gradient_accumulation_steps
             if not loss.isfinite():
                 remedy = "lower refine.learning_rate"
                 raise NonFiniteError(f"step {self.state.global_step}: the loss is", [p.id for p in posts], remedy)
             return loss
 
-        def _classify_loss(self, posts: Sequence[Sample]) -> torch.Tensor:
+        def _supervised_loss(self, posts: Sequence[Sample]) -> torch.Tensor | float:
+            """The weighted cross-entropy of the labels and of the stored rationales of posts that have them."""
             student, device = self.student, self.accelerator.device
-            batch = encode(posts, student, {"classify": 1.0}, packing=True)
+            weights: dict[Template, float] = {
+                "classify": self.settings.classify_weight,
+                "reason": self.settings.reason_weight,
+            }
+            tasks = {task: weight for task, weight in weights.items() if weight}
+            posts = [p for p in posts if any(target_answer(task, p, student.labels) is not None for task in tasks)]
+            if not posts:
+                return 0.0
+            batch = encode(posts, student, tasks, packing=True)
             inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-            positions, tokens, weights = (
+            positions, tokens, shares = (
                 value.to(device) for value in (batch.positions, batch.tokens, batch.loss_weights)
             )
             hidden = student.hidden_states(inputs).flatten(0, 1)[positions]
-            return answer_loss(hidden, student.head, tokens, weights, cap=student.cap, positions=positions).total
+            loss = answer_loss(hidden, student.head, tokens, shares, cap=student.cap, positions=positions)
+            for index, (task, weight) in enumerate(tasks.items()):
+                own = (shares * loss.hard)[(batch.tasks == index).to(device)].sum().item() / weight
+                self._metrics["train"][f"{task}_loss"].append(own)
+            return loss.total
 
         def _reward_function(self, name: str) -> Callable[..., list[float | None]]:
             def reward(completions: Any, completion_ids: Any, id: list[str], **_: Any) -> list[float | None]:
@@ -111,28 +122,35 @@ def on_policy(base: Any) -> Any:
             self.model.train(training)
             return [student.labels.names[index] for index in scores.probabilities.argmax(-1).tolist()]
 
-        def validate(self) -> tuple[float, float]:
-            """On the validation posts, the accuracy of label scoring and the share of rationales that predict the
-            classified label; 0 without posts."""
+        def validate(self) -> dict[str, float]:
+            """On the validation posts, the accuracy of label scoring and the measures of the rationales (`selection`),
+            where an answer that does not parse counts 0; zeros without posts."""
             student, posts = self.student, self.validation[:_VALIDATED]
             if not posts:
-                return 0.0, 0.0
+                return dict.fromkeys(("accuracy", "reasoned_accuracy", "consistency"), 0.0)
             training, limit = self.model.training, EvaluateSettings(max_new_tokens=self.settings.max_new_tokens)
             outputs = evaluate_role(Local(student, "the student", student.device), posts, student.labels, limit)
             self.model.train(training)
+            gold = [student.labels.name(post.label) for post in posts]
             labels = [outputs.label(index, student.labels) for index in range(len(posts))]
-            accuracy = fmean(label == post.label for label, post in zip(labels, posts, strict=True))
-            predicted = [found and found.prediction for found in outputs.rationales or ()]
-            return accuracy, fmean(found == label for found, label in zip(predicted, labels, strict=True))
+            rationales = outputs.rationales or [None] * len(posts)
+            predicted = [found.prediction if found else None for found in rationales]
+            pairs = zip(rationales, posts, strict=True)
+            named = [value for found, post in pairs for value in grounding(found, post.attributes)]
+            return {
+                "accuracy": _agreement(labels, gold),
+                "reasoned_accuracy": _agreement(predicted, gold),
+                "consistency": _agreement(predicted, labels),
+            } | ({"grounded": fmean(named)} if named else {})
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """Log the result of a checkpoint, and return the value by which the best one is kept (`selection`)."""
-            state, (accuracy, consistency) = self.state, self.validate()
-            entry = {"val/accuracy": accuracy, "val/consistency": consistency}
+            state, found = self.state, self.validate()
+            entry = {f"val/{name}": value for name, value in found.items()}
             state.log_history.append({"epoch": state.epoch, "step": state.global_step} | entry)
             self.control: Any = self.callback_handler.on_evaluate(self.args, state, self.control, {})
-            later = state.global_step / state.max_steps / (2 * _VALIDATED)
-            return {"eval_selection": selection(accuracy, consistency, self.before[0]) + later}
+            later = 1e-6 * state.global_step / state.max_steps  # decides between equal ones
+            return {"eval_selection": selection(found, self.before) + later}
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             """Write the trained weights under the names that they have in memory: those of transformers' own files are
@@ -159,9 +177,20 @@ def on_policy(base: Any) -> Any:
     return OnPolicyTrainer
 
 
-def selection(accuracy: float, consistency: float, before: float) -> float:
-    """The value of a checkpoint: its consistency if it has at least the accuracy of the student before.
+def selection(found: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """The value of a checkpoint: if it has at least the accuracy of the student before, the mean of its other measures.
 
+    They are the reasoned accuracy, the consistency and, if posts have attributes, the groundedness of the rationales.
     Checkpoints with less accuracy have lower values than all others.
+
+    Args:
+        found: the measures of the checkpoint by name (`validate`).
+        before: those of the student before.
     """
-    return 1 + consistency if accuracy >= before else accuracy / 2
+    if found["accuracy"] < before["accuracy"]:
+        return found["accuracy"] / 2
+    return 1 + fmean(value for name, value in found.items() if name != "accuracy")
+
+
+def _agreement(one: Sequence[str | None], other: Sequence[str | None]) -> float:
+    return fmean(a == b for a, b in zip(one, other, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.data.clips import ClipError
 from distill.data.images import ImageError
 from distill.errors import NonFiniteError, RunError, SettingsError
 
@@ -92,7 +93,7 @@ def expected_failure(error: BaseException) -> Exception | None:
         return RunError(f"a process of the training ended: {error}")
     found = _RAISED.search(str(error).rpartition(_TRACEBACK)[2])
     kind, message = (found[1], found[2].strip()) if found else (type(error).__name__, str(error))
-    if not found and not isinstance(error, ImageError | SettingsError | RunError):
+    if not found and not isinstance(error, ImageError | ClipError | SettingsError | RunError):
         return None
     if kind == "NonFiniteError":
         failure: Exception = NonFiniteError("")

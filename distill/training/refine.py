@@ -3,8 +3,8 @@
 Both methods generate answers to the *reason* prompts of the training posts with the present student. `distill`
 minimises the divergence from the next-token distributions of the assistant or teacher on them (Agarwal et al., arXiv
 2306.13649), `grpo` reinforces answers with more reward than others to the same prompt (Shao et al., arXiv
-2402.03300). The cross-entropy of the *classify* task on the same posts is added to the loss, so that the student keeps
-its labels.
+2402.03300). The cross-entropy of the labels and the stored rationales of the same posts is added to the loss, so that
+the student keeps what it has learned (as in Ouyang et al., arXiv 2203.02155).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainerCallback
 
-from distill.errors import NonFiniteError, SettingsError
+from distill.errors import NonFiniteError, SettingsError, first_line
 from distill.files import read_json, write_csv
 from distill.models.backbone import Backbone, hide_progress_bars
 from distill.models.memory import memory_errors
@@ -73,7 +73,7 @@ def refine(
     """Train the student in place; resumes from the last checkpoint. Writes `checkpoints/` and `metrics.csv`.
 
     At each checkpoint, validation posts are classified and reasoned about. Of the checkpoints that have at least the
-    accuracy of the student before, the student ends with that of the highest consistency, the last of several.
+    accuracy of the student before, the student ends with that of the best rationales (`on_policy.selection`).
 
     Args:
         teacher: the model whose distributions are learned; None with rewards.
@@ -84,11 +84,12 @@ def refine(
         progress: is called with the number of posts so far, and of all steps.
 
     Returns:
-        Whether there is a checkpoint with at least the accuracy and the consistency of the student before; if not, its
+        Whether there is a checkpoint with at least the accuracy and the rationales of the student before; if not, its
         weights should be kept.
 
     Raises:
-        SettingsError: trl would train on other prompts than the student was trained on.
+        SettingsError: there are fewer posts than a step takes, or trl would train on other prompts than the student
+            was trained on.
         RunError: there is not enough memory, or the loss is not finite.
     """
     checkpoints, base, config = folder / "checkpoints", *trl_classes(settings)
@@ -96,22 +97,31 @@ def refine(
     config_before = deepcopy(model.config)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     args = config(**trl_arguments(settings, checkpoints, seed=seed, device=device, checkpointing=checkpointing))
+    needed = settings.batch_size * args.gradient_accumulation_steps
+    if not 0 < needed <= len(samples):
+        given = "refine.batch_size times arguments.gradient_accumulation_steps"
+        raise SettingsError(f"{given} is {needed}; it takes 1 to {len(samples)}, the number of posts")
     args._n_gpu = min(args.n_gpu, 1)  # otherwise transformers would use all GPUs of the machine
     with_images = student.encoder.reads_images
     shown = samples if with_images else [dataclasses.replace(sample, images=()) for sample in samples]
     data = prompt_dataset(shown, student.labels, escaping(student.processor), student.settings.image_size)
-    trainer = on_policy(base)(
-        student,
-        samples,
-        validation,
-        settings,
-        model=model,
-        args=args,
-        train_dataset=data if with_images else data.remove_columns("images"),
-        processing_class=student.processor if with_images else student.processor.tokenizer,
-        callbacks=[_Metrics(folder / "metrics.csv", log_metrics, progress)],
-        **_teaching(student, teacher),
-    )
+    try:
+        trainer = on_policy(base)(
+            student,
+            samples,
+            validation,
+            settings,
+            model=model,
+            args=args,
+            train_dataset=data if with_images else data.remove_columns("images"),
+            processing_class=student.processor if with_images else student.processor.tokenizer,
+            callbacks=[_Metrics(folder / "metrics.csv", log_metrics, progress)],
+            **_teaching(student, teacher),
+        )
+    except SettingsError:
+        raise
+    except (ValueError, ImportError) as error:  # of an argument, or of a library that it needs
+        raise SettingsError(f"refine.arguments: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     _check_prompts(trainer, student, samples)
     trainer.before, last = trainer.validate(), _last_checkpoint(checkpoints)
@@ -129,8 +139,7 @@ def refine(
     for name, weights in model.named_parameters():
         if weights.requires_grad and not weights.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
-    accuracy, consistency = trainer.before
-    return bool(state["best_metric"] >= selection(accuracy, consistency, accuracy))
+    return bool(state["best_metric"] >= selection(trainer.before, trainer.before))
 
 
 def _config(student: Backbone) -> Any:

@@ -16,11 +16,12 @@ from distill.training.rewards import RewardSettings
 
 _RESERVED = frozenset({
     "beta", "chat_template_kwargs", "data_seed", "disable_tqdm", "eval_strategy", "generation_batch_size",
-    "gradient_checkpointing", "greater_is_better", "learning_rate", "load_best_model_at_end", "logging_strategy",
-    "max_completion_length", "max_steps", "metric_for_best_model", "model_init_kwargs", "num_generations",
-    "num_iterations", "num_train_epochs", "output_dir", "per_device_train_batch_size", "push_to_hub",
-    "remove_unused_columns", "report_to", "reward_weights", "save_strategy", "save_total_limit", "seed",
-    "steps_per_generation", "teacher_model_init_kwargs", "temperature", "use_cpu",
+    "gradient_checkpointing", "greater_is_better", "ignore_data_skip", "learning_rate",
+    "load_best_model_at_end", "logging_strategy", "max_completion_length", "max_steps", "metric_for_best_model",
+    "model_init_kwargs", "num_generations", "num_iterations", "num_train_epochs", "output_dir",
+    "per_device_train_batch_size", "push_to_hub", "remove_unused_columns", "report_to", "reward_weights",
+    "save_only_model", "save_strategy", "save_total_limit", "seed", "steps_per_generation",
+    "teacher_model_init_kwargs", "temperature", "use_cpu",
 })  # fmt: skip
 """Arguments of trl that the stage sets itself, or that its checkpoints do not support."""
 
@@ -57,6 +58,8 @@ class RefineSettings(Settings):
     generalized Jensen-Shannon divergence; grpo: weight of the KL divergence from the student before the stage (0)."""
     classify_weight: NonNegative = 1.0
     """Weight of the cross-entropy of the classify task on the posts of a step; 0: none."""
+    reason_weight: NonNegative = 1.0
+    """Weight of the cross-entropy of the stored rationales of the posts of a step; 0: none."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of trl's DistillationConfig or GRPOConfig, such as bf16, warmup_steps or loss_type."""
 

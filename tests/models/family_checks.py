@@ -1,6 +1,8 @@
 """What is checked of each model family, on a tiny model of its real classes. Each check raises AssertionError."""
 
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from distill.task.prompts import render
 from distill.task.sample import Sample
 from distill.training.assistant import AssistantModule, TrainSettings
 from distill.training.batches import check_compatibility, encode
+from tests.models import clips
 from tests.models.family_folders import write
 from tests.models.family_table import FAMILIES
 
@@ -51,7 +54,7 @@ def load(kind: str, folder: Path, lora: LoraSettings | None = None) -> Backbone:
 
 
 def posts(folder: Path, kind: str = "qwen2_5_vl") -> list[Sample]:
-    """Posts with as many pictures as a family takes in one batch; the pictures are noise in different sizes."""
+    """Posts with as many pictures as a family takes in one batch, of noise in different sizes; some with a sound."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [folder / f"{index}.png" for index in range(3)]
     for index, path in enumerate(pictures):
@@ -60,9 +63,12 @@ def posts(folder: Path, kind: str = "qwen2_5_vl") -> list[Sample]:
     texts = ("one picture", "a post with two pictures and more words than others", "another post", "the last")
     images = [pictures[index % 2 :][:count] for index, count in enumerate(FAMILIES[kind].pictures)]
     labels = ("positive", "negative", "neutral", "positive")
+    sounds: list[Path | None] = [None] * len(texts)
+    if FAMILIES[kind].audio:
+        sounds[::2] = [clips.write(folder / f"{s}.wav", seconds=s, pitch=900 * s) for s in (0.3, 0.5)]
     return [
-        Sample(str(index), text, tuple(paths), label=label, rationale=f"Text_analysis: {text}")
-        for index, (text, paths, label) in enumerate(zip(texts, images, labels, strict=True))
+        Sample(str(index), text, tuple(paths), label=label, rationale=f"Text_analysis: {text}", audio=sound)
+        for index, (text, paths, label, sound) in enumerate(zip(texts, images, labels, sounds, strict=True))
     ]
 
 
@@ -147,6 +153,24 @@ def reloads(backbone: Backbone, samples: Sequence[Sample], folder: Path) -> None
     assert again.keys() == features.keys() and all(torch.equal(again[name], features[name]) for name in features)
 
 
+@torch.no_grad()
+def shows_frames(backbone: Backbone, samples: Sequence[Sample]) -> None:
+    """Posts with videos are scored alone as in a batch, by their frames; a model without pictures refuses them."""
+    settings = replace(backbone.settings, video="frames", frames=2)
+    model = Backbone(backbone.model, backbone.processor, LABELS, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [clips.write(Path(folder, f"{seed}.mp4"), frames=2 + seed, seed=seed) for seed in (1, 2)]
+        shown = [replace(samples[0], images=(), audio=None, video=video) for video in videos]
+        try:
+            mixes_posts(model, shown)
+        except SettingsError as error:
+            assert "the model sees no pictures" in str(error) and backbone.processor.image_processor is None
+            return
+        assert "0.5 s: " in model.encoder.render("words", shown[0].media)
+        scores, _ = score_labels(model, model.encode(shown, "classify"))
+    assert not torch.allclose(scores[0], scores[1], atol=1e-6)
+
+
 def sees_the_past_only(backbone: Backbone, samples: Sequence[Sample]) -> None:
     """No token of an answer changes what is before it; refused where the family's answers had another token type."""
     check_compatibility(backbone, samples, list(TASKS), False)
@@ -184,6 +208,7 @@ CHECKS: dict[str, Callable[[Backbone, Sequence[Sample]], object]] = {
     "generates": generates,
     "answers jointly": answers_jointly,
     "mixed posts": mixes_posts,
+    "frames": shows_frames,
     "sees the past only": sees_the_past_only,
     "packs": packs,
 }

@@ -9,11 +9,17 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def _processor(
-    name: str, image: str, video: str = "", *, options: dict[str, Any] | None = None, **settings: Any
+    name: str,
+    image: str,
+    video: str = "",
+    *,
+    options: dict[str, Any] | None = None,
+    frames: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     parts: dict[str, Any] = {"processor_class": name, "image_processor": {"image_processor_type": image} | settings}
     if video:
-        parts["video_processor"] = {"video_processor_type": video}
+        parts["video_processor"] = {"video_processor_type": video} | (frames or {})
     return parts | (options or {})
 
 
@@ -31,9 +37,13 @@ AUDIO_TOKENS = {
     "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
     "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
 }  # fmt: skip
+QWEN_FRAMES = {"size": {"shortest_edge": 784, "longest_edge": 50176}}
 QWEN_VISION = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
 OMNI = _processor("Qwen2_5OmniProcessor", *QWEN_VISION, options={"feature_extractor": WHISPER})
-QWEN3 = _processor("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", **QWEN_IMAGES)
+QWEN3 = _processor(
+    "Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", frames=QWEN_IMAGES | QWEN_FRAMES,
+    **QWEN_IMAGES,
+)  # fmt: skip
 PIXTRAL = _processor(
     "PixtralProcessor", "PixtralImageProcessor", patch_size=14, size={"longest_edge": 56},
     options={"patch_size": 14, "image_token": "[IMG]"},
@@ -79,10 +89,11 @@ MLLAMA = _processor("MllamaProcessor", "MllamaImageProcessor", size=SQUARE, max_
 
 FAMILIES: dict[str, TinyFamily] = {
     "qwen2_vl": TinyFamily(
-        configs.qwen2_vl, _processor("Qwen2VLProcessor", *QWEN_VISION), QWEN_IMAGE, video=QWEN_VIDEO
+        configs.qwen2_vl, _processor("Qwen2VLProcessor", *QWEN_VISION, frames=QWEN_FRAMES), QWEN_IMAGE, video=QWEN_VIDEO
     ),
     "qwen2_5_vl": TinyFamily(
-        configs.qwen2_5_vl, _processor("Qwen2_5_VLProcessor", *QWEN_VISION), QWEN_IMAGE, video=QWEN_VIDEO
+        configs.qwen2_5_vl, _processor("Qwen2_5_VLProcessor", *QWEN_VISION, frames=QWEN_FRAMES), QWEN_IMAGE,
+        video=QWEN_VIDEO,
     ),
     "qwen2_5_omni_thinker": TinyFamily(
         configs.qwen2_5_omni_thinker, OMNI, QWEN_IMAGE, AUDIO_TOKENS, audio="<|audio_bos|><|AUDIO|><|audio_eos|>"
@@ -112,6 +123,7 @@ FAMILIES: dict[str, TinyFamily] = {
         configs.llava_onevision,
         _processor(
             "LlavaOnevisionProcessor", "LlavaOnevisionImageProcessor", "LlavaOnevisionVideoProcessor", size=SQUARE,
+            frames={"size": SQUARE},
             image_grid_pinpoints=[[56, 112], [112, 56]],
             options={"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
         ),

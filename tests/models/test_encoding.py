@@ -105,8 +105,8 @@ def test_an_image_affects_only_its_own_sample(backbone: Backbone, mixed: list[Sa
 
 def test_images_are_squares_of_the_given_size(backbone: Backbone, mixed: list[Sample], make_backbone: Any) -> None:
     assert backbone.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 4, 4]]
-    large = make_backbone()
-    large.encoder.image_size = 84
+    small = make_backbone()
+    large = Backbone(small.model, small.processor, LABELS, replace(small.settings, image_size=84))
     assert large.encode(mixed[:1], "reason")["image_grid_thw"].tolist() == [[1, 6, 6]]
 
 

@@ -15,13 +15,13 @@ from distill.models.endpoint.logprobs import label_probabilities
 from distill.models.local import Completion, Local
 from distill.models.reasoner import Answer, Sampling
 from distill.task.prompts import render
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 
 PREFIX = '"Prediction":'
 
 
 def prompts_of(model: Backbone, posts: list[Sample], template: Any = "reason") -> list[Any]:
-    return [(render(template, sample, model.labels), sample.images) for sample in posts]
+    return [(render(template, sample, model.labels), sample.media) for sample in posts]
 
 
 def test_a_chat_gives_the_answers_of_reason(backbone: Backbone, posts: list[Sample]) -> None:
@@ -37,7 +37,7 @@ def test_a_chat_gives_the_answers_of_reason(backbone: Backbone, posts: list[Samp
 
 def test_an_unreadable_image_is_named_in_the_error(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"gone\.png"):
-        Local(backbone, "").chat([("words", (tmp_path / "gone.png",))])
+        Local(backbone, "").chat([("words", Media((tmp_path / "gone.png",)))])
 
 
 def plain_distributions(model: Backbone, prompt: Any, answer: list[int]) -> torch.Tensor:

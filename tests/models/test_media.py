@@ -1,13 +1,15 @@
 """Posts with videos and sounds, on a tiny model that hears: what the model is given, and that it is the same packed,
 alone and in batches."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Qwen2_5OmniConfig
 
 from distill.errors import SettingsError
 from distill.models import tiny
@@ -82,7 +84,7 @@ def test_the_answer_changes_with_the_frames_and_with_the_sound(
     hearing: Backbone, posts: list[Sample], tmp_path: Path
 ) -> None:
     post = posts[3]
-    other = clips.write(tmp_path / "other.mp4", frames=5, seconds=1.1, pitch=300, seed=9)
+    other = clips.write(tmp_path / "other.mp4", frames=5, pitch=300, seed=9)
     variants = [post, replace(post, video=other), replace(post, audio=other), replace(post, audio=None)]
     found, _ = score_labels(hearing, hearing.encode(variants, "classify"))
     assert all(not torch.allclose(found[0], row, atol=1e-6) for row in found[1:])
@@ -98,7 +100,7 @@ def test_what_is_ignored_does_not_reach_the_model(make: Any, posts: list[Sample]
 
 
 def test_a_short_sound_is_filled_up(hearing: Backbone, tmp_path: Path) -> None:
-    short = Sample("1", "words", audio=clips.write(tmp_path / "short.wav", seconds=0.002))
+    short = Sample("1", "words", audio=clips.write(tmp_path / "short.wav", seconds=0.002, pitch=440))
     assert int((hearing.encode([short], "classify")["input_ids"] == hearing.model.config.audio_token_id).sum()) == 2
 
 
@@ -106,7 +108,7 @@ def test_a_model_that_cannot_hear_says_what_to_set(make: Any, posts: list[Sample
     with pytest.raises(SettingsError) as refused:
         make(tower=None).encode([posts[2]], "classify")
     assert str(refused.value) == (
-        "model.audio must be ignore: Qwen2.5-VL cannot hear, and posts have sound, which is then left out"
+        "model.audio must be ignore: Qwen2.5-VL is no family that hears, and posts have sound, which is then left out"
     )
 
 
@@ -120,3 +122,17 @@ def test_a_saved_model_computes_the_same(make: Any, posts: list[Sample], tmp_pat
         logits = backbone.model(**features).logits
         standard = AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert torch.equal(again.model(**features).logits, logits) and torch.equal(standard(**features).logits, logits)
+
+
+def test_a_published_folder_is_loaded_without_its_talker(make: Any, tmp_path: Path) -> None:
+    """As published: the config of the whole model, and earlier names of the thinker's weights."""
+    backbone = make()
+    backbone.save(tmp_path)
+    weights = {f"thinker.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights | {"talker.thinker_to_talker_proj.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    thinker = json.loads((tmp_path / "config.json").read_text())
+    Qwen2_5OmniConfig(thinker_config=thinker).save_pretrained(tmp_path)
+    loaded = create(ModelSettings(str(tmp_path), image_size=56), LABELS, tmp_path, train=False)
+    expected = backbone.model.state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys() and loaded.encoder.media.audio
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())

@@ -79,7 +79,7 @@ def prompts(backbone: Backbone, sample: Sample) -> list[PromptWithAnswers]:
     """Three prompts with one answer each, and one with a forced prefix and several answers."""
     single = [
         PromptWithAnswers(
-            (render(task, sample, backbone.labels), sample.images), [], [backbone.answer_tokens(f"{task} so")]
+            (render(task, sample, backbone.labels), sample.media), [], [backbone.answer_tokens(f"{task} so")]
         )
         for task in TASKS
     ]

@@ -172,8 +172,9 @@ def test_another_process_may_decide_and_run_meanwhile(client: httpx.Client, reci
     assert ids(client) == ALL
     with (recipe.folder / DECISIONS).open("a") as file:
         file.write("{}\n")
-    reply = client.get("/posts")
-    assert reply.status_code == 500 and "curation.jsonl, row 3: id is missing" in reply.json()["error"]
+    for _ in range(2):  # until it is corrected
+        reply = client.get("/posts")
+        assert reply.status_code == 500 and "curation.jsonl, row 3: id is missing" in reply.json()["error"]
 
 
 # ---- who is refused ----

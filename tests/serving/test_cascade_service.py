@@ -23,7 +23,7 @@ from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
 from tests.models.openai_server import COLOURS, ChatRequest, Server, token, write_image
 from tests.serving.conftest import DEFER_ALL, message, metric, policy, running, wait_until
-from tests.serving.test_images import uri
+from tests.serving.test_media import uri
 
 LABELS = LabelSpace()
 DEADLINE = 3.0

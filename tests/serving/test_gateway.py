@@ -18,7 +18,7 @@ from distill.task.prompts import EarlierAnswers
 from distill.task.sample import Sample
 from distill.task.wording import Wording
 from tests.serving.conftest import message, metric, running
-from tests.serving.test_images import huge, png, uri
+from tests.serving.test_media import huge, png, uri
 
 FIELDS = Wording().names
 

@@ -1,4 +1,4 @@
-"""Images of requests: decoding, limits, and fetching from allowed hosts."""
+"""Media of requests: decoding, limits, and fetching from allowed hosts."""
 
 import asyncio
 import base64
@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from distill.serving.images import RequestImages
 from PIL import Image
 
+from distill.serving.media import RequestMedia, Sources
 from distill.serving.protocol import RequestError
 
 
@@ -46,10 +46,11 @@ def stored(*sources: str, hosts: tuple[str, ...] = (), seconds: float = 5.0) -> 
     """Store the images and return the content of their files."""
 
     async def run() -> list[bytes]:
-        images = RequestImages(hosts, 100_000, 1_000_000)
+        images = RequestMedia(hosts, 100_000, 1_000_000)
         paths: tuple[Path, ...] = ()
         try:
-            async with images.stored(sources, time.monotonic() + seconds) as paths:
+            async with images.stored(Sources(sources), time.monotonic() + seconds) as stored:
+                paths = stored.media.images
                 return [path.read_bytes() for path in paths]
         finally:
             await images.close()
@@ -166,11 +167,11 @@ def test_invalid_responses_of_a_host_are_refused(host: str, path: str, status: i
 
 def test_a_slow_host_delays_no_other_fetch(host: str) -> None:
     async def run() -> None:
-        images = RequestImages((host,), 100_000, 1_000_000)
+        images = RequestMedia((host,), 100_000, 1_000_000)
 
         async def fetch(path: str, seconds: float) -> str:
             try:
-                async with images.stored((f"http://{host}/{path}",), time.monotonic() + seconds):
+                async with images.stored(Sources((f"http://{host}/{path}",)), time.monotonic() + seconds):
                     return "stored"
             except RequestError as error:
                 return error.message
@@ -188,11 +189,12 @@ def test_a_fetch_in_progress_does_not_delay_the_exit(host: str) -> None:
     """The host sends a header for a minute; the time limit of the request is half a second."""
     script = (
         "import asyncio, sys, time\n"
-        "from distill.serving.images import RequestImages\n"
+        "from distill.serving.media import RequestMedia, Sources\n"
         "async def run():\n"
-        "    images = RequestImages((sys.argv[1],), 100_000, 1_000_000)\n"
+        "    images = RequestMedia((sys.argv[1],), 100_000, 1_000_000)\n"
         "    try:\n"
-        "        async with images.stored((f'http://{sys.argv[1]}/dripping-header.png',), time.monotonic() + 0.5):\n"
+        "        sources = Sources((f'http://{sys.argv[1]}/dripping-header.png',))\n"
+        "        async with images.stored(sources, time.monotonic() + 0.5):\n"
         "            pass\n"
         "    finally:\n"
         "        await images.close()\n"

@@ -11,8 +11,9 @@ from distill.data.corpus import Corpus
 from distill.models.local import Local
 from distill.task.labels import LabelSpace
 from distill.task.rationale import check
+from distill.task.sample import NO_MEDIA
 from tests.serving.conftest import message
-from tests.serving.test_images import uri
+from tests.serving.test_media import uri
 
 LABELS = LabelSpace()
 
@@ -89,7 +90,7 @@ def test_the_student_answers_verbatim_with_log_probabilities(
     client: openai.OpenAI, student: Local, postcards: Corpus
 ) -> None:
     prompt = postcards.test[0].text
-    expected = student.chat([(prompt, ())], logprobs=3)[0]
+    expected = student.chat([(prompt, NO_MEDIA)], logprobs=3)[0]
     found = client.chat.completions.create(
         model="cascade-student",
         messages=[{"role": "user", "content": prompt}],

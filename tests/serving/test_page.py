@@ -1,6 +1,7 @@
 """The web page in a real browser, with a real student and a teacher's HTTP server."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from distill.data.corpus import Corpus
 from distill.models.local import Local
-from tests.models.openai_server import Server
+from tests.clip_files import write_clip
+from tests.models.openai_server import COLOURS, Server
 from tests.serving.conftest import DEFER_ALL, running
 from tests.serving.test_cascade_service import teacher_at, with_confidence
+from tests.serving.test_clips_gateway import tiny
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
@@ -145,3 +148,71 @@ def test_the_content_security_policy_allows_only_the_pages_own_code(gateway: htt
     policy = gateway.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", gateway.get("/").text)
+
+
+# ---- videos and sounds ----
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with running(tiny(tmp_path_factory.mktemp("hearing"), 16), rationale=False) as client:
+        yield client
+
+
+def test_a_video_is_shown_as_its_sampled_frames(page: Page, hearing: httpx.Client, tmp_path: Path) -> None:
+    loaded = open_page(page, hearing)
+    colours = [COLOURS["negative"]] * 10 + [COLOURS["positive"]] * 10
+    page.get_by_label("Video or sound").set_input_files(write_clip(tmp_path / "a.mp4", colours, 300.0, seconds=2.0))
+    expect(page.locator("#video")).to_be_visible()
+    page.get_by_label("Post").fill("spoken words")
+    page.get_by_role("button", name="Classify the post").click()
+    expect(page.locator("#frames canvas")).to_have_count(8)
+    expect(page.locator("#frames figcaption").nth(7)).to_have_text(re.compile(r"1\.\d s"))
+    pixels = "(canvas) => [...canvas.getContext('2d').getImageData(9, 9, 1, 1).data].slice(0, 3)"
+    shown = [page.locator("#frames canvas").nth(n).evaluate(pixels) for n in (0, 7)]
+    assert shown[0] == pytest.approx(COLOURS["negative"], abs=12) and shown[1] == pytest.approx(
+        COLOURS["positive"], abs=12
+    )
+    expect(page.locator("#transcript")).to_have_text("spoken words")
+    page.get_by_role("button", name="Remove").click()
+    expect(page.locator("#video")).to_be_hidden()
+    assert all(url.startswith((str(hearing.base_url), "data:", "blob:")) for url in loaded)
+
+
+@pytest.mark.parametrize("kind", ["video", "sound"])
+def test_a_recording_is_classified(page: Page, hearing: httpx.Client, kind: str) -> None:
+    open_page(page, hearing)
+    page.get_by_role("button", name=f"Record a {kind}").click()
+    expect(page.locator("#record-time")).to_contain_text("1 s of at most 60 s")
+    expect(page.get_by_role("button", name="Classify the post")).to_be_disabled()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#clip-name")).to_have_text(f"Recorded {kind}")
+    page.get_by_role("button", name="Classify the post").click()
+    expect(page.locator("#label")).to_have_text(re.compile("negative|neutral|positive"))
+    if kind == "video":
+        expect(page.locator("#frames canvas").first).to_be_visible()
+    expect(page.locator("#frames-problem")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("NotAllowedError", "The browser denies access to the camera and microphone."),
+        ("NotFoundError", "There is no camera and microphone that can be used (NotFoundError)."),
+    ],
+)
+def test_it_is_said_why_nothing_is_recorded(page: Page, hearing: httpx.Client, error: str, expected: str) -> None:
+    page.add_init_script(
+        f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('', '{error}'); }}"
+    )
+    open_page(page, hearing)
+    page.get_by_role("button", name="Record a video").click()
+    expect(page.locator("#clip-problem")).to_contain_text(expected)
+
+
+def test_a_broken_video_is_an_error(page: Page, hearing: httpx.Client, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"hello")
+    open_page(page, hearing)
+    page.get_by_label("Video or sound").set_input_files(tmp_path / "broken.mp4")
+    page.get_by_role("button", name="Classify the post").click()
+    expect(page.get_by_role("alert")).to_contain_text("send another file")

@@ -13,6 +13,7 @@ from distill.serving.protocol import (
     completion,
     logprobs,
     read,
+    read_form,
     stream,
     usage,
 )
@@ -43,7 +44,7 @@ def test_errors_name_the_path_of_the_field() -> None:
     found = refused(ChatRequest, {"messages": CHAT["messages"]})
     assert (found.param, found.message) == ("model", "model is required")
     found = refused(SentimentRequest, {"text": "a", "words": "b"})
-    assert found.message == "words is not a field; the fields are text, image, aspect, rationale"
+    assert found.message == "words is not a field; the fields are text, image, video, audio, aspect, rationale"
 
 
 def test_a_blank_image_is_no_image() -> None:
@@ -106,3 +107,45 @@ def test_a_stream_contains_the_same_as_the_completion() -> None:
     assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
     without = "".join(stream(whole, [], False))
     assert "usage" not in without
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "edge") -> bytes:
+    """A multipart body: the headers after `name`, and the content of each part."""
+    marks = b"".join(
+        f"--{boundary}\r\nContent-Disposition: form-data; name={head}\r\n\r\n".encode() + data + b"\r\n"
+        for head, data in parts
+    )
+    return marks + f"--{boundary}--\r\n".encode()
+
+
+FORM = "multipart/form-data; boundary=edge"
+
+
+def test_a_form_has_fields_and_files_byte_for_byte() -> None:
+    data = bytes(range(256)) * 50 + b"\r\n--edg\r\n\r\r\n\n--\x00\xff\r"
+    body = form(
+        ('"text"', "Grüße\nzwei".encode()), ('"rationale"', b"false"), ('"video"; filename="ä.mp4"', data),
+        ('"audio"; filename=""', b""), ('"image"', b"data:image/png;base64,AA"),
+    )  # fmt: skip
+    post, files = read_form(body, FORM)
+    assert (post.text, post.rationale, post.image) == ("Grüße\nzwei", False, "data:image/png;base64,AA")
+    assert files == {"video": data, "audio": b""}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "expected"),
+    [
+        (b"", FORM, "not a valid form"),
+        (b"hello", FORM, "not a valid form"),
+        (b"\xff\x00" * 100, "multipart/form-data", "not a valid form"),
+        (form(('"text"', b"a"), ('"text"', b"b")), FORM, "not a valid form"),
+        (form(('"text"; x="\r\nContent-Type: multipart/mixed; boundary=q', b"--q\r\n\r\na\r\n--q--")), FORM, ""),
+        (form(('"extra"', b"a")), FORM, "extra is not a field"),
+        (form(('"text"; filename="a.txt"', b"a"), ('"rationale"', b"perhaps")), FORM, "rationale: "),
+        (form(("", b"a")), FORM, "not a valid form"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(body: bytes, kind: str, expected: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        read_form(body, kind)
+    assert caught.value.status == 400 and expected in caught.value.message

@@ -11,7 +11,7 @@ from distill.models.local import Local
 from distill.task.labels import LabelSpace
 from tests.models.text_folders import write
 from tests.serving.conftest import message, running
-from tests.serving.test_images import png, uri
+from tests.serving.test_media import png, uri
 
 LABELS = LabelSpace()
 

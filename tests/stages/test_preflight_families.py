@@ -34,7 +34,7 @@ def saved(config: t.PretrainedConfig, folder: Path, architecture: str = "") -> s
         (t.Florence2Config(), "",
          "is an encoder-decoder model (florence2); it must be a decoder, which continues its prompt"),
         (t.WhisperConfig(), "", "is a model of audio (whisper); it must take images and text"),
-        (t.Qwen2AudioConfig(), "", "is a model of audio (qwen2_audio); it must take images and text"),
+        (t.VoxtralConfig(), "", "is a model of audio (voxtral); it must take images and text"),
         (t.BertConfig(), "BertForSequenceClassification",
          "is a BertForSequenceClassification; it must be a model that generates text"),
         (t.BertConfig(), "BertForMaskedLM", "is a BertForMaskedLM; it must be a model that generates text"),

@@ -1,6 +1,7 @@
 """The report and the table at the end of a chain."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,4 +56,22 @@ def test_an_evaluation_with_other_labels_is_not_shown(labels: list[str], finishe
 def test_a_chain_without_evaluation_has_no_report(tmp_path: Path) -> None:
     recipe = micro.read(micro.write(tmp_path, micro.RECORDED))
     with pytest.raises(SettingsError, match=r"metrics.json is missing; run: distill run --until evaluate"):
+        report.run(recipe)
+
+
+def test_stages_of_removed_sections_are_not_shown(finished: Recipe, tmp_path: Path) -> None:
+    recipe = replace(finished, runs=str(tmp_path))
+    shutil.copytree(finished.folder, recipe.folder)
+    removed = replace(recipe, annotate=None, assistant=None, augment=None)
+    report.run(removed)
+    page = (removed.folder / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Annotation</h2>" not in page and "<h3>assistant</h3>\n<div" not in page
+    assert '<tr class=""><th>augment</th>' not in page and '<tr class=""><th>student</th>' in page
+
+
+def test_a_run_without_its_manifest_has_no_report(finished: Recipe, tmp_path: Path) -> None:
+    recipe = replace(finished, runs=str(tmp_path))
+    shutil.copytree(finished.folder, recipe.folder)
+    (recipe.folder / "chain.json").unlink()
+    with pytest.raises(SettingsError, match=r"chain\.json is missing; run: distill run$"):
         report.run(recipe)

@@ -64,7 +64,8 @@ def test_a_line_that_a_crash_has_cut_off_is_ignored(tmp_path: Path) -> None:
     with lineage.path.open("a") as file:
         file.write('{"kind": "uses", "st')
     lineage.add(EDGE)
-    lineage.path.open("a").write('[1]\n{"kind": "uses"}\n')
+    lineage.path.open("a").write('[1]\n{"kind": "uses"}\n' + "[" * 100_000 + "\n")
+    lineage.add(replace(EDGE, run=["run1"]))  # type: ignore[arg-type]
     assert list(lineage) == [replace(EDGE, kind="logs"), EDGE]
     assert lineage.digest("micro-rationales") == "d1" and lineage.digest("micro-student") is None
     assert lineage.unlinked() == [EDGE]

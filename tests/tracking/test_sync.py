@@ -1,6 +1,8 @@
 """`distill sync`: real offline runs, sent by the real client to a stand-in for the server."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,4 +161,78 @@ def test_a_server_that_is_gone_is_one_sentence_and_nothing_is_lost(
     assert "\n" not in str(raised.value)
     wandb.teardown()
     assert sync(offline) == Sent(2, 1)
+    assert server.lineage() == LINEAGE
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+from distill.tracking import Tracker, TrackingSettings
+
+folder, values = Path(sys.argv[1]), int(sys.argv[2])
+with Tracker(TrackingSettings(mode="offline"), folder, "micro").stage("assistant", {"seed": 1}, ["annotate"]) as run:
+    for value in range(values):
+        run.log({"train/loss": 1 / (1 + value)})
+    (record,) = folder.glob(f"wandb/offline-run-*/run-{run._run.id}.wandb")
+    size = -1
+    while values and size < max(32768, record.stat().st_size):  # it is written in blocks, by another process
+        size = record.stat().st_size
+        time.sleep(1)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize("values", [0, 300])
+def test_a_stage_that_was_killed_does_not_hold_up_the_others(values: int, tmp_path: Path, server: WandbServer) -> None:
+    """Its record holds nothing, or ends in the middle of an entry."""
+    run_stage(tmp_path, "annotate", "data", mode="offline")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(values)], check=False)
+    assert killed.returncode == -9
+    run_stage(tmp_path, "assistant", "weights", "annotate", mode="offline")
+    assert sync(tmp_path) == (Sent(3, 2) if values else Sent(2, 1))
+    assert server.lineage() == LINEAGE
+    exits = sorted(run["exitcode"] for run in server.runs.values() if run["jobType"] == "assistant")
+    assert exits == ([0, 1] if values else [0])
+    received = len(server.edges)
+    assert sync(tmp_path) == Sent(0, 0) and len(server.edges) == received
+
+
+@pytest.mark.usefixtures("login")
+def test_nothing_is_lost_if_the_folder_was_moved(offline: Path, server: WandbServer, tmp_path: Path) -> None:
+    """wandb then does not find the files, and counts the run as sent."""
+    moved = offline.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    with pytest.raises(RunError, match=r"has not received the artifact micro-.*was moved after it ran, first move it"):
+        sync(moved)
+    moved.rename(offline)
+    assert sync(offline).links == 1
+    assert server.lineage() == LINEAGE
+    assert {version["state"] for version in server.artifacts.values()} == {"COMMITTED"}
+    assert not list((offline / "wandb" / "uploads").iterdir())
+
+
+@pytest.mark.usefixtures("login")
+def test_a_run_is_sent_from_any_folder(tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a run is relative to that of the command, by default."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs", "micro")
+    run.mkdir(parents=True)
+    run_stage(run, "annotate", "data", mode="offline")
+    wandb.teardown()  # its process has this working directory, too
+    monkeypatch.chdir(tmp_path / "runs")
+    assert sync(Path("micro")) == Sent(1, 0)
+    assert {version["state"] for version in server.artifacts.values()} == {"COMMITTED"}
+
+
+@pytest.mark.usefixtures("login")
+def test_an_artifact_that_the_server_refuses_is_sent_again(offline: Path, server: WandbServer) -> None:
+    server.refuse = {"CreateArtifact"}
+    with pytest.raises(RunError, match=r"^sync: the server has not received the artifact micro-"):
+        sync(offline)
+    assert len(list((offline / "wandb" / "uploads").iterdir())) == 2
+    server.refuse = set()
+    assert sync(offline).links == 1
     assert server.lineage() == LINEAGE

@@ -11,7 +11,9 @@ import torch
 
 from distill.data.corpus import Corpus
 from distill.errors import NonFiniteError, SettingsError
-from distill.models.backbone import Backbone
+from distill.models.backbone import Backbone, ModelSettings, create
+from distill.models.lora import LoraSettings
+from distill.task.labels import LabelSpace
 from distill.training import refine as module
 from distill.training.on_policy import on_policy
 from distill.training.refine import check_models, refine
@@ -149,6 +151,31 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(whole).items())
 
 
+@pytest.mark.parametrize("settings", [DISTILL, replace(GRPO, beta=0.1)], ids=["distill", "grpo"])
+def test_an_adapter_is_trained_further_also_after_a_kill(
+    settings: RefineSettings, models: Any, model_folder: Path, labels: LabelSpace, postcards: Corpus, tmp_path: Path
+) -> None:
+    def student() -> Backbone:
+        torch.manual_seed(1)
+        lora = LoraSettings(r=4, dropout=0.1)
+        return create(ModelSettings(path=str(model_folder), lora=lora, image_size=56), labels, model_folder)
+
+    def kill(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    before, whole, teacher = weights(student()), student(), models(settings)[1]
+    train(whole, teacher, postcards, settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(student(), teacher, postcards, settings, tmp_path / "killed", progress=kill)
+    resumed = student()
+    train(resumed, teacher, postcards, settings, tmp_path / "killed")
+    assert before.keys() == weights(whole).keys() == weights(resumed).keys()
+    assert all(torch.equal(weight, weights(resumed)[name]) for name, weight in weights(whole).items())
+    changed = {name for name, weight in weights(whole).items() if not torch.equal(weight, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+
+
 def test_a_checkpoint_that_a_kill_has_cut_is_not_used(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     train(*models(GRPO), postcards, GRPO, tmp_path)
     cut = tmp_path / "checkpoints" / "checkpoint-9"
@@ -166,21 +193,24 @@ def test_what_is_logged(models: Any, postcards: Corpus, tmp_path: Path) -> None:
     assert [int(row["step"]) for row in trained] == [1, 2, 3, 4]
     assert {"train/learning_rate", "train/classify_loss", "train/reward", "completions/mean_length"} <= set(trained[0])
     assert {f"rewards/{name}/mean" for name in ("format", "label", "consistency", "grounded")} <= set(trained[0])
-    assert [row["step"] for row in written if row["val/accuracy"]] == ["2", "4"]
+    for name in ("accuracy", "reasoned_accuracy", "consistency", "grounded"):
+        assert [row["step"] for row in written if row[f"val/{name}"]] == ["2", "4"]
     assert sorted({step for _, step in logged}) == [1, 2, 3, 4]
     assert all("step" not in metrics for metrics, _ in logged)
 
 
-def test_the_most_consistent_checkpoint_that_keeps_the_accuracy_is_kept(
+def test_the_checkpoint_with_the_best_rationales_that_keeps_the_accuracy_is_kept(
     models: Any, postcards: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, kept = iter([(0.5, 0.3), (0.4, 0.9), (0.6, 0.5), (0.5, 0.5), (0.7, 0.4)]), []
+    # of accuracy, consistency and groundedness: one alone does not make up for another
+    before, worse = (0.5, 0.3, 0.8), (0.5, 0.5, 0.5)
+    results, kept = iter([before, (0.4, 0.9, 0.9), (0.6, 0.5, 0.7), (0.5, 0.4, 0.8), (0.7, 0.6, 0.5)]), []
 
     def make(base: Any) -> Any:
         class Trainer(on_policy(base)):  # type: ignore[misc]
-            def validate(self) -> tuple[float, float]:
+            def validate(self) -> dict[str, float]:
                 kept.append(weights(self.student))
-                return next(results)
+                return dict(zip(("accuracy", "consistency", "grounded"), next(results), strict=True))
 
         return Trainer
 
@@ -190,20 +220,31 @@ def test_the_most_consistent_checkpoint_that_keeps_the_accuracy_is_kept(
     assert train(student, teacher, postcards, settings, tmp_path)
     assert len(kept) == 5
     assert all(torch.equal(weight, kept[3][name]) for name, weight in weights(student).items())
-    results = iter([(0.5, 0.3), (0.4, 0.9), (0.5, 0.2), (0.5, 0.2), (0.5, 0.2)])
+    results = iter([before, (0.4, 0.9, 0.9), worse, worse, worse])
     assert not train(*models(settings), postcards, settings, tmp_path / "worse")
 
 
-def test_the_task_classify_is_learned_too(models: Any, postcards: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["classify", "reason"])
+def test_the_labels_and_the_stored_rationales_are_learned_too(
+    task: str, models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
     found = {}
     for weight in (0.0, 10.0):
-        settings = replace(DISTILL, classify_weight=weight, max_steps=12)
+        own = {"classify_weight": 0.0, "reason_weight": 0.0, f"{task}_weight": weight}
+        settings = replace(DISTILL, max_steps=12, **own)
         student, teacher = models(settings)
         train(student, teacher, postcards, settings, tmp_path / str(weight))
-        losses = [row.get("train/classify_loss") for row in rows(tmp_path / str(weight)) if row["train/loss"]]
+        losses = [row.get(f"train/{task}_loss") for row in rows(tmp_path / str(weight)) if row["train/loss"]]
         found[weight] = losses
     assert set(found[0.0]) == {None}
     assert float(found[10.0][-1]) < 0.5 * float(found[10.0][0])
+
+
+def test_posts_without_labels_and_stored_rationales(models: Any, postcards: Corpus, tmp_path: Path) -> None:
+    posts = [replace(post, label=None, rationale=None) for post in postcards.train[:4]]
+    student, teacher = models(DISTILL)
+    refine(student, teacher, posts, [], DISTILL, tmp_path, seed=1, device="cpu", log_metrics=nothing, progress=nothing)
+    assert not {"train/classify_loss", "train/reason_loss"} & rows(tmp_path)[0].keys()
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(models: Any, postcards: Corpus, tmp_path: Path) -> None:
@@ -212,6 +253,32 @@ def test_a_loss_that_is_not_finite_ends_the_training(models: Any, postcards: Cor
         next(iter(teacher.model.parameters())).fill_(torch.nan)
     with pytest.raises(NonFiniteError, match=r"step 0: the loss is not finite .*; posts train-.*refine\.learning_rate"):
         train(student, teacher, postcards, DISTILL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings", [replace(DISTILL, batch_size=13), replace(GRPO, batch_size=13)], ids=["distill", "grpo"]
+)
+def test_a_step_of_more_posts_than_there_are_is_refused(
+    settings: RefineSettings, models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
+    message = r"batch_size times arguments\.gradient_accumulation_steps is 13; it takes 1 to 12, the number of posts"
+    with pytest.raises(SettingsError, match=message):
+        train(*models(settings), postcards, settings, tmp_path)
+    arguments = {"gradient_accumulation_steps": 0}
+    with pytest.raises(SettingsError, match="gradient_accumulation_steps is 0"):
+        train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [(GRPO, {"use_vllm": True}), (DISTILL, {"use_vllm": True})],
+    ids=["grpo", "distill"],
+)
+def test_what_trl_refuses_is_one_sentence(
+    settings: RefineSettings, arguments: dict[str, Any], models: Any, postcards: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=r"^refine\.arguments: .*vLLM"):
+        train(*models(settings), postcards, replace(settings, arguments=arguments), tmp_path)
 
 
 def test_a_teacher_with_a_padded_vocabulary(models: Any, postcards: Corpus, tmp_path: Path) -> None:
@@ -242,6 +309,7 @@ def test_the_divergence_from_the_student_before(models: Any, postcards: Corpus, 
     [
         ({"lr": 1}, r"refine\.arguments\.lr is not an argument of trl's DistillationConfig"),
         ({"output_dir": "x"}, r"refine\.arguments\.output_dir is set by the stage"),
+        ({"save_only_model": True}, r"refine\.arguments\.save_only_model is set by the stage"),
         ({"lr_scheduler_type": "zigzag"}, r"refine\.arguments: zigzag is not a valid SchedulerType"),
     ],
 )

@@ -1,0 +1,81 @@
+"""Videos as families were trained on them; these need the video processors of transformers, and so torchvision."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import is_torchvision_available
+
+from distill.errors import SettingsError
+from distill.models import families
+from distill.models.backbone import Backbone
+from distill.models.scoring import score_labels
+from distill.task.labels import LabelSpace
+from distill.task.sample import Media, Sample
+from tests.models import clips, family_checks
+from tests.models.family_table import FAMILIES
+
+NATIVE = [kind for kind, family in families.FAMILIES.items() if family.video == "video"]
+with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="module")
+def posts(root: Path) -> list[Sample]:
+    """Posts with a picture, with a video, with both and with none."""
+    return [replace(post, audio=None) for post in clips.posts(root / "clips") if post.media != Media(audio=post.audio)]
+
+
+@with_torchvision
+@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize("check", family_checks.CHECKS.keys() - {"frames"})
+def test_a_family_that_takes_videos(kind: str, check: str, root: Path, posts: list[Sample]) -> None:
+    backbone = family_checks.load(kind, root / kind)
+    assert "pixel_values_videos" in backbone.encode(posts, "classify")
+    family_checks.CHECKS[check](backbone, posts)
+
+
+@with_torchvision
+@pytest.mark.parametrize("kind", NATIVE)
+def test_the_answer_changes_with_the_frames(kind: str, root: Path, posts: list[Sample]) -> None:
+    backbone = family_checks.load(kind, root / kind)
+    other = clips.write(root / "other.mp4", frames=5, seed=9)
+    with torch.no_grad():
+        found, _ = score_labels(backbone, backbone.encode([posts[2], replace(posts[2], video=other)], "classify"))
+    assert not torch.allclose(*found, atol=1e-6)
+
+
+@with_torchvision
+def test_qwen3_vl_is_told_the_times_of_the_sampled_frames(root: Path, posts: list[Sample]) -> None:
+    backbone = family_checks.load("qwen3_vl", root / "qwen3_vl")
+    text = backbone.processor.tokenizer.decode(backbone.encode(posts[1:2], "classify")["input_ids"][0])
+    assert text.count(" seconds>") == 2 and "<0.1 seconds>" in text and "<0.5 seconds>" in text
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_without_torchvision_videos_are_refused_with_what_to_set(root: Path, posts: list[Sample]) -> None:
+    backbone = family_checks.load("qwen2_5_vl", root / "qwen2_5_vl")
+    with pytest.raises(SettingsError) as refused:
+        backbone.encode(posts, "classify")
+    assert str(refused.value) == (
+        "model.video: Qwen2.5-VL needs torchvision for videos, in the version that belongs to torch "
+        f"{torch.__version__}: pip install torchvision; or set it to frames"
+    )
+
+
+def test_a_family_that_takes_pictures_only_refuses_the_way_of_videos(root: Path) -> None:
+    backbone = family_checks.load("llava", root / "llava")
+    with pytest.raises(SettingsError) as refused:
+        Backbone(backbone.model, backbone.processor, LabelSpace(), replace(backbone.settings, video="video"))
+    assert str(refused.value) == "model.video must be frames: LLaVA, Pixtral takes videos as pictures only"
+
+
+def test_each_family_with_videos_or_sound_has_their_markers() -> None:
+    assert {kind for kind, family in FAMILIES.items() if family.video} == set(NATIVE)
+    hearing = {kind for kind, family in families.FAMILIES.items() if family.audio}
+    assert {kind for kind, family in FAMILIES.items() if family.audio} == hearing
