@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 from distill.data.built_in import BuiltIn
-from distill.data.postcards import DAYS, RARE_WORDS, TEXTS, THINGS, TONES, TOWNS, WORDS, Posts
+from distill.data.postcards import RARE_WORDS, TONES, WORDS, Posts
 from distill.errors import SettingsError
 from distill.settings import Fraction, Range, Seed, Settings
 from distill.task.rationale import Rationale, render
@@ -32,6 +32,7 @@ LEVELS = {
 """The values of each attribute; they add 1, 0 and -1 to the sentiment. All combinations are equally frequent."""
 RARE = {tone: words[:12] for tone, words in RARE_WORDS.items()}
 """The rare words; there are as many frequent ones."""
+TEXTS = ("How {}.", "So {}.", "It was {}.", "Just {}.", "Really {}.", "That is {}.")
 VERSION = 1
 """Of the posts that the same settings give."""
 
@@ -114,9 +115,8 @@ def _posts(settings: ClipsSettings, part: str, count: int) -> Iterator[dict[str,
             word = next(every_word[tone])
         else:
             word = rng.choice((rare_words if rng.random() < settings.rare else WORDS)[tone])
-        blanks = {"word": word, "thing": rng.choice(THINGS), "town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
         name = f"{part}-{number:04d}"
-        row: dict[str, Any] = {"id": name, "text": rng.choice(TEXTS).format(**blanks), "video": f"clips/{name}.mp4"}
+        row: dict[str, Any] = {"id": name, "text": rng.choice(TEXTS).format(word), "video": f"clips/{name}.mp4"}
         row |= {"label": None, "rationale": None}
         if number < labelled:
             row |= {"label": value(attributes), "rationale": render(rationale(attributes))}
