@@ -106,8 +106,8 @@ def _send(folder: Path, records: Sequence[Path]) -> None:
             else:
                 reason = _wandb_sync(folder, record)
         if not _is_sent(record):
-            missing = f"{len(records) - done} of {len(records)} offline runs were not sent"
-            raise RunError(f"sync: {missing}; {record.parent.name}: {reason}")
+            left, name = len(records) - done, record.parent.name
+            raise RunError(f"sync: {left} of {len(records)} offline runs were not sent; {name}: {reason}")
 
 
 def _wandb_sync(folder: Path, record: Path) -> str:
