@@ -126,7 +126,8 @@ class Student:
             probabilities over its maximum, and `seconds`; on a scale also the `value`.
 
         Raises:
-            ValueError: a post has neither text nor image, or a field of another type. The message names the post.
+            ValueError: a post has no text, image, video or audio, or a field has another type. The message names the
+                post.
         """
         with as_samples(posts) as samples:
             return self.label(samples)

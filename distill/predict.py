@@ -76,7 +76,8 @@ def predict(
 
     Args:
         run: folder of a run.
-        source: posts as JSONL, CSV or Parquet (`id`, `text`, `aspect`, `image` or `images`), or a folder of pictures.
+        source: posts as JSONL, CSV or Parquet (`id`, `text`, `aspect`, `image` or `images`, `video`, `audio`), or a
+            folder of pictures.
         output: a file with the suffix .jsonl, .csv or .parquet. It has a row for each post that can be used.
         cascade: ask the teacher about the posts of which the student is not certain.
         rationales: generate the student's rationale for each post.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from peft.tuners.lora import LoraLayer
-from transformers import Gemma3TextConfig, Qwen2_5_VLConfig
+from transformers import Gemma3TextConfig, Qwen2_5_VLConfig, Qwen2_5OmniThinkerConfig
 
 from distill.errors import SettingsError
 from distill.models.backbone import LoraSettings, ModelSettings, on_meta
@@ -32,6 +32,20 @@ def qwen_config(hidden: int, layers: int, heads: int, kv: int, intermediate: int
     )  # fmt: skip
 
 
+def omni_config(hidden: int, layers: int, heads: int, kv: int, intermediate: int, vocabulary: int, tied: bool) -> Any:
+    """The config of the thinker of a published Qwen2.5-Omni."""
+    vision = qwen_config(hidden, layers, heads, kv, intermediate, vocabulary, tied)
+    return Qwen2_5OmniThinkerConfig(
+        text_config=vision.text_config.to_dict() | {"model_type": "qwen2_5_omni_text"},
+        vision_config=vision.vision_config.to_dict() | {"model_type": "qwen2_5_omni_vision_encoder"},
+        audio_config={
+            "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
+            "num_mel_bins": 128, "n_window": 100, "output_dim": hidden,
+        },
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
 def gemma_config() -> Gemma3TextConfig:
     """The config of Gemma 3 270M."""
     return Gemma3TextConfig(
@@ -47,6 +61,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "models/gemma-3-270m": gemma_config(),
         "Qwen/Qwen2.5-VL-3B-Instruct": qwen_config(2048, 36, 16, 2, 11008, 151_936, True),
         "Qwen/Qwen2.5-VL-7B-Instruct": qwen_config(3584, 28, 28, 4, 18944, 152_064, False),
+        "Qwen/Qwen2.5-Omni-3B": omni_config(2048, 36, 16, 2, 11008, 151_936, True),
+        "Qwen/Qwen2.5-Omni-7B": omni_config(3584, 28, 28, 4, 18944, 152_064, False),
     }
     folders = {name: tmp_path_factory.mktemp("hub") for name in sizes}
     for name, folder in folders.items():
@@ -59,6 +75,8 @@ SIZES = {
     ("models/gemma-3-270m", 6): (0.2012e9, 6),
     ("Qwen/Qwen2.5-VL-3B-Instruct", None): (3.7546e9, 36),
     ("Qwen/Qwen2.5-VL-7B-Instruct", None): (8.2922e9, 28),
+    ("Qwen/Qwen2.5-Omni-3B", None): (4.39e9, 36),
+    ("Qwen/Qwen2.5-Omni-7B", None): (8.93e9, 28),
 }
 """Parameters and layers by model and the layers that are kept."""
 

@@ -111,10 +111,10 @@ class MediaReader:
             if self.video == "video":
                 loaded.parts.append({"type": "video"})
                 loaded.videos.append(self._filled(frames) if self._family.same_frames else frames)
-                frames = frames._replace(images=(), times=())
-            for time, picture in zip(frames.times, frames.images, strict=True):
-                loaded.parts.extend(({"type": "text", "text": f"{time:.1f} s: "}, {"type": "image"}))
-                loaded.pictures.append(picture)
+            else:
+                loaded.pictures.extend(frames.images)
+                for time in frames.times:
+                    loaded.parts.extend(({"type": "text", "text": f"{time:.1f} s: "}, {"type": "image"}))
         if media.audio is not None and self.audio and (sound := self.clips.sound(media.audio)) is not None:
             loaded.parts.append({"type": "audio"})
             loaded.sounds.append(np.pad(sound, (0, max(0, _SHORTEST - len(sound)))))

@@ -98,13 +98,13 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
 
 def notices(context: Context, stages: Collection[str]) -> list[str]:
     """What stages of the recipe would leave out without failing, one sentence each."""
-    recipe, found = context.recipe, []
+    recipe, found = context.recipe, list[str]()
     models = {name: getattr(recipe, name).model for name in _TRAININGS if name in stages}
     models |= {
         recipe.section_of(model): model for model in _teachers(recipe, stages) if isinstance(model, ModelSettings)
     }
-    if (blind := [name for name, model in models.items() if not model.images]) and (images := _images(context)):
-        found += [f"{name}.model.images is false: the images of {len(images)} posts are left out" for name in blind]
+    for name, model in models.items():
+        found += _left_out(context, name, model)
     if recipe.evaluate is not None and "evaluate" in stages and recipe.annotate is not None:
         found += [f"evaluate: {text}" for text in left_out(recipe.evaluate.similarity_model)]
     if stages and not_logged_in(recipe.tracking):
@@ -112,10 +112,20 @@ def notices(context: Context, stages: Collection[str]) -> list[str]:
     return found
 
 
-def _images(context: Context) -> list[int]:
-    """The numbers of images of the posts that have any, in all splits."""
-    posts = [post for split in SPLITS for post in getattr(context.corpus, split)]
-    return [len(post.images) for post in posts if post.images]
+def _left_out(context: Context, name: str, model: ModelSettings) -> Iterator[str]:
+    """What a model of a section is not given of the posts."""
+    for field, ignored, what in (
+        ("images", not model.images, "false: the images"),
+        ("video", model.video == "ignore", "ignore: the videos"),
+        ("audio", model.audio == "ignore", "ignore: the sounds"),
+    ):
+        if ignored and (count := sum(bool(getattr(post, field)) for post in _posts(context.corpus))):
+            yield f"{name}.model.{field} is {what} of {count} posts are left out"
+
+
+def _posts(corpus: Corpus) -> list[Sample]:
+    """The posts of the three splits."""
+    return [post for split in SPLITS for post in getattr(corpus, split)]
 
 
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
@@ -184,7 +194,7 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
 
 def _check_media(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have media that the model cannot be given, before any is decoded."""
-    for post in (post for split in SPLITS for post in getattr(corpus, split)):
+    for post in _posts(corpus):
         model.encoder.media.check(post.media)
 
 

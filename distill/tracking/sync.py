@@ -40,7 +40,9 @@ def sync(folder: Path) -> Sent:
         SettingsError: there are no offline runs, or nobody is logged in to wandb.
         RunError: the server refuses a run or a link, has not received an artifact, or cannot be reached.
     """
-    records, lineage = sorted(folder.glob("wandb/offline-run-*/run-*.wandb")), Lineage(folder)
+    lineage = Lineage(folder)
+    order = {edge.run: number for number, edge in enumerate(lineage)}  # by time; that of folders is in seconds
+    records = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda r: (order.get(_run_id(r), -1), r))
     edges, pending = lineage.unlinked(), [path for path in records if not _is_sent(path)]
     if not records and not edges:
         raise SettingsError(f"{folder / 'wandb'} holds no offline runs")
@@ -91,26 +93,26 @@ def _unchecked(folder: Path, records: Sequence[Path]) -> list[Path]:
 
 
 def _send(folder: Path, records: Sequence[Path]) -> None:
-    """Send the records of offline runs.
+    """Send the records of offline runs one after the other, so that the versions of an artifact keep their order.
 
     No stage is running, so an incomplete end was left by a kill. It is removed: wandb never counts such a record as
-    sent, and sends no other one beside a record that holds nothing.
+    sent.
     """
-    if not records:
-        return
-    reason = _wandb_sync(folder, records)
-    for record in (killed := [path for path in records if not _is_sent(path) and remove_incomplete_end(path)]):
-        if is_empty(record):
-            _mark(record).touch()
-    if killed and (rest := [path for path in records if not _is_sent(path)]):
-        reason = _wandb_sync(folder, rest)
-    if refused := [path.parent.name for path in records if not _is_sent(path)]:
-        raise RunError(f"sync: {len(refused)} of {len(records)} offline runs were not sent; {refused[0]}: {reason}")
+    for done, record in enumerate(records):
+        reason = _wandb_sync(folder, record)
+        if not _is_sent(record) and remove_incomplete_end(record):
+            if is_empty(record):
+                _mark(record).touch()
+            else:
+                reason = _wandb_sync(folder, record)
+        if not _is_sent(record):
+            missing = f"{len(records) - done} of {len(records)} offline runs were not sent"
+            raise RunError(f"sync: {missing}; {record.parent.name}: {reason}")
 
 
-def _wandb_sync(folder: Path, records: Sequence[Path]) -> str:
+def _wandb_sync(folder: Path, record: Path) -> str:
     """Run `wandb sync`. Returns its first line about an error, or its exit status."""
-    command = [sys.executable, "-m", "wandb", "sync", *(str(path.absolute()) for path in records)]
+    command = [sys.executable, "-m", "wandb", "sync", str(record.absolute())]
     environment = _RETRIES | dict(os.environ) | {"WANDB_SILENT": "false"}  # not silent: the reason of a refusal
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     lines = [line.partition("ERROR")[2].strip() or line for line in ran.stderr.splitlines() if "error" in line.lower()]

@@ -64,7 +64,7 @@ def to_prompt_completion(
 
     Raises:
         SettingsError: the file is missing or has no answer to any of the tasks, or a row is not valid JSON, has no id,
-            neither text nor image, an unknown label, or an image that is missing or outside the root.
+            no text, image, video or audio, an unknown label, or an image that is missing or outside the root.
     """
     if not tasks or not set(tasks) <= {"reason", "classify"}:
         raise SettingsError(f"tasks must be reason, classify or both, not {', '.join(tasks) or 'empty'}")

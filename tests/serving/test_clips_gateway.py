@@ -1,12 +1,17 @@
 """The gateway on posts with video and sound: as JSON, as chat parts and as a form, and hostile files."""
 
 import base64
+import sys
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from distill.models.backbone import ModelSettings, create
 from distill.models.local import Local
@@ -23,7 +28,8 @@ TEXT = "A fine day."
 
 
 def tiny(folder: Path, audio_hidden: int | None, **settings: Any) -> Local:
-    """A tiny student with random weights; it hears if it has an audio tower."""
+    """A tiny student with random weights, always the same; it hears if it has an audio tower."""
+    torch.manual_seed(0)
     name = folder / f"tokenizer-{audio_hidden}"
     train_tokenizer(["a fine day, good words"] * 20, 600, audio_hidden is not None).save_pretrained(name)
     size = TinySettings(
@@ -171,3 +177,31 @@ def test_a_post_takes_one_video_and_one_sound(client: httpx.Client, folder: Path
     video, sound = video_part(uri(folder / "positive-.mp4")), audio_part(folder / "positive.wav")
     assert message(chat(client, "cascade", video, video), 400) == "a post takes at most one video; send one"
     assert message(chat(client, "cascade", sound, sound), 400) == "a post takes at most one audio; send one"
+
+
+def test_a_post_that_lacks_something_is_answered_with_its_uncertainty(client: httpx.Client, tmp_path: Path) -> None:
+    black = write_clip(tmp_path / "black.mp4", [(0, 0, 0)] * 4)
+    quiet = write_clip(tmp_path / "quiet.wav", pitch=0.0)
+    for fields in ({"video": uri(black)}, {"video": uri(black), "audio": uri(quiet)}, {"audio": uri(quiet)}):
+        assert 0 <= ask(client, **fields)["uncertainty"] <= 1
+
+
+def test_without_pyav_a_video_is_refused(client: httpx.Client, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distill.data.decoding", None)
+    monkeypatch.delattr("distill.data.decoding", raising=False)
+    reply = client.post("/v1/sentiment", json={"text": TEXT, "video": uri(folder / "positive-.mp4")})
+    assert message(reply, 400) == "video: this server does not read videos; send the post without"
+    assert ask(client)["label"] in LABELS.names
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_a_video_from_an_allowed_host_is_fetched(folder: Path, kind: str) -> None:
+    host = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    Thread(target=host.serve_forever, daemon=True).start()
+    name, address = {"video": "positive-positive.mp4", "audio": "positive.wav"}[kind], f"127.0.0.1:{host.server_port}"
+    with running(tiny(folder, 16), rationale=False, image_hosts=[address]) as client:
+        found = ask(client, **{kind: f"http://{address}/{name}"})
+        assert found["probabilities"] == pytest.approx(
+            ask(client, **{kind: uri(folder / name)})["probabilities"], abs=1e-6
+        )
+    host.shutdown()

@@ -10,6 +10,7 @@ import pytest
 
 from distill import chain
 from distill.errors import RunError, SettingsError
+from distill.tracking.lineage import Lineage
 from distill.tracking.sync import Sent, sync
 from tests import micro
 from tests.commands import Command
@@ -79,6 +80,11 @@ def test_what_a_stage_logged_is_sent_although_it_ran_again(offline: Path, server
     assert server.lineage() == LINEAGE
     assert len({(run, version) for kind, run, version in server.edges if kind == "uses"}) == 2
     assert not list((offline / "wandb" / "uploads").iterdir())
+    versions = sorted(server.artifacts.values(), key=lambda version: version["index"])
+    versions = [version for version in versions if version["name"] == "micro-rationales"]
+    logged = [edge.run for edge in Lineage(offline) if edge.kind == "logs" and edge.artifact == "micro-rationales"]
+    assert [version["run"] for version in versions] == logged and len(logged) == 2, "in the order of time"
+    assert ["latest" in version["aliases"] for version in versions] == [False, True]
 
 
 @pytest.mark.usefixtures("login")

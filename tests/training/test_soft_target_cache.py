@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
+from distill.data.clips import ClipReader, VideoSettings
 from distill.data.corpus import Corpus
 from distill.errors import RunError
 from distill.models.backbone import Backbone
@@ -164,6 +165,22 @@ def test_another_assistant_processor_or_temperature_is_computed_anew(
     setup.student.encoder.image_size = 84
     setup.write(rows, weights="b")
     assert setup.loaded == 4
+
+
+def test_the_key_of_a_post_has_its_clips_and_their_sampling(
+    backbone: Backbone, rows: list[Sample], tmp_path: Path
+) -> None:
+    def keys(post: Sample, frames: int) -> str:
+        clips = ClipReader(VideoSettings(frames=frames))
+        student = Backbone(backbone.model, backbone.processor, backbone.labels, backbone.settings, clips)
+        return key_function(student, list(TASKS), "a", 0, 2.0)(post)
+
+    (one := tmp_path / "a.mp4").write_bytes(b"one")
+    (other := tmp_path / "b.mp4").write_bytes(b"other")
+    with_video = replace(rows[0], video=one, audio=one)
+    changed = [replace(with_video, video=other), replace(with_video, audio=None), rows[0]]
+    assert len({keys(post, 8) for post in (with_video, *changed)} | {keys(with_video, 4)}) == 5
+    assert keys(rows[0], 8) == keys(rows[0], 4), "of posts without clips it is as before"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "garbage"])

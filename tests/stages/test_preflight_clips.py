@@ -1,0 +1,74 @@
+"""What a run says of posts with videos and sound before it asks or trains anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.stages.context import Context
+from distill.stages.preflight import notices, problems
+from tests import micro
+from tests.models.clips import write
+from tests.models.text_folders import write as write_text_model
+
+IGNORED = {"video": "ignore", "audio": "ignore"}
+HEARS = micro.MODEL | {"tiny": micro.MODEL["tiny"] | {"audio_hidden": 32}}
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> Any:
+    """The problems and the notices of a chain that trains a student with these settings on posts with clips."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "a.mp4", frames=3, pitch=440)
+    for split in ("train", "validation", "test"):
+        rows = [
+            {"id": f"{split}{n}", "text": "words", "label": label} | ({"video": "a.mp4"} if n else {})
+            for n, label in enumerate(("negative", "neutral", "positive"))
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def check(model: dict[str, Any]) -> tuple[list[str], list[str]]:
+        files = {"source": "jsonl", "root": str(data), "validation": ["validation.jsonl"]}
+        content = {name: micro.RECORDED[name] for name in ("name", "seed", "trainer", "tracking")}
+        content |= {
+            "data": files,
+            "student": micro.LEARNER | {"model": model, "tasks": {"classify": 1.0}, "distillation": {"weight": 0.0}},
+        }
+        context = Context(micro.read(micro.write(tmp_path, content)), {})
+        return problems(context, ["student"]), notices(context, ["student"])
+
+    return check
+
+
+def test_a_model_that_hears_takes_them(said: Any) -> None:
+    assert said(HEARS) == ([], [])
+
+
+def test_a_model_that_cannot_hear_is_refused_unless_it_ignores_the_sound(said: Any) -> None:
+    assert said(micro.MODEL) == (
+        [
+            "student.model.audio must be ignore: Qwen2.5-VL is no family that hears, and posts have sound, which is "
+            "then left out"
+        ],
+        [],
+    )
+    assert said(micro.MODEL | IGNORED) == (
+        [],
+        [
+            "student.model.video is ignore: the videos of 6 posts are left out",
+            "student.model.audio is ignore: the sounds of 6 posts are left out",
+        ],
+    )
+
+
+def test_a_model_of_text_is_refused_unless_it_ignores_the_videos(
+    said: Any, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = {"path": str(write_text_model(tmp_path / "llama", "llama", tokenizer_folder))}
+    assert said(path | {"audio": "ignore"})[0] == [
+        "student.model.video must be ignore: the model sees no pictures, and posts have videos, whose frames are then "
+        "left out"
+    ]
+    assert said(path | IGNORED)[0] == []
