@@ -129,7 +129,7 @@ class Student:
             ValueError: a post has no text, image, video or audio, or a field has another type. The message names the
                 post.
         """
-        with as_samples(posts) as samples:
+        with as_samples(posts, self.clips) as samples:
             return self.label(samples)
 
     def label(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ class Student:
         Raises:
             ValueError: as `classify`, or a label is unknown.
         """
-        with as_samples(posts) as samples:
+        with as_samples(posts, self.clips) as samples:
             return self.rationales(_labelled(samples, labels), Sampling(temperature, max_new_tokens, seed=seed))
 
     def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
@@ -171,6 +171,11 @@ class Student:
         samples = self.cut(samples)
         template: Template = "explain" if any(post.label is not None for post in samples) else "reason"
         return [row for row, _ in _rationales(self.model, template, samples, self._labels, sampling)]
+
+    @property
+    def clips(self) -> ClipReader:
+        """Decodes the videos and sounds of posts, within the limits of the run or of the export."""
+        return self.model.backbone.encoder.media.clips
 
     def cut(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with texts that the model takes: `data.max_tokens` of the run, or half of its context."""
@@ -228,7 +233,7 @@ class Cascade:
             ValueError: as `Student.classify`.
             RunError: a teacher behind a server cannot be reached.
         """
-        with as_samples(posts) as samples:
+        with as_samples(posts, self.clips) as samples:
             return self.label(samples)
 
     def label(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -265,8 +270,13 @@ class Cascade:
             ValueError: as `Student.reason`.
             RunError: as `classify`.
         """
-        with as_samples(posts) as samples:
+        with as_samples(posts, self.clips) as samples:
             return self.rationales(_labelled(samples, labels), Sampling(max_new_tokens=max_new_tokens))
+
+    @property
+    def clips(self) -> ClipReader:
+        """As `Student.clips`."""
+        return self.student.clips
 
     def rationales(self, samples: Sequence[Sample], sampling: Sampling = Sampling()) -> list[dict[str, Any]]:
         """`explain` of samples that have a label."""

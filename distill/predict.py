@@ -150,7 +150,7 @@ def _results(
             problem = row.problem
             if problem is None:
                 try:
-                    usable.append((position, sample(row.fields, str(row.number), Path(scratch), root)))
+                    usable.append((position, sample(row.fields, str(row.number), Path(scratch), root, model.clips)))
                 except ValueError as error:
                     problem = str(error)
             results.append({"row": row.number} | ({} if problem is None else {"problem": problem}))

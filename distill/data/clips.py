@@ -66,6 +66,11 @@ class VideoSettings(Settings):
     cache_mb: Natural = 256
     """Memory for decoded frames and sounds in MB, in each process that decodes. 0: none are kept."""
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields that decide what is decoded of a file within the limits."""
+        return {name: getattr(self, name) for name in ("frames", "fps", "max_frames", "max_side")}
+
 
 class ClipReader:
     """Decodes files with the sampling and the limits of the settings, and keeps what was decoded in a bounded cache.
@@ -103,12 +108,15 @@ class ClipReader:
         """
         return self._cached("sound", path)
 
-    def check(self, path: Path, name: str = "", *, video: bool = True) -> None:
+    def check(self, path: Path, name: str = "", *, video: bool = True) -> bool:
         """Check a file as a whole without decoding all of it: its header, all packets, the first frame and sound.
 
         Args:
             name: what messages call the file; empty: its file name.
             video: whether the file must have a video; otherwise it must have a sound.
+
+        Returns:
+            Whether it has a sound.
 
         Raises:
             ClipError: the file is missing, broken or truncated, or exceeds a limit.
@@ -121,6 +129,7 @@ class ClipReader:
                 next(clip.decoded(track), None)
             elif not video:
                 raise clip.error("has no sound")
+            return track is not None
 
     def content(self, path: Path) -> bytes:
         """The bytes of a file of at most `max_mb`.

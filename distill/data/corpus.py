@@ -87,10 +87,13 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
         _generate(built_in_corpus, settings.root)
     root = Path(settings.root).resolve()
     entries = [_entry(split, file, row, settings, labels) for split, file, row in read_rows(settings)]
-    broken = _broken_files({file for entry in entries if entry.sample for file in _files(entry.sample)}, settings)
+    files = {file for entry in entries if entry.sample for file in _files(entry.sample)}
+    broken, silent = _check_media(files, settings)
     kept: dict[str, list[_Entry]] = defaultdict(list)
     for entry in entries:
         if entry.sample is not None:
+            if entry.sample.audio == entry.sample.video and entry.sample.audio in silent:
+                entry.sample = entry.sample.without("audio")
             entry.reason = _drop_reason(entry, entry.sample, broken, kept[entry.id])
             if entry.reason is None:
                 kept[entry.id].append(entry)
@@ -199,9 +202,9 @@ def _files(sample: Sample) -> list[_File]:
     return files + ([("audio", sample.audio)] if sample.audio is not None and sample.audio != sample.video else [])
 
 
-def _broken_files(files: set[_File], settings: DataSettings) -> dict[_File, str]:
-    """The files that cannot be decoded, with the reasons, which name them relative to `data.root`."""
-    root, clips = Path(settings.root).resolve(), ClipReader(settings.video)
+def _check_media(files: set[_File], settings: DataSettings) -> tuple[dict[_File, str], set[Path]]:
+    """The files that cannot be decoded, with the reasons, which name them relative to `data.root`; silent videos."""
+    root, clips, silent = Path(settings.root).resolve(), ClipReader(settings.video), set()
 
     def error_of(file: _File) -> str | None:
         kind, path = file
@@ -209,15 +212,16 @@ def _broken_files(files: set[_File], settings: DataSettings) -> dict[_File, str]
         try:
             if kind == "image":
                 decode(path, settings.max_pixels, name)
-            else:
-                clips.check(path, name, video=kind == "video")
+            elif not clips.check(path, name, video=kind == "video"):
+                silent.add(path)
         except (ImageError, ClipError) as error:
             return str(error)
         return None
 
     found = sorted(files)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
-        return {file: error for file, error in zip(found, pool.map(error_of, found), strict=True) if error is not None}
+        errors = zip(found, pool.map(error_of, found), strict=True)
+        return {file: error for file, error in errors if error is not None}, silent
 
 
 _LEAKED = "with the same content"

@@ -96,8 +96,8 @@ def file_names(fields: Mapping[str, Any]) -> list[str]:
 def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     """Convert a row's fields to a sample. The label and the content of the files are not checked here.
 
-    The sound of a video is its own, unless `audio` names another file. Characters that no model accepts are replaced in
-    its texts (`data/text.py`, `clean`). NaN is how Python libraries write a missing value.
+    The sound of a video is its own, unless `audio` names another file or is false, for none. Characters that no model
+    accepts are replaced in its texts (`data/text.py`, `clean`). NaN is how Python libraries write a missing value.
 
     Raises:
         ValueError: a field is missing or has the wrong type, the id or a file name is not valid Unicode, there is no
@@ -135,7 +135,7 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
         rationale=rationale,
         attributes=attributes,
         video=video,
-        audio=audio or video,
+        audio=None if fields.get("audio") is False else audio or video,
     )
 
 
@@ -160,8 +160,8 @@ def to_row(sample: Sample, root: Path) -> dict[str, Any]:
     }
     if sample.video is not None:
         fields["video"] = name(sample.video)
-    if sample.audio is not None and sample.audio != sample.video:
-        fields["audio"] = name(sample.audio)
+    if sample.audio != sample.video:
+        fields["audio"] = False if sample.audio is None else name(sample.audio)
     return {**fields, "attributes": dict(sample.attributes)} if sample.attributes else fields
 
 
@@ -182,6 +182,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _name(fields: Mapping[str, Any], field: str) -> str | None:
     """The file name in a field; an empty name is none. Raises ValueError if it is no text."""
     name = fields.get(field)
+    if field == "audio" and name is False:
+        return None
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{field} must be a file name")
     return name if name and name.strip() else None

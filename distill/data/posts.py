@@ -62,7 +62,9 @@ def sample(
     given = list(many) if isinstance(many, list | tuple) else [item for item in (one, many) if item is not None]
     files = tuple(_file(image, scratch / f"{name}-{index}.png", root) for index, image in enumerate(given))
     video, audio = (
-        None if (clip := post.get(field)) in (None, "") else _file(clip, scratch / f"{name}.{field}", root, field)
+        None
+        if (clip := post.get(field)) in (None, "", False)
+        else _file(clip, scratch / f"{name}.{field}", root, field)
         for field in ("video", "audio")
     )
     identity = post.get("id")
@@ -72,11 +74,12 @@ def sample(
     for file in files:
         decode(file)
     clips = clips or ClipReader()
-    if video is not None:
-        clips.check(video)
+    sounding = video is not None and clips.check(video)
     if audio is not None:
         clips.check(audio, video=False)
-    return replace(plain, images=files, video=video, audio=audio or video)
+    elif sounding and post.get("audio") is not False:
+        audio = video
+    return replace(plain, images=files, video=video, audio=audio)
 
 
 def _file(given: Any, path: Path, root: Path | None, kind: str = "image") -> Path:

@@ -168,7 +168,7 @@ class MediaReader:
 
     def fingerprint(self) -> str:
         """The sampling and the preprocessing of videos and sounds."""
-        parts: list[Any] = [self.sampling, *self.ways, self._settings.image_size]
+        parts: list[Any] = [self.clips.settings.sampling, *self.ways, self._settings.image_size]
         if self._sees:
             parts.append(self._processor.image_processor.to_dict())
         if self.video == "video":

@@ -38,6 +38,18 @@ def test_a_row_has_the_sound_of_its_video_or_another(root: Path) -> None:
     assert other.media.files == (other.video, other.audio) and own.media.files == (own.video,)
     heard = jsonl.to_sample({"id": "1", "audio": "clips/a.wav", "video": ""}, root)
     assert (heard.video, heard.audio) == (None, root / "clips" / "a.wav")
+    muted = jsonl.to_sample({"id": "1", "video": "clips/a.mp4", "audio": False}, root)
+    assert (muted.video, muted.audio) == (root / "clips" / "a.mp4", None)
+    for found in (own, other, heard, muted):
+        assert jsonl.to_sample(jsonl.to_row(found, root), root) == found
+
+
+def test_a_silent_video_has_no_sound(root: Path) -> None:
+    write(root / "train.jsonl", [post(name, video=f"clips/{name}.mp4") for name in ("a", "silent")])
+    corpus = read_corpus(valid_settings(root), LabelSpace())
+    assert [found.modalities for found in corpus.train] == [("text", "video", "audio"), ("text", "video")]
+    given = sample({"text": "words", "video": root / "clips" / "silent.mp4"}, "0", root)
+    assert given.audio is None and given.video is not None
     for found in (own, other, heard):
         row = jsonl.to_row(found, root)
         assert jsonl.to_sample(json.loads(json.dumps(row)), root) == found
