@@ -33,7 +33,7 @@ def posts(root: Path) -> list[Sample]:
 
 @with_torchvision
 @pytest.mark.parametrize("kind", NATIVE)
-@pytest.mark.parametrize("check", family_checks.CHECKS.keys() - {"frames"})
+@pytest.mark.parametrize("check", [name for name in family_checks.CHECKS if name != "frames"])
 def test_a_family_that_takes_videos(kind: str, check: str, root: Path, posts: list[Sample]) -> None:
     backbone = family_checks.load(kind, root / kind)
     assert "pixel_values_videos" in backbone.encode(posts, "classify")
