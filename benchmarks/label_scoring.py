@@ -104,7 +104,7 @@ def methods(reasoner: Local, samples: list[Sample], limit: int) -> dict[str, Met
     return {
         "label, one pass": lambda: list(reasoner.classify(samples).probabilities),
         "label, generated": lambda: [
-            *reasoner.chat([(render("classify", sample, labels), sample.images) for sample in samples], LABEL_SAMPLING)
+            *reasoner.chat([(render("classify", sample, labels), sample.media) for sample in samples], LABEL_SAMPLING)
         ],
         "reasoning, generated": lambda: [answer for _, answer in reasoner.reason(samples, "reason", sampling)],
         "both, two readings": two_readings,

@@ -20,12 +20,12 @@ from distill.training.batches import encode_tasks, prompts_and_answers
 def padded_lengths(samples: Sequence[Sample], backbone: Backbone, tasks: Sequence[Template]) -> dict[Template, int]:
     """Tokens of the longest sequence of each task. Every sample needs an image and an answer to all tasks."""
     encoder = backbone.encoder
-    image = encoder.encode([(" ", samples[0].images)])["input_ids"]
-    image_tokens = image.numel() - len(encoder.processor.tokenizer(encoder.render(" ", samples[0].images))["input_ids"])
+    image = encoder.encode([(" ", samples[0].media)])["input_ids"]
+    image_tokens = image.numel() - len(encoder.processor.tokenizer(encoder.render(" ", samples[0].media))["input_ids"])
     lengths = dict.fromkeys(tasks, 0)
     for sample in samples:
         for task, (question, answer) in zip(tasks, prompts_and_answers(sample, backbone.labels, tasks), strict=True):
-            prompt = encoder.processor.tokenizer(encoder.render(question, sample.images))["input_ids"]
+            prompt = encoder.processor.tokenizer(encoder.render(question, sample.media))["input_ids"]
             lengths[task] = max(lengths[task], len(prompt) + image_tokens + len(backbone.answer_tokens(answer)))
     return lengths
 

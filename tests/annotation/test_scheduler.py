@@ -14,7 +14,7 @@ from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.annotation.ledger import Ledger
 from distill.annotation.scheduler import run_conversations
 from distill.errors import RunError
-from distill.models.endpoint import reasoner as module
+from distill.models.endpoint import message as module
 from distill.models.reasoner import Answer, Sampling
 from distill.task.sample import Sample
 from tests.models.openai_server import LABELS, ChatRequest, Server, endpoint, posts, rationale
