@@ -160,7 +160,8 @@ def main(folder: Path) -> None:
                 value = getattr(reader, kind)(path)
             except ClipError as raised:
                 error = str(raised)
-            count = None if value is None else len(value.images) if kind == "frames" else len(value)
+            shown = getattr(value, "images", value)  # a check has neither frames nor a sound
+            count = len(shown) if hasattr(shown, "__len__") else None
             seconds, memory = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             line = {"name": path.name, "kind": kind, "error": error, "count": count, "s": seconds, "mb": memory}
             print(json.dumps(line), flush=True)
