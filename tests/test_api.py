@@ -117,7 +117,7 @@ def test_images_may_be_paths_pictures_bytes_or_rows_of_datasets(folder: Path, po
         ({"text": "x", "image": b"GIF89a"}, r"post 1: image 1-0\.png is "),
         ({"text": "x", "image": 3}, "post 1: an image must be a path, a PIL image or bytes, not int"),
         ({"text": "x", "image": "a.png", "images": ["a.png"]}, "post 1: image and images are both given"),
-        ("text", "post 1: must be a mapping with text or image, not str"),
+        ("text", "post 1: must be a mapping with text, image, video or audio, not str"),
     ],
 )
 def test_a_bad_post_is_named(post: object, message: str, folder: Path) -> None:

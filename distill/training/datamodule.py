@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
-from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -128,7 +127,7 @@ class ReasoningDataModule(L.LightningDataModule):
         workers: int = 0,
         seed: int = 42,
         label_targets: Container[str] = (),
-        drop: Mapping[str, float] = MappingProxyType({}),
+        drop: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -145,7 +144,7 @@ class ReasoningDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
-        self.drop = drop
+        self.drop = dict(drop or {})
 
     def train_dataloader(self) -> StatefulDataLoader:
         world_size, rank = self._processes()

@@ -14,6 +14,7 @@ from distill.models.backbone import Backbone, LoraSettings, ModelSettings, creat
 from distill.models.pretrained import limit_pixels, set_checkpointing
 from distill.models.tiny import TinySettings
 from distill.task.labels import LabelSpace
+from distill.task.sample import Media
 from distill.training.assistant import AssistantModule, TrainSettings
 
 LABELS = LabelSpace()
@@ -80,7 +81,9 @@ def test_images_keep_their_proportions_within_the_number_of_pixels(model_folder:
     Image.new("RGB", (40, 80)).save(small)
     settings = ModelSettings(str(model_folder), image_size=0, min_pixels=56 * 112, max_pixels=224 * 112)
     backbone = create(settings, LABELS, Path("unused"), train=False)
-    grids = [backbone.encoder.encode([("a post", (image,))])["image_grid_thw"][0].tolist() for image in (wide, small)]
+    grids = [
+        backbone.encoder.encode([("a post", Media((image,)))])["image_grid_thw"][0].tolist() for image in (wide, small)
+    ]
     sides = [(height * 14, width * 14) for _, height, width in grids]
     assert sides == [(112, 224), (112, 56)]
 
