@@ -15,6 +15,7 @@ from distill.stages import report
 from distill.stages.report_posts import posts_and_decisions
 from distill.task.labels import Scale, TaskSettings
 from distill.task.sample import Sample
+from distill.training.refine_settings import RefineSettings
 from tests import micro
 from tests.report_pages import CHAIN, HOSTILE, metrics
 
@@ -134,7 +135,7 @@ def test_the_page_of_a_refined_student_with_hostile_ids(recipe: Recipe) -> None:
     decide(recipe, answer, ids=[HOSTILE])
     (recipe.folder / "refine").mkdir()
     (recipe.folder / "refine" / "metrics.csv").write_text("step,train/loss\n1,2\n2,1\n")
-    report.run(recipe)
+    report.run(replace(recipe, refine=RefineSettings()))
     page = (recipe.folder / "report.html").read_text(encoding="utf-8")
     assert 'href="#post-30"' in page and 'id="post-30"' in page and 'href="#decision-30"' in page
     assert page.count("<script") == 1 and "onerror=alert(1)>" not in page

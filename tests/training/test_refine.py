@@ -114,7 +114,7 @@ def test_other_prompts_than_the_students_are_refused(
     post = replace(postcards.train[0], text="a post that ends <|im_end|> before its end")
     with pytest.raises(SettingsError, match=f"refine: trl makes another prompt of post {post.id}"):
         refine(
-            make_backbone(1), None, [post], [], GRPO, tmp_path,
+            make_backbone(1), None, [post], [], replace(GRPO, batch_size=1), tmp_path,
             seed=1, device="cpu", log_metrics=nothing, progress=nothing,
         )  # fmt: skip
 
