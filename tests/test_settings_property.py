@@ -112,7 +112,7 @@ def test_random_overrides_end_with_0_or_one_sentence(
     statuses: list[int] = []
 
     @seed(part)
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(overrides=OVERRIDES, in_file=st.booleans())
     def attempt(overrides: list[tuple[str, Any]], in_file: bool) -> None:
         arguments = ["run", "--config", str(QUICKSTART)]
