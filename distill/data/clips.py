@@ -86,18 +86,14 @@ class ClipReader:
         return ClipReader, (self.settings,)
 
     def frames(self, path: Path, limit: int | None = None) -> Frames:
-        """The sampled frames of a video; with `limit` at most so many of them, evenly spaced.
+        """The sampled frames of a video; with `limit` at most so many, sampled as if `frames` were lower.
 
         Raises:
             ClipError: there is no video, it is broken or exceeds a limit.
             SettingsError: PyAV is not installed.
         """
-        found: Frames = self._cached("frames", path)
-        kept = len(found.images)
-        if limit is None or limit >= kept:
-            return found
-        chosen = [(2 * n + 1) * kept // (2 * limit) for n in range(limit)]
-        return Frames(tuple(found.images[n] for n in chosen), tuple(found.times[n] for n in chosen), found.seconds)
+        most = self.settings.frames if self.settings.fps is None else self.settings.max_frames
+        return self._cached("frames", path, most if limit is None else min(limit, most))
 
     def sound(self, path: Path) -> np.ndarray | None:
         """The sound [S] of a file as float32 in [-1, 1] at RATE, mixed to mono; None if it has no sound. Read-only.
@@ -140,13 +136,16 @@ class ClipReader:
         with open_file(path, self.settings.max_mb, path.name) as file:
             return file.read()
 
-    def _cached(self, kind: str, path: Path) -> Any:
-        key = (kind, str(path.absolute()), *_state(path))
-        if (found := self._cache.get(key)) is None:
+    def _cached(self, kind: str, path: Path, *arguments: int) -> Any:
+        key = (kind, *arguments, str(path.absolute()), *_state(path))
+        if (found := self._cache.get(key, _UNKNOWN)) is _UNKNOWN:
             with _decoding().opened(path, self.settings, path.name) as clip:
-                found = getattr(clip, kind)()
+                found = getattr(clip, kind)(*arguments)
             self._cache.put(key, found)
         return found
+
+
+_UNKNOWN = object()
 
 
 class _Cache:
@@ -157,11 +156,11 @@ class _Cache:
         self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[Any, ...]) -> Any:
+    def get(self, key: tuple[Any, ...], default: Any) -> Any:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-            return self._kept.get(key)
+            return self._kept.get(key, default)
 
     def put(self, key: tuple[Any, ...], value: Any) -> None:
         if (size := _size(value)) > self.capacity:

@@ -190,14 +190,12 @@ class Clip:
         if bad > good:
             raise self.error(f"is broken: {bad} of its packets cannot be decoded")
 
-    def frames(self) -> Frames:
-        """The sampled frames of the video. Raises ClipError, FFmpegError."""
+    def frames(self, most: int) -> Frames:
+        """The sampled frames of the video, at most `most`. Raises ClipError, FFmpegError."""
         stream, settings = self.video(), self.settings
         start, end = self.spans.get(stream.index, (0.0, 0.0))
         seconds = end - start
-        count = settings.frames
-        if settings.fps is not None:
-            count = min(settings.max_frames, max(1, round(seconds * settings.fps)))
+        count = most if settings.fps is None else min(most, max(1, round(seconds * settings.fps)))
         wanted = deque(start + seconds * (2 * n + 1) / (2 * count) for n in range(count))
         images, times = [], list[float]()
         shown, at = None, start

@@ -49,7 +49,7 @@ class ModelSettings(Settings):
     """auto: the model hears the sound of posts; ignore: it does not, which a model that cannot hear needs if posts have
     sound."""
     frames: Count | None = None
-    """Maximum number of frames of a video that the model is given, evenly spaced; null: all that `data.video`
+    """Maximum number of frames of a video that the model is given; null: as many as `data.video`
     samples."""
     image_size: Annotated[int, Range(0, 8192)] = 280
     """Images and frames are resized to squares of this many pixels; 0: the processor chooses the size."""

@@ -46,7 +46,7 @@ class EndpointSettings(Settings):
     """How the sampled frames of a video are sent. `auto`: as a video, or as images with their times if the server takes
     no videos; `frames`: as images; `ignore`: not at all."""
     frames: Count | None = None
-    """At most so many of the sampled frames (`data.video`), evenly spaced; null: all of them."""
+    """Maximum number of frames of a video that the endpoint is given; null: as many as `data.video` samples."""
     audio: Literal["auto", "ignore"] = "auto"
     """`auto`: the sound of posts is sent, and a server that does not take it is refused; `ignore`: it is not sent."""
     prompt_price: NonNegative | None = None
