@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig
+from transformers.utils import is_torchvision_available
 
 from distill.errors import SettingsError
 from distill.models import families
@@ -171,6 +172,47 @@ def shows_frames(backbone: Backbone, samples: Sequence[Sample]) -> None:
     assert not torch.allclose(scores[0], scores[1], atol=1e-6)
 
 
+@torch.no_grad()
+def sees_videos(backbone: Backbone, samples: Sequence[Sample]) -> bool:
+    """Whether videos are given in the way of the family: alone as in a batch, and the scores depend on the frames."""
+    settings = replace(backbone.settings, video="video")
+    if backbone.family.video != "video":
+        try:
+            Backbone(backbone.model, backbone.processor, LABELS, settings)
+        except SettingsError as error:
+            assert str(error).startswith("model.video must be frames: ")
+            return False
+        raise AssertionError("model.video: video is not refused")
+    model = Backbone(backbone.model, backbone.processor, LABELS, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [clips.write(Path(folder, f"{seed}.mp4"), frames=4 + seed, seed=seed) for seed in (1, 2)]
+        shown = [replace(samples[0], images=(), audio=None, video=video) for video in videos]
+        try:
+            mixes_posts(model, shown)
+        except SettingsError as error:
+            assert "needs torchvision for videos" in str(error) and not is_torchvision_available()
+            return False
+        scores, _ = score_labels(model, model.encode(shown, "classify"))
+    assert not torch.allclose(scores[0], scores[1], atol=1e-6)
+    return True
+
+
+@torch.no_grad()
+def hears(backbone: Backbone, samples: Sequence[Sample]) -> bool:
+    """Whether the scores depend on the sound, alone as in a batch; other families refuse it."""
+    with tempfile.TemporaryDirectory() as folder:
+        sounds = [clips.write(Path(folder, f"{pitch}.wav"), seconds=0.4, pitch=pitch) for pitch in (300, 2000)]
+        heard = [replace(samples[0], audio=sound) for sound in sounds]
+        try:
+            mixes_posts(backbone, heard)
+        except SettingsError as error:
+            assert "is no family that hears" in str(error) and not backbone.family.audio
+            return False
+        scores, _ = score_labels(backbone, backbone.encode(heard, "classify"))
+    assert not torch.allclose(scores[0], scores[1], atol=1e-6)
+    return True
+
+
 def sees_the_past_only(backbone: Backbone, samples: Sequence[Sample]) -> None:
     """No token of an answer changes what is before it; refused where the family's answers had another token type."""
     check_compatibility(backbone, samples, list(TASKS), False)
@@ -209,6 +251,8 @@ CHECKS: dict[str, Callable[[Backbone, Sequence[Sample]], object]] = {
     "answers jointly": answers_jointly,
     "mixed posts": mixes_posts,
     "frames": shows_frames,
+    "video": sees_videos,
+    "audio": hears,
     "sees the past only": sees_the_past_only,
     "packs": packs,
 }

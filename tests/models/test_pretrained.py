@@ -88,8 +88,9 @@ def test_one_wrong_weight_is_refused(
     backbone.save(tmp_path / "trained")
     posts = [replace(post, images=()) for post in postcards.test[:4]]
 
+    student = load(backbone.settings, LABELS, tmp_path / "trained")
+
     def written() -> dict[str, Any]:
-        student = load(backbone.settings, LABELS, tmp_path / "trained")
         return export(
             student, posts, tmp_path / "export", tmp_path / "trained", "card", ExportSettings(check_samples=4)
         )
