@@ -12,8 +12,8 @@ Two cases, both with random weights of Qwen2.5-Omni's thinker and batches of 8 p
 A step is what training does: the next batch of the loader, whose worker processes decode, make spectrograms and encode
 the text; then loss, backward and AdamW. Rounds over the same batches take turns: in "files" all clips are decoded, in
 "cache" none. The share of decoding is the time that "files" takes longer, divided by its time: by the clock, and by the
-CPU time of all processes. Also shown: the share of a step that training waits for its batch, clips a second, and the
-resident memory of all processes.
+CPU time of all processes. Also shown: the share of a step that training waits for its batch (median), clips a second, and
+the resident memory of all processes.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Training:
         )
 
     def epoch(self) -> list[Step]:
-        """Train on all posts. The first step is left out: its batch cannot be prepared beside another step."""
+        """Train on all posts. The first step also waits for the workers to start."""
         steps = []
         batches = iter(self.data.train_dataloader())
         cpu, begin = _cpu_seconds(), time.perf_counter()
@@ -99,7 +99,7 @@ class Training:
             now = _cpu_seconds()
             steps.append(Step(time.perf_counter() - begin, waited, now - cpu, _resident_bytes()))
             cpu, begin = _cpu_seconds(), time.perf_counter()
-        return steps[1:]
+        return steps
 
 
 def _processes() -> list[psutil.Process]:
@@ -121,7 +121,7 @@ def measure(case: str, steps: int, rounds: int, workers: int) -> dict[str, list[
         tokenizer = Path(folder, "tokenizer")
         words = [f"It was fine. {value}" for value in range(-3, 4)]
         tiny.train_tokenizer(words, 400, audio=True).save_pretrained(tokenizer)
-        samples = posts(case, Path(folder), BATCH * (steps + 1))
+        samples = posts(case, Path(folder), BATCH * steps)
         sampling = {"frames": CASES[case][2]}
         readers = {
             "files": ClipReader(VideoSettings(**sampling, cache_mb=0)),
@@ -149,7 +149,8 @@ def share(found: dict[str, list[list[Step]]], field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of a round")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=16, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare batches")
     parser.add_argument("--json", type=Path)
@@ -157,14 +158,14 @@ def main() -> None:
     print("| case | s a step, files | s a step, cache | share of decoding | of CPU time | waiting | clips/s | MB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     results: dict[str, Any] = {}
-    for case in CASES:
+    for case in args.cases:
         found = measure(case, args.steps, args.rounds, args.workers)
         files = [step for steps in found["files"] for step in steps]
         seconds = {
             name: statistics.median(step.seconds for steps in rounds for step in steps)
             for name, rounds in found.items()
         }
-        waiting = sum(step.waiting for step in files) / sum(step.seconds for step in files)
+        waiting = statistics.median(step.waiting / step.seconds for step in files)
         rate = BATCH * len(files) / sum(step.seconds for step in files)
         memory = max(step.resident_bytes for step in files) / 1e6
         cells = [f"{seconds['files']:.3g}", f"{seconds['cache']:.3g}", f"{share(found, 'seconds'):.1%}"]
