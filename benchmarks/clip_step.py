@@ -12,8 +12,8 @@ Two cases, both with random weights of Qwen2.5-Omni's thinker and batches of 8 p
 A step is what training does: the next batch of the loader, whose worker processes decode, make spectrograms and encode
 the text; then loss, backward and AdamW. Rounds over the same batches take turns: in "files" all clips are decoded, in
 "cache" none. The share of decoding is the time that "files" takes longer, divided by its time: by the clock, and by the
-CPU time of all processes. Also shown: the share of a step that training waits for its batch (median), clips a second, and
-the resident memory of all processes.
+CPU time of all processes. Also shown: the share of a step in which training waits for its batch (median), clips a
+second, and the resident memory of all processes.
 """
 
 import argparse
