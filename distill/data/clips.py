@@ -119,13 +119,13 @@ class ClipReader:
             SettingsError: PyAV is not installed.
         """
         with _decoding().opened(path, self.settings, name or path.name) as clip:
-            if video:
-                next(clip.decoded(clip.video()), None)
-            if (track := clip.track()) is not None:
-                next(clip.decoded(track), None)
-            elif not video:
+            if video and next(clip.decoded(clip.video()), None) is None:
+                raise clip.error("has no frame that can be decoded")
+            track = clip.track()
+            has_sound = track is not None and next(clip.decoded(track), None) is not None
+            if not has_sound and not video:
                 raise clip.error("has no sound")
-            return track is not None
+            return has_sound
 
     def content(self, path: Path) -> bytes:
         """The bytes of a file of at most `max_mb`.

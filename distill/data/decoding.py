@@ -97,6 +97,7 @@ class Clip:
         self.settings, self.name = settings, name
         self.spans: dict[int, tuple[float, float]] = {}
         self._keys: list[float] = []  # times of the key frames of the video
+        self._starts: dict[int, int] = {}  # first time of each stream with packets, in units of its time base
         self._file = file
         self._container: Any = None
         self._deadline = time.monotonic() + settings.decode_seconds
@@ -140,7 +141,6 @@ class Clip:
         end = max((end for _, end in self.spans.values()), default=0.0)
         if end < seconds * (1 - _MISSING_SHARE) - _MISSING_SECONDS:
             raise self.error(f"ends after {end:.1f} of {seconds:.1f} s: it was cut")
-        self._container.seek(0)
 
     def close(self) -> None:
         """Free the decoders."""
@@ -174,6 +174,8 @@ class Clip:
             ClipError: most packets cannot be decoded, or a limit is exceeded.
         """
         good, bad, skipping = 0, 0, False
+        if (start := self._starts.get(stream.index)) is not None:  # other streams may begin later
+            self._container.seek(start, stream=stream)
         for packet in self._container.demux(stream):
             self.check_time()
             if wanted and packet.is_keyframe and packet.size:
@@ -231,7 +233,7 @@ class Clip:
             self._check_seconds(seconds)  # before it is resampled, which takes memory
             if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
                 parts += _resampled(resampler, None)
-                resampler = av.AudioResampler(format="fltp", rate=RATE)
+                resampler = av.AudioResampler(format="flt", rate=RATE)  # PyAV reads planes of 8 channels only
             parts += _resampled(resampler, frame)
         parts += _resampled(resampler, None)
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -284,14 +286,16 @@ class Clip:
         """Read all packets without decoding them. Raises ClipError, FFmpegError."""
         for packet in self._container.demux():
             self.check_time()
-            begins = _time(packet)
+            begins, index = _time(packet), packet.stream_index
+            if (stamp := packet.pts if packet.dts is None else packet.dts) is not None:
+                self._starts[index] = min(self._starts.get(index, stamp), stamp)
             if math.isnan(begins) or packet.is_discard:  # discarded: before the part that is shown
                 continue
             ends = begins + float((packet.duration or 0) * packet.time_base)
-            start, end = self.spans.get(packet.stream_index, (begins, ends))
+            start, end = self.spans.get(index, (begins, ends))
             start, end = min(start, begins), max(end, ends)
             self._check_seconds(end - start)
-            self.spans[packet.stream_index] = start, end
+            self.spans[index] = start, end
             if packet.is_keyframe and packet.stream.type == "video":
                 self._keys.append(begins)
         self._keys.sort()
@@ -330,4 +334,4 @@ def _time(packet: Any) -> float:
 def _resampled(resampler: Any, frame: Any) -> list[np.ndarray]:
     """The samples that come out for a frame, or at the end (None): the mean of the channels."""
     found = [] if resampler is None else resampler.resample(frame)
-    return [part.to_ndarray().mean(0) for part in found if part is not None]
+    return [part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(1) for part in found if part is not None]
