@@ -117,7 +117,8 @@ def test_posts_that_share_a_clip_stay_in_one_split(root: Path) -> None:
 
 
 def test_the_fingerprint_and_the_digest_cover_the_clips(root: Path) -> None:
-    write(root / "train.jsonl", [post("a", video="clips/a.mp4", audio="clips/a.wav")])
+    missing = post("b", images=float("nan"), video=float("nan"), audio="clips/a.wav")
+    write(root / "train.jsonl", [post("a", video="clips/a.mp4", audio=float("nan")), missing])
     settings = valid_settings(root)
 
     def state() -> tuple[str, str | None]:
