@@ -35,7 +35,7 @@ MAX_SIDE = 2048
 _FETCH_S = 10.0
 _IDLE_CONNECTIONS = 256  # per host
 _PORTS = {"http": 80, "https": 443}
-_DATA = re.compile(r"data:[\w/+.-]*(?:;[\w=.,-]+)*;base64,", re.IGNORECASE)
+_DATA = re.compile(r"data:.{0,200}?; ?base64,", re.IGNORECASE)  # a list of codecs may have quotes, commas and spaces
 _PLURALS = {"image": "images", "video": "videos", "audio": "sounds"}
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 

@@ -144,10 +144,19 @@ def test_posts_from_a_program_have_clips_as_paths_or_bytes(root: Path) -> None:
         assert len(ClipReader().frames(samples[3].video).images) == 5  # type: ignore[arg-type]
 
 
+def test_nan_is_a_missing_value_of_a_post(root: Path) -> None:
+    nan = float("nan")
+    given = {"text": "x", "images": nan, "video": nan, "audio": nan, "id": nan}
+    with as_samples([given, given | {"video": root / "clips" / "a.mp4"}]) as (words, clip):
+        assert (words.modalities, words.id) == (("text",), "0") and clip.modalities == ("text", "video", "audio")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"video": 3}, "post 0: video must be a path or bytes, not int"),
+        ({"text": "x", "video": 0}, "post 0: video must be a path or bytes, not int"),
+        ({"text": "x", "video": np.zeros((2, 2))}, "post 0: video must be a path or bytes, not ndarray"),
         ({"audio": b"noise"}, "post 0: clip 0.audio is none of MP4"),
         ({"video": "gone.mp4"}, "post 0: clip gone.mp4 is missing"),
     ],
