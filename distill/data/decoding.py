@@ -33,7 +33,9 @@ DECODERS = (
 _MOST_STREAMS = 100  # FFmpeg allocates no more, unless the user's limit is higher
 _PACKETS, _SAMPLES = 1_000, 50_000  # most packets of a second, and most samples of a sound that is not compressed
 _MISSING_SHARE, _MISSING_SECONDS = 0.05, 0.25  # a file may end this much earlier than its header says
+_UNKNOWN_LENGTH = 0x7FFF_0000  # from here on, a program that could not go back wrote a RIFF header
 _SAMPLE_RATES = range(1_000, 400_001)
+_MOST_CHANNELS = 64  # FFmpeg resamples no more
 
 
 def _format(head: bytes) -> str | None:
@@ -113,12 +115,14 @@ class Clip:
 
     def open(self) -> None:
         """Read the header and all packets. Raises ClipError, FFmpegError."""
-        name = _format(self._file.read(16))
+        head = self._file.read(16)
         self._file.seek(0)
-        if name is None:
+        if (name := _format(head)) is None:
             raise self.error("is none of MP4, MOV, Matroska, WebM, AVI, WAV, MP3, FLAC and Ogg")
         if name == "mov":
             self._check_tables()
+        if head[:4] == b"RIFF":
+            self._check_length(int.from_bytes(head[4:8], "little"))
         most = self.settings.max_streams
         self._container = av.open(
             _Source(self._file, self),
@@ -162,6 +166,7 @@ class Clip:
         found = self._container.streams.audio
         if found:
             self._prepare(found[0])
+            self._check_sound(found[0].sample_rate or RATE, found[0].channels)
         return found[0] if found else None
 
     def decoded(self, stream: Any, wanted: deque[float] | None = None) -> Iterator[Any]:
@@ -227,8 +232,7 @@ class Clip:
             return None
         parts, seconds, layout, resampler = list[np.ndarray](), 0.0, None, None
         for frame in self.decoded(stream):
-            if frame.sample_rate not in _SAMPLE_RATES:
-                raise self.error(f"has a sound of {frame.sample_rate} samples a second")
+            self._check_sound(frame.sample_rate, frame.layout.nb_channels)
             seconds += frame.samples / frame.sample_rate
             self._check_seconds(seconds)  # before it is resampled, which takes memory
             if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
@@ -260,8 +264,7 @@ class Clip:
 
         FFmpeg allocates memory for each packet that a table declares, and a table of a few bytes may declare 2³².
         """
-        size = os.fstat(self._file.fileno()).st_size
-        declared = {"packets": 0, "samples": 0}
+        size, declared = os.fstat(self._file.fileno()).st_size, {"packets": 0, "samples": 0}
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for kind in (b"stsz", b"stz2", b"trun", b"cmov"):
                 at = content.find(kind, 4)
@@ -282,6 +285,11 @@ class Clip:
         if declared["packets"] > most["packets"] or declared["samples"] > min(size, most["samples"]):
             raise self.error(f"declares {sum(declared.values()):,} packets, more than its duration may have")
 
+    def _check_length(self, declared: int) -> None:  # of WAV and AVI, of which FFmpeg reads what is there
+        size = os.fstat(self._file.fileno()).st_size
+        if size < declared * (1 - _MISSING_SHARE) and declared < _UNKNOWN_LENGTH:
+            raise self.error(f"has {size:,} of {declared:,} bytes: it was cut")
+
     def _scan(self) -> None:
         """Read all packets without decoding them. Raises ClipError, FFmpegError."""
         for packet in self._container.demux():
@@ -301,9 +309,14 @@ class Clip:
         self._keys.sort()
 
     def _check_seconds(self, seconds: float) -> None:
-        if seconds > self.settings.max_seconds:
-            most = f"{self.settings.max_seconds:,g} (data.video.max_seconds)"
-            raise self.error(f"lasts {seconds:,.1f} s, more than {most}")
+        if seconds > (most := self.settings.max_seconds):
+            raise self.error(f"lasts {seconds:,.1f} s, more than {most:,g} (data.video.max_seconds)")
+
+    def _check_sound(self, rate: int, channels: int) -> None:
+        if rate not in _SAMPLE_RATES:
+            raise self.error(f"has a sound of {rate} samples a second")
+        if channels > _MOST_CHANNELS:
+            raise self.error(f"has a sound of {channels} channels, more than {_MOST_CHANNELS}")
 
     def _check_size(self, width: int, height: int) -> None:
         most = self.settings.max_pixels

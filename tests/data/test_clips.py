@@ -167,6 +167,33 @@ def test_a_sound_of_many_channels_is_their_mean(tmp_path: Path, channels: int) -
     assert sound is not None and np.allclose(sound, wave.mean(1), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("channels", "rate", "error"),
+    [(65, 16_000, "65 channels, more than 64"), (1, 500_000, "500000 samples a second")],
+)
+def test_a_sound_that_cannot_be_resampled_is_found_by_its_check(
+    tmp_path: Path, channels: int, rate: int, error: str
+) -> None:
+    path = save_wav(tmp_path / "a.wav", np.zeros((4000, channels)), rate)
+    with pytest.raises(ClipError, match=f"^clip a.wav has a sound of {error}$"):
+        ClipReader().check(path, video=False)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.avi"])
+def test_a_riff_file_that_was_cut_is_found_unless_it_declares_no_length(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.wav":
+        save_wav(path, np.zeros(RATE))
+    else:
+        save_clip(path, 25, codec="mjpeg", pixels="yuvj420p")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ClipError, match=rf"^clip {name} has [\d,]+ of [\d,]+ bytes: it was cut$"):
+        ClipReader().check(path)
+    path.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:])
+    assert ClipReader().sound(path) is not None
+
+
 @pytest.mark.parametrize("late", [0, 50])
 def test_a_sound_that_begins_before_its_video_is_whole(tmp_path: Path, late: int) -> None:
     path = save_clip(tmp_path / "a.mp4", 25, times=range(late, late + 25))
