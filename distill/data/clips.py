@@ -127,6 +127,20 @@ class ClipReader:
                 raise clip.error("has no sound")
             return has_sound
 
+    def decode(self, path: Path, *, video: bool = True) -> bool:
+        """Check a file as `check` does and decode all of it that models are given.
+
+        Returns:
+            Whether it has a sound.
+
+        Raises:
+            ClipError, SettingsError: as `check`.
+        """
+        has_sound = self.check(path, video=video)
+        if video:
+            self.frames(path)
+        return has_sound and self.sound(path) is not None
+
     def content(self, path: Path) -> bytes:
         """The bytes of a file of at most `max_mb`.
 

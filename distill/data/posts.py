@@ -75,9 +75,9 @@ def sample(
     for file in files:
         decode(file)
     clips = clips or ClipReader()
-    sounding = video is not None and clips.check(video)
+    sounding = video is not None and clips.decode(video)
     if audio is not None:
-        clips.check(audio, video=False)
+        clips.decode(audio, video=False)
     elif sounding and post.get("audio") is not False:
         audio = video
     return replace(plain, images=files, video=video, audio=audio)

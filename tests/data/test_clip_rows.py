@@ -144,6 +144,16 @@ def test_posts_from_a_program_have_clips_as_paths_or_bytes(root: Path) -> None:
         assert len(ClipReader().frames(samples[3].video).images) == 5  # type: ignore[arg-type]
 
 
+def test_a_clip_of_a_program_that_breaks_after_its_first_frame_is_named(root: Path) -> None:
+    path = save_clip(root / "late.mp4", 50, options={"movflags": "faststart"})
+    content = path.read_bytes()
+    keep = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 10
+    path.write_bytes(content[:keep] + np.random.default_rng(0).bytes(len(content) - keep))
+    ClipReader().check(path)
+    with pytest.raises(ValueError, match=r"^post 0: clip late.mp4 is broken"), as_samples([{"video": path}]):
+        pass
+
+
 def test_nan_is_a_missing_value_of_a_post(root: Path) -> None:
     nan = float("nan")
     given = {"text": "x", "images": nan, "video": nan, "audio": nan, "id": nan}
