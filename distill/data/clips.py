@@ -105,7 +105,7 @@ class ClipReader:
         return self._cached("sound", path)
 
     def check(self, path: Path, name: str = "", *, video: bool = True) -> bool:
-        """Check a file as a whole without decoding all of it: its header, all packets, the first frame and sound.
+        """Check a file as a whole without decoding all of it: header, packets, first and last frame and sound.
 
         Args:
             name: what messages call the file; empty: its file name.
@@ -119,10 +119,10 @@ class ClipReader:
             SettingsError: PyAV is not installed.
         """
         with _decoding().opened(path, self.settings, name or path.name) as clip:
-            if video and next(clip.decoded(clip.video()), None) is None:
+            if video and not clip.has_frame(clip.video()):
                 raise clip.error("has no frame that can be decoded")
             track = clip.track()
-            has_sound = track is not None and next(clip.decoded(track), None) is not None
+            has_sound = track is not None and clip.has_frame(track)
             if not has_sound and not video:
                 raise clip.error("has no sound")
             return has_sound

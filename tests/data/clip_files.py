@@ -74,6 +74,15 @@ def write_tone(container: Any, sound: Any, seconds: float) -> None:
     container.mux(sound.encode())
 
 
+def damaged(path: Path, begin: float, end: float = 1.0) -> Path:
+    """Replace the media of an MP4 file between two shares of their bytes by zeros, as an unfinished download has."""
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    first, last = (start + int((len(content) - start) * share) for share in (begin, end))
+    path.write_bytes(content[:first] + bytes(last - first) + content[last:])
+    return path
+
+
 def save_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
     """Write samples [S] or [S, channels] as a WAV file of 32-bit floats."""
     data, channels = samples.astype("<f4").tobytes(), samples.shape[1] if samples.ndim > 1 else 1

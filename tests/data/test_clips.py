@@ -11,7 +11,7 @@ import pytest
 
 from distill.data.clips import RATE, ClipError, ClipReader, Frames, VideoSettings
 from distill.errors import SettingsError
-from tests.data.clip_files import add_sound, add_video, grey, save_clip, save_wav, write_tone
+from tests.data.clip_files import add_sound, add_video, damaged, grey, save_clip, save_wav, write_tone
 
 
 def numbers(frames: Frames) -> list[int]:
@@ -192,6 +192,18 @@ def test_a_riff_file_that_was_cut_is_found_unless_it_declares_no_length(tmp_path
         ClipReader().check(path)
     path.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:])
     assert ClipReader().sound(path) is not None
+
+
+def test_an_unfinished_download_is_found_by_its_check(tmp_path: Path) -> None:
+    for share in (0.1, 0.3):
+        path = damaged(save_clip(tmp_path / "a.mp4", 50, options={"movflags": "faststart"}), share)
+        with pytest.raises(ClipError, match=r"^clip a.mp4 is broken: \d+ of its packets cannot be decoded$"):
+            ClipReader().check(path)
+    silent = save_clip(tmp_path / "b.mp4", 50, tracks=0, gop=50, options={"movflags": "faststart"})
+    with pytest.raises(ClipError, match=r"^clip b.mp4 is broken: \d+ of its packets cannot be decoded$"):
+        ClipReader().check(damaged(silent, 0.6))  # its key frame is good
+    path = damaged(save_clip(tmp_path / "a.mp4", 50, options={"movflags": "faststart"}), 0.8)
+    assert ClipReader().check(path) and len(ClipReader().frames(path).images) > 4, "most of it can be decoded"
 
 
 @pytest.mark.parametrize("late", [0, 50])
