@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ class Digests:
         self._known: dict[str, list[str]] = content if isinstance(content, dict) else {}
 
     def file(self, path: Path) -> str | None:
-        """The digest of a file; None if it does not exist.
+        """The digest of a file; None if it does not exist or is no regular file.
 
         Raises:
             OSError: the file exists and cannot be read.
@@ -37,6 +38,8 @@ class Digests:
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        if not stat.S_ISREG(status.st_mode):  # reading a named pipe or a device may never end
             return None
         # the change time reveals an edit that restores size and modification time
         state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

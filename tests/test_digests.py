@@ -22,6 +22,12 @@ def test_a_digest_is_the_sha256_of_the_content_now(tmp_path: Path) -> None:
     assert digests.file(tmp_path / "none") is None and not cache.exists()
 
 
+def test_a_pipe_a_device_and_a_folder_have_no_digest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        assert Digests(tmp_path / "cache.json").file(path) is None
+
+
 def test_an_unchanged_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"one")

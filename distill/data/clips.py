@@ -105,7 +105,7 @@ class ClipReader:
         return self._cached("sound", path)
 
     def check(self, path: Path, name: str = "", *, video: bool = True) -> bool:
-        """Check a file as a whole without decoding all of it: its header, all packets, the first frame and sound.
+        """Check a file as a whole without decoding all of it: header, packets, first and last frame and sound.
 
         Args:
             name: what messages call the file; empty: its file name.
@@ -119,13 +119,27 @@ class ClipReader:
             SettingsError: PyAV is not installed.
         """
         with _decoding().opened(path, self.settings, name or path.name) as clip:
-            if video:
-                next(clip.decoded(clip.video()), None)
-            if (track := clip.track()) is not None:
-                next(clip.decoded(track), None)
-            elif not video:
+            if video and not clip.has_frame(clip.video()):
+                raise clip.error("has no frame that can be decoded")
+            track = clip.track()
+            has_sound = track is not None and clip.has_frame(track)
+            if not has_sound and not video:
                 raise clip.error("has no sound")
-            return track is not None
+            return has_sound
+
+    def decode(self, path: Path, *, video: bool = True) -> bool:
+        """Check a file as `check` does and decode all of it that models are given.
+
+        Returns:
+            Whether it has a sound.
+
+        Raises:
+            ClipError, SettingsError: as `check`.
+        """
+        has_sound = self.check(path, video=video)
+        if video:
+            self.frames(path)
+        return has_sound and self.sound(path) is not None
 
     def content(self, path: Path) -> bytes:
         """The bytes of a file of at most `max_mb`.

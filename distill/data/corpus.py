@@ -110,9 +110,10 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
             raise SettingsError(
                 f"data.{split}: data.train has too few labelled posts to draw this split from; name a file instead"
             )
-    dropped = [Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason]
+    # a row whose split is unknown is read for each split that names the file
+    dropped = dict.fromkeys(Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason)
     places = {(e.split, e.id): (e.file, e.row) for e in entries if not e.reason}
-    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root, places, parts["teacher"])
+    return Corpus(parts["train"], parts["validation"], parts["test"], list(dropped), root, places, parts["teacher"])
 
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:

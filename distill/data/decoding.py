@@ -4,9 +4,6 @@ The packets of a file are all read before any is decoded: so its length is known
 """
 
 import math
-import mmap
-import os
-import struct
 import time
 from bisect import bisect_right
 from collections import deque
@@ -18,7 +15,9 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from distill.data import containers
 from distill.data.clips import RATE, ClipError, Frames, VideoSettings, open_file
+from distill.data.containers import MISSING_SHARE
 from distill.data.images import MAX_ASPECT_RATIO
 
 DECODERS = (
@@ -31,21 +30,10 @@ DECODERS = (
 """The decoders of FFmpeg that may run: for videos, and for sounds."""
 
 _MOST_STREAMS = 100  # FFmpeg allocates no more, unless the user's limit is higher
-_PACKETS, _SAMPLES = 1_000, 50_000  # most packets of a second, and most samples of a sound that is not compressed
-_MISSING_SHARE, _MISSING_SECONDS = 0.05, 0.25  # a file may end this much earlier than its header says
+_MISSING_SECONDS = 0.25  # with MISSING_SHARE: a file may end this much earlier than its header says
+_END = 0.5  # seconds before the end of a stream from which it is tried
 _SAMPLE_RATES = range(1_000, 400_001)
-
-
-def _format(head: bytes) -> str | None:
-    """FFmpeg's name of the format of a file that begins with `head`; None for all formats that are not read."""
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        return "mov"
-    if head[:4] in (b"RIFF", b"RF64"):
-        return {b"AVI ": "avi", b"WAVE": "wav"}.get(head[8:12])
-    for start, name in ((b"\x1a\x45\xdf\xa3", "matroska"), (b"OggS", "ogg"), (b"fLaC", "flac"), (b"ID3", "mp3")):
-        if head.startswith(start):
-            return name
-    return "mp3" if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2 else None  # a frame of layer III
+_MOST_CHANNELS = 64  # FFmpeg resamples no more
 
 
 @contextmanager
@@ -97,6 +85,7 @@ class Clip:
         self.settings, self.name = settings, name
         self.spans: dict[int, tuple[float, float]] = {}
         self._keys: list[float] = []  # times of the key frames of the video
+        self._starts: dict[int, int] = {}  # first time of each stream with packets, in units of its time base
         self._file = file
         self._container: Any = None
         self._deadline = time.monotonic() + settings.decode_seconds
@@ -112,12 +101,11 @@ class Clip:
 
     def open(self) -> None:
         """Read the header and all packets. Raises ClipError, FFmpegError."""
-        name = _format(self._file.read(16))
-        self._file.seek(0)
+        name = containers.format_of(self._file)
         if name is None:
             raise self.error("is none of MP4, MOV, Matroska, WebM, AVI, WAV, MP3, FLAC and Ogg")
-        if name == "mov":
-            self._check_tables()
+        if problem := containers.problem(self._file, name, self.settings.max_seconds, self.check_time):
+            raise self.error(problem)
         most = self.settings.max_streams
         self._container = av.open(
             _Source(self._file, self),
@@ -138,9 +126,8 @@ class Clip:
         self._check_seconds(seconds)
         self._scan()
         end = max((end for _, end in self.spans.values()), default=0.0)
-        if end < seconds * (1 - _MISSING_SHARE) - _MISSING_SECONDS:
+        if end < seconds * (1 - MISSING_SHARE) - _MISSING_SECONDS:
             raise self.error(f"ends after {end:.1f} of {seconds:.1f} s: it was cut")
-        self._container.seek(0)
 
     def close(self) -> None:
         """Free the decoders."""
@@ -162,6 +149,7 @@ class Clip:
         found = self._container.streams.audio
         if found:
             self._prepare(found[0])
+            self._check_sound(found[0].sample_rate or RATE, found[0].channels)
         return found[0] if found else None
 
     def decoded(self, stream: Any, wanted: deque[float] | None = None) -> Iterator[Any]:
@@ -174,6 +162,8 @@ class Clip:
             ClipError: most packets cannot be decoded, or a limit is exceeded.
         """
         good, bad, skipping = 0, 0, False
+        if (start := self._starts.get(stream.index)) is not None:  # other streams may begin later
+            self._container.seek(start, stream=stream)
         for packet in self._container.demux(stream):
             self.check_time()
             if wanted and packet.is_keyframe and packet.size:
@@ -189,6 +179,19 @@ class Clip:
             yield from found
         if bad > good:
             raise self.error(f"is broken: {bad} of its packets cannot be decoded")
+
+    def has_frame(self, stream: Any) -> bool:
+        """Whether a stream has a frame. If its end cannot be decoded, as in an unfinished download, all of it is.
+
+        Raises:
+            ClipError, FFmpegError: as `decoded`.
+        """
+        if next(self.decoded(stream), None) is None:
+            return False
+        if not self._ends_well(stream):
+            for _ in self.decoded(stream):
+                pass
+        return True
 
     def frames(self, most: int) -> Frames:
         """The sampled frames of the video, at most `most`. Raises ClipError, FFmpegError."""
@@ -225,13 +228,12 @@ class Clip:
             return None
         parts, seconds, layout, resampler = list[np.ndarray](), 0.0, None, None
         for frame in self.decoded(stream):
-            if frame.sample_rate not in _SAMPLE_RATES:
-                raise self.error(f"has a sound of {frame.sample_rate} samples a second")
+            self._check_sound(frame.sample_rate, frame.layout.nb_channels)
             seconds += frame.samples / frame.sample_rate
             self._check_seconds(seconds)  # before it is resampled, which takes memory
             if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
                 parts += _resampled(resampler, None)
-                resampler = av.AudioResampler(format="fltp", rate=RATE)
+                resampler = av.AudioResampler(format="flt", rate=RATE)  # PyAV reads planes of 8 channels only
             parts += _resampled(resampler, frame)
         parts += _resampled(resampler, None)
         sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -240,6 +242,19 @@ class Clip:
         sound = sound.clip(-1, 1)
         sound.flags.writeable = False
         return sound if sound.size else None
+
+    def _ends_well(self, stream: Any) -> bool:
+        """Whether the last packets of a stream can be decoded. Of those before them only key frames are."""
+        _, end = self.spans.get(stream.index, (0.0, 0.0))
+        try:
+            self._container.seek(int((end - _END) / stream.time_base), stream=stream)
+            for packet in self._container.demux(stream):
+                self.check_time()
+                if not _time(packet) < end - _END or (stream.type == "video" and packet.is_keyframe):
+                    packet.decode()
+        except av.FFmpegError:
+            return False
+        return True
 
     def _refuse(self, address: str, flags: int, options: object) -> None:
         raise self.error("names another file or address, which is not opened")
@@ -253,53 +268,33 @@ class Clip:
             context.thread_count = 1  # the callers have a thread for each file
             context.options = {"max_pixels": str(self.settings.max_pixels)}
 
-    def _check_tables(self) -> None:
-        """Raise ClipError if an MP4 file declares more packets than its duration may have.
-
-        FFmpeg allocates memory for each packet that a table declares, and a table of a few bytes may declare 2³².
-        """
-        size = os.fstat(self._file.fileno()).st_size
-        declared = {"packets": 0, "samples": 0}
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for kind in (b"stsz", b"stz2", b"trun", b"cmov"):
-                at = content.find(kind, 4)
-                while at >= 0:
-                    self.check_time()
-                    length = int.from_bytes(content[at - 4 : at])
-                    if length < 2 or 16 <= length <= size - at + 4:  # otherwise these bytes are no box
-                        fields = content[at + 4 : at + 24]
-                        each, count, *_ = struct.unpack(">xxxxII", fields[:12].ljust(12, b"\0"))
-                        if length == 1:  # the length has 8 bytes more
-                            each, count = struct.unpack(">xxxxII", fields[8:].ljust(12, b"\0"))
-                        if kind == b"cmov":
-                            raise self.error("has a compressed header, which is not read")
-                        one_size = kind == b"stsz" and each > 0
-                        declared["samples" if one_size else "packets"] += each if kind == b"trun" else count
-                    at = content.find(kind, at + 4)
-        most = {"packets": _PACKETS * self.settings.max_seconds, "samples": _SAMPLES * self.settings.max_seconds}
-        if declared["packets"] > most["packets"] or declared["samples"] > min(size, most["samples"]):
-            raise self.error(f"declares {sum(declared.values()):,} packets, more than its duration may have")
-
     def _scan(self) -> None:
         """Read all packets without decoding them. Raises ClipError, FFmpegError."""
         for packet in self._container.demux():
             self.check_time()
-            begins = _time(packet)
+            begins, index = _time(packet), packet.stream_index
+            if (stamp := packet.pts if packet.dts is None else packet.dts) is not None:
+                self._starts[index] = min(self._starts.get(index, stamp), stamp)
             if math.isnan(begins) or packet.is_discard:  # discarded: before the part that is shown
                 continue
             ends = begins + float((packet.duration or 0) * packet.time_base)
-            start, end = self.spans.get(packet.stream_index, (begins, ends))
+            start, end = self.spans.get(index, (begins, ends))
             start, end = min(start, begins), max(end, ends)
             self._check_seconds(end - start)
-            self.spans[packet.stream_index] = start, end
+            self.spans[index] = start, end
             if packet.is_keyframe and packet.stream.type == "video":
                 self._keys.append(begins)
         self._keys.sort()
 
     def _check_seconds(self, seconds: float) -> None:
-        if seconds > self.settings.max_seconds:
-            most = f"{self.settings.max_seconds:,g} (data.video.max_seconds)"
-            raise self.error(f"lasts {seconds:,.1f} s, more than {most}")
+        if seconds > (most := self.settings.max_seconds):
+            raise self.error(f"lasts {seconds:,.1f} s, more than {most:,g} (data.video.max_seconds)")
+
+    def _check_sound(self, rate: int, channels: int) -> None:
+        if rate not in _SAMPLE_RATES:
+            raise self.error(f"has a sound of {rate} samples a second")
+        if channels > _MOST_CHANNELS:
+            raise self.error(f"has a sound of {channels} channels, more than {_MOST_CHANNELS}")
 
     def _check_size(self, width: int, height: int) -> None:
         most = self.settings.max_pixels
@@ -330,4 +325,4 @@ def _time(packet: Any) -> float:
 def _resampled(resampler: Any, frame: Any) -> list[np.ndarray]:
     """The samples that come out for a frame, or at the end (None): the mean of the channels."""
     found = [] if resampler is None else resampler.resample(frame)
-    return [part.to_ndarray().mean(0) for part in found if part is not None]
+    return [part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(1) for part in found if part is not None]

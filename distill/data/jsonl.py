@@ -90,6 +90,7 @@ def file_names(fields: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: as `image_names`, or a name of a video or audio is no text.
     """
+    fields = _known(fields)
     return image_names(fields) + [name for field in _CLIPS if (name := _name(fields, field)) is not None]
 
 
@@ -97,13 +98,13 @@ def to_sample(fields: Mapping[str, Any], root: Path) -> Sample:
     """Convert a row's fields to a sample. The label and the content of the files are not checked here.
 
     The sound of a video is its own, unless `audio` names another file or is false, for none. Characters that no model
-    accepts are replaced in its texts (`data/text.py`, `clean`). NaN is how Python libraries write a missing value.
+    accepts are replaced in its texts (`data/text.py`, `clean`).
 
     Raises:
         ValueError: a field is missing or has the wrong type, the id or a file name is not valid Unicode, there is no
             text, image, video or audio, or a file is outside `root`.
     """
-    fields = {name: None if value != value else value for name, value in fields.items()}
+    fields = _known(fields)
     identity = fields.get("id")
     if isinstance(identity, int | float) and not isinstance(identity, bool) and identity % 1 == 0:
         identity = str(int(identity))
@@ -177,6 +178,11 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
                 file.write(json.dumps(finite(fields), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with None for NaN, which is how Python libraries write a missing value."""
+    return {name: None if value != value else value for name, value in fields.items()}
 
 
 def _name(fields: Mapping[str, Any], field: str) -> str | None:

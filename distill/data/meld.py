@@ -5,12 +5,13 @@ A CSV file, `train_sent_emo.csv`, `dev_sent_emo.csv` or `test_sent_emo.csv`, has
 has for this file, beside it or in `train`, `dev` or `test` beside it.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distill.data.jsonl import Row
-from distill.data.tables import csv_rows
+from distill.data.tables import csv_rows, require
 from distill.errors import SettingsError
 
 LABEL = "Sentiment"
@@ -38,11 +39,13 @@ def read(path: Path, root: Path, label: str = LABEL) -> Iterator[Row]:
         dialogue, utterance = (str(found.get(f"{kind}_ID") or "").strip() for kind in ("Dialogue", "Utterance"))
         clip = f"dia{dialogue}_utt{utterance}"
         fields: dict[str, Any] = {"id": f"{part}_{clip}"}
-        if problem is None and not (dialogue.isdecimal() and utterance.isdecimal()):
-            problem = "Dialogue_ID or Utterance_ID is no number"
-        if problem is None and label not in found:
-            problem = f"has no column {label}"
-        if problem is None:
-            fields |= {"text": found.get("Utterance"), "label": found[label]}
-            fields |= {"video": (folder / f"{clip}.mp4").relative_to(root).as_posix()}
+        try:
+            if problem is None:
+                require(found, "Utterance", "Dialogue_ID", "Utterance_ID", label)
+                if not (dialogue.isdecimal() and utterance.isdecimal()):
+                    raise ValueError("Dialogue_ID or Utterance_ID is no number")
+                fields |= {"text": found["Utterance"], "label": found[label]}
+                fields |= {"video": os.path.relpath(folder / f"{clip}.mp4", root)}
+        except ValueError as error:
+            problem = str(error)
         yield Row(row.number, fields, problem, row.encoding)

@@ -5,12 +5,13 @@ split); CH-SIMS has `label_T`, `label_A` and `label_V`, too, the labels of one m
 `Raw/<video_id>/<clip_id>.mp4` beside it. The same file serves all splits: each split uses its own rows.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distill.data.jsonl import Row
-from distill.data.tables import csv_rows, number, split_name
+from distill.data.tables import csv_rows, number, require, split_name
 
 LABEL = "label"
 
@@ -32,15 +33,14 @@ def read(path: Path, root: Path, split: str, label: str = LABEL) -> Iterator[Row
         problem = row.problem
         try:
             if problem is None:
-                if split_name(found.get("mode") or "") != split:
+                require(found, "video_id", "clip_id", "mode", label)
+                if split_name(found["mode"] or "") != split:
                     continue
-                if missing := [name for name in ("video_id", "clip_id", label) if name not in found]:
-                    raise ValueError(f"has no column {missing[0]}")
                 if not all(identity.split("/", 1)):
                     raise ValueError("video_id or clip_id is missing")
                 clip = path.parent / "Raw" / f"{identity}.mp4"
                 fields |= {"text": found.get("text"), "label": number(found[label])}
-                fields |= {"video": clip.relative_to(root).as_posix()}
+                fields |= {"video": os.path.relpath(clip, root)}
         except ValueError as error:
             problem = str(error)
         yield Row(row.number, fields, problem, row.encoding)

@@ -56,6 +56,7 @@ def sample(
     """
     if not isinstance(post, Mapping):
         raise ValueError(f"must be a mapping with text, image, video or audio, not {type(post).__name__}")
+    post = {name: None if isinstance(value, float) and value != value else value for name, value in post.items()}
     one, many = (post.get(field) for field in ("image", "images"))
     if one is not None and many is not None:
         raise ValueError("image and images are both given")
@@ -63,7 +64,7 @@ def sample(
     files = tuple(_file(image, scratch / f"{name}-{index}.png", root) for index, image in enumerate(given))
     video, audio = (
         None
-        if (clip := post.get(field)) in (None, "", False)
+        if (clip := post.get(field)) is None or clip is False or (isinstance(clip, str) and not clip.strip())
         else _file(clip, scratch / f"{name}.{field}", root, field)
         for field in ("video", "audio")
     )
@@ -74,9 +75,9 @@ def sample(
     for file in files:
         decode(file)
     clips = clips or ClipReader()
-    sounding = video is not None and clips.check(video)
+    sounding = video is not None and clips.decode(video)
     if audio is not None:
-        clips.check(audio, video=False)
+        clips.decode(audio, video=False)
     elif sounding and post.get("audio") is not False:
         audio = video
     return replace(plain, images=files, video=video, audio=audio)

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from distill.data.jsonl import Row
@@ -12,6 +12,13 @@ from distill.data.text import decode_lines
 from distill.errors import SettingsError
 
 _ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
+
+
+def require(row: Mapping[str, object], *columns: str) -> None:
+    """Raise ValueError for the first of these columns that a row does not have."""
+    for name in columns:
+        if name not in row:
+            raise ValueError(f"has no column {name}")
 
 
 def split_name(value: object) -> str:

@@ -35,7 +35,7 @@ MAX_SIDE = 2048
 _FETCH_S = 10.0
 _IDLE_CONNECTIONS = 256  # per host
 _PORTS = {"http": 80, "https": 443}
-_DATA = re.compile(r"data:[\w/+.-]*(?:;[\w=.,-]+)*;base64,", re.IGNORECASE)
+_DATA = re.compile(r"data:.{0,200}?; ?base64,", re.IGNORECASE)  # a list of codecs may have quotes, commas and spaces
 _PLURALS = {"image": "images", "video": "videos", "audio": "sounds"}
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 
@@ -117,7 +117,7 @@ class RequestMedia:
                 audio = video if has_sound else None
             for source in sources.sounds:
                 audio = await self._write(source, Path(folder) / "audio", "audio", deadline)
-                await self._decode(self._check_sound, audio, "audio", deadline)
+                await self._decode(lambda path: self._clips.decode(path, video=False), audio, "audio", deadline)
             yield StoredMedia(Media(tuple(images), video, audio), times)
 
     async def _write(self, source: Source, path: Path, name: str, deadline: float) -> Path:
@@ -144,14 +144,8 @@ class RequestMedia:
 
     def _check_video(self, path: Path) -> tuple[tuple[float, ...], bool]:
         """The times of the frames, and whether there is a sound. Raises ClipError."""
-        self._clips.check(path)
-        frames = self._clips.frames(path)
-        return frames.times, self._clips.sound(path) is not None
-
-    def _check_sound(self, path: Path) -> None:
-        """Raise ClipError if a file has no sound or a broken one."""
-        self._clips.check(path, video=False)
-        self._clips.sound(path)
+        has_sound = self._clips.decode(path)
+        return self._clips.frames(path).times, has_sound
 
     async def _content(self, source: str, name: str, deadline: float) -> bytes:
         if prefix := _DATA.match(source):

@@ -1,5 +1,6 @@
 """Small videos and sounds, written by PyAV."""
 
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -73,12 +74,19 @@ def write_tone(container: Any, sound: Any, seconds: float) -> None:
     container.mux(sound.encode())
 
 
+def damaged(path: Path, begin: float, end: float = 1.0) -> Path:
+    """Replace the media of an MP4 file between two shares of their bytes by zeros, as an unfinished download has."""
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    first, last = (start + int((len(content) - start) * share) for share in (begin, end))
+    path.write_bytes(content[:first] + bytes(last - first) + content[last:])
+    return path
+
+
 def save_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> Path:
-    """Write samples [S] as a WAV file of 32-bit floats."""
-    data = samples.astype("<f4").tobytes()
-    format_chunk = b"fmt " + (16).to_bytes(4, "little") + (3).to_bytes(2, "little") + (1).to_bytes(2, "little")
-    format_chunk += rate.to_bytes(4, "little") + (4 * rate).to_bytes(4, "little")
-    format_chunk += (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
-    body = b"WAVE" + format_chunk + b"data" + len(data).to_bytes(4, "little") + data
+    """Write samples [S] or [S, channels] as a WAV file of 32-bit floats."""
+    data, channels = samples.astype("<f4").tobytes(), samples.shape[1] if samples.ndim > 1 else 1
+    header = struct.pack("<HHIIHH", 3, channels, rate, 4 * channels * rate, 4 * channels, 32)
+    body = b"WAVEfmt " + struct.pack("<I", len(header)) + header + b"data" + struct.pack("<I", len(data)) + data
     path.write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
     return path

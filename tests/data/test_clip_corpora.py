@@ -84,6 +84,21 @@ def test_mmsa_names_an_unknown_split(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_without_a_split_is_listed_once(sims: Path) -> None:
+    with (sims / "label.csv").open("a", encoding="utf-8") as file:
+        file.write("video_0009,0001,x,0,0,0,0,,\n")
+    corpus = read_corpus(settings(sims), LabelSpace.from_scale(Scale(low=-1, high=1)))
+    reasons = [post.reason for post in corpus.dropped if post.id == "video_0009/0001"]
+    assert reasons == ["unknown split ''; the splits are train, validation, test"]
+
+
+@pytest.mark.parametrize("missing", ["mode", "clip_id", "label"])
+def test_mmsa_names_a_missing_column(tmp_path: Path, missing: str) -> None:
+    columns = [name for name in COLUMNS if name != missing]
+    write_table(tmp_path / "label.csv", columns, [("x",) * len(columns)])
+    assert [row.problem for row in mmsa.read(tmp_path / "label.csv", tmp_path, "test")] == [f"has no column {missing}"]
+
+
 MELD_COLUMNS = ("Sr No.", "Utterance", "Speaker", "Emotion", "Sentiment", "Dialogue_ID", "Utterance_ID")
 MELD_FILES = {
     "train": [(1, "also I was", "A", "neutral", "neutral", 0, 0), (2, "Oh!", "B", "joy", "positive", 0, 1)],
@@ -131,3 +146,16 @@ def test_a_file_that_is_none_of_melds_is_an_error(tmp_path: Path) -> None:
     write_table(tmp_path / "mine.csv", MELD_COLUMNS, [])
     with pytest.raises(SettingsError, match=r"^mine.csv is none of MELD's files, train_, dev_ and test_sent_emo.csv$"):
         list(meld.read(tmp_path / "mine.csv", tmp_path))
+
+
+def test_meld_names_a_missing_column_and_clips_outside_the_root(tmp_path: Path) -> None:
+    path = tmp_path / "dev_sent_emo.csv"
+    write_table(path, MELD_COLUMNS[:-1], [row[:-1] for row in MELD_FILES["dev"]])
+    assert {row.problem for row in meld.read(path, tmp_path)} == {"has no column Utterance_ID"}
+    write_table(path, MELD_COLUMNS, MELD_FILES["dev"])
+    (tmp_path / "root").mkdir()
+    files = {"train": ["../dev_sent_emo.csv"], "validation": [], "test": []}
+    with pytest.raises(
+        SettingsError, match=r"row 2: '\.\./dev_splits_complete/dia0_utt0.mp4' lies outside the data root$"
+    ):
+        read_corpus(DataSettings("meld", str(tmp_path / "root"), **files), LabelSpace())

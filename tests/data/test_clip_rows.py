@@ -117,7 +117,8 @@ def test_posts_that_share_a_clip_stay_in_one_split(root: Path) -> None:
 
 
 def test_the_fingerprint_and_the_digest_cover_the_clips(root: Path) -> None:
-    write(root / "train.jsonl", [post("a", video="clips/a.mp4", audio="clips/a.wav")])
+    missing = post("b", images=float("nan"), video=float("nan"), audio="clips/a.wav")
+    write(root / "train.jsonl", [post("a", video="clips/a.mp4", audio=float("nan")), missing])
     settings = valid_settings(root)
 
     def state() -> tuple[str, str | None]:
@@ -143,10 +144,29 @@ def test_posts_from_a_program_have_clips_as_paths_or_bytes(root: Path) -> None:
         assert len(ClipReader().frames(samples[3].video).images) == 5  # type: ignore[arg-type]
 
 
+def test_a_clip_of_a_program_is_decoded_as_a_whole(root: Path) -> None:
+    path = save_wav(root / "late.wav", np.append(np.zeros(16_000), np.nan))
+    assert ClipReader().check(path, video=False)
+    with (
+        pytest.raises(ValueError, match=r"^post 0: clip late.wav has a sound with samples"),
+        as_samples([{"audio": path}]),
+    ):
+        pass
+
+
+def test_nan_is_a_missing_value_of_a_post(root: Path) -> None:
+    nan = float("nan")
+    given = {"text": "x", "images": nan, "video": nan, "audio": nan, "id": nan}
+    with as_samples([given, given | {"video": root / "clips" / "a.mp4"}]) as (words, clip):
+        assert (words.modalities, words.id) == (("text",), "0") and clip.modalities == ("text", "video", "audio")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"video": 3}, "post 0: video must be a path or bytes, not int"),
+        ({"text": "x", "video": 0}, "post 0: video must be a path or bytes, not int"),
+        ({"text": "x", "video": np.zeros((2, 2))}, "post 0: video must be a path or bytes, not ndarray"),
         ({"audio": b"noise"}, "post 0: clip 0.audio is none of MP4"),
         ({"video": "gone.mp4"}, "post 0: clip gone.mp4 is missing"),
     ],

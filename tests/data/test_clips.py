@@ -5,12 +5,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from distill.data.clips import RATE, ClipError, ClipReader, Frames, VideoSettings
 from distill.errors import SettingsError
-from tests.data.clip_files import grey, save_clip, save_wav
+from tests.data.clip_files import add_sound, add_video, damaged, grey, save_clip, save_wav, write_tone
 
 
 def numbers(frames: Frames) -> list[int]:
@@ -117,10 +118,6 @@ def test_sounds_without_a_video(tmp_path: Path) -> None:
 
 
 def save_sound(path: Path, codec: str) -> None:
-    import av
-
-    from tests.data.clip_files import write_tone
-
     with av.open(str(path), "w") as container:
         rate = 48_000 if codec == "libopus" else 44_100
         stream = container.add_stream(codec, rate=rate, layout="stereo")
@@ -143,6 +140,79 @@ def test_a_silent_video_and_an_empty_sound_are_no_sound(tmp_path: Path) -> None:
     ClipReader().check(tmp_path / "a.mp4")
     with pytest.raises(ClipError, match=r"^clip a.mp4 has no sound$"):
         ClipReader().check(tmp_path / "a.mp4", video=False)
+
+
+def test_a_file_without_a_sample_or_a_frame_is_found_by_its_check(tmp_path: Path) -> None:
+    with pytest.raises(ClipError, match=r"^clip a.wav has no sound$"):
+        ClipReader().check(save_wav(tmp_path / "a.wav", np.zeros(0)), video=False)
+    for frames, tone, error in ((5, 0, None), (0, 1, "has no frame that can be decoded")):
+        path = tmp_path / f"{frames}.mkv"
+        with av.open(str(path), "w") as container:
+            video, sound = add_video(container, (64, 48), 25, "mjpeg", "yuvj420p"), add_sound(container)
+            for _ in range(frames):
+                container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+            container.start_encoding()
+            write_tone(container, sound, tone)
+        if error is None:
+            assert not ClipReader().check(path), "a track without a sample is no sound"
+        else:
+            with pytest.raises(ClipError, match=rf"^clip 0.mkv {error}$"):
+                ClipReader().check(path)
+
+
+@pytest.mark.parametrize("channels", [2, 9, 64])
+def test_a_sound_of_many_channels_is_their_mean(tmp_path: Path, channels: int) -> None:
+    wave = np.linspace(0, 0.9, 4000)[:, None] * np.arange(channels) / channels
+    sound = ClipReader().sound(save_wav(tmp_path / "a.wav", wave))
+    assert sound is not None and np.allclose(sound, wave.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate", "error"),
+    [(65, 16_000, "65 channels, more than 64"), (1, 500_000, "500000 samples a second")],
+)
+def test_a_sound_that_cannot_be_resampled_is_found_by_its_check(
+    tmp_path: Path, channels: int, rate: int, error: str
+) -> None:
+    path = save_wav(tmp_path / "a.wav", np.zeros((4000, channels)), rate)
+    with pytest.raises(ClipError, match=f"^clip a.wav has a sound of {error}$"):
+        ClipReader().check(path, video=False)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.avi"])
+def test_a_riff_file_that_was_cut_is_found_unless_it_declares_no_length(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.wav":
+        save_wav(path, np.zeros(RATE))
+    else:
+        save_clip(path, 25, codec="mjpeg", pixels="yuvj420p")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ClipError, match=rf"^clip {name} has [\d,]+ of [\d,]+ bytes: it was cut$"):
+        ClipReader().check(path)
+    path.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:])
+    assert ClipReader().sound(path) is not None
+
+
+def test_an_unfinished_download_is_found_by_its_check(tmp_path: Path) -> None:
+    for share in (0.1, 0.3):
+        path = damaged(save_clip(tmp_path / "a.mp4", 50, options={"movflags": "faststart"}), share)
+        with pytest.raises(ClipError, match=r"^clip a.mp4 is broken: \d+ of its packets cannot be decoded$"):
+            ClipReader().check(path)
+    silent = save_clip(tmp_path / "b.mp4", 50, tracks=0, gop=50, options={"movflags": "faststart"})
+    with pytest.raises(ClipError, match=r"^clip b.mp4 is broken: \d+ of its packets cannot be decoded$"):
+        ClipReader().check(damaged(silent, 0.6))  # its key frame is good
+    path = damaged(save_clip(tmp_path / "a.mp4", 50, options={"movflags": "faststart"}), 0.8)
+    assert ClipReader().check(path) and len(ClipReader().frames(path).images) > 4, "most of it can be decoded"
+
+
+@pytest.mark.parametrize("late", [0, 50])
+def test_a_sound_that_begins_before_its_video_is_whole(tmp_path: Path, late: int) -> None:
+    path = save_clip(tmp_path / "a.mp4", 25, times=range(late, late + 25))
+    sound = ClipReader().sound(path)
+    assert sound is not None and len(sound) == pytest.approx(RATE, abs=800)
+    assert np.abs(sound[1000:3000]).max() == pytest.approx(0.5, abs=0.05)
+    assert numbers(ClipReader().frames(path))[0] == 1 and ClipReader().check(path)
 
 
 def test_the_cache_is_bounded_and_forgets_a_changed_file(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def refused(*sources: str, hosts: tuple[str, ...] = (), seconds: float = 5.0) ->
 def test_base64_in_every_form_is_stored_and_deleted_afterwards() -> None:
     plain = base64.b64encode(png()).decode()
     wrapped = "\n".join(plain[start : start + 20] for start in range(0, len(plain), 20))
-    sources = (plain, wrapped, uri(png()), uri(png(), "IMAGE/PNG;name=a.png"), uri(png(), ""))
-    assert stored(*sources) == [png()] * 5
+    kinds = ("image/png", "IMAGE/PNG;name=a.png", "", 'video/mp4; codecs="avc1.42E01E, mp4a.40.2"')
+    assert stored(plain, wrapped, *(uri(png(), kind) for kind in kinds)) == [png()] * 6
     assert stored() == []
 
 

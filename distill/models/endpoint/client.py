@@ -122,7 +122,8 @@ class ChatClient:
         try:
             return self._send_once(content, request, steps, deadline)
         except RequestRefused as refusal:
-            if self.optional.names_field(request, steps, refusal):
+            named = self.optional.names_field(request, steps, refusal)
+            if named and not self.optional.may_mean_another(request, steps, refusal):
                 raise
             first = refusal
         with closing(self.optional.trials(request, steps, first)) as trials:
@@ -136,7 +137,7 @@ class ChatClient:
                     raise
                 self.optional.settle(steps, trial, first)
                 return answer
-        if first.status in (403, 404) and not self._has_answered and self.optional.steps() == steps:
+        if first.status in (403, 404) and not (named or self._has_answered) and self.optional.steps() == steps:
             raise RunError(self._http.explain(first.status, first.error.words)) from first
         raise first
 

@@ -46,7 +46,8 @@ _ABOUT_KEY = re.compile(
 _ABOUT_MODEL = re.compile(
     r"\bmodel\b.{0,80}(?:not found|not exist|not available|unknown)|(?:unknown|no such|invalid) model", re.IGNORECASE
 )
-_UNSUPPORTED = re.compile(r"\b(?:image|audio|video) input is not supported|unsupported content", re.IGNORECASE)
+_KIND = r"(?:\w+ ){0,2}(?:image|audio|video)\w*(?: \w+)?"
+_UNSUPPORTED = re.compile(rf"{_KIND} (?:is|are) not supported|not support {_KIND}|unsupported content", re.IGNORECASE)
 _TEXT_PARTS = ("text", "output_text")
 _ESCAPED = re.compile(r"(?:bytes:)?(?:\\x[0-9a-fA-F]{2})+|(?:<0x[0-9a-fA-F]{2}>)+")  # bytes in the token's text
 _HEX = re.compile(r"x([0-9a-fA-F]{2})")

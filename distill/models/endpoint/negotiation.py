@@ -136,6 +136,11 @@ class OptionalFields:
         """Whether a refusal names an optional field of the request."""
         return self._named(self.fields(request, steps), steps, refusal) is not None
 
+    def may_mean_another(self, request: ChatRequest, steps: Steps, refusal: RequestRefused) -> bool:
+        """Whether a refusal names the sound and may mean the video: servers list what they take."""
+        named = self._named(self.fields(request, steps), steps, refusal)
+        return named == "sound" and steps["video"] == 0 and "video" in self._suspects(request, steps)
+
     def drop_named(self, fields: Fields, steps: Steps, refusal: RequestRefused) -> bool:
         """If a refusal names a field of the request, send its option in the next dialect from now on; return True.
 
@@ -156,16 +161,13 @@ class OptionalFields:
     def trials(self, request: ChatRequest, steps: Steps, refusal: RequestRefused) -> Generator[Steps, None, None]:
         """Steps to try after a refusal that names no field, until the server accepts one of them (`settle`).
 
-        First one option is changed alone, then more and more are left out. Options that the server has taken before are
-        not at fault. There is nothing to try if another thread has changed the steps, or has tried the same in vain.
-        The iterator holds a lock; close it.
+        First one option is changed alone, then more and more are left out; after a refusal that names the sound, only
+        the video is. Options that the server has taken before are not at fault. There is nothing to try if another
+        thread has changed the steps, or has tried the same in vain. The iterator holds a lock; close it.
         """
-        ladders, fields = self._ladders(request, steps), self.fields(request, steps)
-        suspects = [
-            option
-            for option in get_args(Option)
-            if option in fields and option != "sound" and (option, steps[option]) not in self._accepted
-        ]
+        ladders, suspects = self._ladders(request, steps), self._suspects(request, steps)
+        if self.may_mean_another(request, steps, refusal):
+            suspects = ["video"]
         if refusal.status == 413 or _NOT_THE_FIELDS.search(refusal.error.words) or not suspects:
             return
         with self._trials:
@@ -234,6 +236,15 @@ class OptionalFields:
             "token_ids": [{"logprob_token_ids": list(request.token_ids)}] if request.token_ids else [],
             "thinking": [fields for fields, _ in _WITHOUT_THINKING],
         }
+
+    def _suspects(self, request: ChatRequest, steps: Steps) -> list[Option]:
+        """The options of a request, without the sound, that the server has not taken before."""
+        fields = self.fields(request, steps)
+        return [
+            option
+            for option in get_args(Option)
+            if option in fields and option != "sound" and (option, steps[option]) not in self._accepted
+        ]
 
     def _named(self, fields: Fields, steps: Steps, refusal: RequestRefused) -> Option | None:
         """The option that a refusal names; never a part that the server has taken before: then the post is at fault."""

@@ -97,6 +97,9 @@ def test_frames_are_sampled_as_the_data_says_and_at_most_as_many_as_the_endpoint
         (422, "Unknown part type: video_url"),
         (501, "Unknown part type: video_url"),
         (500, "unsupported content[].type"),
+        (500, "This model does not support video inputs"),
+        (500, "video_url parts are not supported"),
+        (422, "Input should be 'text', 'image_url' or 'input_audio'"),
         (400, "invalid request"),
     ],
 )
@@ -120,17 +123,19 @@ def test_frames_are_sent_where_the_server_refuses_videos_and_this_is_said_once(
     assert all("seed" in request.body for request in server.received), "no field is given up"
 
 
-@pytest.mark.parametrize("refused", [("input_audio",), ("video_url", "input_audio")])
+@pytest.mark.parametrize(
+    ("refused", "status"), [(("input_audio",), 400), (("input_audio",), 404), (("video_url", "input_audio"), 400)]
+)
 def test_a_server_that_takes_no_sound_ends_the_run_before_an_answer_is_paid(
-    tmp_path: Path, refused: tuple[str, ...]
+    tmp_path: Path, refused: tuple[str, ...], status: int
 ) -> None:
     samples = [clip(tmp_path, "positive", "positive", f"v{n}") for n in range(12)]
-    with Server(answer=answer, refuse=refusing(*refused)) as server:
+    with Server(answer=answer, refuse=refusing(*refused, status=status)) as server:
         with pytest.raises(RunError) as caught:
             answers(endpoint(server.url, concurrency=2), samples)
         assert server.paid == 0 and server.requests <= 4
         assert str(caught.value) == (
-            f"the endpoint {server.url} does not take the sound of posts (status 400: {NO_AUDIO}); "
+            f"the endpoint {server.url} does not take the sound of posts (status {status}: {NO_AUDIO}); "
             "use a model that hears, or set audio: ignore in the settings of the endpoint"
         )
         assert predictions(endpoint(server.url, audio="ignore"), samples[:2]) == ["positive"] * 2
