@@ -72,6 +72,14 @@ class MediaReader:
         settings = asdict(self.clips.settings)
         return {name: settings[name] for name in ("frames", "fps", "max_frames", "max_side")}
 
+    def takes(self, name: str) -> bool:
+        """Whether the model is given a modality of posts, one of MODALITIES."""
+        return {"images": self.images, "video": self.video != "ignore", "audio": self.audio}.get(name, True)
+
+    def shows(self, media: Media) -> bool:
+        """Whether the model is given a picture of a post with these media."""
+        return bool(media.images and self.images) or (media.video is not None and self.video == "frames")
+
     def check(self, media: Media) -> None:
         """Raise SettingsError if a post with these media would reach a model that cannot take them."""
         if media.images and not self._sees and self._settings.images:

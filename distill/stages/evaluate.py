@@ -79,15 +79,21 @@ def run(context: Context, tracked: StageRun) -> None:
 
 
 def _without_modalities(context: Context) -> dict[str, Any]:
-    """The metrics of the student on the test posts without each modality, by role."""
+    """The metrics of the student on the test posts without each modality that it is given, by role.
+
+    A modality is not left out if the student's family cannot read what remains of a post.
+    """
     recipe, labels = context.recipe, context.labels
     assert recipe.evaluate is not None
     metrics = {}
     student = context.reasoner("student" if recipe.refine is None else "refine")
-    present = {name for post in context.corpus.test for name in post.modalities}
+    media, needs_picture = student.backbone.encoder.media, student.backbone.family.needs_picture
+    present = {name for post in context.corpus.test for name in post.modalities if media.takes(name)}
     removable = [name for name in MODALITIES if name in present and len(present) > 1]  # something must be left
     for name in removable:
         posts = [post.without(name) for post in context.corpus.test]
+        if needs_picture and not all(media.shows(post.media) for post in posts):
+            continue
         with progress(f"evaluate student without {name}"):
             output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
         metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)
