@@ -72,6 +72,7 @@ def test_cascade_export_and_report_are_written(finished: Recipe) -> None:
     report.run(finished)
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
     assert all(f"student, without {name}" in page for name in ("text", "video", "audio"))
+    assert page.count('alt="image of post test-') == 9, "the gallery shows a frame of each video"
 
 
 def test_a_second_run_does_nothing_and_a_changed_clip_is_noticed(finished: Recipe) -> None:

@@ -20,10 +20,12 @@ from distill.task.rationale import Rationale
 from distill.task.sample import MODALITIES
 from distill.tracking import StageRun
 
+_FILES = ("images", "video", "audio")
+
 
 def run(context: Context, tracked: StageRun) -> None:
     """Run the stage. On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added."""
-    recipe, labels, samples = context.recipe, context.labels, context.corpus.test
+    recipe, labels, samples, root = context.recipe, context.labels, context.corpus.test, context.corpus.root
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None
     outputs: dict[str, RoleOutputs] = {}
@@ -65,7 +67,7 @@ def run(context: Context, tracked: StageRun) -> None:
             "id": sample.id,
             "text": sample.text,
             "aspect": sample.aspect,
-            "images": jsonl.to_row(sample, context.corpus.root)["images"],
+            **{name: value for name, value in jsonl.to_row(sample, root).items() if name in _FILES},
             "gold": labels.name(sample.label),
             "reference": sample.rationale,
             "roles": {role: _answer(context, output, index) for role, output in outputs.items()},
