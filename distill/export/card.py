@@ -175,8 +175,8 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
     if given.video and student.encoder.media.video == "frames":
         parts.append("A video is given as its sampled frames, each an image after its time: `0.5 s: ` and the image.")
     if given.audio:
-        parts.append("The sound of a post follows, as audio of 16 kHz before the text.")
-    if given.video or given.audio:
+        parts.append("The sound of a post precedes the text, as audio of 16 kHz.")
+    if given.video:
         parts.append("`scoring.json` has the sampling of videos under `clips`.")
     if used := _template_variables(student):
         values = ", ".join(f"`{name}={value!r}`" for name, value in used.items())

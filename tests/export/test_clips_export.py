@@ -34,7 +34,7 @@ def test_an_exported_student_is_given_clips_as_it_was_trained(images: bool, tmp_
     student.model.eval()
     expected = Local(student, "").classify(posts).probabilities
     card = model_card("student", "", "apache-2.0", "data", "recipe", {}, posts[4], student)
-    assert "each an image after its time" in card and "The sound of a post follows" in card
+    assert "each an image after its time" in card and "The sound of a post precedes" in card
     shown = ["image_url"] if images else []
     request = json.loads(card.partition("<<'JSON'\n")[2].partition("\nJSON\n")[0])
     kinds = [part["type"] for part in request["messages"][0]["content"]]
