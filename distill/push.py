@@ -143,7 +143,7 @@ def _rows(paths: Sequence[Path], root: Path, clips: Sequence[str]) -> Iterator[d
                     open_image(image).close()
                     images.append(_content(image))
                 own = {"video": sample.video, "audio": None if sample.audio == sample.video else sample.audio}
-                files = {name: None if (path := own[name]) is None else _content(path) for name in clips}
+                files = {name: None if (clip := own[name]) is None else _content(clip) for name in clips}
             except (ValueError, OSError) as error:
                 raise SettingsError(f"{where}: {error}") from None
             yield {
