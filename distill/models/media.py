@@ -176,14 +176,14 @@ class MediaReader:
 
     def fingerprint(self) -> str:
         """The sampling and the preprocessing of videos and sounds."""
-        parts: list[Any] = [self.clips.settings.sampling, *self.ways, self._settings.image_size]
-        if self._sees:
-            parts.append(self._processor.image_processor.to_dict())
-        if self.video == "video":
-            parts.append(self._processor.video_processor.to_dict())
-        if self.audio:
-            parts.append(self._processor.feature_extractor.to_dict())
+        parts = [self.clips.settings.sampling, *self.ways, self._settings.image_size, *self.preprocessing()]
         return json.dumps(parts, sort_keys=True, default=str)
+
+    def preprocessing(self) -> list[dict[str, Any]]:
+        """The settings of the processors of pictures, videos and sounds that the model is given."""
+        named = (("image_processor", self._sees), ("video_processor", self.video == "video"))
+        used = (*named, ("feature_extractor", self.audio))
+        return [getattr(self._processor, name).to_dict() for name, is_used in used if is_used]
 
 
 def _metadata(frames: Frames) -> dict[str, Any]:

@@ -114,13 +114,18 @@ def notices(context: Context, stages: Collection[str]) -> list[str]:
 
 def _left_out(context: Context, name: str, model: ModelSettings) -> Iterator[str]:
     """What a model of a section is not given of the posts."""
+    posts, given = _posts(context.corpus), ["text"]
     for field, ignored, what in (
         ("images", not model.images, "false: the images"),
         ("video", model.video == "ignore", "ignore: the videos"),
         ("audio", model.audio == "ignore", "ignore: the sounds"),
     ):
-        if ignored and (count := sum(bool(getattr(post, field)) for post in _posts(context.corpus))):
+        if not ignored:
+            given.append(field)
+        elif count := sum(bool(getattr(post, field)) for post in posts):
             yield f"{name}.model.{field} is {what} of {count} posts are left out"
+    if empty := [post.id for post in posts if set(given).isdisjoint(post.modalities)]:
+        yield f"{name}.model is given nothing of {len(empty)} posts without text, such as {empty[0]}"
 
 
 def _posts(corpus: Corpus) -> list[Sample]:
