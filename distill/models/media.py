@@ -54,8 +54,9 @@ class MediaReader:
     def __init__(self, processor: Any, settings: ModelSettings, family: Family, clips: ClipReader) -> None:
         self._processor, self._settings, self._family, self.clips = processor, settings, family, clips
         self._sees = processor.image_processor is not None
-        if settings.video == "video" and family.video != "video":
-            raise SettingsError(f"model.video must be frames: {family.name} takes videos as pictures only")
+        if settings.video == "video" and not (settings.path and family.video == "video"):
+            name = family.name if settings.path else "a tiny model"
+            raise SettingsError(f"model.video must be frames: {name} takes videos as pictures only")
         self.images = settings.images and self._sees
         way = family.video if settings.path else "frames"
         self.video: Literal["frames", "video", "ignore"] = way if settings.video == "auto" else settings.video
