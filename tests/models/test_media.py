@@ -151,5 +151,5 @@ def test_models_with_other_spectrograms_do_not_have_the_same_inputs(make: Any, h
 
 @pytest.mark.parametrize("tower", [None, 32])
 def test_a_tiny_model_has_no_processor_of_videos(make: Any, tower: int | None) -> None:
-    with pytest.raises(SettingsError, match="^model.video must be frames: a tiny model takes videos as pictures only$"):
+    with pytest.raises(SettingsError, match="must be frames: a tiny model takes videos as pictures only"):
         make(tower, video="video")
