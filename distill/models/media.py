@@ -119,7 +119,7 @@ class MediaReader:
             frames = self.clips.frames(media.video, self._settings.frames)
             if self.video == "video":
                 loaded.parts.append({"type": "video"})
-                loaded.videos.append(self._filled(frames) if self._family.same_frames else frames)
+                loaded.videos.append(self._filled(frames))
             else:
                 loaded.pictures.extend(frames.images)
                 for time in frames.times:
@@ -147,10 +147,13 @@ class MediaReader:
         return arguments
 
     def _filled(self, frames: Frames) -> Frames:
-        """Frames as many as are sampled of a long video; the last one is repeated."""
-        sampling = self.clips.settings
-        most = sampling.frames if sampling.fps is None else sampling.max_frames
-        missing = min(most, self._settings.frames or most) - len(frames.images)
+        """Frames as many as the family needs, at most those that are sampled of a long video; the last is repeated."""
+        needed = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1  # Qwen3-VL takes no fewer
+        if self._family.same_frames:
+            sampling = self.clips.settings
+            most = sampling.frames if sampling.fps is None else sampling.max_frames
+            needed = min(most, self._settings.frames or most)
+        missing = needed - len(frames.images)
         return frames._replace(
             images=frames.images + frames.images[-1:] * missing, times=frames.times + frames.times[-1:] * missing
         )
