@@ -118,7 +118,8 @@ def test_a_saved_model_computes_the_same(make: Any, posts: list[Sample], tmp_pat
     backbone.save(tmp_path)
     features = backbone.encode(posts, "classify")
     again = load(backbone.settings, LABELS, tmp_path)
-    assert all(torch.equal(value, features[name]) for name, value in again.encode(posts, "classify").items())
+    for name, value in again.encode(posts, "classify").items():  # torchvision rounds otherwise
+        torch.testing.assert_close(value, features[name], rtol=0, atol=1e-6)
     with torch.no_grad():
         logits = backbone.model(**features).logits
         standard = AutoModelForImageTextToText.from_pretrained(tmp_path)
