@@ -39,6 +39,8 @@ FEATURES = Features({
     "id": Value("string"), "text": Value("string"), "aspect": Value("string"), "images": List(Image()),
     "label": Value("string"), "rationale": Value("string"), "source": Value("string"),
 })  # fmt: skip
+CLIP = {"bytes": Value("binary"), "path": Value("string")}
+"""A column of videos or sounds, which rows have if posts have clips. The features of `datasets` need a decoder."""
 _SHARD_BYTES = 500_000_000
 _METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "mae": "mae", "correlation": "pearsonr"}
 """Metrics of a run that the card's `model-index` has, by name, and their types on the hub."""
@@ -94,10 +96,10 @@ def push_student(folder: Path, target: Target) -> str:
 
 
 def push_data(folder: Path, target: Target) -> str:
-    """Upload the reasoning data of a run as a dataset with its pictures. Returns the address of the repository.
+    """Upload the reasoning data of a run as a dataset with its pictures and clips. Returns the repository's address.
 
     Raises:
-        SettingsError: the run has no reasoning data, a row or a picture cannot be read, or there is no token.
+        SettingsError: the run has no reasoning data, a row or a file of it cannot be read, or there is no token.
         RunError: the hub refused the upload or cannot be reached.
     """
     _check_token()
@@ -106,12 +108,14 @@ def push_data(folder: Path, target: Target) -> str:
     paths = [path for path in paths if path.exists()]
     if not paths:
         raise SettingsError(f"{run.folder} holds no reasoning data; run: distill annotate")
+    fields = {name for path in paths for row in jsonl.read(path) for name, value in row.fields.items() if value}
+    clips = [name for name in ("video", "audio") if name in fields]
     disable_progress_bars()
     with TemporaryDirectory(prefix="distill-push-") as scratch:
         try:
             rows = Dataset.from_generator(
-                _rows, features=FEATURES, cache_dir=scratch, split="train",
-                gen_kwargs={"paths": paths, "root": Path(run.recipe.data.root)},
+                _rows, features=Features(FEATURES | dict.fromkeys(clips, CLIP)), cache_dir=scratch, split="train",
+                gen_kwargs={"paths": paths, "root": Path(run.recipe.data.root), "clips": tuple(clips)},
             )  # fmt: skip
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
@@ -122,11 +126,11 @@ def push_data(folder: Path, target: Target) -> str:
             path = Path(scratch) / Path(name).name
             rows.shard(count, number, contiguous=True).to_parquet(str(path))
             files[name] = path
-        files["README.md"] = _dataset_card(run, target, len(rows)).encode()
+        files["README.md"] = _dataset_card(run, target, len(rows), clips).encode()
         return _upload(target, "dataset", files)
 
 
-def _rows(paths: Sequence[Path], root: Path) -> Iterator[dict[str, Any]]:
+def _rows(paths: Sequence[Path], root: Path, clips: Sequence[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         for row in jsonl.read(path):
             where = f"{path} row {row.number}"
@@ -137,14 +141,20 @@ def _rows(paths: Sequence[Path], root: Path) -> Iterator[dict[str, Any]]:
                 images = []
                 for image in sample.images:
                     open_image(image).close()
-                    images.append({"bytes": image.read_bytes(), "path": image.name})
+                    images.append(_content(image))
+                own = {"video": sample.video, "audio": None if sample.audio == sample.video else sample.audio}
+                files = {name: None if (clip := own[name]) is None else _content(clip) for name in clips}
             except (ValueError, OSError) as error:
                 raise SettingsError(f"{where}: {error}") from None
             yield {
                 "id": sample.id, "text": sample.text, "aspect": sample.aspect, "images": images,
                 "label": None if sample.label is None else str(sample.label), "rationale": sample.rationale,
                 "source": str(row.fields.get("source")),
-            }  # fmt: skip
+            } | files  # fmt: skip
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return {"bytes": path.read_bytes(), "path": path.name}
 
 
 def _model_card(run: Run, target: Target) -> str:
@@ -188,7 +198,7 @@ def _last_parts(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
-def _dataset_card(run: Run, target: Target, count: int) -> str:
+def _dataset_card(run: Run, target: Target, count: int, clips: Sequence[str]) -> str:
     data = DatasetCardData(
         language=target.language,
         tags=["distill", "rationales"],
@@ -197,6 +207,11 @@ def _dataset_card(run: Run, target: Target, count: int) -> str:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     )
     labels = ", ".join(run.recipe.labels.names)
+    explained = {
+        "video": 'its video as `bytes` and `path`; `rows.cast_column("video", datasets.Video())` decodes it',
+        "audio": "the same of a sound that is not that of the video, for `datasets.Audio()`",
+    }
+    columns = "".join(f"\n| `{name}` | {explained[name]} |" for name in clips)
     text = f"""# Rationales of {run.recipe.name}
 
 {count} rows, each a post with the label and a rationale from which a student was trained with `distill` (MulCoT-RD,
@@ -204,7 +219,7 @@ arXiv 2508.05234). Labels: {labels}.
 
 | column | content |
 | --- | --- |
-| `id`, `text`, `aspect`, `images` | the post; `aspect` is its target, if it has one |
+| `id`, `text`, `aspect`, `images` | the post; `aspect` is its target, if it has one |{columns}
 | `label` | gold, or the teacher's where there was none |
 | `rationale` | fields from the analysis of the text to the prediction |
 | `source` | `predicted` or `explained` by the teacher, `recorded`, or `augmented` by the assistant |

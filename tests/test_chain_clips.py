@@ -67,9 +67,12 @@ def test_unlabelled_clips_are_scored_by_the_teacher(finished: Recipe) -> None:
 def test_cascade_export_and_report_are_written(finished: Recipe) -> None:
     assert 0 <= read(finished, "cascade", "metrics.json")["teacher_calls_per_sample"] <= 1
     assert read(finished, "export", "export.json")["labels_equal"] == 4
+    card = (finished.folder / "export" / "README.md").read_text()
+    assert "posts with text, video and sound" in " ".join(card.split()) and "whose images go" not in card
     report.run(finished)
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
     assert all(f"student, without {name}" in page for name in ("text", "video", "audio"))
+    assert page.count('alt="image of post test-') == 9, "the gallery shows a frame of each video"
 
 
 def test_a_second_run_does_nothing_and_a_changed_clip_is_noticed(finished: Recipe) -> None:

@@ -106,9 +106,7 @@ def wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text(errors="replace")[-2000:])
 
 
-@pytest.mark.parametrize(
-    ("space", "images"), [("first tokens", False), ("first tokens", True), ("whole labels", True)]
-)
+@pytest.mark.parametrize(("space", "images"), [("first tokens", False), ("first tokens", True), ("whole labels", True)])
 def test_the_program_gives_the_probabilities_of_the_student(
     space: str, images: bool, student: Backbone, address: str, postcards: Corpus, tmp_path: Path
 ) -> None:

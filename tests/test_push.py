@@ -100,6 +100,25 @@ def test_a_second_upload_replaces_the_first_and_keeps_what_others_wrote(folder: 
     assert not any((repository / name).exists() for name in stale)
 
 
+def test_clips_are_uploaded_with_the_rationales_about_them(folder: Path, hub: Hub, push: Push, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    root = Path(api.Run(run).recipe.data.root)
+    (root / "tone.wav").write_bytes(b"RIFF of a tone")
+    path = run / "annotate" / "rationales.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps(row | {"audio": "tone.wav"} if n == 1 else row) + "\n" for n, row in enumerate(rows))
+    )
+    status = push("--run", run, "--to", "someone/posts", "--data").status
+    (root / "tone.wav").unlink()  # other tests share the data
+    assert status == 0
+    repository = hub.folder / "datasets" / "someone" / "posts"
+    found = load_dataset("parquet", data_dir=str(repository / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["audio"][:2] == [None, {"bytes": b"RIFF of a tone", "path": "tone.wav"}]
+    assert "video" not in found.column_names and "| `audio` |" in (repository / "README.md").read_text()
+
+
 def test_fewer_tables_than_before(folder: Path, hub: Hub, push: Push) -> None:
     assert push("--run", folder, "--to", "someone/posts", "--data").status == 0
     data = hub.folder / "datasets" / "someone" / "posts" / "data"

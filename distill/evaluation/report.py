@@ -14,9 +14,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
+from distill.data.clips import ClipError, ClipReader
 from distill.data.images import ImageError, decode
-from distill.errors import RunError
+from distill.errors import RunError, SettingsError
 from distill.evaluation.charts import CASCADE, cascade_charts, deferral, training_charts
 from distill.evaluation.evaluate import parse_or_none
 from distill.evaluation.reasoning import grounding
@@ -62,13 +64,16 @@ class Report:
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The entries of `chain.json` by stage."""
     gallery: Sequence[Mapping[str, Any]] = ()
-    """Test posts: `index`, their position in the test split, id, text, aspect, image (path or None), gold, answers
+    """Test posts: `index`, their position in the test split, id, text, aspect, image and video (path or None; without
+    an image the middle frame of the video is shown), gold, answers
     {role: {label, probability}}, rationales {role: generated text}, reference (text or None), attributes (the gold
     attributes by name, empty if there are none), and decision (of the cascade, as below, or None)."""
     decisions: Sequence[Mapping[str, Any]] = ()
     """Groups of decisions of the cascade that are worth reading: title, total (before the limit), and rows: `index` and
     id of the post, stage, reason, gold, label, right, and under student, teacher and review label, right and
     uncertainty (None if the model was not asked)."""
+    clips: ClipReader = field(default_factory=ClipReader)
+    """Decodes the videos of the gallery."""
     without_images: Sequence[str] = ()
     """Titles of the roles that are given the texts of the posts only."""
     settings: str = ""
@@ -112,7 +117,7 @@ def write_report(path: Path, report: Report) -> None:
         paid=annotation.get("paid"),
         annotation=flatten({name: value for name, value in annotation.items() if name != "curated"}),
         curated=annotation.get("curated"),
-        gallery=[_post(entry, report.labels) for entry in report.gallery],
+        gallery=[_post(entry, report) for entry in report.gallery],
         listed={row["index"] for group in report.decisions for row in group["rows"]},
         shown={entry["index"] for entry in report.gallery},
         style=Markup((_PAGE / "style.css").read_text(encoding="utf-8")),
@@ -141,8 +146,9 @@ def _readout(point: Sequence[Any]) -> list[str]:
     return [f"{share:.3f}", f"{quality:.3f}", interval, amount(seconds), amount(currency)]
 
 
-def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
+def _post(entry: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """A gallery entry with its thumbnail and parsed rationales, each with its mark."""
+    labels = report.labels
 
     def rationale(text: str) -> dict[str, Any]:
         attributes = entry["attributes"]
@@ -153,7 +159,7 @@ def _post(entry: Mapping[str, Any], labels: LabelSpace) -> dict[str, Any]:
     texts = {TITLES.get(role, role): text for role, text in entry["rationales"].items()}
     return {
         **entry,
-        "thumbnail": _thumbnail(entry["image"]),
+        "thumbnail": _thumbnail(entry["image"], entry.get("video"), report.clips),
         "rationales": {
             title: rationale(text) for title, text in (texts | {"reference": entry["reference"]}).items() if text
         },
@@ -168,13 +174,16 @@ def _fields(text: str, labels: LabelSpace) -> dict[str, str]:
         return {f"not a rationale ({error.reason})": text}
 
 
-def _thumbnail(path: Path | str | None) -> dict[str, Any] | None:
-    """A thumbnail as a data URI; `tiny` for images that the page enlarges."""
-    if path is None:
-        return None
+def _thumbnail(path: Path | str | None, video: Path | None, clips: ClipReader) -> dict[str, Any] | None:
+    """A thumbnail of an image or of a video as a data URI; `tiny` for images that the page enlarges."""
     try:
-        image = decode(Path(path))
-    except ImageError as error:
+        if path is not None:
+            image = decode(Path(path))
+        elif video is not None:
+            image = Image.fromarray(clips.frames(video, 1).images[0])
+        else:
+            return None
+    except (ImageError, ClipError, SettingsError) as error:  # SettingsError: PyAV is not installed here
         return {"error": str(error)}
     tiny = max(image.size) <= 96
     image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE))

@@ -1,7 +1,7 @@
 """What an exported folder says about its use: the model card, and `scoring.json`, which programs read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from distill.models.backbone import Backbone
 from distill.models.hub import is_hub_id, load_from_hub
 from distill.models.text_models import TEMPLATE_VARIABLES
 from distill.task.prompts import render
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 
 _FENCE = "`" * 3
 
@@ -83,22 +83,23 @@ def model_card(
         base: name of the base model, or its folder; empty for a tiny model.
         recipe: the resolved recipe as YAML.
         metrics: test metrics of the student.
-        example: sample for which the prompts are shown.
+        example: sample for which the prompts are shown; of its media only which there are.
         reasons: whether the student was trained to generate rationales.
     """
-    with_images, text_only = student.encoder.reads_images, student.processor.image_processor is None
-    task = "text-generation" if text_only else "image-text-to-text"
+    task = "text-generation" if student.processor.image_processor is None else "image-text-to-text"
+    if student.processor.image_processor is None and student.encoder.media.audio:
+        task = "audio-text-to-text"
     header = {"library_name": "transformers", "pipeline_tag": task, "license": licence}
     if is_hub_id(base):
         header["base_model"] = base
     rows = "\n".join(
         f"| {key} | {value:.4g} |" for key in _METRICS if isinstance(value := metrics.get(key), int | float)
     )
-    origin = (base if is_hub_id(base) else Path(base).name) or "a tiny Qwen2.5-VL with random weights"
+    origin = (base if is_hub_id(base) else Path(base).name) or f"a tiny {student.family.name} with random weights"
     if student.settings.keep_layers is not None:
         config: Any = student.model.config
         origin = f"{config.get_text_config().num_hidden_layers} layers of {origin}"
-    posts = "posts with text and images" if with_images else "the texts of posts"
+    posts = _posts(example, student)
     aim = f"classifies the sentiment of {posts}" if student.labels.wording.asks_for_sentiment else f"labels {posts}"
     text = f"""# {name}
 
@@ -132,13 +133,30 @@ Labels: {", ".join(student.labels.names)}.
     return str(card)
 
 
+def _given(example: Sample, student: Backbone) -> Media:
+    """What the student is given of the media of an example. One without media stands for a post with an image."""
+    media = student.encoder.media
+    images = example.images if example.media else (Path("image"),)
+    return Media(
+        images if media.images else (),
+        example.video if media.takes("video") else None,
+        example.audio if media.takes("audio") else None,
+    )
+
+
+def _posts(example: Sample, student: Backbone) -> str:
+    media = _given(example, student)
+    names = ("text", *(name for name, given in zip(("images", "video", "sound"), media, strict=True) if given))
+    return f"posts with {', '.join(names[:-1])} and {names[-1]}" if media else "the texts of posts"
+
+
 def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
     """The rule by which a label is read, with the prompts for one post."""
     rule = "the most probable label token"
     if student.labels_share_tokens:
         rule = "the label with the highest probability of all its tokens and the end token"
-    images = student.encoder.reads_images
-    before = ", whose images go before the text in the message" if images else ""
+    given, images = _given(example, student), student.encoder.reads_images
+    before = ", whose images go before the text in the message" if given.images else ""
     parts = [
         f"The label is {rule} after the *classify* prompt and the forced prefix `{student.labels.wording.prefix}`.\n"
         f"The prompt for one post{before}:",
@@ -154,10 +172,12 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
     if images:
         size = f"{student.settings.image_size} pixels"
         parts.append(f"Images are resized to squares of {size} (0: resized by the processor).")
-    if example.video and student.encoder.media.video == "frames":
+    if given.video and student.encoder.media.video == "frames":
         parts.append("A video is given as its sampled frames, each an image after its time: `0.5 s: ` and the image.")
-    if example.audio and student.encoder.media.audio:
-        parts.append("Its sound follows, as audio of 16 kHz before the text.")
+    if given.audio:
+        parts.append("The sound of a post precedes the text, as audio of 16 kHz.")
+    if given.video:
+        parts.append("`scoring.json` has the sampling of videos under `clips`.")
     if used := _template_variables(student):
         values = ", ".join(f"`{name}={value!r}`" for name, value in used.items())
         parts.append(f"The chat template was applied with {values}.")
@@ -171,9 +191,10 @@ def _usage(example: Sample, student: Backbone, reasons: bool) -> str:
 def _serving(example: Sample, student: Backbone) -> str:
     """The commands that serve the student with vLLM and llama.cpp, and the requests for the label of one post."""
     images, shared = student.encoder.reads_images, student.labels_share_tokens
+    towers = images or student.encoder.media.audio
     scored = scoring(student)["label_tokens"]
     convert, projector = "python convert_hf_to_gguf.py . --outfile student.gguf", ""
-    if images:
+    if towers:
         convert += "\npython convert_hf_to_gguf.py . --outfile mmproj.gguf --mmproj"
         projector = " --mmproj mmproj.gguf"
     serve = f"{convert}\nllama-server --model student.gguf{projector}"
@@ -204,12 +225,24 @@ def _serving(example: Sample, student: Backbone) -> str:
     return "\n\n".join([*parts, "`docs/serve-elsewhere.md` of `distill` has programs for both, and for other tools."])
 
 
+def _parts(media: Media, way: str) -> Iterator[dict[str, Any]]:
+    """The parts of a message for these media, with placeholders for their content; of the frames the first."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,(an image)"}}
+    if media.images:
+        yield image
+    if media.video and way == "frames":
+        yield from ({"type": "text", "text": "0.5 s: "}, image)
+    elif media.video:
+        yield {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,(a video)"}}
+    if media.audio:
+        yield {"type": "input_audio", "input_audio": {"data": "(a sound)", "format": "wav"}}
+
+
 def _request(example: Sample, student: Backbone, answer: str = "") -> dict[str, Any]:
     """A chat request for the log-probabilities of the token that follows the beginning of an answer."""
     prompt: Any = render("classify", example, student.labels)
-    if student.encoder.reads_images:
-        url = "data:image/png;base64,(an image)"
-        prompt = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    if parts := list(_parts(_given(example, student), student.encoder.media.video)):
+        prompt = [*parts, {"type": "text", "text": prompt}]
     messages = [
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": answer or student.labels.wording.prefix},

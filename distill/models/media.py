@@ -54,8 +54,9 @@ class MediaReader:
     def __init__(self, processor: Any, settings: ModelSettings, family: Family, clips: ClipReader) -> None:
         self._processor, self._settings, self._family, self.clips = processor, settings, family, clips
         self._sees = processor.image_processor is not None
-        if settings.video == "video" and family.video != "video":
-            raise SettingsError(f"model.video must be frames: {family.name} takes videos as pictures only")
+        if settings.video == "video" and not (settings.path and family.video == "video"):
+            name = family.name if settings.path else "a tiny model"
+            raise SettingsError(f"model.video must be frames: {name} takes videos as pictures only")
         self.images = settings.images and self._sees
         way = family.video if settings.path else "frames"
         self.video: Literal["frames", "video", "ignore"] = way if settings.video == "auto" else settings.video
@@ -71,6 +72,14 @@ class MediaReader:
         """The settings of `data.video` that decide which frames of a video are shown, and in which size."""
         settings = asdict(self.clips.settings)
         return {name: settings[name] for name in ("frames", "fps", "max_frames", "max_side")}
+
+    def takes(self, name: str) -> bool:
+        """Whether the model is given a modality of posts, one of MODALITIES."""
+        return {"images": self.images, "video": self.video != "ignore", "audio": self.audio}.get(name, True)
+
+    def shows(self, media: Media) -> bool:
+        """Whether the model is given a picture of a post with these media."""
+        return bool(media.images and self.images) or (media.video is not None and self.video == "frames")
 
     def check(self, media: Media) -> None:
         """Raise SettingsError if a post with these media would reach a model that cannot take them."""
@@ -110,7 +119,7 @@ class MediaReader:
             frames = self.clips.frames(media.video, self._settings.frames)
             if self.video == "video":
                 loaded.parts.append({"type": "video"})
-                loaded.videos.append(self._filled(frames) if self._family.same_frames else frames)
+                loaded.videos.append(self._filled(frames))
             else:
                 loaded.pictures.extend(frames.images)
                 for time in frames.times:
@@ -138,10 +147,13 @@ class MediaReader:
         return arguments
 
     def _filled(self, frames: Frames) -> Frames:
-        """Frames as many as are sampled of a long video; the last one is repeated."""
-        sampling = self.clips.settings
-        most = sampling.frames if sampling.fps is None else sampling.max_frames
-        missing = min(most, self._settings.frames or most) - len(frames.images)
+        """Frames as many as the family needs, at most those that are sampled of a long video; the last is repeated."""
+        needed = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1  # Qwen3-VL takes no fewer
+        if self._family.same_frames:
+            sampling = self.clips.settings
+            most = sampling.frames if sampling.fps is None else sampling.max_frames
+            needed = min(most, self._settings.frames or most)
+        missing = needed - len(frames.images)
         return frames._replace(
             images=frames.images + frames.images[-1:] * missing, times=frames.times + frames.times[-1:] * missing
         )
@@ -168,14 +180,14 @@ class MediaReader:
 
     def fingerprint(self) -> str:
         """The sampling and the preprocessing of videos and sounds."""
-        parts: list[Any] = [self.clips.settings.sampling, *self.ways, self._settings.image_size]
-        if self._sees:
-            parts.append(self._processor.image_processor.to_dict())
-        if self.video == "video":
-            parts.append(self._processor.video_processor.to_dict())
-        if self.audio:
-            parts.append(self._processor.feature_extractor.to_dict())
+        parts = [self.clips.settings.sampling, *self.ways, self._settings.image_size, *self.preprocessing()]
         return json.dumps(parts, sort_keys=True, default=str)
+
+    def preprocessing(self) -> list[dict[str, Any]]:
+        """The settings of the processors of pictures, videos and sounds that the model is given."""
+        named = (("image_processor", self._sees), ("video_processor", self.video == "video"))
+        used = (*named, ("feature_extractor", self.audio))
+        return [getattr(self._processor, name).to_dict() for name, is_used in used if is_used]
 
 
 def _metadata(frames: Frames) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def flops(
 
 
 def saved_activations(
-    model: Any, *, tokens: float, patches: float = 0, backward: Literal["activations", "all"]
+    model: Any, *, tokens: float, patches: float = 0, sounds: float = 0, backward: Literal["activations", "all"]
 ) -> float:
     """Estimate how many values a forward pass saves for the backward pass: the inputs and outputs of matrix products.
 
@@ -75,7 +75,8 @@ def saved_activations(
     34.
     """
     widths = _sum_linear(model, lambda linear: linear.in_features + linear.out_features)
-    return tokens * (widths["language"] + widths["adapter"]) + patches * widths["vision"] * (backward == "all")
+    towers = patches * widths["vision"] + sounds * widths["audio"] if backward == "all" else 0.0
+    return tokens * (widths["language"] + widths["adapter"]) + towers
 
 
 def count_patches(model: Any, features: Mapping[str, torch.Tensor]) -> int:

@@ -16,7 +16,7 @@ from distill.planning.training_cost import (
     training_flops,
     training_memory,
 )
-from distill.planning.workload import ChainForecast, TrainingRows, sample_by_length
+from distill.planning.workload import ChainForecast, TrainingRows, largest_clip, sample_by_length
 from distill.training.assistant import TrainSettings
 from distill.training.batches import target_answer
 from distill.training.processes import process_count, uses_cuda
@@ -104,6 +104,12 @@ def _forecast_training(
         with in_section("student" if name == "hard labels" else name):
             model = forecast.model(settings.model)
             published, ours = count_tokens(sample_by_length(samples), model, settings)
+            if clip := largest_clip(samples):
+                longest = count_tokens(clip, model, settings)
+                published, ours = (
+                    replace(counts, longest=max(counts.longest, one.longest))
+                    for counts, one in zip((published, ours), longest, strict=True)
+                )
     except SettingsError as error:
         problems.append(str(error))
         return training

@@ -153,7 +153,9 @@ def training_memory(
 
     def estimate(counts: TokenCounts, positions: float, assistant_bytes: float) -> DeviceMemory:
         backward: Literal["activations", "all"] = "activations" if settings.model.lora else "all"
-        values = saved_activations(model, tokens=counts.longest, patches=counts.patches, backward=backward)
+        values = saved_activations(
+            model, tokens=counts.longest, patches=counts.patches, sounds=counts.sounds, backward=backward
+        )
         activations = batch_size * values * (2 if half else _BYTES[settings.model.dtype])
         return DeviceMemory(weights, 3 * trained, activations, 4 * vocabulary * positions, assistant_bytes)
 

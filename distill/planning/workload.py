@@ -258,6 +258,13 @@ def sample_by_length(rows: Iterable[Sample]) -> list[Sample]:
     return [by_length[round(n * last / (SAMPLE_SIZE - 1))] for n in range(SAMPLE_SIZE)]
 
 
+def largest_clip(rows: Iterable[Sample]) -> list[Sample]:
+    """Return the row with the largest files of video and sound, probably the longest; none if no row has any."""
+    clips = (row for row in rows if row.video or row.audio)
+    found = max(clips, key=lambda row: sum(path.stat().st_size for path in row.media.files), default=None)
+    return [] if found is None else [found]
+
+
 def _image_tokens(path: Path, teacher: Teacher) -> float:
     """Estimate the tokens of an image from its size in pixels."""
     with open_image(path) as image:

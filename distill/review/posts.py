@@ -30,6 +30,7 @@ from distill.task.sample import Sample
 Status = Literal["all", "kept", "quarantined", "disagreement", "undecided", "decided"]
 
 _SIDE = 1200  # of a picture on the page, in pixels
+_PLAYERS = ("video", "audio")
 
 
 class InvalidDecision(ValueError):
@@ -181,6 +182,8 @@ class Posts:
             "text": sample.text,
             "aspect": sample.aspect,
             "images": len(sample.images),
+            "players": [kind for kind in _PLAYERS if self._clip(sample, kind) is not None],
+            "muted": sample.video is not None and sample.audio != sample.video,
             "gold": None if sample.label is None else str(sample.label),
             "label": entry.label,
             "status": "kept" if entry.row else "quarantined" if entry.quarantined else "dropped",
@@ -211,6 +214,23 @@ class Posts:
         path = self.entries[name].sample.images[index]
         inside = resolve(self.root, path.relative_to(self.root).as_posix())
         return jpeg_bytes(inside, _SIDE, self.recipe.data.max_pixels)
+
+    @staticmethod
+    def _clip(sample: Sample, kind: str) -> Path | None:
+        """The file of a player; a video plays its own sound."""
+        return sample.video if kind == "video" else None if sample.audio == sample.video else sample.audio
+
+    def clip(self, name: str, kind: str) -> Path:
+        """The file of the player of a post.
+
+        Raises:
+            KeyError: there is no such post or player.
+            ImageError: the file leads out of the data root by now.
+        """
+        path = self._clip(self.entries[name].sample, kind) if kind in _PLAYERS else None
+        if path is None:
+            raise KeyError(kind)
+        return resolve(self.root, path.relative_to(self.root).as_posix())
 
     # ---- what is decided ----
 

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import mimetypes
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -11,7 +12,7 @@ from typing import Any, get_args
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
 from distill.annotation.curation import Action
 from distill.data.images import ImageError
@@ -72,7 +73,7 @@ def create_app(posts: Posts, host: str) -> FastAPI:
         host: the address that it is served on.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page, policy = load_page("distill.review", "'self' data:")
+    page, policy = load_page("distill.review", "'self' data:", "'self'")
     hosts = {"localhost", socket.gethostname().lower(), host.lower()}
 
     @app.middleware("http")
@@ -109,12 +110,24 @@ def create_app(posts: Posts, host: str) -> FastAPI:
             reason = str(error) if isinstance(error, ImageError) else "the image cannot be read"
             raise _RefusedError(404, reason) from None
 
+    async def show_clip(request: Request) -> Response:
+        name, kind = _known(posts, request), request.query_params.get("kind", "")
+        try:
+            path = posts.clip(name, kind)
+        except (KeyError, ValueError):  # ImageError among them
+            raise _RefusedError(404, "there is no such clip") from None
+        if not path.is_file():
+            raise _RefusedError(404, "the clip is missing")
+        guessed = mimetypes.guess_type(path.name)[0] or ""
+        return FileResponse(path, media_type=guessed if guessed.startswith(("audio/", "video/")) else f"{kind}/mp4")
+
     async def decide(request: Request) -> Response:
         body = await _body(request)
         posts.decide(body["id"], body["action"], body["label"], body["rationale"])
         return JSONResponse(posts.overview() | {"post": posts.show(body["id"])})
 
-    for path, handler in {"/": show_page, "/posts": list_posts, "/post": show_post, "/image": show_image}.items():
+    pages = {"/": show_page, "/posts": list_posts, "/post": show_post, "/image": show_image, "/clip": show_clip}
+    for path, handler in pages.items():
         app.add_api_route(path, handler, response_model=None)
     app.add_api_route("/decide", decide, methods=["POST"], response_model=None)
     return app

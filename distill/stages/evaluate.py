@@ -20,10 +20,12 @@ from distill.task.rationale import Rationale
 from distill.task.sample import MODALITIES
 from distill.tracking import StageRun
 
+_FILES = ("images", "video", "audio")
+
 
 def run(context: Context, tracked: StageRun) -> None:
     """Run the stage. On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added."""
-    recipe, labels, samples = context.recipe, context.labels, context.corpus.test
+    recipe, labels, samples, root = context.recipe, context.labels, context.corpus.test, context.corpus.root
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None
     outputs: dict[str, RoleOutputs] = {}
@@ -65,7 +67,7 @@ def run(context: Context, tracked: StageRun) -> None:
             "id": sample.id,
             "text": sample.text,
             "aspect": sample.aspect,
-            "images": jsonl.to_row(sample, context.corpus.root)["images"],
+            **{name: value for name, value in jsonl.to_row(sample, root).items() if name in _FILES},
             "gold": labels.name(sample.label),
             "reference": sample.rationale,
             "roles": {role: _answer(context, output, index) for role, output in outputs.items()},
@@ -79,15 +81,21 @@ def run(context: Context, tracked: StageRun) -> None:
 
 
 def _without_modalities(context: Context) -> dict[str, Any]:
-    """The metrics of the student on the test posts without each modality, by role."""
+    """The metrics of the student on the test posts without each modality that it is given, by role.
+
+    A modality is not left out if the student's family cannot read what remains of a post.
+    """
     recipe, labels = context.recipe, context.labels
     assert recipe.evaluate is not None
     metrics = {}
     student = context.reasoner("student" if recipe.refine is None else "refine")
-    present = {name for post in context.corpus.test for name in post.modalities}
+    media, needs_picture = student.backbone.encoder.media, student.backbone.family.needs_picture
+    present = {name for post in context.corpus.test for name in post.modalities if media.takes(name)}
     removable = [name for name in MODALITIES if name in present and len(present) > 1]  # something must be left
     for name in removable:
         posts = [post.without(name) for post in context.corpus.test]
+        if needs_picture and not all(media.shows(post.media) for post in posts):
+            continue
         with progress(f"evaluate student without {name}"):
             output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
         metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)

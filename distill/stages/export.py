@@ -1,6 +1,8 @@
 """Stage `export`: writes the student as a transformers folder with a model card."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 from distill.export.card import base_licence, model_card
 from distill.export.export import export
@@ -12,6 +14,9 @@ from distill.task.sample import Sample
 from distill.tracking import StageRun
 
 log = logging.getLogger(__name__)
+
+_MEDIA: dict[str, Any] = {"images": (Path("image"),), "video": Path("video"), "audio": Path("video")}
+"""Placeholders for what posts have besides their text."""
 
 
 def run(context: Context, tracked: StageRun) -> None:
@@ -30,7 +35,10 @@ def run(context: Context, tracked: StageRun) -> None:
         f"{len(corpus.test)} test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
     )
     # a placeholder post: the card may be published where the data may not
-    example = Sample("example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)")
+    example = Sample(
+        "example", "(the text of a post)", aspect=corpus.test[0].aspect and "(its target)",
+        **{name: value for name, value in _MEDIA.items() if any(getattr(post, name) for post in corpus.train)},
+    )  # fmt: skip
     card = model_card(
         recipe.name, base.path, base_licence(base.path, base.revision), data, to_yaml(recipe), scores, example, student,
         "reason" in recipe.student.tasks,

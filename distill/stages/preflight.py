@@ -114,13 +114,18 @@ def notices(context: Context, stages: Collection[str]) -> list[str]:
 
 def _left_out(context: Context, name: str, model: ModelSettings) -> Iterator[str]:
     """What a model of a section is not given of the posts."""
+    posts, given = _posts(context.corpus), ["text"]
     for field, ignored, what in (
         ("images", not model.images, "false: the images"),
         ("video", model.video == "ignore", "ignore: the videos"),
         ("audio", model.audio == "ignore", "ignore: the sounds"),
     ):
-        if ignored and (count := sum(bool(getattr(post, field)) for post in _posts(context.corpus))):
+        if not ignored:
+            given.append(field)
+        elif count := sum(bool(getattr(post, field)) for post in posts):
             yield f"{name}.model.{field} is {what} of {count} posts are left out"
+    if empty := [post.id for post in posts if set(given).isdisjoint(post.modalities)]:
+        yield f"{name}.model is given nothing of {len(empty)} posts without text, such as {empty[0]}"
 
 
 def _posts(corpus: Corpus) -> list[Sample]:
@@ -133,6 +138,11 @@ def _check_training(context: Context, settings: TrainSettings, posts: Sequence[S
     _check_media(model, context.corpus)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
     _check_pictures(model, context.corpus)
+    dropped = [name for name in ("images", "video") if context.recipe.data.drop_modality.get(name)]
+    if model.family.needs_picture and dropped:
+        raise SettingsError(
+            f"model.path: {model.family.name} needs a picture in each post; remove {dropped[0]} from data.drop_modality"
+        )
     tasks: Any = list(settings.tasks) if settings.packing and model.packs and not published else []
     if tasks and isinstance(settings, StudentSettings) and settings.distillation.label_weight > 0:
         tasks.append("classify")  # the prompt of the label distribution
@@ -194,16 +204,14 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
 
 def _check_media(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have media that the model cannot be given, before any is decoded."""
-    for post in _posts(corpus):
+    for post in [*_posts(corpus), *corpus.teacher]:
         model.encoder.media.check(post.media)
 
 
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have no picture and the model's family needs one in each."""
     posts, media = [*corpus.train, *corpus.validation, *corpus.test, *corpus.teacher], model.encoder.media
-    without = [
-        post.id for post in posts if not (post.images and media.images) and not (post.video and media.video == "frames")
-    ]
+    without = [post.id for post in posts if not media.shows(post.media)]
     if model.family.needs_picture and without:
         raise SettingsError(
             f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {len(posts)} posts have "

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from distill.data import jsonl
+from distill.data.clips import ClipReader
 from distill.errors import SettingsError
 from distill.evaluation.report import Report, write_report
 from distill.evaluation.report_tables import TITLES, format_table
@@ -58,6 +59,7 @@ def run(recipe: Recipe) -> None:
         stages=stages,
         gallery=gallery,
         decisions=decisions,
+        clips=ClipReader(recipe.data.video),
         without_images=[TITLES.get(role, role) for role in roles if not _reads_images(recipe, role)],
         settings=to_yaml(recipe),
         dates={

@@ -61,6 +61,7 @@ def _entry(root: Path, index: int, row: Row) -> dict[str, Any]:
         "text": row["text"],
         "aspect": row["aspect"],
         "image": root / row["images"][0] if row["images"] else None,
+        "video": root / row["video"] if row.get("video") else None,
         "gold": row["gold"],
         "answers": {
             role: {"label": answer["label"], "probability": max(answer["probabilities"] or [None])}

@@ -70,14 +70,22 @@ class TrainingPosts(Sequence[Sample]):
     """The training samples as the epoch of a sampler sees them: without the modalities that are left out.
 
     Each modality of a sample is left out with its probability, drawn from seed, epoch and id, so that a resumed run
-    draws the same. One of them is always left. A sample without a modality has no rationale, which may be about it.
+    draws the same. One that the model is given is always left. A sample without a modality has no rationale, which may
+    be about it.
 
     Args:
         drop: probability of each modality.
+        takes: whether the model is given a modality.
     """
 
-    def __init__(self, samples: Sequence[Sample], drop: Mapping[str, float], sampler: LengthGroupedSampler) -> None:
-        self.samples, self.drop, self.sampler = samples, drop, sampler
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        drop: Mapping[str, float],
+        sampler: LengthGroupedSampler,
+        takes: Callable[[str], bool],
+    ) -> None:
+        self.samples, self.drop, self.sampler, self.takes = samples, drop, sampler, takes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,9 +96,9 @@ class TrainingPosts(Sequence[Sample]):
             return sample
         random = Random(f"{self.sampler.seed} {self.sampler.epoch} {sample.id}")
         drawn = {name: random.random() for name in MODALITIES}  # of all, so that they do not depend on each other
-        present = sample.modalities
+        present = [name for name in sample.modalities if self.takes(name)]
         left_out = [name for name in present if drawn[name] < self.drop.get(name, 0.0)]
-        if len(left_out) == len(present):
+        if left_out and len(left_out) == len(present):
             left_out.remove(random.choice(left_out))
         return replace(sample.without(*left_out), rationale=None) if left_out else sample
 
@@ -153,7 +161,7 @@ class ReasoningDataModule(L.LightningDataModule):
         if self.trainer:  # a resumed run starts its workers before Lightning sets the epoch of the sampler
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
-            TrainingPosts(self.train, self.drop, sampler),
+            TrainingPosts(self.train, self.drop, sampler, self.backbone.encoder.media.takes),
             self.batch_size,
             sampler=sampler,
             num_workers=self.workers,

@@ -91,6 +91,8 @@ def different_inputs(one: Backbone, other: Backbone) -> str | None:
         return "process images differently"
     if one.encoder.media.ways != other.encoder.media.ways:
         return "are given videos and sounds differently (model.video, model.audio, model.frames)"
+    if one.encoder.media.preprocessing() != other.encoder.media.preprocessing():
+        return "process videos or sounds differently"
     return None
 
 

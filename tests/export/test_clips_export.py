@@ -1,5 +1,6 @@
 """The export of a student that sees videos and hears: it is loaded with the sampling it was trained with."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,13 @@ def test_an_exported_student_is_given_clips_as_it_was_trained(images: bool, tmp_
     student.model.eval()
     expected = Local(student, "").classify(posts).probabilities
     card = model_card("student", "", "apache-2.0", "data", "recipe", {}, posts[4], student)
-    assert "each an image after its time" in card and "Its sound follows" in card
+    assert "each an image after its time" in card and "The sound of a post precedes" in card
+    shown = ["image_url"] if images else []
+    request = json.loads(card.partition("<<'JSON'\n")[2].partition("\nJSON\n")[0])
+    kinds = [part["type"] for part in request["messages"][0]["content"]]
+    assert kinds == [*shown, "text", "image_url", "input_audio", "text"]
+    assert f"posts with text, {'images, ' if images else ''}video and sound" in " ".join(card.split())
+    assert "from a tiny Qwen2.5-Omni with" in card
     result = export(student, posts, tmp_path / "export", tmp_path / "adapter", card, options)
     assert result["labels_equal"] == len(posts)
     found = read_json(tmp_path / "export" / "scoring.json")["clips"]

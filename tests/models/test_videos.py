@@ -40,6 +40,14 @@ def test_a_family_that_takes_videos(kind: str, check: str, root: Path, posts: li
 
 
 @with_torchvision
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_video_of_one_frame_is_taken(kind: str, root: Path, posts: list[Sample]) -> None:
+    backbone = family_checks.load(kind, root / kind)
+    still = replace(posts[1], video=clips.write(root / "still.mp4", frames=1))
+    assert torch.isfinite(score_labels(backbone, backbone.encode([still, posts[1]], "classify"))[0]).all()
+
+
+@with_torchvision
 def test_qwen3_vl_is_told_the_times_of_the_sampled_frames(root: Path, posts: list[Sample]) -> None:
     backbone = family_checks.load("qwen3_vl", root / "qwen3_vl")
     text = backbone.processor.tokenizer.decode(backbone.encode(posts[1:2], "classify")["input_ids"][0])

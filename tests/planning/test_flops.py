@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
 
 from distill.models.lora import LoraSettings, add_lora
-from distill.planning.flops import count_sounds, flops
+from distill.planning.flops import count_sounds, flops, saved_activations
 from tests.models import family_configs
 from tests.test_recipes import qwen_config
 
@@ -118,6 +118,9 @@ def test_the_audio_tower_counts_for_sounds_and_not_for_tokens() -> None:
     decoder = words.num_hidden_layers * (attention + 3 * hidden * words.intermediate_size)
     assert flops(model, tokens=1, logits=0) == 2 * decoder
     assert flops(model, tokens=0, logits=0, sounds=1, backward="all") == 3 * flops(model, tokens=0, logits=0, sounds=1)
+    saved = 2 * (4 * 2 * 32 + 2 * (32 + 48)) + 32 + 64
+    assert saved_activations(model, tokens=0, sounds=1, backward="all") == saved
+    assert saved_activations(model, tokens=0, sounds=1, backward="activations") == 0
 
 
 def test_the_positions_of_a_sound_are_half_the_steps_of_its_spectrogram() -> None:

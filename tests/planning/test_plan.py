@@ -1,5 +1,6 @@
 """The trainings of a chain before it runs: figures against counts by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distill.planning.workload import ChainForecast
 from distill.training.batches import encode, encode_tasks
 from distill.training.processes import process_count
 from tests import micro
+from tests.clip_files import write_clip
 from tests.test_recipes import qwen_config
 
 SERVER = {"base_url": "http://127.0.0.1:9/v1", "model": "big"}
@@ -126,3 +128,26 @@ def test_a_published_model_is_planned_without_its_weights(tmp_path: Path) -> Non
     layers = 2 * 2.775e9 * student.tokens[1].tokens  # all but the head of the 3B model, forward
     assert 2 * layers < student.flops[1] < 3 * layers < student.flops[0]
     assert student.source == "cached" and student.disk > 7168 * student.tokens[1].logits * student.rows
+
+
+def test_the_memory_of_a_batch_is_that_of_the_longest_sound(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, seconds in (("short", 1.0), ("long", 12.0)):
+        write_clip(data / f"{name}.wav", pitch=440, seconds=seconds)
+    rows: list[dict[str, Any]] = [
+        {"id": f"p{n:02}", "text": f"post {n:02}", "label": ("negative", "positive")[n % 2], "audio": "short.wav"}
+        for n in range(100)
+    ]
+    rows[2]["audio"] = "long.wav"  # not one of the posts that are tokenized
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for split, part in (("train", lines[:80]), ("validation", lines[80:90]), ("test", lines[90:])):
+        (data / f"{split}.jsonl").write_text("".join(part))
+    files = {"source": "jsonl", "validation": ["validation.jsonl"], "root": str(data)}
+    student = ALONE["student"] | {"model": micro.MODEL | {"tiny": micro.MODEL["tiny"] | {"audio_hidden": 32}}}
+    student |= {"tasks": {"classify": 1.0}}
+    content = {name: section for name, section in ALONE.items() if name != "annotate"}
+    found, _ = trainings(tmp_path, content | {"data": files, "student": student})
+    assert found["student"].tokens is not None
+    for counts in found["student"].tokens:
+        assert counts.longest == pytest.approx(counts.tokens + 11 * 25, abs=8)

@@ -22,14 +22,15 @@ def said(tmp_path: Path) -> Any:
     data = tmp_path / "data"
     data.mkdir()
     write(data / "a.mp4", frames=3, pitch=440)
-    for split in ("train", "validation", "test"):
-        rows = [
-            {"id": f"{split}{n}", "text": "words", "label": label} | ({"video": "a.mp4"} if n else {})
-            for n, label in enumerate(("negative", "neutral", "positive"))
-        ]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def check(model: dict[str, Any]) -> tuple[list[str], list[str]]:
+    def check(model: dict[str, Any], text: str = "words") -> tuple[list[str], list[str]]:
+        for split in ("train", "validation", "test"):
+            rows = [
+                {"id": f"{split}{n}", "text": "words" if n < 2 else text, "label": label}
+                | ({"video": "a.mp4"} if n else {})
+                for n, label in enumerate(("negative", "neutral", "positive"))
+            ]
+            (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = {"source": "jsonl", "root": str(data), "validation": ["validation.jsonl"]}
         content = {name: micro.RECORDED[name] for name in ("name", "seed", "trainer", "tracking")}
         content |= {
@@ -61,6 +62,15 @@ def test_a_model_that_cannot_hear_is_refused_unless_it_ignores_the_sound(said: A
             "student.model.audio is ignore: the sounds of 6 posts are left out",
         ],
     )
+
+
+def test_posts_of_which_nothing_is_left_are_counted(said: Any) -> None:
+    assert said(HEARS | {"video": "ignore"}, text="")[1] == [
+        "student.model.video is ignore: the videos of 6 posts are left out"
+    ]
+    assert said(micro.MODEL | IGNORED, text="")[1][2:] == [
+        "student.model is given nothing of 3 posts without text, such as train2"
+    ]
 
 
 def test_a_model_of_text_is_refused_unless_it_ignores_the_videos(

@@ -11,6 +11,8 @@ import transformers as t
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
+from tests import micro
+from tests.commands import Command
 from tests.models.family_folders import write as write_family
 from tests.models.family_table import FAMILIES
 from tests.stages.preflight_runs import pretrained, refused
@@ -72,23 +74,44 @@ def test_an_attention_implementation_that_the_family_does_not_have(refused: Refu
     assert message == "student.model.attention: Gemma2Model does not support sdpa; use eager"
 
 
-def test_posts_without_a_picture_that_the_family_needs(refused: Refused, tmp_path: Path) -> None:
-    path = str(write_family(FAMILIES["paligemma"], tmp_path / "model"))
-    data = tmp_path / "data"
-    data.mkdir()
-    Image.new("RGB", (56, 56)).save(data / "a.png")
+def pictured(folder: Path, without: str = "") -> dict[str, Any]:
+    """The settings of nine posts with a picture each, except one of this split."""
+    folder.mkdir()
+    Image.new("RGB", (56, 56)).save(folder / "a.png")
     for split in ("train", "validation", "test"):
         rows = [{"id": f"{split}{n}", "text": f"{split} {n}", "label": "neutral", "image": "a.png"} for n in range(3)]
-        if split == "validation":
+        if split == without:
             del rows[1]["image"]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {split: [f"{split}.jsonl"] for split in ("train", "validation", "test")}
-    message = refused(
-        data={"source": "jsonl", "root": str(data)} | files, student__model=pretrained(path, image_size=56)
-    )
+    return {"source": "jsonl", "root": str(folder)} | files
+
+
+def test_posts_without_a_picture_that_the_family_needs(refused: Refused, tmp_path: Path) -> None:
+    path = str(write_family(FAMILIES["paligemma"], tmp_path / "model"))
+    message = refused(data=pictured(tmp_path / "data", "validation"), student__model=pretrained(path, image_size=56))
     assert message == (
         "student.model.path: PaliGemma needs a picture in each post; 1 of 9 posts have none, such as validation1"
     )
+
+
+def test_pictures_that_the_family_needs_are_left_out_neither_in_training_nor_in_evaluation(
+    distill: Command, tmp_path: Path
+) -> None:
+    path = str(write_family(FAMILIES["paligemma"], tmp_path / "model"))
+    student = {"model": pretrained(path, image_size=56), "tasks": {"classify": 1.0}, "hard_labels_baseline": False}
+    student |= {"distillation": {"weight": 0.0}, "trainer": {"max_epochs": 1}}
+    content = {name: micro.RECORDED[name] for name in ("name", "seed", "trainer", "tracking")} | {
+        "data": pictured(tmp_path / "data"), "student": student, "evaluate": {"modalities": True},
+    }  # fmt: skip
+    result = distill("run", "--config", micro.write(tmp_path, content, data__drop_modality={"images": 0.5}))
+    assert (result.status, result.error) == (
+        2, "student.model.path: PaliGemma needs a picture in each post; remove images from data.drop_modality"
+    )  # fmt: skip
+    result = distill("run", "--config", micro.write(tmp_path, content, data__drop_modality={"text": 0.5}))
+    assert result.status == 0, result.stderr
+    metrics = json.loads((tmp_path / "runs/micro/evaluate/metrics.json").read_text())
+    assert [name for name in metrics if "without" in name] == ["student_without_text"]
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")

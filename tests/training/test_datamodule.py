@@ -140,10 +140,10 @@ CLIP = Sample(
 )
 
 
-def dropped(samples: list[Sample], drop: dict[str, float], epoch: int = 0) -> list[Sample]:
+def dropped(samples: list[Sample], drop: dict[str, float], epoch: int = 0, ignored: str = "") -> list[Sample]:
     sampler = LengthGroupedSampler(samples, 1, 0, 7, 4)
     sampler.set_epoch(epoch)
-    return list(TrainingPosts(samples, drop, sampler))
+    return list(TrainingPosts(samples, drop, sampler, lambda name: name != ignored))
 
 
 def test_modalities_are_left_out_with_their_probabilities_independently_and_anew_in_each_epoch() -> None:
@@ -165,6 +165,9 @@ def test_one_modality_is_always_left_and_posts_without_a_label_stay_whole() -> N
     found = dropped(posts, drop)
     assert all(sample.modalities for sample in found)
     assert {sample.modalities for sample in found} >= {(name,) for name in drop}
+    assert all(set(post.modalities) - {"audio"} for post in dropped(posts, drop, ignored="audio"))
+    unheard = Sample("s", "", label="neutral", audio=Path("a.wav"))
+    assert dropped([unheard], drop, ignored="audio") == [unheard]
     assert dropped([Sample("t", "words", label="neutral")], drop) == [Sample("t", "words", label="neutral")]
     assert dropped([replace(CLIP, label=None)], drop) == [replace(CLIP, label=None)]
 
