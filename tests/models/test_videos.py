@@ -10,6 +10,7 @@ from transformers.utils import is_torchvision_available
 from distill.errors import SettingsError
 from distill.models import families
 from distill.models.backbone import Backbone
+from distill.models.scoring import score_labels
 from distill.task.labels import LabelSpace
 from distill.task.sample import Media, Sample
 from tests.models import clips, family_checks
