@@ -300,12 +300,7 @@ def test_killed_twice_it_gives_the_same_as_at_once(
         assert one["label"] == other["label"] and one["uncertainty"] == pytest.approx(other["uncertainty"], abs=1e-4)
 
 
-def test_results_of_other_posts_are_not_continued(
-    folder: Path,
-    posts: list[dict],
-    root: Path,
-    tmp_path: Path,
-) -> None:
+def test_results_of_other_posts_are_not_continued(folder: Path, posts: list[dict], root: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "new.jsonl", posts)
     with ended_by(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         predict.predict(folder, source, tmp_path / "out.csv", images=root)
@@ -341,12 +336,8 @@ def test_what_cannot_work_is_refused_and_writes_nothing(
     distill: Command,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, content in {
-        "new.jsonl": '{"text": "a"}',
-        "new.txt": "a",
-        "broken.parquet": "PAR1",
-        "other.csv": "a,b\n1,2",
-    }.items():
+    files = {"new.jsonl": '{"text": "a"}', "new.txt": "a", "broken.parquet": "PAR1", "other.csv": "a,b\n1,2"}
+    for name, content in files.items():
         Path(name).write_text(content)
     before = sorted(tmp_path.rglob("*"))
     options = {"--run": str(folder), "--input": "new.jsonl", "--output": "out.csv"} | changes
