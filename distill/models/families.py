@@ -25,6 +25,8 @@ class Family:
         video: how videos are given to the model, unless `model.video` says otherwise: as pictures, or as it was trained
             on them.
         same_frames: whether all videos of a batch must have the same number of frames.
+        frames_as_images: whether the processor writes the frames of a video as images into the text. Each message is
+            then processed alone, since the text of a short video would name the number of frames of the longest.
         audio: whether it hears.
         audio_window: whether each sound must fill the window of the feature extractor.
         note: what a user should know, for the documentation.
@@ -36,6 +38,7 @@ class Family:
     needs_picture: bool = False
     video: Literal["frames", "video"] = "frames"
     same_frames: bool = False
+    frames_as_images: bool = False
     audio: bool = False
     audio_window: bool = False
     note: str = ""
@@ -64,7 +67,7 @@ FAMILIES = {
     "llava_onevision": Family("LLaVA-OneVision", video="video", same_frames=True),
     "internvl": Family("InternVL"),
     "idefics3": Family("Idefics3"),
-    "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),
+    "smolvlm": Family("SmolVLM", video="video", frames_as_images=True, note="needs the package `num2words`"),
     "mistral3": Family("Mistral 3"),
     "gemma3": Family("Gemma 3", packs=False, note="attends both ways within a picture"),
     "paligemma": _PALIGEMMA,

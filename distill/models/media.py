@@ -15,6 +15,7 @@ from distill.data.clips import RATE, ClipReader, Frames
 from distill.data.images import resized
 from distill.errors import SettingsError
 from distill.models.families import Family
+from distill.models.packing import Features
 from distill.models.pretrained import ModelSettings
 from distill.task.sample import Media
 
@@ -88,6 +89,11 @@ class MediaReader:
                 f"model.video: {self._family.name} needs torchvision for videos, in the version that belongs to torch "
                 f"{torch.__version__}: pip install torchvision; or set it to frames"
             )
+        if media.video and self.video == "video" and self._family.frames_as_images and self._sizes_differ():
+            raise SettingsError(
+                f"model.video must be frames: the processor of this {self._family.name} makes images and frames of "
+                "videos in different sizes"
+            )
         if media.audio and not self.audio and self._settings.audio != "ignore":
             raise SettingsError(
                 f"model.audio must be ignore: {self._family.name} is no family that hears, and posts have sound, "
@@ -120,6 +126,21 @@ class MediaReader:
             loaded.sounds.append(np.pad(sound, (0, max(0, _SHORTEST - len(sound)))))
         return loaded
 
+    def groups(self, batch: Sequence[Loaded]) -> list[slice]:
+        """The parts of B messages that are given to the processor together."""
+        if self._family.frames_as_images and any(loaded.videos for loaded in batch):
+            return [slice(row, row + 1) for row in range(len(batch))]
+        return [slice(None)]
+
+    def process(self, **arguments: Any) -> Features:
+        """The tensors of the processor; where it makes frames images, those of the images of the message as well."""
+        features: Features = dict(self._processor(**arguments))
+        if self._family.frames_as_images and arguments["images"] and "videos" in arguments:
+            images = self._processor.image_processor(arguments["images"], return_tensors="pt")
+            for name in ("pixel_values", "pixel_attention_mask"):
+                features[name] = torch.cat([images[name], features[name]], 1)  # the processor keeps the frames only
+        return features
+
     def arguments(self, batch: Sequence[Loaded]) -> dict[str, Any]:
         """The arguments of the processor for the media of B messages.
 
@@ -136,6 +157,10 @@ class MediaReader:
             arguments["audio"] = sounds
             arguments["audio_kwargs"] = {"sampling_rate": RATE} | self._audio_length(max(map(len, sounds)))
         return arguments
+
+    def _sizes_differ(self) -> bool:
+        sizes = [getattr(self._processor, f"{name}_processor").max_image_size for name in ("image", "video")]
+        return bool(sizes[0]["longest_edge"] != sizes[1]["longest_edge"])
 
     def _filled(self, frames: Frames) -> Frames:
         """Frames as many as are sampled of a long video; the last one is repeated."""

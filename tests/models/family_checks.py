@@ -110,7 +110,7 @@ def generates(backbone: Backbone, samples: Sequence[Sample]) -> None:
         arguments = media.arguments([media.load(sample.media)])
         arguments.get("audio_kwargs", {}).pop("max_length", None)  # padded as the processor does it
         special = not text.startswith(backbone.processor.tokenizer.bos_token or " ")
-        inputs = backbone.processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
+        inputs = media.process(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
         inputs.pop("labels", None)
         output = backbone.model.generate(**inputs, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)  # type: ignore[operator]
         new = output[0, inputs["input_ids"].shape[1] :]

@@ -53,7 +53,10 @@ IDEFICS = {
     "size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}, "do_image_splitting": False,
     "options": {"image_seq_len": 4},
 }  # fmt: skip
-SMOLVLM = _processor("SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor", **IDEFICS)
+SMOLVLM = _processor(
+    "SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor", **IDEFICS,
+    frames={"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}},
+)  # fmt: skip
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>")
 MOLMO_TOKENS = (
     "<|image|>", "<|video|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
@@ -144,7 +147,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "smolvlm": TinyFamily(
         configs.smolvlm, SMOLVLM, "<image>",
-        more_tokens=IDEFICS_TOKENS,
+        more_tokens=IDEFICS_TOKENS, video="<video>",
     ),
     "mistral3": TinyFamily(
         configs.mistral3, PIXTRAL | {"spatial_merge_size": 2}, "[IMG]", more_tokens=PIXTRAL_TOKENS
