@@ -29,6 +29,8 @@ class Family:
             then processed alone, since the text of a short video would name the number of frames of the longest.
         audio: whether it hears.
         audio_window: whether each sound must fill the window of the feature extractor.
+        audio_seconds: the longest sound of a family whose feature extractor does not say it and pads sounds to the
+            longest of the batch; longer ones are cut.
         note: what a user should know, for the documentation.
     """
 
@@ -41,6 +43,7 @@ class Family:
     frames_as_images: bool = False
     audio: bool = False
     audio_window: bool = False
+    audio_seconds: int | None = None
     note: str = ""
 
 
@@ -70,6 +73,12 @@ FAMILIES = {
     "smolvlm": Family("SmolVLM", video="video", frames_as_images=True, note="needs the package `num2words`"),
     "mistral3": Family("Mistral 3"),
     "gemma3": Family("Gemma 3", packs=False, note="attends both ways within a picture"),
+    "gemma3n": Family(
+        "Gemma 3n",
+        audio=True,
+        audio_seconds=30,
+        note="needs `timm` and torchvision; hears the first 30 seconds of a sound",
+    ),
     "paligemma": _PALIGEMMA,
     "minicpmv4_6": Family("MiniCPM-V", note=_HYBRID),
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),

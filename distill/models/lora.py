@@ -23,6 +23,9 @@ ALL_LINEAR = "all-linear"
 EARLIER_TARGETS = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
 """The default of earlier versions: the same layers of the usual decoders, in models of images and text."""
 
+_READ_DIRECTLY = "correction_coefs"
+"""Linear layers of Gemma 3n whose weights are multiplied in training without a call of the layer and its adapter."""
+
 
 @dataclass
 class LoraSettings(Settings):
@@ -181,11 +184,13 @@ def _config(model: Any, lora: LoraSettings) -> LoraConfig:
 
 
 def _linear_layers(model: Any) -> tuple[str, list[str]]:
-    """The name of the language model, and those of its linear layers; the output head is none of them."""
+    """The name of the language model, and those of its linear layers that can be adapted, without the output head."""
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     return prefix, [
-        f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != _READ_DIRECTLY
     ]
 
 

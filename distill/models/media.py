@@ -25,6 +25,9 @@ _CLOCK = 1000
 _SHORTEST = RATE // 10
 """Samples to which shorter sounds are filled up: from a few samples, no audio token is made."""
 
+_SILENCE = RATE // 5
+"""Samples of silence after the longest sound, so that it ends as in a batch with a longer one."""
+
 
 class Loaded(NamedTuple):
     """The media of one message.
@@ -171,18 +174,20 @@ class MediaReader:
             images=frames.images + frames.images[-1:] * missing, times=frames.times + frames.times[-1:] * missing
         )
 
-    def _audio_length(self, longest: int) -> dict[str, int]:
+    def _audio_length(self, longest: int) -> dict[str, Any]:
         """The length to which sounds are padded, in place of that of the feature extractor, 30 or 300 seconds.
 
         One window of silence after the longest sound keeps its spectrogram what it is with the full padding.
         """
         if self._family.audio_window:
             return {}
+        if most := (self._family.audio_seconds or 0) * RATE:  # padded to the longest, rounded up to this multiple
+            return {"pad_to_multiple_of": min(most, longest + _SILENCE)}
         extractor = self._processor.feature_extractor
-        hop, window, most = (getattr(extractor, name, None) for name in ("hop_length", "n_fft", "n_samples"))
-        if not (hop and window and most):
+        hop, window, limit = (getattr(extractor, name, None) for name in ("hop_length", "n_fft", "n_samples"))
+        if not (hop and window and limit):
             return {}
-        return {"max_length": min(most, -(-(longest + window) // hop) * hop)}
+        return {"max_length": min(limit, -(-(longest + window) // hop) * hop)}
 
     def _picture(self, picture: Path | np.ndarray) -> Image.Image:
         size = self._settings.image_size

@@ -160,6 +160,21 @@ FAMILIES: dict[str, TinyFamily] = {
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         bos="<bos>",
     ),
+    "gemma3n": TinyFamily(
+        configs.gemma3n,
+        _processor(
+            "Gemma3nProcessor", "SiglipImageProcessor", size=SQUARE, options={
+                "feature_extractor": {"feature_extractor_type": "Gemma3nAudioFeatureExtractor", "feature_size": 16},
+                "image_seq_length": 4, "audio_seq_length": 188,
+            },
+        ),
+        "<image_soft_token>",
+        {
+            "boi_token": "<start_of_image>", "boa_token": "<start_of_audio>", "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>",
+        },
+        bos="<bos>", audio="<audio_soft_token>",
+    ),
     "paligemma": TinyFamily(configs.paligemma("gemma"), PALIGEMMA, "<image>", {"image_token": "<image>"},
         bos="<bos>", pictures=(1, 2, 1, 1),
     ),
