@@ -28,6 +28,7 @@ class Family:
         frames_as_images: whether the processor writes the frames of a video as images into the text. Each message is
             then processed alone, since the text of a short video would name the number of frames of the longest.
         audio: whether it hears.
+        audio_by_picture: whether it hears sounds otherwise if there are pictures in the batch.
         audio_window: whether each sound must fill the window of the feature extractor.
         audio_seconds: the longest sound of a family whose feature extractor does not say it and pads sounds to the
             longest of the batch; longer ones are cut.
@@ -42,6 +43,7 @@ class Family:
     same_frames: bool = False
     frames_as_images: bool = False
     audio: bool = False
+    audio_by_picture: bool = False
     audio_window: bool = False
     audio_seconds: int | None = None
     note: str = ""
@@ -84,6 +86,12 @@ FAMILIES = {
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
     "lfm2_vl": Family("LFM2-VL", note=_HYBRID),
     "mllama": Family("Llama 3.2 Vision", needs_picture=True, note=_CROSS),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        audio=True,
+        audio_by_picture=True,
+        note="its published adapters are not loaded, see below",
+    ),
     "llama": Family("Llama, SmolLM 1 and 2"),
     "qwen3": Family("Qwen3"),
     "gemma3_text": Family("Gemma 3, text"),

@@ -23,8 +23,9 @@ ALL_LINEAR = "all-linear"
 EARLIER_TARGETS = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
 """The default of earlier versions: the same layers of the usual decoders, in models of images and text."""
 
-_READ_DIRECTLY = "correction_coefs"
-"""Linear layers of Gemma 3n whose weights are multiplied in training without a call of the layer and its adapter."""
+_NOT_ADAPTED = re.compile(r"(^|\.)(correction_coefs$|embed_tokens_extend\.)")
+"""Linear layers of Gemma 3n that are read in training without a call of the layer and its adapter, and the towers of
+Phi-4-multimodal, which are part of its decoder."""
 
 
 @dataclass
@@ -190,7 +191,7 @@ def _linear_layers(model: Any) -> tuple[str, list[str]]:
     return prefix, [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != _READ_DIRECTLY
+        if isinstance(module, torch.nn.Linear) and not _NOT_ADAPTED.search(name)
     ]
 
 

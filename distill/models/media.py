@@ -58,6 +58,7 @@ class MediaReader:
     def __init__(self, processor: Any, settings: ModelSettings, family: Family, clips: ClipReader) -> None:
         self._processor, self._settings, self._family, self.clips = processor, settings, family, clips
         self._sees = processor.image_processor is not None
+        self._extractor: Any = getattr(processor, "audio_processor", getattr(processor, "feature_extractor", None))
         if settings.video == "video" and family.video != "video":
             raise SettingsError(f"model.video must be frames: {family.name} takes videos as pictures only")
         self.images = settings.images and self._sees
@@ -101,6 +102,14 @@ class MediaReader:
             raise SettingsError(
                 f"model.audio must be ignore: {self._family.name} is no family that hears, and posts have sound, "
                 "which is then left out"
+            )
+
+        shown = (media.images and self.images) or (media.video and self.video != "ignore")
+        sees = self.images or self.video != "ignore"
+        if self._family.audio_by_picture and media.audio and self.audio and sees and not shown:
+            raise SettingsError(
+                f"model.audio must be ignore: {self._family.name} hears sounds beside pictures with other weights, and "
+                "posts have sound without a picture or video; or set model.images to false and model.video to ignore"
             )
 
     def load(self, media: Media) -> Loaded:
@@ -183,7 +192,7 @@ class MediaReader:
             return {}
         if most := (self._family.audio_seconds or 0) * RATE:  # padded to the longest, rounded up to this multiple
             return {"pad_to_multiple_of": min(most, longest + _SILENCE)}
-        extractor = self._processor.feature_extractor
+        extractor = self._extractor
         hop, window, limit = (getattr(extractor, name, None) for name in ("hop_length", "n_fft", "n_samples"))
         if not (hop and window and limit):
             return {}
@@ -204,7 +213,7 @@ class MediaReader:
         if self.video == "video":
             parts.append(self._processor.video_processor.to_dict())
         if self.audio:
-            parts.append(self._processor.feature_extractor.to_dict())
+            parts.append(self._extractor.to_dict())
         return json.dumps(parts, sort_keys=True, default=str)
 
 

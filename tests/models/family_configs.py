@@ -261,3 +261,16 @@ def mllama(size: int, ids: Ids) -> Any:
     picture = vision(num_global_layers=1, intermediate_layers_indices=[0, 1], vision_output_dim=96, attention_heads=2)
     picture.pop("num_attention_heads")
     return t.MllamaConfig(text_config=words, vision_config=picture, image_token_index=ids("<|image|>"))
+
+
+def phi4_multimodal(size: int, ids: Ids) -> Any:
+    words = text("phi4_multimodal", size, ids)
+    words.pop("head_dim"), words.pop("model_type")
+    sound = {
+        "hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 2, "input_size": 16,
+        "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8,
+        "audio_token_id": ids("<|endoftext11|>"),
+    }  # fmt: skip
+    picture = vision(image_size=448, image_token_id=ids("<|endoftext10|>"))
+    picture.pop("initializer_range")
+    return t.Phi4MultimodalConfig(**words, vision_config=picture, audio_config=sound)

@@ -204,6 +204,17 @@ FAMILIES: dict[str, TinyFamily] = {
         configs.mllama, MLLAMA, "<|image|>",
         {"image_token": "<|image|>"}, ("<|python_tag|>",), bos="<|begin_of_text|>", pictures=(1, 1, 1, 1),
     ),
+    "phi4_multimodal": TinyFamily(
+        configs.phi4_multimodal,
+        _processor(
+            "Phi4MultimodalProcessor", "Phi4MultimodalImageProcessor",
+            options={
+                "feature_extractor": {"feature_extractor_type": "Phi4MultimodalFeatureExtractor", "feature_size": 16},
+            },
+        ),
+        "<|endoftext10|>", {"image_token": "<|endoftext10|>", "audio_token": "<|endoftext11|>"},
+        audio="<|endoftext11|>", pictures=(1, 0, 2, 1),
+    ),
     "llama": TinyFamily(configs.text_only("llama"), {}, "", pictures=(0, 0, 0, 0)),
     "qwen3": TinyFamily(configs.text_only("qwen3"), {}, "", pictures=(0, 0, 0, 0)),
     "gemma3_text": TinyFamily(

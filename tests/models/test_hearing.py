@@ -1,18 +1,23 @@
 """Sounds in the families that hear; the checks of `family_checks.py` have short sounds only."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers.utils import is_timm_available
 
+from distill.data.clips import ClipReader
 from distill.errors import SettingsError
 from distill.models import families
 from distill.models.backbone import Backbone, ModelSettings
+from distill.models.media import MediaReader
 from distill.models.pretrained import on_meta
 from distill.models.scoring import score_labels
-from distill.task.sample import Sample
+from distill.task.sample import Media, Sample
 from tests.models import clips, family_checks
 from tests.models.family_table import FAMILIES
 
@@ -27,10 +32,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
     def loaded(kind: str) -> Backbone:
         try:
-            models[kind] = models.get(kind) or family_checks.load(kind, root / kind)
+            found = models[kind] = models.get(kind) or family_checks.load(kind, root / kind)
         except SettingsError as error:
             pytest.skip(str(error))
-        return models[kind]
+        settings = replace(found.settings, images=False, video="ignore")
+        return Backbone(found.model, found.processor, family_checks.LABELS, settings)
 
     return loaded
 
@@ -55,6 +61,22 @@ def test_the_answer_changes_with_the_sound(kind: str, load: Load, sounds: list[S
     backbone = load(kind)
     found, _ = score_labels(backbone, backbone.encode(sounds[-4:], "classify"))
     assert all(not torch.allclose(found[0], other, atol=1e-6) for other in found[1:])
+
+
+@pytest.mark.parametrize("given", [{}, {"images": False}, {"video": "ignore"}])
+def test_phi_4_refuses_sounds_without_pictures_where_posts_could_have_pictures(given: dict[str, Any]) -> None:
+    settings = ModelSettings("phi", **given)
+    processor = SimpleNamespace(image_processor=object())
+    media = MediaReader(processor, settings, families.FAMILIES["phi4_multimodal"], ClipReader())
+    sound, video, picture = Path("a.wav"), Path("a.mp4"), (Path("a.png"),)
+    media.check(Media(picture if media.images else (), video if media.video != "ignore" else None, sound))
+    media.check(Media(picture, video))
+    with pytest.raises(SettingsError) as refused:
+        media.check(Media((), None, sound))
+    assert str(refused.value) == (
+        "model.audio must be ignore: Phi-4-multimodal hears sounds beside pictures with other weights, and posts have "
+        "sound without a picture or video; or set model.images to false and model.video to ignore"
+    )
 
 
 def test_gemma_3n_hears_the_first_30_seconds(load: Load, tmp_path: Path) -> None:
