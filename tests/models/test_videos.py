@@ -58,13 +58,17 @@ def test_qwen3_vl_is_told_the_times_of_the_sampled_frames(root: Path, posts: lis
 
 
 @with_torchvision
-def test_smolvlm_is_given_what_its_processor_makes_of_each_message(root: Path, posts: list[Sample]) -> None:
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_smolvlm_is_given_what_its_processor_makes_of_each_message(tiles: int, root: Path, posts: list[Sample]) -> None:
     """In one batch: a picture, three frames, five frames, two pictures and five frames, and text alone."""
     backbone = family_checks.load("smolvlm", root / "smolvlm")
     encoder, processor = backbone.encoder, backbone.processor
+    if tiles > 1:
+        processor.image_processor.do_image_splitting, processor.image_processor.size = True, {"longest_edge": 112}
+        family_checks.mixes_posts(backbone, posts)
     prompts = [("words " * (index + 1), post.media) for index, post in enumerate(posts)]
     batch = encoder.encode(prompts)
-    for row, ((text, media), count) in enumerate(zip(prompts, (1, 3, 5, 7, 0), strict=True)):
+    for row, ((text, media), count) in enumerate(zip(prompts, (tiles, 3, 5, 2 * tiles + 5, 0), strict=True)):
         arguments = encoder.media.arguments([encoder.media.load(media)])
         alone = processor(text=[encoder.render(text, media)], return_tensors="pt", **arguments)
         mask = batch["attention_mask"][row].bool()
