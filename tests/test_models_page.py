@@ -44,10 +44,10 @@ def test_a_row_says_what_the_code_says(kind: str) -> None:
 def test_which_processors_load_without_torchvision(kind: str, tmp_path: Path) -> None:
     cell = ROWS["llava" if kind == "pixtral" else kind][6]
     expected = {"llava": "LLaVA yes", "pixtral": "Pixtral no"}.get(kind, cell)
-    folder = write(FAMILIES[kind], tmp_path)
     try:
+        folder = write(FAMILIES[kind], tmp_path)
         processor_class(FAMILIES[kind].config(4000, lambda token: 7), str(folder))
         found = True
-    except SettingsError:
+    except (SettingsError, ImportError):  # Gemma 3n needs timm, and timm torchvision
         found = False
     assert expected in cell and found == expected.endswith("yes")

@@ -224,22 +224,36 @@ class Encoder:
             SettingsError: the processor refuses the messages, or their media.
         """
         texts = [self._render(text, loaded[media]) for text, media in prompts]
-        arguments = self.media.arguments([loaded[media] for _, media in prompts])
+        batch = [loaded[media] for _, media in prompts]
+        calls = [{"text": texts[part]} | self.media.arguments(batch[part]) for part in self.media.groups(batch)]
         special = not self.starts_with_bos(texts[0])
         options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         try:
-            features = dict(self.processor(text=texts, **arguments, **options))
+            features = self._joined_features([self.media.process(**call, **options) for call in calls])
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            most = max(len(loaded[media].pictures) for _, media in prompts)
+            most = max(len(message.pictures) for message in batch)
             raise SettingsError(
                 f"model.path: the processor does not take posts with {most} images and image_size "
                 f"{self.image_size}: {reason}"
             ) from error
         features.pop("labels", None)  # some processors add labels that ignore all tokens
         return features
+
+    def _joined_features(self, rows: Sequence[Features]) -> Features:
+        """The features of single messages as those of a batch; fewer tokens and pictures are padded."""
+        if len(rows) == 1:
+            return rows[0]
+        empty = {name: values[0, :0] for row in rows for name, values in row.items()}
+        paddings = {"input_ids": self.processor.tokenizer.pad_token_id}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [row[name][0] if name in row else none for row in rows], True, paddings.get(name, 0)
+            )
+            for name, none in empty.items()
+        }
 
     def _prompt_tokens(self, prompts: Sequence[Prompt], loaded: Mapping[Media, Loaded]) -> list[list[int]]:
         """The tokens of messages before the placeholders of their media are expanded."""

@@ -25,8 +25,13 @@ class Family:
         video: how videos are given to the model, unless `model.video` says otherwise: as pictures, or as it was trained
             on them.
         same_frames: whether all videos of a batch must have the same number of frames.
+        frames_as_images: whether the processor writes the frames of a video as images into the text. Each message is
+            then processed alone, since the text of a short video would name the number of frames of the longest.
         audio: whether it hears.
+        audio_by_picture: whether it hears sounds otherwise if there are pictures in the batch.
         audio_window: whether each sound must fill the window of the feature extractor.
+        audio_seconds: the longest sound of a family whose feature extractor does not say it and pads sounds to the
+            longest of the batch; longer ones are cut.
         note: what a user should know, for the documentation.
     """
 
@@ -36,8 +41,11 @@ class Family:
     needs_picture: bool = False
     video: Literal["frames", "video"] = "frames"
     same_frames: bool = False
+    frames_as_images: bool = False
     audio: bool = False
+    audio_by_picture: bool = False
     audio_window: bool = False
+    audio_seconds: int | None = None
     note: str = ""
 
 
@@ -64,14 +72,26 @@ FAMILIES = {
     "llava_onevision": Family("LLaVA-OneVision", video="video", same_frames=True),
     "internvl": Family("InternVL"),
     "idefics3": Family("Idefics3"),
-    "smolvlm": Family("SmolVLM", note="needs the package `num2words`"),
+    "smolvlm": Family("SmolVLM", video="video", frames_as_images=True, note="needs the package `num2words`"),
     "mistral3": Family("Mistral 3"),
     "gemma3": Family("Gemma 3", packs=False, note="attends both ways within a picture"),
+    "gemma3n": Family(
+        "Gemma 3n",
+        audio=True,
+        audio_seconds=30,
+        note="needs `timm` and torchvision; hears the first 30 seconds of a sound",
+    ),
     "paligemma": _PALIGEMMA,
     "minicpmv4_6": Family("MiniCPM-V", note=_HYBRID),
     "molmo2": Family("Molmo2", packs=False, note="attends both ways within a picture"),
     "lfm2_vl": Family("LFM2-VL", note=_HYBRID),
     "mllama": Family("Llama 3.2 Vision", needs_picture=True, note=_CROSS),
+    "phi4_multimodal": Family(
+        "Phi-4-multimodal",
+        audio=True,
+        audio_by_picture=True,
+        note="its published adapters are not loaded, see below",
+    ),
     "llama": Family("Llama, SmolLM 1 and 2"),
     "qwen3": Family("Qwen3"),
     "gemma3_text": Family("Gemma 3, text"),

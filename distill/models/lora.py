@@ -23,6 +23,10 @@ ALL_LINEAR = "all-linear"
 EARLIER_TARGETS = r".*(language_model|text_model).*\.(q|k|v|o|gate|up|down)_proj"
 """The default of earlier versions: the same layers of the usual decoders, in models of images and text."""
 
+_NOT_ADAPTED = re.compile(r"(^|\.)(correction_coefs$|embed_tokens_extend\.)")
+"""Linear layers of Gemma 3n that are read in training without a call of the layer and its adapter, and the towers of
+Phi-4-multimodal, which are part of its decoder."""
+
 
 @dataclass
 class LoraSettings(Settings):
@@ -181,11 +185,13 @@ def _config(model: Any, lora: LoraSettings) -> LoraConfig:
 
 
 def _linear_layers(model: Any) -> tuple[str, list[str]]:
-    """The name of the language model, and those of its linear layers; the output head is none of them."""
+    """The name of the language model, and those of its linear layers that can be adapted, without the output head."""
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     return prefix, [
-        f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and not _NOT_ADAPTED.search(name)
     ]
 
 

@@ -15,6 +15,7 @@ from distill.data.clips import RATE, ClipReader, Frames
 from distill.data.images import resized
 from distill.errors import SettingsError
 from distill.models.families import Family
+from distill.models.packing import Features
 from distill.models.pretrained import ModelSettings
 from distill.task.sample import Media
 
@@ -23,6 +24,9 @@ _CLOCK = 1000
 
 _SHORTEST = RATE // 10
 """Samples to which shorter sounds are filled up: from a few samples, no audio token is made."""
+
+_SILENCE = RATE // 5
+"""Samples of silence after the longest sound, so that it ends as in a batch with a longer one."""
 
 
 class Loaded(NamedTuple):
@@ -54,6 +58,7 @@ class MediaReader:
     def __init__(self, processor: Any, settings: ModelSettings, family: Family, clips: ClipReader) -> None:
         self._processor, self._settings, self._family, self.clips = processor, settings, family, clips
         self._sees = processor.image_processor is not None
+        self._extractor: Any = getattr(processor, "audio_processor", getattr(processor, "feature_extractor", None))
         if settings.video == "video" and not (settings.path and family.video == "video"):
             name = family.name if settings.path else "a tiny model"
             raise SettingsError(f"model.video must be frames: {name} takes videos as pictures only")
@@ -97,10 +102,23 @@ class MediaReader:
                 f"model.video: {self._family.name} needs torchvision for videos, in the version that belongs to torch "
                 f"{torch.__version__}: pip install torchvision; or set it to frames"
             )
+        if media.video and self.video == "video" and self._family.frames_as_images and self._sizes_differ():
+            raise SettingsError(
+                f"model.video must be frames: the processor of this {self._family.name} makes images and frames of "
+                "videos in different sizes"
+            )
         if media.audio and not self.audio and self._settings.audio != "ignore":
             raise SettingsError(
                 f"model.audio must be ignore: {self._family.name} is no family that hears, and posts have sound, "
                 "which is then left out"
+            )
+
+        shown = (media.images and self.images) or (media.video and self.video != "ignore")
+        sees = self.images or self.video != "ignore"
+        if self._family.audio_by_picture and media.audio and self.audio and sees and not shown:
+            raise SettingsError(
+                f"model.audio must be ignore: {self._family.name} hears sounds beside pictures with other weights, and "
+                "posts have sound without a picture or video; or set model.images to false and model.video to ignore"
             )
 
     def load(self, media: Media) -> Loaded:
@@ -129,6 +147,21 @@ class MediaReader:
             loaded.sounds.append(np.pad(sound, (0, max(0, _SHORTEST - len(sound)))))
         return loaded
 
+    def groups(self, batch: Sequence[Loaded]) -> list[slice]:
+        """The parts of B messages that are given to the processor together."""
+        if self._family.frames_as_images and any(loaded.videos for loaded in batch):
+            return [slice(row, row + 1) for row in range(len(batch))]
+        return [slice(None)]
+
+    def process(self, **arguments: Any) -> Features:
+        """The tensors of the processor; where it makes frames images, those of the images of the message as well."""
+        features: Features = dict(self._processor(**arguments))
+        if self._family.frames_as_images and arguments["images"] and "videos" in arguments:
+            images = self._processor.image_processor(arguments["images"], return_tensors="pt")
+            for name in ("pixel_values", "pixel_attention_mask"):
+                features[name] = torch.cat([images[name], features[name]], 1)  # the processor keeps the frames only
+        return features
+
     def arguments(self, batch: Sequence[Loaded]) -> dict[str, Any]:
         """The arguments of the processor for the media of B messages.
 
@@ -146,6 +179,10 @@ class MediaReader:
             arguments["audio_kwargs"] = {"sampling_rate": RATE} | self._audio_length(max(map(len, sounds)))
         return arguments
 
+    def _sizes_differ(self) -> bool:
+        sizes = [getattr(self._processor, f"{name}_processor").max_image_size for name in ("image", "video")]
+        return bool(sizes[0]["longest_edge"] != sizes[1]["longest_edge"])
+
     def _filled(self, frames: Frames) -> Frames:
         """Frames as many as the family needs, at most those that are sampled of a long video; the last is repeated."""
         needed = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1  # Qwen3-VL takes no fewer
@@ -158,18 +195,20 @@ class MediaReader:
             images=frames.images + frames.images[-1:] * missing, times=frames.times + frames.times[-1:] * missing
         )
 
-    def _audio_length(self, longest: int) -> dict[str, int]:
+    def _audio_length(self, longest: int) -> dict[str, Any]:
         """The length to which sounds are padded, in place of that of the feature extractor, 30 or 300 seconds.
 
         One window of silence after the longest sound keeps its spectrogram what it is with the full padding.
         """
         if self._family.audio_window:
             return {}
-        extractor = self._processor.feature_extractor
-        hop, window, most = (getattr(extractor, name, None) for name in ("hop_length", "n_fft", "n_samples"))
-        if not (hop and window and most):
+        if most := (self._family.audio_seconds or 0) * RATE:  # padded to the longest, rounded up to this multiple
+            return {"pad_to_multiple_of": min(most, longest + _SILENCE)}
+        extractor = self._extractor
+        hop, window, limit = (getattr(extractor, name, None) for name in ("hop_length", "n_fft", "n_samples"))
+        if not (hop and window and limit):
             return {}
-        return {"max_length": min(most, -(-(longest + window) // hop) * hop)}
+        return {"max_length": min(limit, -(-(longest + window) // hop) * hop)}
 
     def _picture(self, picture: Path | np.ndarray) -> Image.Image:
         size = self._settings.image_size
@@ -185,9 +224,10 @@ class MediaReader:
 
     def preprocessing(self) -> list[dict[str, Any]]:
         """The settings of the processors of pictures, videos and sounds that the model is given."""
-        named = (("image_processor", self._sees), ("video_processor", self.video == "video"))
-        used = (*named, ("feature_extractor", self.audio))
-        return [getattr(self._processor, name).to_dict() for name, is_used in used if is_used]
+        parts = [self._processor.image_processor.to_dict()] if self._sees else []
+        if self.video == "video":
+            parts.append(self._processor.video_processor.to_dict())
+        return [*parts, self._extractor.to_dict()] if self.audio else parts
 
 
 def _metadata(frames: Frames) -> dict[str, Any]:

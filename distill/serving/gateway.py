@@ -249,7 +249,7 @@ class Gateway:
             for given, why, name in (
                 (Media(media.images), "the student reads text only; send the post without images", "image"),
                 (Media(video=media.video), "the student sees no pictures; send the post without video", "video"),
-                (Media(audio=media.audio), "the student cannot hear; send the post without sound", "audio"),
+                (media, "the student cannot hear; send the post without sound", "audio"),
             ):
                 try:
                     reader.check(given)

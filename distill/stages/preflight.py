@@ -135,7 +135,8 @@ def _posts(corpus: Corpus) -> list[Sample]:
 
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
     model = _load(context, settings.model)
-    _check_media(model, context.corpus)
+    evaluated = context.recipe.evaluate is not None and context.recipe.evaluate.modalities
+    _check_media(model, context.corpus, ("images", "video") if evaluated else context.recipe.data.drop_modality)
     published = isinstance(settings, StudentSettings) and settings.distillation.positions == "all"
     _check_pictures(model, context.corpus)
     dropped = [name for name in ("images", "video") if context.recipe.data.drop_modality.get(name)]
@@ -202,10 +203,15 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
         model.encoder.pack([[PromptWithAnswers((text, most.media), [], end) for text in texts]])
 
 
-def _check_media(model: Backbone, corpus: Corpus) -> None:
-    """Raise SettingsError if posts have media that the model cannot be given, before any is decoded."""
+def _check_media(model: Backbone, corpus: Corpus, taken: Collection[str] = ()) -> None:
+    """Raise SettingsError if posts have media that the model cannot be given, before any is decoded.
+
+    Args:
+        taken: modalities without which posts are given as well; the sound alone may be what it cannot be given.
+    """
     for post in [*_posts(corpus), *corpus.teacher]:
         model.encoder.media.check(post.media)
+        model.encoder.media.check(post.without(*{"images", "video"}.intersection(taken)).media)
 
 
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoConfig
 from transformers.utils import is_torchvision_available
 
-from distill.errors import SettingsError
+from distill.data.clips import RATE
+from distill.errors import SettingsError, first_line
 from distill.models import families
 from distill.models.adapters import Source
 from distill.models.backbone import Backbone, LoraSettings, ModelSettings, create
@@ -47,7 +48,10 @@ def load(kind: str, folder: Path, lora: LoraSettings | None = None) -> Backbone:
     """
     family = FAMILIES[kind]
     if not (folder / "config.json").exists():
-        write(family, folder)
+        try:
+            write(family, folder)
+        except ImportError as error:
+            raise SettingsError(first_line(error)) from error
     settings = ModelSettings(
         str(folder), lora=lora, image_size=family.image_size, attention=family.attention, batch_size=4
     )  # type: ignore[arg-type]
@@ -110,8 +114,10 @@ def generates(backbone: Backbone, samples: Sequence[Sample]) -> None:
         media = backbone.encoder.media
         arguments = media.arguments([media.load(sample.media)])
         arguments.get("audio_kwargs", {}).pop("max_length", None)  # padded as the processor does it
+        if "pad_to_multiple_of" in arguments.get("audio_kwargs", {}):  # or to the longest sound that the family takes
+            arguments["audio_kwargs"]["pad_to_multiple_of"] = backbone.family.audio_seconds * RATE
         special = not text.startswith(backbone.processor.tokenizer.bos_token or " ")
-        inputs = backbone.processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
+        inputs = media.process(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
         inputs.pop("labels", None)
         output = backbone.model.generate(**inputs, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)  # type: ignore[operator]
         new = output[0, inputs["input_ids"].shape[1] :]

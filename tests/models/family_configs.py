@@ -177,6 +177,30 @@ def gemma3(size: int, ids: Ids) -> Any:
     )  # fmt: skip
 
 
+def gemma3n(size: int, ids: Ids) -> Any:
+    # the last four tokens: two of the vision tower's vocabulary, two of the audio tower's
+    words = text(
+        "gemma3n_text", size, ids, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+        bos_token_id=ids("<bos>"), num_hidden_layers=4, num_kv_shared_layers=2, vocab_size_per_layer_input=size - 4,
+        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    )  # fmt: skip
+    picture = {
+        "hidden_size": 2048, "vocab_size": 2, "vocab_offset": size - 4,
+        "model_args": {"channel_multiplier": 0.01, "msfa_output_resolution": 2},
+    }  # fmt: skip
+    sound = {
+        "hidden_size": 32, "vocab_size": 2, "vocab_offset": size - 2, "input_feat_size": 16,
+        "conf_num_attention_heads": 2, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": [8, 4],
+    }  # fmt: skip
+    return t.Gemma3nConfig(
+        text_config=words, vision_config=picture, audio_config=sound, vision_soft_tokens_per_image=4,
+        boi_token_id=ids("<start_of_image>"), eoi_token_id=ids("<end_of_image>"),
+        image_token_id=ids("<image_soft_token>"), boa_token_id=ids("<start_of_audio>"),
+        eoa_token_id=ids("<end_of_audio>"), audio_token_id=ids("<audio_soft_token>"),
+    )  # fmt: skip
+
+
 def paligemma(kind: str, **more: Any) -> Any:
     def config(size: int, ids: Ids) -> Any:
         size += 1152  # the processor adds tokens of places and segments
@@ -237,3 +261,16 @@ def mllama(size: int, ids: Ids) -> Any:
     picture = vision(num_global_layers=1, intermediate_layers_indices=[0, 1], vision_output_dim=96, attention_heads=2)
     picture.pop("num_attention_heads")
     return t.MllamaConfig(text_config=words, vision_config=picture, image_token_index=ids("<|image|>"))
+
+
+def phi4_multimodal(size: int, ids: Ids) -> Any:
+    words = text("phi4_multimodal", size, ids)
+    words.pop("head_dim"), words.pop("model_type")
+    sound = {
+        "hidden_size": 32, "intermediate_size": 48, "num_blocks": 2, "num_attention_heads": 2, "input_size": 16,
+        "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8,
+        "audio_token_id": ids("<|endoftext11|>"),
+    }  # fmt: skip
+    picture = vision(image_size=448, image_token_id=ids("<|endoftext10|>"))
+    picture.pop("initializer_range")
+    return t.Phi4MultimodalConfig(**words, vision_config=picture, audio_config=sound)

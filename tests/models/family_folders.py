@@ -83,8 +83,14 @@ def write(family: TinyFamily, folder: Path, seed: int = 0) -> Path:
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Give weights that are initialised to zero, such as gates of cross-attention, random values."""
+    """Give weights that are initialised to zero, such as gates of cross-attention, random values.
+
+    Also embeddings of padding, which are not zero in published models: Gemma 3n takes the root of their mean square.
+    """
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].normal_(0, 0.1)
         for weights in model.parameters():
             if not weights.any():
                 weights.normal_(0, 0.5)

@@ -53,7 +53,10 @@ IDEFICS = {
     "size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}, "do_image_splitting": False,
     "options": {"image_seq_len": 4},
 }  # fmt: skip
-SMOLVLM = _processor("SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor", **IDEFICS)
+SMOLVLM = _processor(
+    "SmolVLMProcessor", "SmolVLMImageProcessor", "SmolVLMVideoProcessor", **IDEFICS,
+    frames={"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}},
+)  # fmt: skip
 IDEFICS_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<row_1_col_1>")
 MOLMO_TOKENS = (
     "<|image|>", "<|video|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<im_low>",
@@ -144,7 +147,7 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "smolvlm": TinyFamily(
         configs.smolvlm, SMOLVLM, "<image>",
-        more_tokens=IDEFICS_TOKENS,
+        more_tokens=IDEFICS_TOKENS, video="<video>",
     ),
     "mistral3": TinyFamily(
         configs.mistral3, PIXTRAL | {"spatial_merge_size": 2}, "[IMG]", more_tokens=PIXTRAL_TOKENS
@@ -156,6 +159,21 @@ FAMILIES: dict[str, TinyFamily] = {
         "<start_of_image>",
         {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         bos="<bos>",
+    ),
+    "gemma3n": TinyFamily(
+        configs.gemma3n,
+        _processor(
+            "Gemma3nProcessor", "SiglipImageProcessor", size=SQUARE, options={
+                "feature_extractor": {"feature_extractor_type": "Gemma3nAudioFeatureExtractor", "feature_size": 16},
+                "image_seq_length": 4, "audio_seq_length": 188,
+            },
+        ),
+        "<image_soft_token>",
+        {
+            "boi_token": "<start_of_image>", "boa_token": "<start_of_audio>", "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>",
+        },
+        bos="<bos>", audio="<audio_soft_token>",
     ),
     "paligemma": TinyFamily(configs.paligemma("gemma"), PALIGEMMA, "<image>", {"image_token": "<image>"},
         bos="<bos>", pictures=(1, 2, 1, 1),
@@ -185,6 +203,17 @@ FAMILIES: dict[str, TinyFamily] = {
     "mllama": TinyFamily(
         configs.mllama, MLLAMA, "<|image|>",
         {"image_token": "<|image|>"}, ("<|python_tag|>",), bos="<|begin_of_text|>", pictures=(1, 1, 1, 1),
+    ),
+    "phi4_multimodal": TinyFamily(
+        configs.phi4_multimodal,
+        _processor(
+            "Phi4MultimodalProcessor", "Phi4MultimodalImageProcessor",
+            options={
+                "feature_extractor": {"feature_extractor_type": "Phi4MultimodalFeatureExtractor", "feature_size": 16},
+            },
+        ),
+        "<|endoftext10|>", {"image_token": "<|endoftext10|>", "audio_token": "<|endoftext11|>"},
+        audio="<|endoftext11|>", pictures=(1, 0, 2, 1),
     ),
     "llama": TinyFamily(configs.text_only("llama"), {}, "", pictures=(0, 0, 0, 0)),
     "qwen3": TinyFamily(configs.text_only("qwen3"), {}, "", pictures=(0, 0, 0, 0)),

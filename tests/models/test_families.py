@@ -28,7 +28,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
             else:
                 backbone = models[kind] = models.get(kind) or family_checks.load(kind, root / kind)
         except SettingsError as error:
-            if "needs torchvision" in str(error) or "num2words" in str(error):
+            if any(name in str(error) for name in ("needs torchvision", "num2words", "timm")):
                 pytest.skip(str(error).partition(" needs ")[2] or str(error))
             raise
         return backbone, family_checks.posts(root / "posts", kind)

@@ -21,7 +21,7 @@ without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="tor
 with_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
 
 VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "internvl", "minicpmv4_6")
-NEED_TORCHVISION = ("mistral3", "pixtral", "molmo2", "lfm2_vl")
+NEED_TORCHVISION = ("mistral3", "pixtral", "molmo2", "lfm2_vl", "phi4_multimodal")
 
 
 def loaded(folder: Path) -> Any:

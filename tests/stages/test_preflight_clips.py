@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import is_torchvision_available
 
 from distill.stages.context import Context
 from distill.stages.preflight import notices, problems
 from tests import micro
 from tests.models.clips import write
+from tests.models.family_folders import write as write_family
+from tests.models.family_table import FAMILIES
 from tests.models.text_folders import write as write_text_model
 
 IGNORED = {"video": "ignore", "audio": "ignore"}
@@ -23,7 +26,7 @@ def said(tmp_path: Path) -> Any:
     data.mkdir()
     write(data / "a.mp4", frames=3, pitch=440)
 
-    def check(model: dict[str, Any], text: str = "words") -> tuple[list[str], list[str]]:
+    def check(model: dict[str, Any], text: str = "words", **data_settings: Any) -> tuple[list[str], list[str]]:
         for split in ("train", "validation", "test"):
             rows = [
                 {"id": f"{split}{n}", "text": "words" if n < 2 else text, "label": label}
@@ -34,7 +37,7 @@ def said(tmp_path: Path) -> Any:
         files = {"source": "jsonl", "root": str(data), "validation": ["validation.jsonl"]}
         content = {name: micro.RECORDED[name] for name in ("name", "seed", "trainer", "tracking")}
         content |= {
-            "data": files,
+            "data": files | data_settings,
             "student": micro.LEARNER | {"model": model, "tasks": {"classify": 1.0}, "distillation": {"weight": 0.0}},
         }
         context = Context(micro.read(micro.write(tmp_path, content)), {})
@@ -71,6 +74,19 @@ def test_posts_of_which_nothing_is_left_are_counted(said: Any) -> None:
     assert said(micro.MODEL | IGNORED, text="")[1][2:] == [
         "student.model is given nothing of 3 posts without text, such as train2"
     ]
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+def test_phi_4_is_refused_if_a_sound_is_left_without_its_video(said: Any, tmp_path: Path) -> None:
+    path = {"path": str(write_family(FAMILIES["phi4_multimodal"], tmp_path / "phi")), "image_size": 56}
+    assert said(path)[0] == []
+    assert said(path | {"video": "ignore", "images": False})[0] == []
+    refusal = (
+        "student.model.audio must be ignore: Phi-4-multimodal hears sounds beside pictures with other weights, and "
+        "posts have sound without a picture or video; or set model.images to false and model.video to ignore"
+    )
+    assert said(path | {"video": "ignore"})[0] == [refusal]
+    assert said(path, drop_modality={"video": 0.5})[0] == [refusal]
 
 
 def test_a_model_of_text_is_refused_unless_it_ignores_the_videos(
