@@ -107,15 +107,3 @@ def test_one_wrong_weight_is_refused(
     monkeypatch.setattr(Backbone, "merged", wrong)
     with pytest.raises(RunError, match=r"; merging changes "):
         written()
-    if dtype == "bfloat16":  # what is saved is compared bit for bit, whatever its dtype
-        return
-    monkeypatch.undo()
-    save = type(backbone.merged()).save_pretrained
-
-    def change(model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
-        next(model.parameters()).data[0, 0] *= 1.1
-        save(model, *arguments, **options)
-
-    monkeypatch.setattr(type(backbone.merged()), "save_pretrained", change)
-    with pytest.raises(RunError, match=r"; saving changes "):
-        written()
