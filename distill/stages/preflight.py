@@ -114,17 +114,16 @@ def notices(context: Context, stages: Collection[str]) -> list[str]:
 
 def _left_out(context: Context, name: str, model: ModelSettings) -> Iterator[str]:
     """What a model of a section is not given of the posts."""
-    posts, given = _posts(context.corpus), ["text"]
-    for field, ignored, what in (
-        ("images", not model.images, "false: the images"),
-        ("video", model.video == "ignore", "ignore: the videos"),
-        ("audio", model.audio == "ignore", "ignore: the sounds"),
-    ):
-        if not ignored:
-            given.append(field)
-        elif count := sum(bool(getattr(post, field)) for post in posts):
+    ignored = {"images": not model.images, "video": model.video == "ignore", "audio": model.audio == "ignore"}
+    if not any(ignored.values()):
+        return
+    posts = _posts(context.corpus)
+    values = {"images": "false: the images", "video": "ignore: the videos", "audio": "ignore: the sounds"}
+    for field, what in values.items():
+        if ignored[field] and (count := sum(bool(getattr(post, field)) for post in posts)):
             yield f"{name}.model.{field} is {what} of {count} posts are left out"
-    if empty := [post.id for post in posts if set(given).isdisjoint(post.modalities)]:
+    given = {"text", *(field for field in ignored if not ignored[field])}
+    if empty := [post.id for post in posts if given.isdisjoint(post.modalities)]:
         yield f"{name}.model is given nothing of {len(empty)} posts without text, such as {empty[0]}"
 
 
