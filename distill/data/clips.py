@@ -67,6 +67,11 @@ class VideoSettings(Settings):
     """Memory for decoded frames and sounds in MB, in each process that decodes. 0: none are kept."""
 
     @property
+    def most_frames(self) -> int:
+        """The number of frames of a long video."""
+        return self.frames if self.fps is None else self.max_frames
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """The fields that decide what is decoded of a file within the limits."""
         return {name: getattr(self, name) for name in ("frames", "fps", "max_frames", "max_side")}
@@ -92,7 +97,7 @@ class ClipReader:
             ClipError: there is no video, it is broken or exceeds a limit.
             SettingsError: PyAV is not installed.
         """
-        most = self.settings.frames if self.settings.fps is None else self.settings.max_frames
+        most = self.settings.most_frames
         return self._cached("frames", path, most if limit is None else min(limit, most))
 
     def sound(self, path: Path) -> np.ndarray | None:

@@ -187,8 +187,7 @@ class MediaReader:
         """Frames as many as the family needs, at most those that are sampled of a long video; the last is repeated."""
         needed = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1  # Qwen3-VL takes no fewer
         if self._family.same_frames:
-            sampling = self.clips.settings
-            most = sampling.frames if sampling.fps is None else sampling.max_frames
+            most = self.clips.settings.most_frames
             needed = min(most, self._settings.frames or most)
         missing = needed - len(frames.images)
         return frames._replace(
