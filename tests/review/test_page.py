@@ -172,11 +172,12 @@ def test_pictures_of_a_post_are_loaded(page: Page) -> None:
     at(page, "../odd id?&#")
     images = page.locator("#images img")
     expect(images).to_have_count(2)
-    page.wait_for_function("[...document.querySelectorAll('#images img')].every((image) => image.naturalWidth === 40)")
+    for image in images.all():
+        expect(image).to_have_js_property("naturalWidth", 40)
 
 
 def test_a_server_that_has_ended_is_named(page: Page) -> None:
-    page.route("**/decide", lambda route: route.abort())
+    page.context.set_offline(True)
     page.keyboard.press("y")
     expect(page.locator("#notice")).to_have_text("The server cannot be reached.")
     at(page, "plain")
