@@ -1,5 +1,6 @@
 """Shared fixtures: offline libraries, a small postcards corpus, a tokenizer, tiny models."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the modules out of garbage collection, which a chain does after every stage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
