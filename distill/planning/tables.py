@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from distill.data.source import SPLITS
-from distill.models.endpoint import EndpointSettings
+from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.planning.plan import TrainingForecast, forecast_trainings
 from distill.planning.probe import probe
 from distill.planning.teacher_requests import RequestForecast
@@ -84,17 +84,26 @@ def _request_table(forecast: ChainForecast) -> str:
     requests = list(forecast.teacher_requests())
     if not requests:
         return "No teacher requests."
+    batches: list[tuple[float, float] | None] = []
     rows = [["teacher requests", "purpose", "minimum", "maximum", "prompt tokens", "answer tokens", "cost"]]
     for request, teacher in requests:
         low, high = request.answer_tokens
         answers = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
         figures = [f"{request.minimum:,}", f"{request.maximum:,}", f"{request.prompt_tokens:,.0f}", answers]
         rows.append([request.stage, request.purpose, *figures, _format_cost(_cost(request, teacher))])
+        batches.append(_batch_cost(forecast.recipe, request))
     totals = [sum(getattr(request, name) for request, _ in requests) for name in ("minimum", "maximum")]
     costs = [cost for request, teacher in requests if (cost := _cost(request, teacher)) is not None]
     total_cost = (sum(low for low, _ in costs), sum(high for _, high in costs)) if costs else None
     rows.append(["total", "", *(f"{count:,}" for count in totals), "", "", _format_cost(total_cost)])
-    lines = [_align(rows if costs else [row[:-1] for row in rows], left=2)]
+    rows = rows if costs else [row[:-1] for row in rows]
+    if any(_batch(forecast.recipe, request.stage) for request, _ in requests):
+        known = [cost for cost in batches if cost is not None]
+        total = (sum(low for low, _ in known), sum(high for _, high in known)) if len(known) == len(batches) else None
+        rows[0].append("cost in batches")
+        for row, cost in zip(rows[1:], [*batches, total], strict=True):
+            row.append(_format_cost(cost) or "–")
+    lines = [_align(rows, left=2)]
     ledgers = [forecast.recipe.folder / stage / "ledger.jsonl" for stage in ("annotate", "evaluate")]
     if answers_paid := sum(len(path.read_bytes().splitlines()) for path in ledgers if path.exists()):
         lines.append(f"{answers_paid:,} answers are in the ledgers of earlier runs; requests found there cost nothing.")
@@ -106,6 +115,18 @@ def _cost(request: RequestForecast, teacher: Teacher) -> tuple[float, float] | N
     if not isinstance(teacher, EndpointSettings) or (teacher.prompt_price is None and teacher.completion_price is None):
         return None
     return request.cost(teacher.prompt_price or 0.0, teacher.completion_price or 0.0)
+
+
+def _batch(recipe: Recipe, stage: str) -> BatchSettings | None:
+    return getattr(getattr(recipe, stage), "batch", None)
+
+
+def _batch_cost(recipe: Recipe, request: RequestForecast) -> tuple[float, float] | None:
+    """Return the cost if all requests are in batches; None without such prices or batches."""
+    batch = _batch(recipe, request.stage)
+    if batch is None or (batch.prompt_price is None and batch.completion_price is None):
+        return None
+    return request.cost(batch.prompt_price or 0.0, batch.completion_price or 0.0)
 
 
 def _format_cost(cost: tuple[float, float] | None) -> str:

@@ -33,6 +33,10 @@ _PART = 1 << 20  # bytes of an upload that are read at once
 T = TypeVar("T")
 
 
+class NotThere(RunError):
+    """The service does not know a batch or a file."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch at the service.
@@ -76,7 +80,7 @@ class BatchService:
     def upload(self, path: Path) -> str:
         """Upload a file of requests, which is read in parts. Returns its id."""
         boundary, gap = choose_boundary(), b"\0file\0"
-        form = {"purpose": "batch", "file": (path.name, gap, "application/jsonl")}
+        form: dict[str, Any] = {"purpose": "batch", "file": (path.name, gap, "application/jsonl")}
         body, kind = encode_multipart_formdata(form, boundary)
         head, _, tail = body.partition(gap)
         headers = {"Content-Type": kind, "Content-Length": str(len(head) + path.stat().st_size + len(tail))}
@@ -157,7 +161,7 @@ class BatchService:
             try:
                 return attempt()
             except (RequestRefused, RequestFiltered) as refusal:
-                raise RunError(self._explain(refusal, of)) from refusal
+                raise self._explained(refusal, of) from refusal
             except RequestFailed as failure:
                 failures, counted = failures + 1, counted + (not failure.busy)
                 pause = backoff_s(settings, failures, failure)
@@ -167,16 +171,17 @@ class BatchService:
                     ) from failure
                 time.sleep(pause)
 
-    def _explain(self, refusal: Exception, of: str) -> str:
+    def _explained(self, refusal: Exception, of: str) -> RunError:
         url = self.settings.shown_url
-        if isinstance(refusal, RequestRefused) and refusal.status in (404, 405, 501):
-            if of and refusal.status == 404:
-                return f"the batch API at {url} does not know {of} (status 404): {refusal.error.words}"
-            return (
-                f"the endpoint {url} does not have the batch API (status {refusal.status}): {refusal.error.words}; "
-                "set submit: files, or remove the batch section"
-            )
-        return f"the batch API at {url}: {refusal}"
+        if not isinstance(refusal, RequestRefused) or refusal.status not in (404, 405, 501):
+            return RunError(f"the batch API at {url}: {refusal}")
+        status, words = refusal.status, refusal.error.words
+        if of and status == 404:
+            return NotThere(f"the batch API at {url} does not know {of} (status 404): {words}")
+        return RunError(
+            f"the endpoint {url} does not have the batch API (status {status}): {words}; "
+            "set submit: files, or remove the batch section"
+        )
 
 
 def _id(reply: Any) -> str:

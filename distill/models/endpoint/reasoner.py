@@ -18,7 +18,7 @@ from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
 from distill.models.endpoint.replies import RequestFailed, Tokens
-from distill.models.endpoint.settings import EndpointSettings
+from distill.models.endpoint.settings import EndpointSettings, cost
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -88,10 +88,7 @@ class Endpoint:
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """Cost of these tokens, in the currency of the prices; None without prices."""
-        prompt, completion = self.settings.prompt_price, self.settings.completion_price
-        if prompt is None and completion is None:
-            return None
-        return (prompt_tokens * (prompt or 0.0) + completion_tokens * (completion or 0.0)) / 1e6
+        return cost(self.settings, prompt_tokens, completion_tokens)
 
     def message(self, sample: Sample) -> UserMessage:
         """A sample as message content, reusable for several requests."""

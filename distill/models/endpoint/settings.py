@@ -114,3 +114,10 @@ class BatchSettings(Settings):
     """Price per million prompt tokens in a batch, in the currency of the endpoint's prices."""
     completion_price: NonNegative | None = None
     """Price per million completion tokens in a batch, in the same currency."""
+
+
+def cost(prices: EndpointSettings | BatchSettings, prompt_tokens: float, completion_tokens: float) -> float | None:
+    """Cost of tokens, in the currency of the prices; None without prices."""
+    if prices.prompt_price is None and prices.completion_price is None:
+        return None
+    return (prompt_tokens * (prices.prompt_price or 0.0) + completion_tokens * (prices.completion_price or 0.0)) / 1e6
