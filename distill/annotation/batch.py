@@ -147,19 +147,22 @@ class Batches:
                     self._jobs.find(round, file)
                 if not file.batch:
                     round.discard(file)
-        for round in self._current:
-            self.teacher.filtered |= {key: unanswered(words, "filtered") for key, words in round.filtered.items()}
 
     # ---- what to ask ----
 
-    def _ask(self, samples: Sequence[Sample], starts: Sequence[Start]) -> list[Job]:
+    def _ask(self, samples: Sequence[Sample], starts: Sequence[Start], *, waits: bool = True) -> list[Job]:
         """Write the questions that the ledger does not answer to files, unless all rounds are over.
+
+        Args:
+            waits: write nothing while files with such questions wait for the user.
 
         Returns:
             The new files, and those on their way that have one of these questions.
         """
-        waits = {"api"} if self._asks_server or self.settings is None else {"api", "files"}  # not for files any more
-        rounds = [round for round in self.rounds if round.submit in waits]
+        for round in self._current:
+            self.teacher.filtered |= {key: unanswered(words, "filtered") for key, words in round.filtered.items()}
+        waits = waits and self.settings is not None and not self._asks_server
+        rounds = [round for round in self.rounds if waits or round.submit == "api"]
         open_jobs = [(round, file) for round in rounds for file in round.files if round.is_open(file)]
         on_way = {key: index for index, (round, file) in enumerate(open_jobs) for key in round.queries(file)}
         used = sum(round.answers > 0 or any(map(round.is_open, round.files)) for round in self._current)
@@ -168,6 +171,7 @@ class Batches:
             settings = None
         if settings is None and not on_way:
             return []
+        writes = settings is not None and not (waits and on_way)
         submit = "api" if settings is None else settings.submit
         address, names = self.endpoint.settings.address, label_names(self.teacher.labels)
         round = Round(next_folder(self.folder), submit, address, names)
@@ -175,7 +179,7 @@ class Batches:
         wanted, direct, large = set[int](), Counter[str](), list[str]()
 
         def play(sample: Sample, stop: threading.Event) -> list[_Asked]:
-            return self._next(sample, starts, on_way, encode=settings is not None)
+            return self._next(sample, starts, on_way, encode=writes)
 
         for sample, asked in as_completed(play, samples, self.teacher.max_parallel):
             if any(item.is_new for item in asked):
@@ -191,6 +195,8 @@ class Batches:
         writer.close()
         self._log_left(direct, large, [job for index, job in enumerate(open_jobs) if index not in wanted])
         jobs = [open_jobs[index] for index in sorted(wanted)]
+        if not jobs and settings is not None and not writes:
+            return self._ask(samples, starts, waits=False)
         if not round.files:
             return jobs
         round.save()

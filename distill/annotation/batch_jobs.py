@@ -40,6 +40,7 @@ class Jobs:
 
     def __post_init__(self) -> None:
         self._open: BatchService | None = None
+        self._unknown: set[str] = set()  # states of batches that were logged
 
     @property
     def _service(self) -> BatchService:
@@ -135,8 +136,9 @@ class Jobs:
         batch = self._service.get(file.batch)
         if batch.status != file.status:
             log.info("%s: batch %s is %s", self.stage, batch.id, batch.status)
-            if batch.status not in KNOWN:
-                log.warning("%s: %r is no known state of a batch; it is waited for", self.stage, batch.status)
+        if batch.status not in KNOWN | self._unknown:
+            self._unknown.add(batch.status)
+            log.warning("%s: %r is no known state of a batch; it is waited for", self.stage, batch.status)
         file.status = batch.status
         if not batch.ended:
             if self.settings is None and batch.status != "cancelling":
