@@ -283,7 +283,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             else:
                 yield key, item
     if damaged:
-        log.warning("%s, line %d: %d lines cannot be read; the others are used", path, damaged[0], len(damaged))
+        log.warning("%s: line %d cannot be read (%d in all); the other lines are used", path, damaged[0], len(damaged))
 
 
 def _read(

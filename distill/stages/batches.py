@@ -40,7 +40,7 @@ def fill(
 
 
 def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:
-    """Yield a line of text about each batch of a run that may still be answered.
+    """Yield a line of text about each batch of a run that may still be answered, or that there is none.
 
     Args:
         cancel: cancel those at the service; what they have answered so far is used by the next run.
@@ -52,10 +52,12 @@ def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:
     endpoint = recipe.annotating_teacher
     if not isinstance(endpoint, EndpointSettings):
         raise SettingsError("batches needs annotate.endpoint")
+    any_open = False
     with contextlib.closing(BatchService(endpoint)) as service:
         for stage in STAGES:
             for round in read_rounds(recipe.folder / stage / FOLDER):
                 for file in filter(round.is_open, round.files):
+                    any_open = True
                     name = f"{stage} {round.folder.name} file {file.number}, {file.requests} requests"
                     if round.submit == "files":
                         yield f"{name}: waits for {round.results(file)}"
@@ -71,3 +73,5 @@ def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:
                         else:
                             counts = f", {batch.finished} of {batch.total} finished" if batch.total else ""
                             yield f"{name}: batch {file.batch} is {batch.status}{counts}"
+    if not any_open:
+        yield f"{recipe.folder}: no batch waits for answers"
