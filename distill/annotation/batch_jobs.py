@@ -91,7 +91,7 @@ class Jobs:
         except KeyboardInterrupt:
             log.warning(
                 "%s: the batches go on at %s and the next run fetches their answers; to cancel them: "
-                "distill batches --cancel", self.stage, self.endpoint.shown_url,
+                "distill batches --cancel, with the same recipe", self.stage, self.endpoint.shown_url,
             )  # fmt: skip
             raise
         for round, file in jobs:
@@ -144,7 +144,8 @@ class Jobs:
             if self.settings is None and batch.status != "cancelling":
                 raise RunError(
                     f"{self.stage}.batch is gone, but batch {batch.id} with {file.requests} requests goes on at "
-                    f"{self.endpoint.shown_url}; put the section back, or cancel the batch: distill batches --cancel"
+                    f"{self.endpoint.shown_url}; put the section back, or cancel the batch: distill batches --cancel, "
+                    "with the same recipe"
                 )
             return batch.finished
         if batch.status == "failed" and not batch.output_file:
