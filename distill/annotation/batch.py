@@ -6,6 +6,7 @@ answers go to the ledger under the keys that they were asked by. What is left af
 """
 
 import logging
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -20,6 +21,7 @@ from distill.annotation.batch_files import (
     label_names,
     next_folder,
     read_rounds,
+    remove_unfinished,
     results_digest,
 )
 from distill.annotation.batch_jobs import Job, Jobs
@@ -132,6 +134,7 @@ class Batches:
     def _take_up(self) -> None:
         """Bring the state up to date after a run that ended anywhere: find batches, read results, drop unsent files."""
         address = self.endpoint.settings.address
+        remove_unfinished(self.folder)
         for round in read_rounds(self.folder):
             if round.submit == "api" and round.address != address:
                 if any(round.is_open(file) for file in round.files):
@@ -193,7 +196,8 @@ class Batches:
                     meta = self.teacher.meta(sample, item.query)
                     large += [] if writer.add(item.key, meta, item.body) else [sample.id]
         writer.close()
-        self._log_left(direct, large, [job for index, job in enumerate(open_jobs) if index not in wanted])
+        unused = [job for index, job in enumerate(open_jobs) if index not in wanted and not job[0].closed]
+        self._log_left(direct, large, unused)
         jobs = [open_jobs[index] for index in sorted(wanted)]
         if not jobs and settings is not None and not writes:
             return self._ask(samples, starts, waits=False)
@@ -263,10 +267,11 @@ class Batches:
         if waiting := [job for job in jobs if job[0].is_open(job[1])]:
             round, file = waiting[0]
             count = sum(file.requests for _, file in waiting)
+            files = ["-i", str(round.requests(file)), "-o", str(round.results(file))]
+            command = shlex.join(["vllm", "run-batch", *files, "--model", self.endpoint.settings.model])
             raise RunError(
                 f"{self.stage}: {count} requests in {len(waiting)} files of {round.folder} wait for answers; run for "
-                f"each: vllm run-batch -i {round.requests(file)} -o {round.results(file)} --model "
-                f"{self.endpoint.settings.model}; then the same command again, which reads the results"
+                f"each: {command}; then the same command again, which reads the results"
             )
         count = sum(file.requests for _, file in jobs)
         if any(file.answers for _, file in jobs) or count < max(_MAX_UNANSWERED, self.endpoint.settings.concurrency):

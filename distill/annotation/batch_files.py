@@ -116,7 +116,7 @@ class Round:
 
 
 def read_rounds(folder: Path) -> list[Round]:
-    """The rounds in a folder, in order. Those that a kill has left unfinished, before anyone was asked, are removed.
+    """The rounds in a folder, in order, without one that is being written.
 
     Raises:
         RunError: the state of a round is damaged.
@@ -125,10 +125,6 @@ def read_rounds(folder: Path) -> list[Round]:
     for number in _numbers(folder):
         path = folder / f"round-{number}"
         if not (path / STATE).exists():
-            for part in [*path.glob("requests-*.jsonl"), *path.glob("queries-*.jsonl")]:
-                part.unlink()
-            with contextlib.suppress(OSError):
-                path.rmdir()  # if it is empty
             continue
         try:
             content = read_json(path / STATE)
@@ -139,6 +135,16 @@ def read_rounds(folder: Path) -> list[Round]:
                 f"{path / STATE} is damaged; its batches are listed at the service. Without any, delete {path}"
             ) from None
     return found
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files of rounds that a kill has left unfinished: nobody was asked to answer them."""
+    for path in (folder / f"round-{number}" for number in _numbers(folder)):
+        if not (path / STATE).exists():
+            for part in [*path.glob("requests-*.jsonl"), *path.glob("queries-*.jsonl")]:
+                part.unlink()
+            with contextlib.suppress(OSError):
+                path.rmdir()  # if it is empty
 
 
 def label_names(labels: LabelSpace) -> list[str]:

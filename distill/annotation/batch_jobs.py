@@ -57,25 +57,22 @@ class Jobs:
             self._open.close()
 
     def find(self, round: Round, file: RequestFile) -> None:
-        """Look for the batch that a run was about to create when it ended; its creation may take a moment.
+        """Look for the batch that a run was about to create when it ended.
 
         Raises:
             RunError: the service does not list its batches.
         """
-        for pause in (self._pause_s, 0.0):
-            try:
-                found = self._service.find(file.input_file, self._marker(round, file))
-            except RunError as error:
-                raise RunError(
-                    f"{error}; a run ended while it created a batch of {round.requests(file)}: look for it at the "
-                    f"service, and delete {round.folder} if there is none"
-                ) from error
-            if found is not None:
-                file.batch = found.id
-                round.save()
-                log.info("%s: batch %s of an earlier run is taken up", self.stage, found.id)
-                return
-            time.sleep(pause)
+        try:
+            found = self._service.find(file.input_file, self._marker(round, file), self._pause_s)
+        except RunError as error:
+            raise RunError(
+                f"{error}; a run ended while it created a batch of {round.requests(file)}: look for it at the "
+                f"service, and delete {round.folder} if there is none"
+            ) from error
+        if found is not None:
+            file.batch = found.id
+            round.save()
+            log.info("%s: batch %s of an earlier run is taken up", self.stage, found.id)
 
     def answer(self, jobs: Sequence[Job], teacher: CachedTeacher) -> None:
         """Send the files that have no batch yet, wait for all batches, and fold their results.
@@ -105,7 +102,8 @@ class Jobs:
         assert self.settings is not None
         file.input_file = self._service.upload(round.requests(file))
         round.save()
-        batch = self._service.create(file.input_file, self.settings.window, self._marker(round, file))
+        marker = self._marker(round, file)
+        batch = self._service.create(file.input_file, self.settings.window, marker, self._pause_s)
         file.batch, file.status = batch.id, batch.status
         round.save()
         log.info("%s: batch %s has the %d requests of %s", self.stage, batch.id, file.requests, round.requests(file))
@@ -116,13 +114,16 @@ class Jobs:
 
     def _wait(self, jobs: Sequence[Job], teacher: CachedTeacher) -> None:
         """Ask for the state of the batches until all have ended; the results of each are folded when it has."""
-        finished, total = dict[str, int](), sum(file.requests for _, file in jobs)
+        finished, total, tenth = dict[str, int](), sum(file.requests for _, file in jobs), 0
         while True:
             for round, file in jobs:
                 if not file.folded:
                     with _naming(round):
                         finished[file.batch] = self._poll(round, file, teacher)
-                self.show(sum(finished.values()), total)
+                self.show(done := sum(finished.values()), total)
+                if 10 * done // total > tenth:
+                    tenth = 10 * done // total
+                    log.info("%s: %d of %d requests in batches are finished", self.stage, done, total)
             if all(file.folded for _, file in jobs):
                 return
             time.sleep(self._pause_s)

@@ -195,6 +195,8 @@ class _Handler(Handler):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         try:
             self.send_response(status)
+            for name, value in self.test_server.headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from urllib3.filepost import choose_boundary, encode_multipart_formdata
 
@@ -93,22 +94,20 @@ class BatchService:
 
         return self._retried(lambda: _id(self._http.call("POST", "/files", parts(), headers)))
 
-    def create(self, input_file: str, window: str, marker: str, *, doubtful: bool = False) -> Batch:
-        """Create a batch, unless the service has one of this file.
-
-        A lost reply does not tell whether the batch was created, so the service is asked before the next attempt.
+    def create(self, input_file: str, window: str, marker: str, pause_s: float) -> Batch:
+        """Create a batch, once: a lost reply does not tell whether it was created, so it is looked for first (`find`).
 
         Args:
             marker: what to know the batch by, in its metadata.
-            doubtful: an earlier call may have created it.
+            pause_s: see `find`.
         """
         request = {"input_file_id": input_file, "endpoint": ROUTE, "completion_window": window}
         body = json.dumps(request | {"metadata": {_MARKER: marker}}).encode()
-        may_exist = doubtful
+        may_exist = False
 
         def attempt() -> Batch:
             nonlocal may_exist
-            if may_exist and (found := self._find(input_file, marker)) is not None:
+            if may_exist and (found := self._find(input_file, marker, pause_s)) is not None:
                 return found
             try:
                 return _batch(self._http.call("POST", "/batches", body))
@@ -120,38 +119,52 @@ class BatchService:
 
     def get(self, id: str) -> Batch:
         """The state of a batch."""
-        return self._retried(lambda: _batch(self._http.call("GET", f"/batches/{id}")), of=f"the batch {id}")
+        return self._retried(lambda: _batch(self._http.call("GET", f"/batches/{_path(id)}")), of=f"the batch {id}")
 
     def cancel(self, id: str) -> Batch:
         """Cancel a batch; what it has answered can still be fetched."""
-        return self._retried(lambda: _batch(self._http.call("POST", f"/batches/{id}/cancel")), of=f"the batch {id}")
+        route = f"/batches/{_path(id)}/cancel"
+        return self._retried(lambda: _batch(self._http.call("POST", route)), of=f"the batch {id}")
 
     def download(self, id: str, path: Path) -> None:
         """Write a file of results to `path`, whole or not at all."""
 
         def attempt() -> None:
             with atomic_write(path, "wb") as file:
-                self._http.call("GET", f"/files/{id}/content", save=file)
+                self._http.call("GET", f"/files/{_path(id)}/content", save=file)
 
         self._retried(attempt, of=f"the file {id}")
 
-    def find(self, input_file: str, marker: str) -> Batch | None:
-        """The batch that was made from an uploaded file; None if there is none."""
-        return self._retried(lambda: self._find(input_file, marker))
+    def find(self, input_file: str, marker: str, pause_s: float) -> Batch | None:
+        """The batch that was made from an uploaded file; None if there is none.
 
-    def _find(self, input_file: str, marker: str) -> Batch | None:
+        Args:
+            marker: see `create`.
+            pause_s: a batch may not be listed at once, so it is looked for again after so many seconds.
+        """
+        return self._retried(lambda: self._find(input_file, marker, pause_s))
+
+    def _find(self, input_file: str, marker: str, pause_s: float) -> Batch | None:
+        for pause in (0.0, pause_s):
+            time.sleep(pause)
+            for item in self._all():
+                metadata = item.get("metadata")
+                marked = isinstance(metadata, dict) and metadata.get(_MARKER) == marker
+                if item.get("input_file_id") == input_file or (marked and not item.get("input_file_id")):
+                    return _batch(item)
+        return None
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        """The batches of the service, at most `_MAX_PAGES` pages of them."""
         after = ""
         for _ in range(_MAX_PAGES):
             page = self._http.call("GET", f"/batches?limit={_PAGE}{after}")
-            items = [item for item in page.get("data") or () if isinstance(item, dict) and item.get("id")]
-            for item in items:
-                marked = (item.get("metadata") or {}).get(_MARKER) == marker
-                if item.get("input_file_id") == input_file or (marked and not item.get("input_file_id")):
-                    return _batch(item)
-            if not items or not page.get("has_more"):
-                return None
-            after = f"&after={items[-1]['id']}"
-        return None
+            data = page.get("data") if isinstance(page, dict) else page
+            items = [item for item in data or () if isinstance(item, dict) and item.get("id")]
+            yield from items
+            if not items or not (isinstance(page, dict) and page.get("has_more")):
+                return
+            after = f"&after={_path(items[-1]['id'])}"
 
     def _retried(self, attempt: Callable[[], T], of: str = "") -> T:
         """The result of a call that is repeated while it fails. `of` is what a status 404 says is not there."""
@@ -182,6 +195,11 @@ class BatchService:
             f"the endpoint {url} does not have the batch API (status {status}): {words}; "
             "set submit: files, or remove the batch section"
         )
+
+
+def _path(id: str) -> str:
+    """An id as a part of a URL."""
+    return quote(str(id), safe="")
 
 
 def _id(reply: Any) -> str:

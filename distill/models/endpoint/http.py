@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import IO, Any, NoReturn
+from urllib.parse import urljoin
 
 import urllib3
 from urllib3.exceptions import (
@@ -51,6 +52,7 @@ _KIND = r"(?:\w+ ){0,2}(?:image|audio|video)\w*(?: \w+)?"
 _UNSUPPORTED = re.compile(rf"{_KIND} (?:is|are) not supported|not support {_KIND}|unsupported content", re.IGNORECASE)
 _TOKENIZE_TIMEOUT_S = 10.0
 _MAX_BACKOFF_S = 60.0
+_REDIRECTS = (301, 302, 303, 307, 308)
 _PART = 1 << 20  # bytes of a download that are written at once
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _MIN_IDLE_CONNECTIONS = 256  # may exceed `concurrency`: `distill serve` limits its requests itself
@@ -141,12 +143,18 @@ class HttpClient:
         Raises:
             RequestFailed, RequestRefused, RunError: see `send`.
         """
-        with self._open(method, self.settings.url_of(route), body, self.settings.timeout_s, headers) as response:
-            if response.status < 300 and save is not None:
-                for part in response.stream(_PART):
-                    save.write(part)
-                return None
+        url, target = self.settings.url_of(route), None
+        with self._open(method, url, body, self.settings.timeout_s, headers) as response:
+            if save is not None and response.status < 300:
+                return _save(response, save)
+            if save is not None and response.status in _REDIRECTS:
+                target = response.headers.get("location")
             text = response.read().decode("utf-8", "replace")
+        if save is not None and target:  # the file is in a storage, which is not given the key
+            with self._open("GET", urljoin(url, target), None, self.settings.timeout_s, key=False) as response:
+                if response.status < 300:
+                    return _save(response, save)
+                text = response.read().decode("utf-8", "replace")
         content = _json(text)
         if response.status >= 300:
             self._raise_failure(response.status, replace(self._error(content, text), in_reply=False), response.headers)
@@ -215,9 +223,11 @@ class HttpClient:
         body: bytes | Iterable[bytes] | None,
         timeout_s: float,
         headers: Mapping[str, str] = _NO_HEADERS,
+        *,
+        key: bool = True,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """A response whose body is still to be read. Raises RequestFailed, also for errors while it is read."""
-        options: Any = {"body": body, "headers": {**self._headers, **headers}, "timeout": timeout_s}
+        options: Any = {"body": body, "headers": {**(self._headers if key else {}), **headers}, "timeout": timeout_s}
         try:
             with self._pool.urlopen(method, url, redirect=False, preload_content=False, **options) as response:
                 yield response
@@ -227,6 +237,12 @@ class HttpClient:
             why = re.sub(r"^HTTPS?Connection.*?\): ", "", str(error.args[-1] if error.args else ""))
             unreachable = isinstance(error, (NewConnectionError, ConnectTimeoutError, SSLError, ProxyError))
             raise RequestFailed(f"{type(error).__name__} {why}".strip(), unreachable=unreachable) from error
+
+
+def _save(response: urllib3.BaseHTTPResponse, file: IO[bytes]) -> None:
+    """Write the body of a response to a file."""
+    for part in response.stream(_PART):
+        file.write(part)
 
 
 def request_body(body: Mapping[str, Any], content: Sequence[bytes]) -> bytes:
