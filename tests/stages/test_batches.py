@@ -10,7 +10,7 @@ import pytest
 from distill import chain, cli
 from distill.errors import RunError, SettingsError
 from distill.planning.tables import plan_text
-from distill.stages import batches
+from distill.stages import batches, report
 from tests import micro
 from tests.models.batch_server import BatchServer
 from tests.models.openai_server import COLOURS, ChatRequest, token
@@ -145,3 +145,18 @@ def test_the_plan_has_both_prices(prices: dict[str, float], tmp_path: Path) -> N
 
 def test_the_plan_without_batches_has_one_price(tmp_path: Path) -> None:
     assert "cost in batches" not in plan_text(micro.read(recipe(tmp_path, "http://127.0.0.1:9/v1")))
+
+
+def test_a_cascade_and_its_report_know_no_seconds_of_answers_from_batches(tmp_path: Path) -> None:
+    with BatchServer(logprobs=logprobs) as server:
+        batch = {"poll_s": 0.01}
+        cascade = {"calibrate": {"budget": 0.5, "min_label_mass": 0.0}, "cascade": {"resamples": 20}}
+        settings = micro.read(recipe(tmp_path, server.url, evaluate__batch=batch, **cascade))
+        chain.run(settings)
+        report.run(settings)
+    stages = json.loads((settings.folder / "cascade/metrics.json").read_text())
+    assert stages["stages"]["teacher_first"]["asked"] and stages["stages"]["teacher_first"]["cost"]["seconds"] is None
+    assert stages["cost_ratio"]["seconds"] is None and stages["cost_ratio"]["currency"] is not None
+    curve = (settings.folder / "cascade/deferral_curve.csv").read_text().splitlines()
+    assert curve[0].endswith("seconds,currency") and curve[1].split(",")[-2] == ""
+    assert (settings.folder / "report.html").exists()
