@@ -326,5 +326,5 @@ def _read(
         return unanswered(str(failure)), f"status {status}" if status != 200 else "no valid reply"
     except (RequestRefused, RunError) as failure:
         return unanswered(str(failure)), str(code or f"status {status}")
-    except (ValueError, TypeError) as failure:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
         return unanswered(str(failure)), "no valid reply"

@@ -86,10 +86,11 @@ class Jobs:
                     self._send(round, file)
             self._wait(jobs, teacher)
         except KeyboardInterrupt:
-            log.warning(
-                "%s: the batches go on at %s and the next run fetches their answers; to cancel them: "
-                "distill batches --cancel, with the same recipe", self.stage, self.endpoint.shown_url,
-            )  # fmt: skip
+            if any(file.batch and not file.folded for _, file in jobs):
+                log.warning(
+                    "%s: the batches go on at %s and the next run fetches their answers; to cancel them: "
+                    "distill batches --cancel, with the same recipe", self.stage, self.endpoint.shown_url,
+                )  # fmt: skip
             raise
         for round, file in jobs:
             if file.status == "failed":

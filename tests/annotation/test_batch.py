@@ -2,74 +2,23 @@
 
 import json
 import random
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.annotation.annotate import AnnotateSettings, AnnotationCounts, Kept, annotate
-from distill.annotation.batch import Batches
-from distill.annotation.cached_teacher import CachedTeacher, Start
-from distill.annotation.first_answers import FirstAnswers
-from distill.annotation.ledger import Ledger
+from distill.annotation.annotate import Kept
 from distill.errors import RunError
-from distill.models.endpoint import BatchSettings, Endpoint, EndpointSettings
 from distill.task.sample import Sample
-from tests.annotation.test_annotate import LABELS, ROOT
+from tests.annotation.batch_runs import answers, batch, direct, remote, run
 from tests.annotation.test_annotate_endpoint import posts
+from tests.clip_files import write_clip
 from tests.models.batch_server import BatchServer, Line
+from tests.models.endpoint.test_message import refusing
+from tests.models.hearing_server import PITCHES, parts
+from tests.models.hearing_server import answer as hears
 from tests.models.openai_server import COLOURS, ChatRequest, token
-
-
-def remote(url: str, **settings: Any) -> Endpoint:
-    fast = {"backoff_s": 0.002, "max_attempts": 4, "concurrency": 8, "prompt_price": 1.0, "completion_price": 10.0}
-    return Endpoint(EndpointSettings(url, "big-vl", **(fast | settings)), LABELS)
-
-
-def batch(**settings: Any) -> BatchSettings:
-    return BatchSettings(**({"poll_s": 0.01} | settings))
-
-
-def run(
-    folder: Path, samples: list[Sample], teacher: Endpoint, settings: BatchSettings | None, **fields: Any
-) -> tuple[list[Any], dict[str, Any]]:
-    """What the stage does: fill the ledger, annotate, close the batches. Returns results and summary."""
-    counts, found = AnnotationCounts(), list[Batches]()
-
-    def prefill(cached: CachedTeacher, start: Start) -> None:
-        found.append(Batches(cached, folder, settings, "test", "annotate"))
-        found[0].fill(samples, [start])
-
-    options = AnnotateSettings(batch=settings, **fields)
-    first = FirstAnswers("annotate", LABELS, 50)
-    with Ledger(folder / "ledger.jsonl") as ledger:
-        results = list(
-            annotate(samples, LABELS, teacher, options, ledger, counts, first_answers=first, prefill=prefill)
-        )
-        summary = counts.summary | {"batch": found[0].summary}
-        found[0].close()
-    return results, summary
-
-
-def answers(folder: Path) -> dict[str, str]:
-    """The text of each answer in a ledger, which has each once."""
-    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    found = {line["key"]: line["answer"]["text"] for line in lines}
-    assert len(found) == len(lines)
-    return found
-
-
-def direct(folder: Path, samples: list[Sample], **fields: Any) -> tuple[list[Any], dict[str, str]]:
-    """Results and answers by direct calls."""
-    with BatchServer() as server:
-        results, _ = run(folder / "direct", samples, remote(server.url), None, **fields)
-    return results, answers(folder / "direct")
 
 
 def reordered(lines: list[Line]) -> list[Line]:
@@ -120,42 +69,6 @@ def test_bodies_are_those_of_direct_calls_and_files_keep_the_limits(tmp_path: Pa
         uploads = [other.files[each["input_file_id"]] for each in other.batches.values()]
         assert len(uploads) > 5 and all(len(data) <= 20_000 and data.count(b"\n") <= 7 for data in uploads)
     assert not list((tmp_path / "b").glob("batches/*/requests-*"))
-
-
-def test_expired_and_refused_lines_are_asked_again_and_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    samples = posts(tmp_path, 40)
-    _, ledger = direct(tmp_path, samples)
-    refused = {"status": 503, "left": 4}
-
-    def script(request: ChatRequest) -> tuple[int, Any] | None:
-        if "post 2" in request.text and refused["left"] > 0:
-            refused["left"] -= 1
-            return 503, {"error": {"message": "overloaded"}}
-        return None
-
-    with BatchServer(expires=lambda number: number % 4 == 3, script=script, final="expired") as server:
-        _, summary = run(tmp_path, samples, remote(server.url), batch(rounds=2))
-        assert server.paid_twice == 0
-    assert answers(tmp_path) == ledger
-    counted = summary["batch"]["without_answer"]
-    assert counted["batch_expired"] >= 10 and counted["status 503"] >= 3
-    assert "requests have no answer: batch_expired (" in caplog.text and "not executed in time" in caplog.text
-
-
-def test_a_damaged_line_is_named_and_the_others_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = posts(tmp_path, 20)
-    _, ledger = direct(tmp_path, samples)
-    cut = [True]
-
-    def as_text(text: str) -> str:
-        return text[: len(text) // 2] if cut and cut.pop() else text
-
-    with BatchServer(as_text=as_text) as server:
-        run(tmp_path, samples, remote(server.url), batch())
-    assert answers(tmp_path) == ledger
-    assert re.search(r"results-0001.jsonl: line \d+ cannot be read \(1 in all\); the other lines are used", caplog.text)
 
 
 def test_labels_are_scored_in_batches(tmp_path: Path) -> None:
@@ -291,69 +204,6 @@ def test_other_settings_use_what_they_can_and_leave_a_running_batch(
         assert server.batches["batch_0"]["status"] == "completed" and server.paid_twice == 0
 
 
-# ---- services that fail or differ ----
-
-
-def test_lost_replies_and_failing_calls_do_not_make_a_second_batch(tmp_path: Path) -> None:
-    samples = posts(tmp_path, 20)
-    _, ledger = direct(tmp_path, samples)
-    failing = {("POST", "/files"): [500, 503], ("POST", "/batches"): [429, 500], ("GET", "/batches/batch_0"): [502]}
-    dropped = [("POST", "/batches"), ("GET", "/files/file-2/content")]
-
-    def refuse(method: str, path: str) -> int | None:
-        return failing[method, path].pop(0) if failing.get((method, path)) else None
-
-    def drop(method: str, path: str) -> bool:
-        return (method, path) in dropped and dropped.remove((method, path)) is None
-
-    with BatchServer(refuse_call=refuse, drop_reply=drop) as server:
-        run(tmp_path, samples, remote(server.url, max_attempts=8), batch())
-        assert len(server.batches) == 2 and server.paid_twice == 0
-    assert answers(tmp_path) == ledger and not any(failing.values())
-
-
-@pytest.mark.parametrize(
-    ("fields", "problem", "refuse", "message"),
-    [
-        ({}, "Enqueued token limit reached", None, "has not accepted batch batch_0 .*Enqueued token limit reached"),
-        ({}, "", (404, "/files"), r"does not have the batch API \(status 404\): not here.*; set submit: files"),
-        ({}, "", (401, "/batches"), r"requires a key, but api_key_env is not set \(status 401\)"),
-        ({}, "", (500, "/batches/batch_0"), "the batch API at .* does not answer, after 4 attempts: status 500"),
-        ({}, "", (404, "/batches/batch_0"), "does not know the batch batch_0 .*its requests are asked again"),
-    ],
-)
-def test_a_service_that_refuses_is_explained(
-    fields: Any, problem: str, refuse: tuple[int, str] | None, message: str, tmp_path: Path
-) -> None:
-    samples = posts(tmp_path, 12)
-    with BatchServer(problem=problem, batch_fields=fields) as server:
-        if refuse is not None:
-            server.refuse_call = lambda method, path: refuse[0] if path == refuse[1] else None
-        with pytest.raises(RunError, match=message):
-            run(tmp_path, samples, remote(server.url), batch())
-        server.problem, server.refuse_call = "", lambda method, path: None
-        done, _ = run(tmp_path, samples, remote(server.url), batch())
-        assert server.paid_twice == 0
-    assert len(done) == 12
-
-
-def test_unknown_states_and_missing_fields_are_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    samples = posts(tmp_path, 12)
-    with BatchServer(polls=4) as server:
-        normal = server.shown
-
-        def shown(each: dict[str, Any]) -> dict[str, Any]:
-            content = {
-                n: v for n, v in normal(each).items() if n not in ("request_counts", "metadata", "error_file_id")
-            }
-            return content | ({"status": "QUEUED"} if each["polls"] < 3 else {})
-
-        server.shown = shown  # type: ignore[method-assign]
-        done, _ = run(tmp_path, samples, remote(server.url), batch())
-    assert len(done) == 12
-    assert caplog.text.count("'queued' is no known state of a batch; it is waited for") == 1
-
-
 def test_a_round_without_any_answer_ends_the_stage(tmp_path: Path) -> None:
     samples = posts(tmp_path, 12)
     with BatchServer(expires=lambda number: True, final="expired") as server:
@@ -372,90 +222,17 @@ def test_a_model_off_the_format_is_found_before_a_batch_is_paid_for(tmp_path: Pa
         assert not server.batches and server.requests == 50
 
 
-def test_the_key_is_sent_and_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BATCH_TEST_KEY", "sk-very-secret-1")
-    samples = posts(tmp_path, 12)
-    with BatchServer() as server:
-        server.refuse_call = lambda method, path: 400 if path == "/batches" else None
-        with pytest.raises(RunError) as error:
-            run(tmp_path, samples, remote(server.url, api_key_env="BATCH_TEST_KEY"), batch())
-        assert set(server.keys) == {"Bearer sk-very-secret-1"}
-    assert "sk-very-secret-1" not in str(error.value) and "***" in str(error.value)
-
-
-# ---- kills ----
-
-
-PROGRAM = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from tests.annotation.test_batch import batch, remote, run, Sample, LABELS
-folder = Path(sys.argv[1])
-samples = [Sample(f"s{{i}}", f"post {{i}}", (folder / f"{{i}}.png",), label=LABELS.names[i % 3]) for i in range(60)]
-run(folder, samples, remote(sys.argv[2], timeout_s=600), batch(poll_s=0.2))
-"""
-
-
-def killed(folder: Path, server: BatchServer, when: Callable[[], bool]) -> None:
-    """Start the run in a process and kill it at a moment."""
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), server.url], cwd=ROOT)
-    while not when() and child.poll() is None:
-        time.sleep(0.002)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("listed", ["at once", "later"])
-def test_killed_between_the_creation_of_a_batch_and_its_id(tmp_path: Path, listed: str) -> None:
-    samples = posts(tmp_path, 60)
-    _, ledger = direct(tmp_path, samples)
-    with BatchServer(polls=None) as server:
-        server.drop_reply = lambda method, path: (method, path) == ("POST", "/batches") and bool(time.sleep(60)) is None
-        killed(tmp_path, server, lambda: bool(server.batches))
-        state = json.loads((tmp_path / "batches/round-1/state.json").read_text())
-        assert state["files"][0]["input_file"] and not state["files"][0]["batch"]
-        server.drop_reply, looks = lambda method, path: False, []
-        if listed == "later":
-            normal = server.batches
-            hidden = {id: normal.pop(id) for id in list(normal)}
-
-            def refuse(method: str, path: str) -> None:
-                if (method, path) == ("GET", "/batches"):
-                    looks.append(path)
-                    normal.update(hidden if len(looks) > 1 else {})
-
-            server.refuse_call = refuse  # type: ignore[assignment]
-        server.polls = 2
-        run(tmp_path, samples, remote(server.url), batch(poll_s=0.1))
-        assert server.paid_twice == 0 and len(server.batches) == 2
-    assert answers(tmp_path) == ledger
-
-
-def test_killed_while_polling_and_again_in_the_second_round(tmp_path: Path) -> None:
-    samples = posts(tmp_path, 60)
-    expected, ledger = direct(tmp_path, samples)
-    with BatchServer(polls=None) as server:
-        killed(tmp_path, server, lambda: any(each["polls"] > 1 for each in server.batches.values()))
-        server.polls = 1
-        killed(tmp_path, server, lambda: len(server.batches) > 1)
-        server.polls = 2
-        done, _ = run(tmp_path, samples, remote(server.url), batch())
-        assert server.paid_twice == 0 and server.batched + server.requests == len(ledger)
-    assert done == expected and answers(tmp_path) == ledger
-
-
-def test_interrupted_while_polling_says_that_the_batch_goes_on(tmp_path: Path) -> None:
-    samples = posts(tmp_path, 60)
-    with BatchServer(polls=None) as server:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path), server.url]
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while not any(each["polls"] > 1 for each in server.batches.values()) and child.poll() is None:
-            time.sleep(0.002)
-        child.send_signal(signal.SIGINT)
-        _, printed = child.communicate()
-        assert f"annotate: the batches go on at {server.url} and the next run fetches their answers" in printed
-        assert [each["status"] for each in server.batches.values()] == ["in_progress"]
-        server.polls = 2
-        run(tmp_path, samples, remote(server.url), batch())
-        assert server.paid_twice == 0 and len(server.batches) == 2
+def test_videos_and_sound_go_into_the_files_in_the_form_that_the_server_takes(tmp_path: Path) -> None:
+    samples = []
+    for number in range(6):
+        label = list(COLOURS)[number % 3]
+        path = write_clip(tmp_path / f"{number}.mp4", [COLOURS[label]] * 10, PITCHES[label])
+        samples.append(Sample(label + str(number), f"post {number}", label=label, video=path, audio=path))
+    for folder, settings in (("direct", None), ("batch", batch())):
+        with BatchServer(answer=hears, refuse=refusing("video_url")) as server:
+            done, _ = run(tmp_path / folder, samples, remote(server.url), settings)
+            assert len(done) == 6 and all(isinstance(item, Kept) for item in done)
+    (made,) = server.batches.values()
+    bodies = [line["body"] for line in server.lines(made)]
+    assert len(bodies) == 5 and all(parts(body, "input_audio") and parts(body, "image_url") for body in bodies)
+    assert answers(tmp_path / "direct") == answers(tmp_path / "batch")
