@@ -186,7 +186,7 @@ class Batches:
 
         for sample, asked in as_completed(play, samples, self.teacher.max_parallel):
             if any(item.is_new for item in asked):
-                self._learn_dialects(sample, starts)
+                self._learn_dialects(sample, starts, on_way)
                 asked = self._next(sample, starts, on_way, encode=True)
             for item in asked:
                 direct.update([item.direct] if item.direct else [])
@@ -208,9 +208,7 @@ class Batches:
         self._written += 1
         return [*jobs, *((round, file) for file in round.files)]
 
-    def _next(
-        self, sample: Sample, starts: Sequence[Start], on_way: Collection[str] = (), *, encode: bool
-    ) -> list[_Asked]:
+    def _next(self, sample: Sample, starts: Sequence[Start], on_way: Collection[str], *, encode: bool) -> list[_Asked]:
         """What the conversations about a sample ask next; nothing about a post whose files cannot be read."""
         found, message = [], self.endpoint.message(sample)
         for start in starts:
@@ -233,14 +231,16 @@ class Batches:
                 continue
         return found
 
-    def _learn_dialects(self, sample: Sample, starts: Sequence[Start]) -> None:
+    def _learn_dialects(self, sample: Sample, starts: Sequence[Start], on_way: Collection[str]) -> None:
         """Ask questions of a kind directly until one has a valid answer, so that files have what the server takes.
 
         Nothing is paid in vain: the answers are in the ledger. If they are all invalid, the stage ends.
         """
+        if not self._dialects:
+            self._jobs.check()
         message = self.endpoint.message(sample)
         for start in starts:
-            while (asked := next(iter(self._next(sample, [start], encode=True)), None)) and asked.is_new:
+            while (asked := next(iter(self._next(sample, [start], on_way, encode=True)), None)) and asked.is_new:
                 answer = self.teacher.ask(message, asked.query, threading.Event())
                 if answer.error is not None:
                     self.teacher.filtered |= {asked.key: answer} if answer.kind == "filtered" else {}

@@ -56,6 +56,10 @@ class Jobs:
         if self._open is not None:
             self._open.close()
 
+    def check(self) -> None:
+        """Raise RunError if the service has no batch API or refuses the key, before a question is paid for."""
+        self._service.check()
+
     def find(self, round: Round, file: RequestFile) -> None:
         """Look for the batch that a run was about to create when it ended.
 

@@ -3,13 +3,18 @@
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.annotation.annotate import Kept
+from distill.annotation.batch import Batches
+from distill.annotation.cached_teacher import CachedTeacher, Conversation, Start, TeacherQuery
+from distill.annotation.ledger import Ledger
 from distill.errors import RunError
+from distill.task.prompts import Template
 from distill.task.sample import Sample
 from tests.annotation.batch_runs import answers, batch, direct, remote, run
 from tests.annotation.test_annotate_endpoint import posts
@@ -18,7 +23,7 @@ from tests.models.batch_server import BatchServer, Line
 from tests.models.endpoint.test_message import refusing
 from tests.models.hearing_server import PITCHES, parts
 from tests.models.hearing_server import answer as hears
-from tests.models.openai_server import COLOURS, ChatRequest, token
+from tests.models.openai_server import COLOURS, LABELS, ChatRequest, token
 
 
 def reordered(lines: list[Line]) -> list[Line]:
@@ -29,7 +34,7 @@ def duplicated(lines: list[Line]) -> list[Line]:
     return [*lines, *lines[::2]]
 
 
-def partial(lines: list[Line]) -> list[Line]:
+def incomplete(lines: list[Line]) -> list[Line]:
     return lines[: 2 * len(lines) // 3]
 
 
@@ -38,20 +43,20 @@ def foreign(lines: list[Line]) -> list[Line]:
 
 
 @pytest.mark.parametrize(
-    "results", [lambda lines: lines, reordered, duplicated, partial, foreign], ids=lambda f: f.__name__
+    "results", [lambda lines: lines, reordered, duplicated, incomplete, foreign], ids=lambda f: f.__name__
 )
 def test_batches_and_direct_calls_give_the_same_ledger(tmp_path: Path, results: Callable[..., list[Line]]) -> None:
     samples = posts(tmp_path, 60)
     expected, ledger = direct(tmp_path, samples)
     with BatchServer(results=results) as server:
         done, summary = run(tmp_path, samples, remote(server.url), batch())
-        assert server.paid_twice == 0 or results is partial  # what is not in the results is asked again
+        assert server.paid_twice == 0 or results is incomplete  # what is not in the results is asked again
         calls = len(server.calls)
         again, _ = run(tmp_path, samples, remote(server.url), batch())
         assert again == done and len(server.calls) == calls, "the second time nothing is asked"
     assert done == expected and answers(tmp_path) == ledger
     assert all(isinstance(item, Kept) for item in done) and summary["explained"] == 12
-    assert summary["batch"]["rounds"] >= 2 and summary["batch"]["answers"] >= (60 if results is partial else 70)
+    assert summary["batch"]["rounds"] >= 2 and summary["batch"]["answers"] >= (60 if results is incomplete else 70)
     assert summary["paid"]["by_batch"]["answers"] == summary["batch"]["answers"]
 
 
@@ -236,3 +241,38 @@ def test_videos_and_sound_go_into_the_files_in_the_form_that_the_server_takes(tm
     bodies = [line["body"] for line in server.lines(made)]
     assert len(bodies) == 5 and all(parts(body, "input_audio") and parts(body, "image_url") for body in bodies)
     assert answers(tmp_path / "direct") == answers(tmp_path / "batch")
+
+
+def test_a_question_on_its_way_is_not_asked_to_learn_about_another_one(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 12)
+
+    def asks(*templates: Template) -> list[Start]:
+        def start(template: Template, sample: Sample) -> Conversation[None]:
+            yield TeacherQuery(template)
+
+        return [partial(start, template) for template in templates]
+
+    with BatchServer(polls=None, logprobs=lambda request: [token(request.sentiment)]) as server:
+
+        def fill(*templates: Template) -> None:
+            with Ledger(tmp_path / "ledger.jsonl") as ledger:
+                cached = CachedTeacher(remote(server.url), LABELS, ledger, 1)
+                Batches(cached, tmp_path, batch(), "test", "evaluate").fill(samples, asks(*templates))
+
+        server.refuse_call = lambda method, path: 403 if path.startswith("/batches/") else None
+        with pytest.raises(RunError, match="403"):
+            fill("predict")
+        server.refuse_call, server.polls = lambda method, path: None, 2
+        fill("predict", "classify")
+        assert server.paid_twice == 0 and server.requests == 2 and server.batched == 22
+    assert len(answers(tmp_path)) == 24
+
+
+def test_a_server_without_the_api_is_found_before_anything_is_paid_for(tmp_path: Path) -> None:
+    with BatchServer(refuse_call=lambda method, path: 404) as server:
+        with pytest.raises(RunError, match=r"does not have the batch API \(status 404\)"):
+            run(tmp_path, posts(tmp_path, 4), remote(server.url), batch())
+        assert not server.requests
+        server.refuse_call = lambda method, path: 405 if (method, path) == ("GET", "/batches") else None
+        done, _ = run(tmp_path, posts(tmp_path, 4), remote(server.url), batch())
+    assert len(done) == 4

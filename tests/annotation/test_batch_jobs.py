@@ -40,7 +40,7 @@ def test_lost_replies_and_failing_calls_do_not_make_a_second_batch(tmp_path: Pat
     ("fields", "problem", "refuse", "message"),
     [
         ({}, "Enqueued token limit reached", None, "has not accepted batch batch_0 .*Enqueued token limit reached"),
-        ({}, "", (404, "/files"), r"does not have the batch API \(status 404\): not here.*; set submit: files"),
+        ({}, "", (404, "/batches"), r"does not have the batch API \(status 404\): not here.*; set submit: files"),
         ({}, "", (401, "/batches"), r"requires a key, but api_key_env is not set \(status 401\)"),
         ({}, "", (500, "/batches/batch_0"), "the batch API at .* does not answer, after 4 attempts: status 500"),
         ({}, "", (404, "/batches/batch_0"), "does not know the batch batch_0 .*its requests are asked again"),

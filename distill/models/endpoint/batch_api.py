@@ -3,6 +3,7 @@
 Services differ in which fields they return, so a missing field and an unknown state are no errors.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,15 @@ class BatchService:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+    def check(self) -> None:
+        """Ask whether there is a batch API, which costs nothing. A service that does not list batches may have one."""
+        with contextlib.suppress(RequestFailed, RequestFiltered):
+            try:
+                self._http.call("GET", "/batches?limit=1")
+            except RequestRefused as refusal:
+                if refusal.status == 404:
+                    raise self._explained(refusal, "") from refusal
 
     def upload(self, path: Path) -> str:
         """Upload a file of requests, which is read in parts. Returns its id."""
