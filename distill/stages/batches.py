@@ -4,17 +4,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from distill.annotation.batch import FOLDER, Batches
-from distill.annotation.batch_files import read_rounds
-from distill.annotation.cached_teacher import CachedTeacher, Start
+from distill.annotation.batch_files import RequestFile, Round, read_rounds
+from distill.annotation.cached_teacher import CachedTeacher, Conversation, Start, TeacherQuery
 from distill.errors import RunError, SettingsError
 from distill.models.endpoint import BatchSettings, Endpoint, EndpointSettings
 from distill.models.endpoint.batch_api import BatchService
 from distill.recipe import Recipe
 from distill.stages.context import Context, progress
 from distill.task.sample import Sample
-
-STAGES = ("annotate", "evaluate")
-"""The stages that ask in batches."""
 
 
 def fill(
@@ -39,6 +36,15 @@ def fill(
     return batches
 
 
+def asking(query: TeacherQuery) -> Start:
+    """A conversation that consists of one question."""
+
+    def conversation(sample: Sample) -> Conversation[None]:
+        yield query
+
+    return conversation
+
+
 def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:
     """Yield a line of text about each batch of a run that may still be answered, or that there is none.
 
@@ -49,29 +55,45 @@ def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:
         SettingsError: the recipe has no endpoint.
         RunError: the service does not answer.
     """
-    endpoint = recipe.annotating_teacher
-    if not isinstance(endpoint, EndpointSettings):
-        raise SettingsError("batches needs annotate.endpoint")
+    annotating, cascade = recipe.annotating_teacher, recipe.cascade_teacher
+    asked = {"annotate": annotating, "evaluate": annotating, "calibrate": cascade}
+    endpoints = {stage: teacher for stage, teacher in asked.items() if isinstance(teacher, EndpointSettings)}
+    if not endpoints:
+        raise SettingsError("batches needs an endpoint of annotate or cascade.teacher")
     any_open = False
-    with contextlib.closing(BatchService(endpoint)) as service:
-        for stage in STAGES:
-            for round in read_rounds(recipe.folder / stage / FOLDER):
-                for file in filter(round.is_open, round.files):
-                    any_open = True
-                    name = f"{stage} {round.folder.name} file {file.number}, {file.requests} requests"
-                    if round.submit == "files":
-                        yield f"{name}: waits for {round.results(file)}"
-                    elif round.address != endpoint.address:
-                        yield f"{name}: batch {file.batch} is at {round.address}"
-                    else:
-                        try:
-                            batch = service.get(file.batch)
-                            if cancel and not batch.ended:
-                                batch = service.cancel(file.batch)
-                        except RunError as error:
-                            yield f"{name}: {error}"
-                        else:
-                            counts = f", {batch.finished} of {batch.total} finished" if batch.total else ""
-                            yield f"{name}: batch {file.batch} is {batch.status}{counts}"
+    for stage, endpoint in endpoints.items():
+        rounds = read_rounds(recipe.folder / stage / FOLDER)
+        found = [(round, file) for round in rounds for file in round.files if _may_be_answered(round, file)]
+        if not found:
+            continue
+        any_open = True
+        with contextlib.closing(BatchService(endpoint)) as service:
+            for round, file in found:
+                name = f"{stage} {round.folder.name} file {file.number}, {file.requests} requests"
+                yield f"{name}: {_state(service, round, file, cancel)}"
     if not any_open:
         yield f"{recipe.folder}: no batch waits for answers"
+
+
+def _may_be_answered(round: Round, file: RequestFile) -> bool:
+    """Whether answers may come that somebody waits for or pays for."""
+    if round.submit == "files":
+        return round.is_open(file) and not round.closed
+    return round.is_open(file) or bool(file.input_file and not file.batch)
+
+
+def _state(service: BatchService, round: Round, file: RequestFile, cancel: bool) -> str:
+    if round.submit == "files":
+        return f"waits for {round.results(file)}"
+    if round.address != service.settings.address:
+        return f"batch {file.batch} is at {round.address}"
+    if not file.batch:
+        return "a run ended while it created the batch; the next one looks for it"
+    try:
+        batch = service.get(file.batch)
+        if cancel and not batch.ended:
+            batch = service.cancel(file.batch)
+    except RunError as error:
+        return str(error)
+    counts = f", {batch.finished} of {batch.total} finished" if batch.total else ""
+    return f"batch {file.batch} is {batch.status}{counts}"

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.annotation.cached_teacher import Conversation, TeacherQuery
+from distill.annotation.cached_teacher import TeacherQuery
 from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
@@ -15,12 +14,12 @@ from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
 from distill.models.reasoner import Reasoner, Sampling
 from distill.stages import tables
-from distill.stages.batches import fill
+from distill.stages.batches import asking, fill
 from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale
-from distill.task.sample import MODALITIES, Sample
+from distill.task.sample import MODALITIES
 from distill.tracking import StageRun
 
 _FILES = ("images", "video", "audio")
@@ -42,7 +41,7 @@ def run(context: Context, tracked: StageRun) -> None:
             template: Template | None = "predict" if recipe.annotate is not None else None
             queries = [TeacherQuery("classify")]
             queries += [TeacherQuery(template, Sampling(max_new_tokens=settings.max_new_tokens))] if template else []
-            batches = fill(context, "evaluate", settings.batch, teacher, samples, [partial(_ask, q) for q in queries])
+            batches = fill(context, "evaluate", settings.batch, teacher, samples, list(map(asking, queries)))
             evaluate("teacher", teacher, template)
             if batches is not None:
                 batches.close()
@@ -87,10 +86,6 @@ def run(context: Context, tracked: StageRun) -> None:
     jsonl.write_rows(context.folder / "evaluate" / "predictions.jsonl", rows)
     tracked.log(metrics)
     tables.predictions(context, tracked, rows)
-
-
-def _ask(query: TeacherQuery, sample: Sample) -> Conversation[None]:
-    yield query
 
 
 def _without_modalities(context: Context) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def test_files_end_the_command_with_the_way_to_go_on(tmp_path: Path, capsys: pyt
     [
         ({"annotate": {"recorded": True, "batch": {}}}, "annotate.batch needs annotate.endpoint: only an endpoint is"),
         ({"annotate": {"recorded": True}, "evaluate__batch": {}}, "evaluate.batch needs annotate.endpoint, and"),
+        (
+            {"annotate": {"recorded": True}, "teacher": micro.LEARNER, "calibrate": {"batch": {}}},
+            "calibrate.batch needs an endpoint of annotate or cascade.teacher",
+        ),
         ({"evaluate": {"teacher": False, "batch": {}}}, "evaluate.batch needs annotate.endpoint, and"),
         ({"annotate__batch": {"submit": "fax"}}, "annotate.batch"),
         ({"annotate__batch": {"max_mb": 0}}, "annotate.batch.max_mb is 0"),
@@ -124,7 +128,7 @@ def test_what_cannot_work_is_refused_before_the_run(changes: dict[str, Any], mes
 
 def test_the_list_of_batches_needs_an_endpoint(tmp_path: Path) -> None:
     settings = micro.read(recipe(tmp_path, "http://127.0.0.1:9/v1", annotate={"recorded": True}))
-    with pytest.raises(SettingsError, match=r"batches needs annotate\.endpoint"):
+    with pytest.raises(SettingsError, match=r"batches needs an endpoint of annotate or cascade\.teacher"):
         list(batches.listing(settings))
 
 
@@ -150,10 +154,13 @@ def test_the_plan_without_batches_has_one_price(tmp_path: Path) -> None:
 def test_a_cascade_and_its_report_know_no_seconds_of_answers_from_batches(tmp_path: Path) -> None:
     with BatchServer(logprobs=logprobs) as server:
         batch = {"poll_s": 0.01}
-        cascade = {"calibrate": {"budget": 0.5, "min_label_mass": 0.0}, "cascade": {"resamples": 20}}
+        calibrate = {"budget": 0.5, "min_label_mass": 0.0, "batch": batch}
+        cascade = {"calibrate": calibrate, "cascade": {"resamples": 20}}
         settings = micro.read(recipe(tmp_path, server.url, evaluate__batch=batch, **cascade))
         chain.run(settings)
         report.run(settings)
+        state = json.loads((settings.folder / "calibrate/batches/round-1/state.json").read_text())
+        assert state["closed"] and state["files"][0]["answers"] == 8 and server.paid_twice == 0
     stages = json.loads((settings.folder / "cascade/metrics.json").read_text())
     assert stages["stages"]["teacher_first"]["asked"] and stages["stages"]["teacher_first"]["cost"]["seconds"] is None
     assert stages["cost_ratio"]["seconds"] is None and stages["cost_ratio"]["currency"] is not None
