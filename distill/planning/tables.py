@@ -84,25 +84,23 @@ def _request_table(forecast: ChainForecast) -> str:
     requests = list(forecast.teacher_requests())
     if not requests:
         return "No teacher requests."
-    batches: list[tuple[float, float] | None] = []
     rows = [["teacher requests", "purpose", "minimum", "maximum", "prompt tokens", "answer tokens", "cost"]]
     for request, teacher in requests:
         low, high = request.answer_tokens
         answers = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
         figures = [f"{request.minimum:,}", f"{request.maximum:,}", f"{request.prompt_tokens:,.0f}", answers]
         rows.append([request.stage, request.purpose, *figures, _format_cost(_cost(request, teacher))])
-        batches.append(_batch_cost(forecast.recipe, request))
     totals = [sum(getattr(request, name) for request, _ in requests) for name in ("minimum", "maximum")]
     costs = [cost for request, teacher in requests if (cost := _cost(request, teacher)) is not None]
     total_cost = (sum(low for low, _ in costs), sum(high for _, high in costs)) if costs else None
     rows.append(["total", "", *(f"{count:,}" for count in totals), "", "", _format_cost(total_cost)])
     rows = rows if costs else [row[:-1] for row in rows]
     if any(_batch(forecast.recipe, request.stage) for request, _ in requests):
-        known = [cost for cost in batches if cost is not None]
-        total = (sum(low for low, _ in known), sum(high for _, high in known)) if len(known) == len(batches) else None
-        rows[0].append("cost in batches")
-        for row, cost in zip(rows[1:], [*batches, total], strict=True):
-            row.append(_format_cost(cost) or "–")
+        with_batches = [_cost_with_batches(forecast.recipe, request, teacher) for request, teacher in requests]
+        known = [cost for cost in with_batches if cost is not None]
+        total = (sum(low for low, _ in known), sum(high for _, high in known)) if len(known) == len(rows) - 2 else None
+        for row, text in zip(rows, ["cost with batches", *map(_or_dash, [*with_batches, total])], strict=True):
+            row.append(text)
     lines = [_align(rows, left=2)]
     ledgers = [forecast.recipe.folder / stage / "ledger.jsonl" for stage in ("annotate", "evaluate")]
     if answers_paid := sum(len(path.read_bytes().splitlines()) for path in ledgers if path.exists()):
@@ -121,12 +119,17 @@ def _batch(recipe: Recipe, stage: str) -> BatchSettings | None:
     return getattr(getattr(recipe, stage), "batch", None)
 
 
-def _batch_cost(recipe: Recipe, request: RequestForecast) -> tuple[float, float] | None:
-    """Return the cost if all requests are in batches; None without such prices or batches."""
-    batch = _batch(recipe, request.stage)
-    if batch is None or (batch.prompt_price is None and batch.completion_price is None):
+def _cost_with_batches(recipe: Recipe, request: RequestForecast, teacher: Teacher) -> tuple[float, float] | None:
+    """Return the cost if all requests of a stage with a batch section are in batches; None if it is unknown."""
+    if (batch := _batch(recipe, request.stage)) is None:
+        return _cost(request, teacher)
+    if batch.prompt_price is None and batch.completion_price is None:
         return None
     return request.cost(batch.prompt_price or 0.0, batch.completion_price or 0.0)
+
+
+def _or_dash(cost: tuple[float, float] | None) -> str:
+    return _format_cost(cost) or "–"
 
 
 def _format_cost(cost: tuple[float, float] | None) -> str:

@@ -135,20 +135,20 @@ def test_the_list_of_batches_needs_an_endpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prices", [{"prompt_price": 0.5, "completion_price": 2.0}, {}])
 def test_the_plan_has_both_prices(prices: dict[str, float], tmp_path: Path) -> None:
     text = plan_text(micro.read(recipe(tmp_path, "http://127.0.0.1:9/v1", annotate__batch=prices)))
-    table = [
-        re.split(r" {2,}", line) for line in text.splitlines() if "teacher requests" in line or "  rationales" in line
-    ]
-    header, row = table[0], table[1]
-    assert header[-2:] == ["cost", "cost in batches"] and row[:2] == ["annotate", "rationales"]
+    (begin,) = (n for n, line in enumerate(text.splitlines()) if line.startswith("teacher requests  "))
+    header, annotate, *others, total = [re.split(r" {2,}", line) for line in text.splitlines()[begin : begin + 5]]
+    assert header[-2:] == ["cost", "cost with batches"] and annotate[:2] == ["annotate", "rationales"]
+    assert [row[0] for row in others] == ["evaluate", "evaluate"] and all(row[-1] == row[-2] for row in others)
     if not prices:
-        assert row[-1] == "–"
+        assert annotate[-1] == total[-1] == "–"
         return
-    direct, batched = ([float(part) for part in cell.split(" to ")] for cell in row[-2:])
+    direct, batched = ([float(part) for part in cell.split(" to ")] for cell in annotate[-2:])
     assert batched == pytest.approx([value / 2 for value in direct], abs=0.01)
+    assert float(total[-1].split(" to ")[1]) < float(total[-2].split(" to ")[1])
 
 
 def test_the_plan_without_batches_has_one_price(tmp_path: Path) -> None:
-    assert "cost in batches" not in plan_text(micro.read(recipe(tmp_path, "http://127.0.0.1:9/v1")))
+    assert "cost with batches" not in plan_text(micro.read(recipe(tmp_path, "http://127.0.0.1:9/v1")))
 
 
 def test_a_cascade_and_its_report_know_no_seconds_of_answers_from_batches(tmp_path: Path) -> None:
