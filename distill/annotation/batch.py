@@ -143,7 +143,7 @@ class Batches:
             self.rounds.append(round)
             for file in list(round.files):
                 if round.submit == "files":
-                    if file.folded != results_digest(round, file):
+                    if (digest := results_digest(round, file)) and digest != file.folded:
                         fold(round, file, self.teacher)
                     continue
                 if file.input_file and not file.batch:

@@ -157,6 +157,7 @@ class Jobs:
         if batch.status == "failed" and not batch.output_file:
             file.folded, file.problems = "none", {batch.problem or "it gives no reason": file.requests}
             round.save()
+            round.requests(file).unlink(missing_ok=True)  # written anew for another batch
             return 0
         for id, path in ((batch.output_file, round.results(file)), (batch.error_file, round.errors(file))):
             if id:

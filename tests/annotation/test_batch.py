@@ -153,6 +153,11 @@ def test_files_are_left_for_the_user_and_read_when_there_are_results(tmp_path: P
         assert not server.received
     assert done == expected and answers(tmp_path) == ledger
     assert summary["batch"] == {"rounds": 2, "requests": 24, "answers": 24, "without_answer": {}}
+    for results in tmp_path.glob("batches/*/results-*"):  # they are in the ledger
+        results.unlink()
+    assert run(tmp_path, samples, remote("http://127.0.0.1:9/v1"), settings)[0] == expected
+    states = [json.loads(path.read_text()) for path in tmp_path.glob("batches/*/state.json")]
+    assert sum(file["answers"] for state in states for file in state["files"]) == 24
 
 
 def vllm_run_batch(server: BatchServer, requests: Path) -> list[str]:
