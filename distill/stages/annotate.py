@@ -73,18 +73,8 @@ def run(context: Context, tracked: StageRun) -> None:
         # closed before the ledger, so that answers in flight are still written to it
         closing(
             annotate(
-                samples,
-                labels,
-                teacher,
-                settings,
-                ledger,
-                tally,
-                show,
-                other_servers,
-                first,
-                curated.edits,
-                prefill,
-            )
+                samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits, prefill
+            )  # fmt: skip
         ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
