@@ -74,7 +74,7 @@ def run(context: Context, tracked: StageRun) -> None:
         closing(
             annotate(
                 samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits, prefill
-            )  # fmt: skip
+            )
         ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
