@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "export the student as a folder that transformers can load",
     "report": "write report.html again and print the table of results",
     "serve": "serve the cascade with an OpenAI-compatible API",
+    "batches": "list the batches of a run that are not answered yet, or cancel them",
     "review": "look through the reasoning data in a browser; keep, edit, drop or relabel posts",
 }
 """The commands that read a recipe."""
@@ -151,6 +152,8 @@ def _options(command: str) -> Any:
             reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
         if command == "plan":
             reads.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+        if command == "batches":
+            reads.add_argument("--cancel", action="store_true", help="Cancel them at the service.")
         if command == "review":
             reads.add_argument("--host", type=str, default="127.0.0.1", help="Address that the page is served on.")
             reads.add_argument("--port", type=int, default=8100, help="Port of the page; 0: any free port.")
@@ -182,11 +185,9 @@ def _shipped(command: str, parsed: argparse.Namespace) -> None:
 
     if command == "init":
         path = shipped.write(parsed.recipe)
-        print(
-            f"wrote {path}; its first line is the command that runs it"
-            if path.is_file()
-            else f"wrote {path}; the first line of its files is the command that runs them"
-        )
+        one = path.is_file()
+        print(f"wrote {path}; {'its first line' if one else 'the first line of its files'} is the command that runs "
+              f"{'it' if one else 'them'}")  # fmt: skip
         return
     for name, purpose in shipped.recipes().items():
         print(f"{name:<16} {purpose}")
@@ -315,7 +316,7 @@ def _parsed(
 def _command(command: str, arguments: Sequence[str]) -> None:
     from distill import chain, recipe, review
     from distill.planning.tables import plan_text
-    from distill.stages import report, serve
+    from distill.stages import batches, report, serve
 
     settings, parsed = recipe.load(_options(command), arguments)
     if command == "plan":
@@ -330,6 +331,9 @@ def _command(command: str, arguments: Sequence[str]) -> None:
         serve.run(
             settings, chain.input_fingerprints(settings, command, ("teacher", settings.student_stage, "calibrate"))
         )
+        return
+    if command == "batches":
+        print(*batches.listing(settings, cancel=parsed.cancel), sep="\n")
         return
     if command == "review":
         review.run(settings, parsed.host, parsed.port)

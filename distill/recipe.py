@@ -297,6 +297,14 @@ def check(recipe: Recipe) -> None:
 
 def _check_teachers(recipe: Recipe) -> None:
     """Validate the teachers that are not trained by the chain; log a notice for fields that have a new place."""
+    asks = isinstance(recipe.annotating_teacher, EndpointSettings)
+    if recipe.annotate is not None and recipe.annotate.batch is not None and not asks:
+        raise SettingsError("annotate.batch needs annotate.endpoint: only an endpoint is asked in batches")
+    if recipe.evaluate is not None and recipe.evaluate.batch is not None and not (asks and recipe.evaluate.teacher):
+        raise SettingsError("evaluate.batch needs annotate.endpoint, and evaluate.teacher to be true")
+    asks = isinstance(recipe.cascade_teacher, EndpointSettings)
+    if recipe.calibrate is not None and recipe.calibrate.batch is not None and not asks:
+        raise SettingsError("calibrate.batch needs an endpoint of annotate or cascade.teacher")
     cascade, calibrate = recipe.cascade and recipe.cascade.teacher, recipe.calibrate
     given = {}
     for name, section in {"annotate": recipe.annotate, "calibrate": calibrate, "cascade.teacher": cascade}.items():

@@ -6,7 +6,7 @@ from distill.annotation.annotate import AnnotateSettings
 from distill.cascade.calibration import CalibrateSettings
 from distill.cascade.cascade import CascadeSettings
 from distill.models.backbone import ModelSettings
-from distill.models.endpoint import EndpointSettings
+from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.settings import Settings
 from distill.training.assistant import TrainSettings
 
@@ -39,6 +39,8 @@ class CalibrateStageSettings(CalibrateSettings):
     """Earlier place of cascade.teacher.endpoint; still read, with a notice."""
     model: ModelSettings | None = None
     """Earlier place of cascade.teacher.model; still read, with a notice."""
+    batch: BatchSettings | None = None
+    """Ask the endpoint of the cascade's teacher in batch files."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from distill.planning import tables
 from distill.predict import Prediction
 from distill.recipe import Recipe
 from distill.runs import load_recipe
-from distill.stages import report, serve
+from distill.stages import batches, report, serve
 from distill.tracking.sync import Sent
 from tests.documents import GENERATED, PAGES, README, RECIPES, ROOT, blocks, commands, named_files, text
 
@@ -45,6 +45,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(tables, "plan_text", lambda settings, **_: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
+    monkeypatch.setattr(batches, "listing", lambda settings, **_: [str(seen.append((settings, None)))])
     monkeypatch.setattr(review, "run", lambda settings, host, port: seen.append((settings, None)))
     monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
     monkeypatch.chdir(ROOT)

@@ -4,18 +4,19 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 """
 
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
+from distill.annotation.cached_teacher import CachedTeacher, Start, TeacherQuery
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, PaidTotals
 from distill.annotation.scheduler import Progress, run_conversations
 from distill.annotation.scores import read_scores
 from distill.errors import SettingsError
-from distill.models.endpoint import Endpoint
+from distill.models.endpoint import BatchSettings, Endpoint, EndpointSettings
+from distill.models.endpoint.settings import cost
 from distill.models.reasoner import Answer, Reasoner, Sampling
 from distill.settings import Count, Natural, NonNegative, Range, Settings
 from distill.task import prompts
@@ -49,6 +50,8 @@ class AnnotateSettings(Settings):
     """Use the rationales in the data set if they are valid."""
     chunk: Count = 64
     """Number of posts per call of a teacher on this machine; for an endpoint, `concurrency` applies instead."""
+    batch: BatchSettings | None = None
+    """Ask the endpoint in batch files."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def annotate(
     other_servers: Collection[str] = (),
     first_answers: FirstAnswers | None = None,
     edits: Mapping[str, Rationale] = MappingProxyType({}),
+    prefill: Callable[[CachedTeacher, Start], None] | None = None,
 ) -> Generator[Kept | Quarantined, None, None]:
     """Annotate samples with valid rationales.
 
@@ -151,6 +155,8 @@ def annotate(
         counts: updated with each sample; complete after the last result.
         other_servers, first_answers: see `CachedTeacher`.
         edits: rationales that a person has edited, by the id of the sample; they are kept, and nothing is requested.
+        prefill: fills the ledger before the first request, from batches for example; it is given the teacher and the
+            function that begins the conversation about a sample.
 
     Raises:
         SettingsError: the label of a sample is not in the label space.
@@ -166,13 +172,28 @@ def annotate(
     teacher_cache = None
     if teacher is not None:
         teacher_cache = CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers, first_answers)
+        if prefill is not None:
+            prefill(teacher_cache, conversation)
     for state in run_conversations(samples, conversation, teacher_cache, progress):
         counts.add(state)
         if state.result is not None:
             yield state.result
     counts.paid = asdict(ledger.paid) | {"cost": None}
     if isinstance(teacher, Endpoint):
-        counts.paid["cost"] = teacher.cost(ledger.paid.prompt_tokens, ledger.paid.completion_tokens)
+        counts.paid["cost"] = _cost(ledger, teacher.settings, settings.batch)
+    if ledger.by_batch.answers:
+        counts.paid["by_batch"] = asdict(ledger.by_batch)
+
+
+def _cost(ledger: Ledger, direct: EndpointSettings, batch: BatchSettings | None) -> float | None:
+    """Cost of the answers that were used; None without prices, or without those of answers from batches."""
+    paid, by_batch = ledger.paid, ledger.by_batch
+    tokens = (paid.prompt_tokens - by_batch.prompt_tokens, paid.completion_tokens - by_batch.completion_tokens)
+    one_by_one = cost(direct, *tokens)
+    if not by_batch.answers:
+        return one_by_one
+    in_batches = None if batch is None else cost(batch, by_batch.prompt_tokens, by_batch.completion_tokens)
+    return None if one_by_one is None or in_batches is None else one_by_one + in_batches
 
 
 def recording_defects(samples: Iterable[Sample], labels: LabelSpace) -> dict[str, int]:

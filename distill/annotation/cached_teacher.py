@@ -45,13 +45,16 @@ class TeacherQuery:
 Conversation = Generator[TeacherQuery, Answer, T]
 """About one sample: it yields a query, is sent the answer, and returns its result."""
 
+Start = Callable[[Sample], Conversation[Any]]
+"""Begins a conversation about a sample."""
+
 
 class CachedTeacher:
     """A `Reasoner` that takes answers from its ledger and requests the others from `teacher`. Thread-safe.
 
     `max_parallel` is the number of samples to process in parallel. For a model on this machine it is `chunk`, the batch
     size. For an endpoint it is twice the `concurrency`: half of the threads have a request in flight, while the others
-    encode images or wait for the disk.
+    encode images or wait for the disk. `filtered` has refusals of content filters by ledger key; they are not repeated.
 
     Args:
         other_servers: addresses of servers that give another model the same name; their answers are not used.
@@ -73,11 +76,12 @@ class CachedTeacher:
         self.max_parallel = 2 * concurrency if isinstance(teacher, Endpoint) else chunk
         self._address = teacher.settings.address if isinstance(teacher, Endpoint) else ""
         self._other_servers, self._notices = other_servers, set[str]()
-        self._first_answers = first_answers or FirstAnswers("", labels, 0)
+        self.first_answers = first_answers or FirstAnswers("", labels, 0)
         self._slots = threading.BoundedSemaphore(concurrency)
         self._digest = lru_cache(_DIGEST_CACHE_SIZE)(digest)
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Answer]] = {}
+        self.filtered: dict[str, Answer] = {}
 
     @property
     def paid(self) -> PaidTotals:
@@ -119,9 +123,7 @@ class CachedTeacher:
             return self._recalled_answers(samples, [TeacherQuery("classify")] * len(samples))
         return self._recalled_answers(samples, [TeacherQuery("review", earlier=item) for item in earlier])
 
-    def recall(
-        self, samples: Iterable[Sample], conversation: Callable[[Sample], Conversation[Any]]
-    ) -> Iterator[Sample]:
+    def recall(self, samples: Iterable[Sample], conversation: Start) -> Iterator[Sample]:
         """Follow the conversations about the first samples as far as the ledger has the answers, before any request.
 
         They are so many that a run which ended because its first answers were all invalid ends again for nothing.
@@ -133,18 +135,27 @@ class CachedTeacher:
             RunError: the answers in the ledger are all invalid; see `FirstAnswers`.
         """
         remaining, given = iter(samples), list[GivenAnswer]()
-        if not self._first_answers.limit or not len(self.ledger):
+        if not self.first_answers.limit or not len(self.ledger):
             return remaining
-        first = list(islice(remaining, self._first_answers.limit + self.max_parallel))
+        first = list(islice(remaining, self.first_answers.limit + self.max_parallel))
         for sample in first:
-            with contextlib.suppress(StopIteration, OSError):
-                steps = conversation(sample)
-                query = next(steps)
-                while (answer := self._paid_answer(self._key(sample, query))) is not None:
-                    given.append((sample, query.template, answer))
-                    query = steps.send(answer)
-        self._first_answers.recall(*given)
+            with contextlib.suppress(OSError):
+                for query, answer in self.replay(sample, conversation(sample)):
+                    given += [] if answer is None else [(sample, query.template, answer)]
+        self.first_answers.recall(*given)
         return chain(first, remaining)
+
+    def replay(self, sample: Sample, conversation: Conversation[Any]) -> Iterator[tuple[TeacherQuery, Answer | None]]:
+        """Follow a conversation with the known answers, until one is not known: None. Raises OSError (`ledger_key`)."""
+        with contextlib.suppress(StopIteration):
+            query = next(conversation)
+            while True:
+                ledger_key = self.ledger_key(sample, query)
+                answer = self.paid_answer(ledger_key) or self.filtered.get(ledger_key)
+                yield query, answer
+                if answer is None:
+                    return
+                query = conversation.send(answer)
 
     def _recalled_answers(
         self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]
@@ -167,7 +178,7 @@ class CachedTeacher:
             RunError: the endpoint no longer answers, or the ledger cannot be written.
         """
         try:
-            ledger_key = self._key(message.sample, query)
+            ledger_key = self.ledger_key(message.sample, query)
         except OSError as error:
             return _unreadable(error)
         with self._lock:
@@ -175,17 +186,18 @@ class CachedTeacher:
             future = self._in_flight.setdefault(ledger_key, Future())
         if is_first:
             try:
-                future.set_result(self._paid_answer(ledger_key) or self._request(ledger_key, message, query, stop))
+                known = self.paid_answer(ledger_key) or self.filtered.get(ledger_key)
+                future.set_result(known or self._request(ledger_key, message, query, stop))
             except BaseException as error:  # noqa: BLE001 - raised in every thread that waits for the answer
                 future.set_exception(error)
             with self._lock:
                 del self._in_flight[ledger_key]
         answer = future.result()
         if is_first:
-            self._first_answers.add((message.sample, query.template, answer))
+            self.first_answers.add((message.sample, query.template, answer))
         return answer
 
-    def _paid_answer(self, ledger_key: str) -> Answer | None:
+    def paid_answer(self, ledger_key: str) -> Answer | None:
         """The answer in the ledger: from the teacher's address, else from an unknown one, else from another one.
 
         Servers move, so the same model name at another address is taken to be the same model and its answers are not
@@ -227,19 +239,23 @@ class CachedTeacher:
 
     def _store(self, ledger_key: str, sample: Sample, query: TeacherQuery, answer: Answer) -> Answer:
         if answer.error is None:
-            meta: dict[str, Any] = {"id": sample.id, "model": self.name, "version": prompts.VERSION}
-            meta |= {"template": query.template, "temperature": query.sampling.temperature}
-            meta |= {"base_url": self._address} if self._address else {}
-            self.ledger.put(ledger_key, meta | {"attempt": query.sampling.attempt}, answer)
+            self.ledger.put(ledger_key, self.meta(sample, query), answer)
         return answer
 
+    def meta(self, sample: Sample, query: TeacherQuery) -> dict[str, Any]:
+        """The fields that describe a request in the ledger."""
+        meta: dict[str, Any] = {"id": sample.id, "model": self.name, "version": prompts.VERSION}
+        meta |= {"template": query.template, "temperature": query.sampling.temperature}
+        meta |= {"base_url": self._address} if self._address else {}
+        return meta | {"attempt": query.sampling.attempt}
+
     def knows(self, sample: Sample, query: TeacherQuery) -> bool:
-        """Whether the ledger has an answer that can be used. Raises OSError if a file of the post cannot be read."""
-        return self._paid_answer(self._key(sample, query)) is not None
+        """Whether the ledger has an answer that can be used. Raises OSError."""
+        return self.paid_answer(self.ledger_key(sample, query)) is not None
 
     def keep(self, sample: Sample, query: TeacherQuery, answer: Answer) -> Answer:
         """Write an answer that was requested elsewhere to the ledger, unless it has an error. Returns it."""
-        return self._store(self._key(sample, query), sample, query, answer)
+        return self._store(self.ledger_key(sample, query), sample, query, answer)
 
     def answers(self, samples: Sequence[Sample], queries: Sequence[TeacherQuery]) -> Iterator[tuple[int, Answer]]:
         """Yield (sample index, answer to its query) in completion order.
@@ -257,13 +273,13 @@ class CachedTeacher:
         waiting: dict[str, list[int]] = {}  # samples with the same key share one answer
         for index, sample in enumerate(samples):
             try:
-                waiting.setdefault(self._key(sample, queries[index]), []).append(index)
+                waiting.setdefault(self.ledger_key(sample, queries[index]), []).append(index)
             except OSError as error:
                 yield index, _unreadable(error)
         for ledger_key in list(waiting):
-            if (answer := self._paid_answer(ledger_key)) is not None:
+            if (answer := self.paid_answer(ledger_key)) is not None:
                 first = waiting[ledger_key][0]
-                self._first_answers.add((samples[first], queries[first].template, answer))
+                self.first_answers.add((samples[first], queries[first].template, answer))
                 for index in waiting.pop(ledger_key):
                     yield index, answer
         keys = list(waiting)
@@ -272,7 +288,7 @@ class CachedTeacher:
             for position, answer in self._ask_chunk([samples[i] for i in firsts], [queries[i] for i in firsts]):
                 sample, query = samples[firsts[position]], queries[firsts[position]]
                 self._store(chunk[position], sample, query, answer)
-                self._first_answers.add((sample, query.template, answer))
+                self.first_answers.add((sample, query.template, answer))
                 for index in waiting[chunk[position]]:
                     yield index, answer
 
@@ -289,7 +305,8 @@ class CachedTeacher:
             error = None if mass != 0 else "the model gave no answer"
             yield index, Answer(scores_text(row, mass), True, error=error, **asdict(cost))
 
-    def _key(self, sample: Sample, query: TeacherQuery) -> str:
+    def ledger_key(self, sample: Sample, query: TeacherQuery) -> str:
+        """The key of an answer in the ledger. Raises OSError if a file of the post cannot be read."""
         text = prompts.render(query.template, sample, self.labels, query.earlier)
         if query.template in prompts.SCORED:  # the probabilities belong to these labels
             text += "\n" + ", ".join(self.labels.names)

@@ -52,7 +52,7 @@ class FirstAnswers:
             return
         with self._lock:
             for sample, template, answer in answers:
-                kind = "label" if template in prompts.SCORED else "rationale"
+                kind = _kind(template)
                 if answer.error is not None or kind in self._valid:
                     continue
                 if (invalid := self._check(sample, template, answer)) is not None:
@@ -61,6 +61,11 @@ class FirstAnswers:
                     self._valid.add(kind)
                     self._invalid.pop(kind, None)
             self._stop(self.limit)
+
+    def has_valid(self, template: Template) -> bool:
+        """Whether an answer of this kind was valid; always without a limit."""
+        with self._lock:
+            return not self.limit or _kind(template) in self._valid
 
     def recall(self, *answers: GivenAnswer) -> None:
         """Judge the answers of an earlier run before the stage asks. They are counted again when the stage uses them.
@@ -110,3 +115,7 @@ class FirstAnswers:
                 remedy = "use another model or other labels in task.labels"
             return _Invalid(invalid.detail, remedy, answer.text, count)
         return None
+
+
+def _kind(template: Template) -> str:
+    return "label" if template in prompts.SCORED else "rationale"

@@ -9,16 +9,18 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self
 
 from distill.annotation.ledger_index import LedgerIndex
 from distill.errors import RunError
+from distill.files import finite
 from distill.models.reasoner import Answer, Sampling
 from distill.task import prompts
 
@@ -65,6 +67,10 @@ class PaidTotals:
         self.completion_tokens += answer.completion_tokens
 
 
+Entry = tuple[str, Mapping[str, Any], Answer]
+"""An answer with its key and the fields that describe its request; see `Ledger.put`."""
+
+
 class Ledger:
     """An append-only JSONL file of answers. Thread-safe; one process can open it at a time.
 
@@ -72,7 +78,7 @@ class Ledger:
     different models. Answers of a model on this machine, and those that earlier versions wrote, have no address.
 
     Answers are not held in memory; an index has the offsets of their lines. `paid` counts the answers that were used
-    since the ledger was opened, new or old, each once.
+    since the ledger was opened, new or old, each once; `by_batch` those among them that came from a batch.
 
     Raises:
         RunError: another process has the ledger open, or it cannot be read or written.
@@ -80,7 +86,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.paid = PaidTotals()
+        self.paid, self.by_batch = PaidTotals(), PaidTotals()
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()  # held by the thread that calls fsync
         self._written = self._synced = 0  # bytes written to the file; bytes flushed to disk
@@ -128,11 +134,15 @@ class Ledger:
         if location is None:
             return None
         start, length = location
-        _, answer = _read(os.pread(self._file, length, start))
+        _, answer, in_batch = _read(os.pread(self._file, length, start))
         with self._lock:
             if self._index.mark_used(identity):
-                self.paid.add(answer)
+                self._count(answer, in_batch)
         return answer
+
+    def _count(self, answer: Answer, in_batch: bool) -> None:
+        for totals in (self.paid, self.by_batch) if in_batch else (self.paid,):
+            totals.add(answer)
 
     def addresses(self, key: str) -> list[str]:
         """The addresses that gave an answer to a key, in order; the first is empty if one has no address."""
@@ -144,23 +154,38 @@ class Ledger:
         """Write one answer and wait until it is on disk. Threads that wait at the same time share one flush.
 
         Args:
-            meta: fields that describe the request to a reader of the file. `base_url`: the address of the server.
+            meta: fields that describe the request to a reader of the file. `base_url`: the address of the server;
+                `batch`: the file of requests, of an answer from a batch.
 
         Raises:
             RunError: the disk is full or fails; the file then ends with its last complete line.
             ValueError: the answer has an error, so it was not paid for.
         """
-        if answer.error is not None:
-            raise ValueError("an answer with an error was not paid for")
-        paid = {name: value for name, value in asdict(answer).items() if name not in ("error", "kind")}
-        text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
-        line = text.encode("utf-8", "replace") + b"\n"  # lone surrogates cannot be encoded
+        self.put_all([(key, meta, answer)])
+
+    def put_all(self, entries: Sequence[Entry]) -> None:
+        """Write answers as `put` does, with one flush for all."""
+        end = 0
+        for key, meta, answer in entries:
+            if answer.error is not None:
+                raise ValueError("an answer with an error was not paid for")
+            paid = finite({name: value for name, value in asdict(answer).items() if name not in ("error", "kind")})
+            text = json.dumps({"key": key, **meta, "answer": paid}, ensure_ascii=False)
+            line = text.encode("utf-8", "replace") + b"\n"  # lone surrogates cannot be encoded
+            try:
+                end = self._append(_identity(key, meta.get("base_url", "")), line)
+            except OSError as error:
+                raise self._not_written(error) from error
         try:
-            self._sync(self._append(_identity(key, meta.get("base_url", "")), line))
+            self._sync(end)
         except OSError as error:
-            raise RunError(f"an answer could not be written to {self.path}: {error.strerror}") from error
+            raise self._not_written(error) from error
         with self._lock:
-            self.paid.add(answer)
+            for _, meta, answer in entries:
+                self._count(answer, "batch" in meta)
+
+    def _not_written(self, error: OSError) -> RunError:
+        return RunError(f"an answer could not be written to {self.path}: {error.strerror}")
 
     def _append(self, key: bytes, line: bytes) -> int:
         """Append one line. Returns the size of the file after it."""
@@ -228,10 +253,17 @@ class Ledger:
             start += len(line)
 
 
-def _read(line: bytes) -> tuple[bytes, Answer]:
-    """Identity and answer of a line. Raises ValueError, KeyError or TypeError if it is malformed."""
+def _read(line: bytes) -> tuple[bytes, Answer, bool]:
+    """Identity and answer of a line, and whether it is from a batch, whose seconds are unknown: null, read as NaN.
+
+    Raises:
+        ValueError, KeyError, TypeError: the line is malformed.
+    """
     entry = json.loads(line)
-    return _identity(str(entry["key"]), str(entry.get("base_url", ""))), Answer(**entry["answer"])
+    answer = Answer(**entry["answer"])
+    if answer.seconds is None:
+        answer = replace(answer, seconds=math.nan)
+    return _identity(str(entry["key"]), str(entry.get("base_url", ""))), answer, "batch" in entry
 
 
 def _identity(key: str, address: str) -> bytes:

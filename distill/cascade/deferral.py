@@ -126,9 +126,9 @@ def deferral_rows(
 
 
     A row has the policy, the fraction of deferred posts, the mean quality with its bootstrap 95% interval, and the mean
-    seconds and currency per post. Quality is the accuracy, or on a scale the negative absolute error. The policies are
-    random deferral, the three uncertainty measures, the error probability, and the oracle. At fraction 0 the student
-    answers alone, at 1 the teacher.
+    seconds and currency per post, None if unknown. Quality is the accuracy, or on a scale the negative absolute error.
+    The policies are random deferral, the three uncertainty measures, the error probability, and the oracle. At fraction
+    0 the student answers alone, at 1 the teacher.
     """
     quality = [_quality(predictions, gold, labels) for predictions in (student, teacher)]
     answered = np.array([prediction.answered for prediction in teacher])
@@ -149,15 +149,17 @@ def deferral_rows(
             return deferral_curve(*columns, fractions=FRACTIONS)
 
         low, high = bootstrap_interval(curve, score, *quality, resamples=resamples)
-        mean_seconds = curve(score, seconds[0], seconds[0] + seconds[1])
-        mean_currency = None
+        mean_seconds = mean_currency = None
+        if np.isfinite(seconds[1]).all():  # those of an answer from a batch are unknown
+            mean_seconds = curve(score, seconds[0], seconds[0] + seconds[1])
         if None not in currency:
             mean_currency = curve(score, np.zeros(len(gold)), np.array(currency, dtype=np.float64))
-        columns = zip(FRACTIONS, curve(score, *quality), low, high, mean_seconds, strict=True)
+        columns = zip(FRACTIONS, curve(score, *quality), low, high, strict=True)
         for index, values in enumerate(columns):
-            row = dict(zip(("deferred", "quality", "low", "high", "seconds"), map(float, values), strict=True))
-            paid = None if mean_currency is None else float(mean_currency[index])
-            rows.append({"policy": policy, **row, "currency": paid})
+            row = dict(zip(("deferred", "quality", "low", "high"), map(float, values), strict=True))
+            means = {"seconds": mean_seconds, "currency": mean_currency}
+            costs = {name: None if mean is None else float(mean[index]) for name, mean in means.items()}
+            rows.append({"policy": policy, **row, **costs})
     return rows
 
 

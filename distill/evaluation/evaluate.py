@@ -9,6 +9,7 @@ import numpy as np
 from distill.evaluation.classification import classification_metrics
 from distill.evaluation.reasoning import grounding, published_metrics, reasoning_metrics
 from distill.evaluation.regression import regression_metrics
+from distill.models.endpoint import BatchSettings
 from distill.models.reasoner import ClassScores, Reasoner, Sampling, classify_and_reason
 from distill.settings import Count, Settings
 from distill.task.labels import LabelSpace
@@ -29,6 +30,8 @@ class EvaluateSettings(Settings):
     """Maximum number of tokens of a rationale."""
     similarity_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Folder or hub name of the sentence embedding model for the metric `similarity`."""
+    batch: BatchSettings | None = None
+    """Ask the teacher's endpoint in batch files."""
 
 
 @dataclass(frozen=True)

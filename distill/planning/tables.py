@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from distill.data.source import SPLITS
-from distill.models.endpoint import EndpointSettings
+from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.planning.plan import TrainingForecast, forecast_trainings
 from distill.planning.probe import probe
 from distill.planning.teacher_requests import RequestForecast
@@ -94,7 +94,14 @@ def _request_table(forecast: ChainForecast) -> str:
     costs = [cost for request, teacher in requests if (cost := _cost(request, teacher)) is not None]
     total_cost = (sum(low for low, _ in costs), sum(high for _, high in costs)) if costs else None
     rows.append(["total", "", *(f"{count:,}" for count in totals), "", "", _format_cost(total_cost)])
-    lines = [_align(rows if costs else [row[:-1] for row in rows], left=2)]
+    rows = rows if costs else [row[:-1] for row in rows]
+    if any(_batch(forecast.recipe, request.stage) for request, _ in requests):
+        with_batches = [_cost_with_batches(forecast.recipe, request, teacher) for request, teacher in requests]
+        known = [cost for cost in with_batches if cost is not None]
+        total = (sum(low for low, _ in known), sum(high for _, high in known)) if len(known) == len(rows) - 2 else None
+        for row, text in zip(rows, ["cost with batches", *map(_or_dash, [*with_batches, total])], strict=True):
+            row.append(text)
+    lines = [_align(rows, left=2)]
     ledgers = [forecast.recipe.folder / stage / "ledger.jsonl" for stage in ("annotate", "evaluate")]
     if answers_paid := sum(len(path.read_bytes().splitlines()) for path in ledgers if path.exists()):
         lines.append(f"{answers_paid:,} answers are in the ledgers of earlier runs; requests found there cost nothing.")
@@ -106,6 +113,23 @@ def _cost(request: RequestForecast, teacher: Teacher) -> tuple[float, float] | N
     if not isinstance(teacher, EndpointSettings) or (teacher.prompt_price is None and teacher.completion_price is None):
         return None
     return request.cost(teacher.prompt_price or 0.0, teacher.completion_price or 0.0)
+
+
+def _batch(recipe: Recipe, stage: str) -> BatchSettings | None:
+    return getattr(getattr(recipe, stage), "batch", None)
+
+
+def _cost_with_batches(recipe: Recipe, request: RequestForecast, teacher: Teacher) -> tuple[float, float] | None:
+    """Return the cost if all requests of a stage with a batch section are in batches; None if it is unknown."""
+    if (batch := _batch(recipe, request.stage)) is None:
+        return _cost(request, teacher)
+    if batch.prompt_price is None and batch.completion_price is None:
+        return None
+    return request.cost(batch.prompt_price or 0.0, batch.completion_price or 0.0)
+
+
+def _or_dash(cost: tuple[float, float] | None) -> str:
+    return _format_cost(cost) or "–"
 
 
 def _format_cost(cost: tuple[float, float] | None) -> str:

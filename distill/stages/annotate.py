@@ -10,12 +10,15 @@ from typing import IO, Any
 
 from distill.annotation import curation
 from distill.annotation.annotate import AnnotationCounts, Kept, Quarantined, annotate, recording_defects
+from distill.annotation.batch import Batches
+from distill.annotation.cached_teacher import CachedTeacher, Start
 from distill.annotation.ledger import Ledger
 from distill.data import jsonl
 from distill.data.source import SPLITS
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
 from distill.stages import tables
+from distill.stages.batches import fill
 from distill.stages.context import Context, progress
 from distill.task.rationale import Rationale
 from distill.task.sample import Sample
@@ -45,6 +48,12 @@ def run(context: Context, tracked: StageRun) -> None:
     teacher = context.teacher(context.recipe.annotating_teacher, labels)
     first = context.first_answers("annotate")
 
+    found: list[Batches] = []
+
+    def prefill(teacher: CachedTeacher, start: Start) -> None:
+        batches = fill(context, "annotate", settings.batch, teacher, samples, [start])
+        found.extend(filter(None, [batches]))
+
     def nothing_kept() -> Exception:
         first.end()
         unlabelled = tally.unlabelled["seen"] - tally.unlabelled["quarantined"]
@@ -63,12 +72,17 @@ def run(context: Context, tracked: StageRun) -> None:
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
         closing(
-            annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits)
+            annotate(
+                samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits, prefill
+            )
         ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))
     jsonl.write_rows(context.folder / curation.APPLIED, (item.fields() for item in context.decisions.values()))
     summary = tally.summary | {"curated": curated.counts}
+    for batches in found:
+        summary["batch"] = batches.summary
+        batches.close()
     if unanswered := tally.quarantined["unanswered"]:
         log.warning(
             "%d posts got no answer; the reasons are in %s; to ask for them again, delete %s and run: distill run",

@@ -1,8 +1,10 @@
 """Stage `calibrate`: fits temperatures and thresholds of the cascade on both models' validation predictions."""
 
+from distill.annotation.cached_teacher import TeacherQuery
 from distill.cascade.calibration import calibrate
 from distill.cascade.cascade import modalities_of
 from distill.files import write_json
+from distill.stages.batches import asking, fill
 from distill.stages.context import Context
 from distill.tracking import StageRun
 
@@ -14,7 +16,10 @@ def run(context: Context, tracked: StageRun) -> None:
     scores = student.classify(samples)
     with context.cached_teacher("calibrate") as teacher:
         assert teacher is not None  # guaranteed by the validation of the recipe
+        batches = fill(context, "calibrate", settings.batch, teacher, samples, [asking(TeacherQuery("classify"))])
         teacher_scores = teacher.classify(samples)
+        if batches is not None:
+            batches.close()
     content = calibrate(
         [sample.label for sample in samples if sample.label is not None],
         scores,

@@ -5,14 +5,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from distill.annotation.cached_teacher import TeacherQuery
 from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
 from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
-from distill.models.reasoner import Reasoner
+from distill.models.reasoner import Reasoner, Sampling
 from distill.stages import tables
+from distill.stages.batches import asking, fill
 from distill.stages.context import Context, progress
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
@@ -36,7 +38,13 @@ def run(context: Context, tracked: StageRun) -> None:
 
     with context.cached_teacher("evaluate") if settings.teacher else nullcontext() as teacher:
         if teacher is not None:
-            evaluate("teacher", teacher, "predict" if recipe.annotate is not None else None)
+            template: Template | None = "predict" if recipe.annotate is not None else None
+            queries = [TeacherQuery("classify")]
+            queries += [TeacherQuery(template, Sampling(max_new_tokens=settings.max_new_tokens))] if template else []
+            batches = fill(context, "evaluate", settings.batch, teacher, samples, list(map(asking, queries)))
+            evaluate("teacher", teacher, template)
+            if batches is not None:
+                batches.close()
     del teacher  # frees the memory of a local teacher
     if recipe.assistant is not None:
         evaluate("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)

@@ -106,11 +106,16 @@ class Server:
     connections: int = 0
     broken_off: int = 0
 
+    @property
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """The class that answers requests."""
+        return Handler
+
     def __enter__(self) -> Self:
         self.lock = threading.Lock()
         self.random = random.Random(self.seed)
         self.in_flight = 0
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"test_server": self}))
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Server", (self.handler,), {"test_server": self}))
         self.http.daemon_threads = True
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
@@ -168,7 +173,7 @@ class Server:
 _USAGE = {"prompt_tokens": 100, "completion_tokens": 10}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     test_server: Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -183,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":  # next to /v1, as in vLLM
             return self.tokens(body)
-        request = _parse(body)
+        request = parse(body)
         with server.lock:
             server.received.append(request)
             server.keys.append(self.headers.get("Authorization"))
@@ -227,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
-def _parse(body: dict[str, Any]) -> ChatRequest:
+def parse(body: dict[str, Any]) -> ChatRequest:
     content = body["messages"][0]["content"]
     if isinstance(content, str):
         return ChatRequest(body, content, [])

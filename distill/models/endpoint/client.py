@@ -1,7 +1,6 @@
 """Chat requests with retries, back-off, and fallbacks for optional request fields that a server does not support."""
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,21 +8,20 @@ from contextlib import closing
 from dataclasses import replace
 
 from distill.errors import RunError
-from distill.models.endpoint.http import (
-    HttpClient,
+from distill.models.endpoint.http import HttpClient, backoff_s, request_body
+from distill.models.endpoint.negotiation import ChatRequest, OptionalFields, Steps
+from distill.models.endpoint.replies import (
     OnlyThought,
     RequestFailed,
     RequestFiltered,
     RequestRefused,
     Tokens,
 )
-from distill.models.endpoint.negotiation import ChatRequest, OptionalFields, Steps
 from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import Answer, NoAnswer
 
 log = logging.getLogger(__name__)
 
-_MAX_BACKOFF_S = 60.0
 _MAX_CONSECUTIVE_FAILURES = 8  # unanswered requests in a row that end the run; at least `concurrency`
 
 
@@ -73,6 +71,16 @@ class ChatClient:
         answer, tokens = self._ask(content, request, stop)
         return replace(answer, seconds=time.monotonic() - begin), tokens
 
+    def body(self, content: Content, request: ChatRequest) -> bytes:
+        """The body of a request in the present dialect, as `ask` would send it. Raises what `content` raises."""
+        steps = self.optional.steps()
+        fields = self.optional.body(self.optional.fields(request, steps))
+        return request_body(fields, content(self.optional.shows_frames(steps)))
+
+    def read(self, status: int, text: str) -> tuple[Answer, Tokens]:
+        """The answer in a reply to such a body, sent elsewhere. Raises what `HttpClient.send` raises."""
+        return self._http.read(status, text)
+
     def tokenize(self, text: str) -> list[int] | None:
         """Token ids of a text from the server's tokenizer; None if the server does not return them."""
         return self._http.tokenize(text)
@@ -105,8 +113,7 @@ class ChatClient:
             except RequestFailed as failure:
                 failures += 1
                 attempts += 0 if failure.busy else 2 if failure.generated else 1  # generated replies may be paid
-                ceiling = min(_MAX_BACKOFF_S, self.settings.backoff_s * 2.0 ** min(failures - 1, 16))
-                pause = max(failure.retry_after_s, random.uniform(0, ceiling))
+                pause = backoff_s(self.settings, failures, failure)
                 if attempts >= self.settings.max_attempts or time.monotonic() + pause >= deadline:
                     return self._give_up(failure, failures), ()
                 self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)

@@ -1,15 +1,16 @@
-"""HTTP client of the OpenAI chat API: sends one request and reads the reply, as an answer or as a named failure."""
+"""HTTP client of the OpenAI API: sends one request and reads the reply, as an answer or as a named failure."""
 
 import json
-import math
 import os
+import random
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import IO, Any, NoReturn
+from urllib.parse import urljoin
 
 import urllib3
 from urllib3.exceptions import (
@@ -22,23 +23,24 @@ from urllib3.exceptions import (
 
 from distill.connections import basic_auth, connection_pool, read_body
 from distill.errors import RunError, SettingsError
+from distill.models.endpoint.replies import (
+    RequestFailed,
+    RequestFiltered,
+    RequestRefused,
+    ServerError,
+    Tokens,
+    parse_reply,
+    read_retry_after,
+    server_error,
+)
 from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import Answer
-from distill.task.reply import final_text
-
-Tokens = Sequence[tuple[str, Mapping[str, float]]]
-"""The tokens of an answer, each with the top-k tokens at its position and their log-probabilities.
-
-A token that is a part of a character has its bytes as lone surrogates (`surrogateescape`).
-"""
 
 _FILTERED = re.compile(
     r"content[ _-]*(?:filter|polic|moderat|management)|moderation|flagged|data_inspection|inappropriate content"
     r"|responsible ?ai|safety (?:system|filter|polic)|prohibited[ _]content|policy[ _]violation",
     re.IGNORECASE,
 )
-_FILTERED_FINISH = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "sensitive")
-_CUT_FINISH = ("length", "max_tokens", "max_output_tokens", "model_length")
 _ABOUT_KEY = re.compile(
     r"(?:api|access)[ _-]?(?:key|token)|unauthori[sz]ed|authenticat|credential|(?:invalid|missing|expired) token",
     re.IGNORECASE,
@@ -48,11 +50,11 @@ _ABOUT_MODEL = re.compile(
 )
 _KIND = r"(?:\w+ ){0,2}(?:image|audio|video)\w*(?: \w+)?"
 _UNSUPPORTED = re.compile(rf"{_KIND} (?:is|are) not supported|not support {_KIND}|unsupported content", re.IGNORECASE)
-_TEXT_PARTS = ("text", "output_text")
-_ESCAPED = re.compile(r"(?:bytes:)?(?:\\x[0-9a-fA-F]{2})+|(?:<0x[0-9a-fA-F]{2}>)+")  # bytes in the token's text
-_HEX = re.compile(r"x([0-9a-fA-F]{2})")
-_ROUNDING = 0.01  # how far above 0 a log-probability may be
 _TOKENIZE_TIMEOUT_S = 10.0
+_MAX_BACKOFF_S = 60.0
+_REDIRECTS = (301, 302, 303, 307, 308)
+_PART = 1 << 20  # bytes of a download that are written at once
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _MIN_IDLE_CONNECTIONS = 256  # may exceed `concurrency`: `distill serve` limits its requests itself
 
 
@@ -104,27 +106,68 @@ class HttpClient:
             OnlyThought: the model spent its tokens on thinking.
             RunError: the server refuses the key, requires payment or does not serve the model.
         """
-        head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
-        request = b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
-        response, reply = self._post(self.settings.url_of("/chat/completions"), request, timeout_s)
-        status, text = response.status, reply.decode("utf-8", "replace")
-        try:
-            content_of_reply = json.loads(text)
-        except (ValueError, RecursionError):
-            content_of_reply = None
-        error = _server_error(content_of_reply, text)
-        if self._key:
-            error = replace(error, words=error.words.replace(self._key, "***"))
+        url, request = self.settings.url_of("/chat/completions"), request_body(body, content)
+        response, reply = self._post(url, request, timeout_s)
+        return self.read(response.status, reply.decode("utf-8", "replace"), response.headers)
+
+    def read(self, status: int, text: str, headers: Mapping[str, str] = _NO_HEADERS) -> tuple[Answer, Tokens]:
+        """The answer in a reply to a chat request, however it was sent. Raises what `send` raises."""
+        content = _json(text)
+        error = self._error(content, text)
         if status >= 300:
-            self._raise_failure(status, replace(error, in_reply=False), response.headers)
+            self._raise_failure(status, replace(error, in_reply=False), headers)
         if error.in_reply:
-            self._raise_failure(error.status, error, response.headers)
+            self._raise_failure(error.status, error, headers)
         try:
-            return _parse_reply(content_of_reply)
+            return parse_reply(content)
         except (ValueError, LookupError, TypeError, AttributeError) as problem:
             raise RequestFailed(f"a malformed reply: {text[:200]!r}") from problem
 
-    def _raise_failure(self, status: int, error: "ServerError", headers: Mapping[str, str]) -> NoReturn:
+    def call(
+        self,
+        method: str,
+        route: str,
+        body: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        save: IO[bytes] | None = None,
+    ) -> Any:
+        """Send a request that is not about a chat, and return the JSON of the reply.
+
+        `timeout_s` of the settings limits each wait for the server, not the whole transfer, which may be large.
+
+        Args:
+            route: below `base_url`.
+            headers: besides those of all requests.
+            save: a file that the body of a reply is written to instead; None is returned then.
+
+        Raises:
+            RequestFailed, RequestRefused, RunError: see `send`.
+        """
+        url, target = self.settings.url_of(route), None
+        with self._open(method, url, body, self.settings.timeout_s, headers) as response:
+            if save is not None and response.status < 300:
+                return _save(response, save)
+            if save is not None and response.status in _REDIRECTS:
+                target = response.headers.get("location")
+            text = response.read().decode("utf-8", "replace")
+        if save is not None and target:  # the file is in a storage, which is not given the key
+            with self._open("GET", urljoin(url, target), None, self.settings.timeout_s, key=False) as response:
+                if response.status < 300:
+                    return _save(response, save)
+                text = response.read().decode("utf-8", "replace")
+        content = _json(text)
+        if response.status >= 300:
+            self._raise_failure(response.status, replace(self._error(content, text), in_reply=False), response.headers)
+        if content is None:
+            raise RequestFailed(f"a malformed reply: {text[:200]!r}")
+        return content
+
+    def _error(self, content: Any, text: str) -> ServerError:
+        """The error in a reply, without the key."""
+        error = server_error(content, text)
+        return replace(error, words=error.words.replace(self._key, "***")) if self._key else error
+
+    def _raise_failure(self, status: int, error: ServerError, headers: Mapping[str, str]) -> NoReturn:
         """Raise the failure that a status other than 2xx means. The server's own words are part of the message."""
         url, model, words = self.settings.shown_url, self.settings.model, error.words
         if status == 401 or (status == 403 and _ABOUT_KEY.search(words)):
@@ -135,7 +178,7 @@ class HttpClient:
             raise RunError(f"the endpoint at base_url {url} does not serve {model} (status {status}): {words}")
         cannot = status == 501 or (status == 500 and bool(_UNSUPPORTED.search(words)))  # llama.cpp's status for it
         if status in (408, 429) or (status >= 500 and not cannot):
-            retry_after_s = _retry_after_s(headers.get("retry-after", ""))
+            retry_after_s = read_retry_after(headers.get("retry-after", ""))
             busy = status == 429 or (status == 503 and retry_after_s > 0)
             raise RequestFailed(
                 f"status {status}: {words}", retry_after_s, busy=busy, generated=error.in_reply and not busy
@@ -169,10 +212,25 @@ class HttpClient:
     def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
         """Response and body. Raises RequestFailed, also if the reply is not complete within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        options = {"body": body, "headers": self._headers, "timeout": timeout_s}
+        with self._open("POST", url, body, timeout_s) as response:
+            return response, read_body(response, deadline)
+
+    @contextmanager
+    def _open(
+        self,
+        method: str,
+        url: str,
+        body: bytes | Iterable[bytes] | None,
+        timeout_s: float,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        *,
+        key: bool = True,
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        """A response whose body is still to be read. Raises RequestFailed, also for errors while it is read."""
+        options: Any = {"body": body, "headers": {**(self._headers if key else {}), **headers}, "timeout": timeout_s}
         try:
-            with self._pool.urlopen("POST", url, redirect=False, preload_content=False, **options) as response:
-                return response, read_body(response, deadline)
+            with self._pool.urlopen(method, url, redirect=False, preload_content=False, **options) as response:
+                yield response
         except TimeoutError:
             raise RequestFailed(f"the reply took longer than {timeout_s:.3g} s") from None
         except HTTPError as error:
@@ -181,168 +239,31 @@ class HttpClient:
             raise RequestFailed(f"{type(error).__name__} {why}".strip(), unreachable=unreachable) from error
 
 
-@dataclass(frozen=True)
-class ServerError:
-    """An error in the words of the server.
+def _save(response: urllib3.BaseHTTPResponse, file: IO[bytes]) -> None:
+    """Write the body of a response to a file."""
+    for part in response.stream(_PART):
+        file.write(part)
 
-    Attributes:
-        words: the message, on one line; the reply itself if it has no message.
-        status: the status inside the reply; 500 if there is none.
-        param: the request fields that the server names in a field of its own.
-        in_reply: whether a reply with status 200 is an error by its form.
+
+def request_body(body: Mapping[str, Any], content: Sequence[bytes]) -> bytes:
+    """The body of a chat request.
+
+    Args:
+        body: the request without `messages`.
+        content: JSON fragments of the message content.
     """
-
-    words: str
-    status: int = 500
-    code: str = ""
-    param: str = ""
-    in_reply: bool = False
+    head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
+    return b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
 
 
-class RequestFailed(Exception):
-    """A request that failed and may succeed on a retry.
-
-    Attributes:
-        retry_after_s: seconds to wait that the server requests; 0 if it requests none.
-        unreachable: no connection to a server was established.
-        busy: the server replied that it is overloaded.
-        generated: the server generated a reply, which may cost money, and it is no answer.
-    """
-
-    def __init__(
-        self,
-        why: str,
-        retry_after_s: float = 0.0,
-        *,
-        unreachable: bool = False,
-        busy: bool = False,
-        generated: bool = False,
-    ) -> None:
-        super().__init__(why)
-        self.retry_after_s = retry_after_s
-        self.unreachable = unreachable
-        self.busy = busy
-        self.generated = generated
+def backoff_s(settings: EndpointSettings, failures: int, failure: RequestFailed) -> float:
+    """Seconds before the next attempt: exponential back-off with full jitter that respects `Retry-After`."""
+    ceiling = min(_MAX_BACKOFF_S, settings.backoff_s * 2.0 ** min(failures - 1, 16))
+    return max(failure.retry_after_s, random.uniform(0, ceiling))
 
 
-class RequestRefused(Exception):
-    """A request that the server rejects; without one of its optional fields it may be accepted."""
-
-    def __init__(self, why: str, status: int, error: ServerError) -> None:
-        super().__init__(why)
-        self.status = status
-        self.error = error
-
-
-class RequestFiltered(Exception):
-    """A content filter refuses this post or its answer; other posts are not concerned."""
-
-
-class OnlyThought(Exception):
-    """The model spent its tokens on thinking: the reply has a thought and no answer."""
-
-
-def _server_error(reply: Any, text: str) -> ServerError:
-    """The error in a reply, in the forms of OpenAI, vLLM, FastAPI, OpenRouter and Gemini."""
-    outer = reply[0] if isinstance(reply, list) and reply else reply
-    if not isinstance(outer, dict):
-        return ServerError(" ".join(text[:300].split()))
-    inner = outer.get("error")
-    choices = outer.get("choices")
-    if not inner and isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        inner = choices[0].get("error")  # one choice failed
-    is_error = bool(inner) or outer.get("object") == "error"
-    fields = inner if isinstance(inner, dict) else outer
-    detail = outer.get("detail")
-    message = inner if isinstance(inner, str) else fields.get("message") or detail or text
-    params = [fields.get("param")]
-    if isinstance(detail, list):  # FastAPI: [{"loc": ["body", "seed"], "msg": ...}]
-        params += [part for item in detail if isinstance(item, dict) for part in item.get("loc") or ()]
-    if isinstance(fields.get("metadata"), dict):
-        message = f"{message} {fields['metadata'].get('raw') or ''}"
-    code = fields.get("code")
-    statuses = (value for value in (code, fields.get("status")) if isinstance(value, int) and 400 <= value < 600)
-    status = next(statuses, 500)
-    words = " ".join(str(message).split())[:300]
-    param = " ".join(part for part in params if isinstance(part, str))
-    return ServerError(words, status, f"{code or ''} {fields.get('type') or ''}", param, is_error)
-
-
-def _parse_reply(reply: Any) -> tuple[Answer, Tokens]:
-    """Answer and tokens of a reply.
-
-    Raises:
-        RequestFailed, RequestFiltered, OnlyThought: the reply has no answer.
-        ValueError, LookupError, TypeError, AttributeError: the reply is malformed.
-    """
-    if not reply["choices"]:
-        raise RequestFailed("the reply has no choices", generated=True)
-    choice = reply["choices"][0]
-    finish = str(choice.get("finish_reason") or "").lower()
-    filtered = finish.partition(":")[0] in _FILTERED_FINISH  # Gemini adds its own reason after a colon
-    message = choice.get("message") or {} if filtered else choice["message"]
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        parts = [{"text": part} if isinstance(part, str) else part for part in content if part is not None]
-        kinds = [part.get("type") or "text" for part in parts]
-        message = message | {"thinking": any("thinking" in kind or "reasoning" in kind for kind in kinds)}
-        texts = zip(kinds, parts, strict=True)
-        content = "".join(part.get("text") or "" for kind, part in texts if kind in _TEXT_PARTS)
-    text = content.encode("utf-8", "replace").decode()  # replaces lone surrogates
-    if filtered or (message.get("refusal") and not text.strip()):
-        why = message.get("refusal") or f"finish_reason {finish}"
-        raise RequestFiltered(f"a content filter refuses the answer: {str(why)[:200]}")
-    if finish == "error":
-        raise RequestFailed(f"the reply ends with an error: {text[:200]!r}", generated=True)
-    if not final_text(text).strip():
-        if text.strip() or any(message.get(name) for name in ("reasoning_content", "reasoning", "thinking")):
-            raise OnlyThought(f"the reply has a thought and no answer (finish_reason {finish or 'missing'})")
-        raise RequestFailed(f"the reply is empty (finish_reason {finish or 'missing'})", generated=True)
-    prompt_tokens, completion_tokens = (
-        _count(reply.get("usage"), name) for name in ("prompt_tokens", "completion_tokens")
-    )
-    answer = Answer(text, finish not in _CUT_FINISH, prompt_tokens, completion_tokens)
-    tokens = (choice.get("logprobs") or {}).get("content") or []
-    top_tokens = [
-        {_token_text(t): _logprob(t) for t in [token, *(token.get("top_logprobs") or [])]} for token in tokens
-    ]
-    if any(value > _ROUNDING for top in top_tokens for value in top.values()):
-        return answer, []  # they are no logarithms
-    return answer, [(_token_text(token), top) for token, top in zip(tokens, top_tokens, strict=True)]
-
-
-def _count(usage: Any, name: str) -> int:
-    """A token count of a reply; 0 if there is none. An answer is not lost because its count is unreadable."""
+def _json(text: str) -> Any:
     try:
-        return max(0, int(usage[name]))
-    except (ValueError, LookupError, TypeError, OverflowError):
-        return 0
-
-
-def _token_text(token: Mapping[str, Any]) -> str:
-    """The text of a token, from its bytes if it is a part of a character."""
-    text: str = token["token"]
-    data = token.get("bytes")
-    if not data and _ESCAPED.fullmatch(text):
-        data = [int(value, 16) for value in _HEX.findall(text)]
-    return bytes(data).decode("utf-8", "surrogateescape") if data else text
-
-
-def _logprob(token: Mapping[str, Any]) -> float:
-    value = token["logprob"]  # null stands for NaN in servers that write valid JSON
-    value = math.nan if value is None else float(value)
-    if math.isnan(value):
-        raise RequestFailed("a log-probability of the reply is not a number", generated=True)
-    return value
-
-
-def _retry_after_s(header: str) -> float:
-    """Seconds to wait according to a `Retry-After` header (seconds or a date); 0 if it cannot be parsed."""
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
-        return 0.0
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

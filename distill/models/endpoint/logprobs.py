@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distill.models.endpoint.http import Tokens
+from distill.models.endpoint.replies import Tokens
 from distill.task import reply
 from distill.task.labels import LabelSpace
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from distill.errors import RunError
-from distill.models.endpoint.http import RequestRefused
+from distill.models.endpoint.replies import RequestRefused
 from distill.models.endpoint.settings import EndpointSettings
 from distill.models.reasoner import Sampling
 

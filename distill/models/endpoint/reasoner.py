@@ -13,12 +13,12 @@ import numpy as np
 
 from distill.data.clips import ClipReader
 from distill.models.endpoint.client import ChatClient, unanswered
-from distill.models.endpoint.http import RequestFailed, Tokens
 from distill.models.endpoint.logprobs import agreement, label_probabilities
 from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
-from distill.models.endpoint.settings import EndpointSettings
+from distill.models.endpoint.replies import RequestFailed, Tokens
+from distill.models.endpoint.settings import EndpointSettings, cost
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -88,10 +88,7 @@ class Endpoint:
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """Cost of these tokens, in the currency of the prices; None without prices."""
-        prompt, completion = self.settings.prompt_price, self.settings.completion_price
-        if prompt is None and completion is None:
-            return None
-        return (prompt_tokens * (prompt or 0.0) + completion_tokens * (completion or 0.0)) / 1e6
+        return cost(self.settings, prompt_tokens, completion_tokens)
 
     def message(self, sample: Sample) -> UserMessage:
         """A sample as message content, reusable for several requests."""
@@ -211,6 +208,40 @@ class Endpoint:
         if all(self.labels.find(text) is None for text in texts):
             mass = 0.0  # the answers are no answer to the question
         return LabelScore(agreement(texts, self.labels), mass, Answer("\n".join(texts), True, **asdict(cost)))
+
+    def body(
+        self,
+        message: UserMessage,
+        template: Template,
+        sampling: Sampling,
+        earlier: EarlierAnswers | None = None,
+        *,
+        tokenize: bool = True,
+    ) -> bytes:
+        """The body of the request that `ask`, or for labels `score`, would send, as JSON.
+
+        Args:
+            tokenize: ask the server for the tokens of the labels, as `score` does; False: nothing is asked.
+
+        Raises:
+            MediaError: an image, video or sound cannot be read.
+        """
+        text = prompts.render(template, message.sample, self.labels, earlier)
+        asked: dict[str, Any] = {"schema": self._schema}
+        if template in prompts.SCORED:
+            sampling = Sampling(0.0, _CLASSIFY_MAX_TOKENS)
+            asked = {"logprobs": True, "token_ids": self._label_token_ids() if tokenize else ()}
+        request = ChatRequest(sampling, video=message.has_video, sound=message.has_sound, **asked)
+        return self._client.body(partial(message.content, text), request)
+
+    def read(self, status: int, text: str) -> Answer:
+        """The answer in a reply to `body` that was sent elsewhere. Raises what `HttpClient.send` raises."""
+        return self._client.read(status, text)[0]
+
+    def read_score(self, status: int, text: str) -> LabelScore | None:
+        """The classification in such a reply; None without log-probabilities. Raises what `HttpClient.send` raises."""
+        answer, tokens = self._client.read(status, text)
+        return LabelScore(*label_probabilities(tokens, self.labels), answer) if tokens else None
 
     def _request(
         self, message: UserMessage, text: str, stop: threading.Event, sampling: Sampling, **asked: Any

@@ -80,11 +80,44 @@ class EndpointSettings(Settings):
         return str(mask(self.base_url)).rstrip("/")
 
     def url_of(self, route: str, *, beside_version: bool = False) -> str:
-        """The URL of a route below `base_url`, with the query of `base_url`.
+        """The URL of a route below `base_url`, with the query of `base_url` after that of the route.
 
         Args:
             beside_version: the route is next to `/v1` instead of below it.
         """
         url = parse_url(self.base_url)
-        path = (url.path or "").rstrip("/")
-        return url._replace(path=(path.removesuffix("/v1") if beside_version else path) + route, fragment=None).url
+        path, (route, _, query) = (url.path or "").rstrip("/"), route.partition("?")
+        queries = "&".join(filter(None, (query, url.query))) or None
+        path = (path.removesuffix("/v1") if beside_version else path) + route
+        return url._replace(path=path, query=queries, fragment=None).url
+
+
+@dataclass
+class BatchSettings(Settings):
+    """Requests of a stage in batch files, which a service answers within hours and often at a lower price."""
+
+    submit: Literal["api", "files"] = "api"
+    """`api`: the files are uploaded to the endpoint's batch API; `files`: they are left in the run's folder, for vllm
+    run-batch for example, and no server is asked."""
+    rounds: Count = 3
+    """Number of batches one after the other: explanations and retries need the answers before them, and requests that
+    failed or expired are sent again. What is left is asked one by one."""
+    poll_s: Seconds = 60.0
+    """Seconds between two questions about the state of a batch."""
+    window: str = "24h"
+    """Time that the service is given for a batch (completion_window)."""
+    max_requests: Count = 50_000
+    """Maximum number of requests in a file."""
+    max_mb: Annotated[float, Range(0, 1_000_000, above=True)] = 200.0
+    """Maximum size of a file, in 1,000,000 bytes. A larger request is asked directly."""
+    prompt_price: NonNegative | None = None
+    """Price per million prompt tokens in a batch, in the currency of the endpoint's prices."""
+    completion_price: NonNegative | None = None
+    """Price per million completion tokens in a batch, in the same currency."""
+
+
+def cost(prices: EndpointSettings | BatchSettings, prompt_tokens: float, completion_tokens: float) -> float | None:
+    """Cost of tokens, in the currency of the prices; None without prices."""
+    if prices.prompt_price is None and prices.completion_price is None:
+        return None
+    return (prompt_tokens * (prices.prompt_price or 0.0) + completion_tokens * (prices.completion_price or 0.0)) / 1e6

@@ -1,0 +1,93 @@
+"""Results of batches: expired, refused, damaged and hostile lines."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.annotation.batch_runs import answers, batch, direct, remote, run
+from tests.annotation.test_annotate_endpoint import posts
+from tests.models.batch_server import BatchServer
+from tests.models.openai_server import ChatRequest
+
+
+def test_expired_and_refused_lines_are_asked_again_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = posts(tmp_path, 40)
+    _, ledger = direct(tmp_path, samples)
+    refused = {"status": 503, "left": 4}
+
+    def script(request: ChatRequest) -> tuple[int, Any] | None:
+        if "post 2" in request.text and refused["left"] > 0:
+            refused["left"] -= 1
+            return 503, {"error": {"message": "overloaded"}}
+        return None
+
+    with BatchServer(expires=lambda number: number % 4 == 3, script=script, final="expired") as server:
+        _, summary = run(tmp_path, samples, remote(server.url), batch(rounds=2))
+        assert server.paid_twice == 0
+    assert answers(tmp_path) == ledger
+    counted = summary["batch"]["without_answer"]
+    assert counted["batch_expired"] >= 10 and counted["status 503"] >= 3
+    assert "requests have no answer: batch_expired (" in caplog.text and "not executed in time" in caplog.text
+
+
+def test_a_damaged_line_is_named_and_the_others_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = posts(tmp_path, 20)
+    _, ledger = direct(tmp_path, samples)
+    cut = [True]
+
+    def as_text(text: str) -> str:
+        return text[: len(text) // 2] if cut and cut.pop() else text
+
+    with BatchServer(as_text=as_text) as server:
+        run(tmp_path, samples, remote(server.url), batch())
+    assert answers(tmp_path) == ledger
+    assert re.search(r"results-0001.jsonl: line \d+ cannot be read \(1 in all\); the other lines are used", caplog.text)
+
+
+HOSTILE = [
+    "",
+    "null",
+    "[]",
+    '"text"',
+    "{}",
+    '{"custom_id": null}',
+    '{"custom_id": "KEY"}',
+    '{"custom_id": "KEY", "response": null, "error": null}',
+    '{"custom_id": "KEY", "response": [], "error": "expired"}',
+    '{"custom_id": "KEY", "response": {"status_code": {}, "body": {}}}',
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": []}}',
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": {"choices": []}}}',
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": {"choices": [{"message": {"content": null}}]}}}',
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": "<html>"}}',
+    '{"custom_id": "KEY", "response": {"status_code": "401", "body": {"error": {"message": "no key"}}}}',
+    '{"custom_id": "KEY", "response": {"status_code": 404, "body": {"error": {"message": "model not found"}}}}',
+    '{"custom_id": "KEY", "response": {"status_code": 1e400, "body": {}}}',
+    '{"custom_id": "KEY", "error": {"code": ["x"], "message": {"a": 1}}}',
+    '{"custom_id": "\\u0000", "response": {}}',
+    "[" * 100_000,
+]
+
+
+def test_hostile_lines_are_counted_and_asked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = posts(tmp_path, 40)
+    _, ledger = direct(tmp_path, samples)
+    first = [True]
+
+    def as_text(text: str) -> str:
+        if not (first and first.pop()):
+            return text
+        good = text.splitlines()
+        keys = [json.loads(line)["custom_id"] for line in good]
+        bad = [line.replace("KEY", key) for line, key in zip(HOSTILE, keys, strict=False)]
+        return "\ufeff" + "\r\n".join(bad + good[len(bad) :])
+
+    with BatchServer(as_text=as_text) as server:
+        _, summary = run(tmp_path, samples, remote(server.url), batch())
+    assert answers(tmp_path) == ledger
+    assert summary["batch"]["without_answer"]["missing"] >= 5 and sum(summary["batch"]["without_answer"].values()) >= 20
+    assert "results of no request, such as" in caplog.text and "the other lines are used" in caplog.text
