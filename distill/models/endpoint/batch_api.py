@@ -17,7 +17,7 @@ from urllib3.filepost import choose_boundary, encode_multipart_formdata
 from distill.errors import RunError
 from distill.files import atomic_write
 from distill.models.endpoint.http import HttpClient, backoff_s
-from distill.models.endpoint.replies import RequestFailed, RequestFiltered, RequestRefused
+from distill.models.endpoint.replies import RequestFailed, RequestFiltered, RequestRefused, encodable
 from distill.models.endpoint.settings import EndpointSettings
 
 ROUTE = "/v1/chat/completions"
@@ -27,6 +27,8 @@ ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 """The states of a batch that no longer change."""
 
 KNOWN = ENDED | {"validating", "in_progress", "finalizing", "cancelling"}
+
+_SPELLINGS = {"canceled": "cancelled", "canceling": "cancelling"}
 
 _MARKER = "distill"  # name of the metadata field that says which file a batch was made from
 _PAGE, _MAX_PAGES = 100, 100
@@ -44,7 +46,7 @@ class Batch:
     """A batch at the service.
 
     Attributes:
-        finished, total: numbers of requests; 0 if the service does not say.
+        finished, answered, total: numbers of requests; 0 if the service does not say. Failed ones are finished.
         output_file, error_file: ids of the files with the results; empty if there is none.
         problem: why the batch failed, in the words of the service.
     """
@@ -56,10 +58,17 @@ class Batch:
     output_file: str = ""
     error_file: str = ""
     problem: str = ""
+    answered: int = 0
 
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def lacks_results(self) -> bool:
+        """Whether it has ended with answers, as far as is known, and the service does not name their file yet."""
+        completed_silently = self.status == "completed" and not self.total and not self.error_file
+        return self.ended and not self.output_file and (self.answered > 0 or completed_silently)
 
 
 class BatchService:
@@ -220,17 +229,20 @@ def _id(reply: Any) -> str:
 
 def _batch(reply: Any) -> Batch:
     """Read a batch. Raises RequestFailed if the reply is none."""
-    counts, errors = (reply.get(name) if isinstance(reply, dict) else None for name in ("request_counts", "errors"))
+    id = _id(reply)
+    counts, errors = reply.get("request_counts"), reply.get("errors")
     counts = counts if isinstance(counts, dict) else {}
     data = errors.get("data") if isinstance(errors, dict) else errors
     words = [item.get("message") for item in data if isinstance(item, dict)] if isinstance(data, list) else [data]
     numbers = {name: value for name, value in counts.items() if isinstance(value, int)}
+    status = str(reply.get("status") or "").strip().lower()
     return Batch(
-        _id(reply),
-        str(reply.get("status") or "").lower(),
+        id,
+        _SPELLINGS.get(status, status),
         numbers.get("completed", 0) + numbers.get("failed", 0),
         numbers.get("total", 0),
         str(reply.get("output_file_id") or ""),
         str(reply.get("error_file_id") or ""),
-        " ".join(" ".join(str(word) for word in words if word).split())[:300],
+        " ".join(encodable(" ".join(str(word) for word in words if word)).split())[:300],
+        numbers.get("completed", 0),
     )

@@ -82,8 +82,8 @@ class HttpClient:
     def __init__(self, settings: EndpointSettings) -> None:
         key = read_key(settings)
         self.settings = settings
-        self._key = key
         auth = {"Authorization": f"Bearer {key}"} if key else basic_auth("Authorization", settings.base_url)
+        self._secret = auth.get("Authorization", "").partition(" ")[2]  # a server may repeat it
         self._headers = {"Content-Type": "application/json"} | auth
         self._pool = connection_pool(settings.base_url, max(_MIN_IDLE_CONNECTIONS, settings.concurrency))
 
@@ -163,9 +163,9 @@ class HttpClient:
         return content
 
     def _error(self, content: Any, text: str) -> ServerError:
-        """The error in a reply, without the key."""
+        """The error in a reply, without the key or login."""
         error = server_error(content, text)
-        return replace(error, words=error.words.replace(self._key, "***")) if self._key else error
+        return replace(error, words=error.words.replace(self._secret, "***")) if self._secret else error
 
     def _raise_failure(self, status: int, error: ServerError, headers: Mapping[str, str]) -> NoReturn:
         """Raise the failure that a status other than 2xx means. The server's own words are part of the message."""

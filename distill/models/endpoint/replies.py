@@ -107,7 +107,7 @@ def server_error(reply: Any, text: str) -> ServerError:
     code = fields.get("code")
     statuses = (value for value in (code, fields.get("status")) if isinstance(value, int) and 400 <= value < 600)
     status = next(statuses, 500)
-    words = " ".join(str(message).split())[:300]
+    words = " ".join(encodable(str(message)).split())[:300]
     param = " ".join(part for part in params if isinstance(part, str))
     return ServerError(words, status, f"{code or ''} {fields.get('type') or ''}", param, is_error)
 
@@ -132,10 +132,10 @@ def parse_reply(reply: Any) -> tuple[Answer, Tokens]:
         message = message | {"thinking": any("thinking" in kind or "reasoning" in kind for kind in kinds)}
         texts = zip(kinds, parts, strict=True)
         content = "".join(part.get("text") or "" for kind, part in texts if kind in _TEXT_PARTS)
-    text = content.encode("utf-8", "replace").decode()  # replaces lone surrogates
+    text = encodable(content)
     if filtered or (message.get("refusal") and not text.strip()):
-        why = message.get("refusal") or f"finish_reason {finish}"
-        raise RequestFiltered(f"a content filter refuses the answer: {str(why)[:200]}")
+        why = encodable(str(message.get("refusal") or f"finish_reason {finish}"))
+        raise RequestFiltered(f"a content filter refuses the answer: {why[:200]}")
     if finish == "error":
         raise RequestFailed(f"the reply ends with an error: {text[:200]!r}", generated=True)
     if not final_text(text).strip():
@@ -153,6 +153,11 @@ def parse_reply(reply: Any) -> tuple[Answer, Tokens]:
     if any(value > _ROUNDING for top in top_tokens for value in top.values()):
         return answer, []  # they are no logarithms
     return answer, [(_token_text(token), top) for token, top in zip(tokens, top_tokens, strict=True)]
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which JSON can hold and files cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _count(usage: Any, name: str) -> int:

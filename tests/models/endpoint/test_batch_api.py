@@ -86,12 +86,13 @@ def test_a_download_that_breaks_off_is_repeated_and_leaves_no_part(tmp_path: Pat
         ({"id": "b", "status": "COMPLETED", "output_file_id": "o"}, Batch("b", "completed", output_file="o")),
         (
             {"id": "b", "status": "in_progress", "request_counts": {"total": 9, "completed": 3, "failed": 1}},
-            Batch("b", "in_progress", 4, 9),
+            Batch("b", "in_progress", 4, 9, answered=3),
         ),
         (
             {"id": "b", "status": "failed", "errors": {"data": [{"message": "no\nmodel"}, {"line": 2}, "odd"]}},
             Batch("b", "failed", problem="no model"),
         ),
+        ({"id": "b", "status": "Canceled", "errors": "cut \ud83d"}, Batch("b", "cancelled", problem="cut ?")),
         ({"id": "b", "status": "failed", "errors": "out of credit"}, Batch("b", "failed", problem="out of credit")),
         ({"id": "b", "status": None, "request_counts": [], "errors": {}}, Batch("b", "")),
     ],
@@ -110,6 +111,12 @@ def test_a_reply_that_is_no_batch_is_asked_for_again_and_explained(reply: Any) -
         server.poll = lambda id: reply  # type: ignore[method-assign]
         with pytest.raises(RunError, match="does not answer, after 3 attempts: a reply without an id"):
             service(server.url).get("b")
+
+
+def test_the_words_of_a_service_do_not_repeat_a_login(file: Path) -> None:
+    with BatchServer(refuse_call=lambda method, path: 400) as server, pytest.raises(RunError) as caught:
+        service(server.url.replace("//", "//me:word@")).upload(file)
+    assert "not here: Basic ***" in str(caught.value) and "word" not in str(caught.value)
 
 
 def test_a_server_without_the_api(file: Path) -> None:
