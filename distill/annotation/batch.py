@@ -98,7 +98,7 @@ class Batches:
 
         Raises:
             RunError: files wait for the user, the service refuses a batch or answers nothing of one, its first answers
-                are all invalid, or the ledger cannot be written. The same call continues.
+                are all invalid, or a file cannot be written. The same call continues.
         """
         try:
             self._take_up()
@@ -107,6 +107,11 @@ class Batches:
             while jobs := self._ask(samples, starts):
                 self._jobs.answer([job for job in jobs if job[0].submit == "api"], self.teacher)
                 self._check_answered(jobs)
+        except OSError as error:  # a full disk, for example
+            raise RunError(
+                f"{self.stage}: {error.filename or self.folder} cannot be read or written: {error.strerror or error}; "
+                "the same command goes on from there"
+            ) from error
         finally:
             self._jobs.close()
 

@@ -25,7 +25,7 @@ from distill.files import read_json, write_json
 from distill.models.endpoint import BatchSettings, Endpoint
 from distill.models.endpoint.batch_api import ROUTE
 from distill.models.endpoint.client import unanswered
-from distill.models.endpoint.replies import OnlyThought, RequestFailed, RequestFiltered, RequestRefused
+from distill.models.endpoint.replies import OnlyThought, RequestFailed, RequestFiltered, RequestRefused, encodable
 from distill.models.reasoner import Answer
 from distill.task import prompts
 from distill.task.labels import LabelSpace
@@ -230,7 +230,7 @@ def fold(round: Round, file: RequestFile, teacher: CachedTeacher) -> None:
     """Write the answers in the results of a file to the ledger, and count the requests without one. Repeatable.
 
     Raises:
-        RunError: the ledger cannot be written.
+        RunError: the ledger cannot be written, or the user's results are not those of the file.
     """
     queries, known, unknown = round.queries(file), set[str](), list[str]()
     problems, words, new = dict[str, str](), dict[str, str](), list[Entry]()
@@ -256,6 +256,11 @@ def fold(round: Round, file: RequestFile, teacher: CachedTeacher) -> None:
                 teacher.ledger.put_all(new)
                 new.clear()
     teacher.ledger.put_all(new)
+    if round.submit == "files" and not known and not problems:
+        raise RunError(
+            f"{round.results(file)} has no result of {round.requests(file)}; it takes one JSON object a line with "
+            "the custom_id of a request: correct it, or delete it"
+        )
     if unknown:
         log.warning("%s has %d results of no request, such as %s", round.results(file), len(unknown), unknown[0][:80])
     file.answers = len(known)
@@ -271,7 +276,10 @@ def fold(round: Round, file: RequestFile, teacher: CachedTeacher) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The results in a file with their ids. A line that cannot be read is skipped, with one warning for the file."""
+    """The results in a file with their ids; a line may have a list of them.
+
+    A line that cannot be read is skipped, with one warning for the file.
+    """
     if not path.exists():
         return
     damaged = []
@@ -281,13 +289,11 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 item = json.loads(line)
-                key = item["custom_id"]
-                if not isinstance(key, str):
-                    raise TypeError
-            except (ValueError, LookupError, TypeError, RecursionError):
+                found = [(entry["custom_id"].strip(), entry) for entry in (item if isinstance(item, list) else [item])]
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 damaged.append(number)
             else:
-                yield key, item
+                yield from found
     if damaged:
         log.warning("%s: line %d cannot be read (%d in all); the other lines are used", path, damaged[0], len(damaged))
 
@@ -302,7 +308,10 @@ def _read(
     if isinstance(response, dict) and response.get("body") is not None:
         status, body = response.get("status_code") or 200, response["body"]
     elif error:
-        status, body = 400, {"error": error}
+        if isinstance(error, dict) and isinstance(error.get("error"), dict):
+            error = error["error"]  # vLLM
+        status = response.get("status_code") if isinstance(response, dict) else None
+        status, body = status or 400, {"error": error}
     else:
         return unanswered("the result has neither a response nor an error"), "no response"
     code = error.get("code") if isinstance(error, dict) else None
@@ -325,6 +334,6 @@ def _read(
     except RequestFailed as failure:
         return unanswered(str(failure)), f"status {status}" if status != 200 else "no valid reply"
     except (RequestRefused, RunError) as failure:
-        return unanswered(str(failure)), str(code or f"status {status}")
+        return unanswered(str(failure)), encodable(code)[:60] if code and isinstance(code, str) else f"status {status}"
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as failure:
         return unanswered(str(failure)), "no valid reply"

@@ -6,6 +6,7 @@ The state of a file is written before and after each step, so that a run that en
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from distill.models.endpoint.batch_api import KNOWN, BatchService, NotThere
 log = logging.getLogger(__name__)
 
 Job = tuple[Round, RequestFile]
+
+_MAX_LATE = 10  # questions about a batch that has ended until its file of results has to be there
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Jobs:
     def __post_init__(self) -> None:
         self._open: BatchService | None = None
         self._unknown: set[str] = set()  # states of batches that were logged
+        self._late = Counter[str]()  # questions about batches that have ended without a file of results
 
     @property
     def _service(self) -> BatchService:
@@ -97,7 +101,7 @@ class Jobs:
                 )  # fmt: skip
             raise
         for round, file in jobs:
-            if file.status == "failed":
+            if file.status == "failed" and not file.answers:
                 raise RunError(
                     f"{self.stage}: the service has not accepted batch {file.batch} ({round.folder.name}, file "
                     f"{file.number}): {next(iter(file.problems))}"
@@ -137,7 +141,7 @@ class Jobs:
         """Ask for the state of a batch, and fetch and fold its results if it has ended. Returns its finished requests.
 
         Raises:
-            RunError: it has not ended, and there are no settings.
+            RunError: it has not ended, and there are no settings; or its results do not come.
         """
         batch = self._service.get(file.batch)
         if batch.status != file.status:
@@ -152,6 +156,14 @@ class Jobs:
                     f"{self.stage}.batch is gone, but batch {batch.id} with {file.requests} requests goes on at "
                     f"{self.endpoint.shown_url}; put the section back, or cancel the batch: distill batches --cancel, "
                     "with the same recipe"
+                )
+            return batch.finished
+        if batch.lacks_results:
+            self._late[batch.id] += 1
+            if self._late[batch.id] >= _MAX_LATE:
+                raise RunError(
+                    f"{self.stage}: the service has no file of results of batch {batch.id}, which is {batch.status}; "
+                    f"the same command asks again; if its answers are lost, delete {round.folder}"
                 )
             return batch.finished
         if batch.status == "failed" and not batch.output_file:

@@ -2,14 +2,16 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distill.errors import RunError
 from tests.annotation.batch_runs import answers, batch, direct, remote, run
 from tests.annotation.test_annotate_endpoint import posts
-from tests.models.batch_server import BatchServer
+from tests.models.batch_server import BatchServer, Line
 from tests.models.openai_server import ChatRequest
 
 
@@ -91,3 +93,61 @@ def test_hostile_lines_are_counted_and_asked_again(tmp_path: Path, caplog: pytes
     assert answers(tmp_path) == ledger
     assert summary["batch"]["without_answer"]["missing"] >= 5 and sum(summary["batch"]["without_answer"].values()) >= 20
     assert "results of no request, such as" in caplog.text and "the other lines are used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "as_text",
+    [
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: json.dumps([json.loads(line) for line in text.splitlines()]),
+        lambda text: re.sub(r'"custom_id": "(\w+)"', r'"custom_id": " \1\\n"', text),
+    ],
+    ids=["a mark and other line ends", "one list", "spaces in ids"],
+)
+def test_results_in_another_form_are_read(as_text: Callable[[str], str], tmp_path: Path) -> None:
+    samples = posts(tmp_path, 20)
+    _, ledger = direct(tmp_path, samples)
+    with BatchServer(as_text=as_text) as server:
+        _, summary = run(tmp_path, samples, remote(server.url), batch())
+        assert server.paid_twice == 0 and not summary["batch"]["without_answer"]
+    assert answers(tmp_path) == ledger
+
+
+def test_errors_are_counted_by_their_reason_and_their_words_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = posts(tmp_path, 20)
+    errors = [
+        ({"status_code": 500, "request_id": "r"}, {"error": {"message": "engine died", "code": 500}}),
+        ({"status_code": 400, "body": None}, {"object": "error", "message": "too long", "code": 400}),
+        (None, {"code": "half \ud83d", "message": "half \ud83d"}),
+        (None, {"code": "content_filter", "message": "filtered \ud83d"}),
+    ]
+    first = [True]
+
+    def results(lines: list[Line]) -> list[Line]:
+        if not (first and first.pop()):
+            return lines
+        bad = [{"custom_id": line["custom_id"], "response": r, "error": e} for line, (r, e) in zip(lines, errors)]  # noqa: B905
+        return bad + lines[len(bad) :]
+
+    with BatchServer(results=results) as server:
+        _, summary = run(tmp_path, samples, remote(server.url), batch())
+    assert summary["batch"]["without_answer"] == {"status 500": 1, "status 400": 1, "half ?": 1, "filtered": 1}
+    assert "engine died" in caplog.text and "too long" in caplog.text and "{" not in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8"])
+def test_results_of_the_user_that_are_not_of_the_file_are_refused(encoding: str, tmp_path: Path) -> None:
+    samples = posts(tmp_path, 9)
+    teacher, settings = remote("http://127.0.0.1:9/v1"), batch(submit="files")
+    with pytest.raises(RunError, match="wait for answers"):
+        run(tmp_path, samples, teacher, settings)
+    results = tmp_path / "batches/round-1/results-0001.jsonl"
+    results.write_text(json.dumps({"custom_id": "ab" * 32, "error": "x"}), encoding=encoding)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"results-0001\.jsonl has no result of .*: correct it, or delete it"):
+            run(tmp_path, samples, teacher, settings)
+    results.unlink()
+    with pytest.raises(RunError, match=r"9 requests in 1 files of .*round-1 wait for answers"):
+        run(tmp_path, samples, teacher, settings)

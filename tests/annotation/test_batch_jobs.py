@@ -1,6 +1,7 @@
 """Batches at a service that fails or differs, and runs that are killed or interrupted at any moment."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -165,3 +166,52 @@ def test_interrupted_while_polling_says_that_the_batch_goes_on(tmp_path: Path) -
         server.polls = 2
         run(tmp_path, samples, remote(server.url), batch())
         assert server.paid_twice == 0 and len(server.batches) == 2
+
+
+@pytest.mark.parametrize("counts", [{}, {"request_counts": None}])
+@pytest.mark.parametrize("polls", [3, 100])
+def test_results_that_are_named_later_are_waited_for(tmp_path: Path, counts: dict[str, Any], polls: int) -> None:
+    samples = posts(tmp_path, 20)
+    _, ledger = direct(tmp_path, samples)
+    with BatchServer(batch_fields=counts) as server:
+        poll, left = server.poll, [polls]
+
+        def late(id: str) -> dict[str, Any]:
+            shown = poll(id)
+            left[0] -= shown["status"] == "completed"
+            return shown | ({"output_file_id": None} if left[0] > 0 else {})
+
+        server.poll = late  # type: ignore[method-assign]
+        if polls > 10:
+            with pytest.raises(RunError, match="no file of results of batch batch_0, which is completed; the"):
+                run(tmp_path, samples, remote(server.url), batch())
+            left[0] = 1
+        run(tmp_path, samples, remote(server.url), batch())
+        assert server.paid_twice == 0 and len(server.batches) == 2
+    assert answers(tmp_path) == ledger
+
+
+def test_a_failed_batch_with_all_answers_is_used(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 20)
+    _, ledger = direct(tmp_path, samples)
+    with BatchServer(final="failed") as server:
+        run(tmp_path, samples, remote(server.url), batch())
+        assert server.paid_twice == 0
+    assert answers(tmp_path) == ledger
+
+
+def test_a_full_disk_names_the_folder_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 40)
+    _, ledger = direct(tmp_path, samples)
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BatchServer() as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, no_limit[1]))
+        try:
+            with pytest.raises(RunError, match=r"^annotate: .*/batches cannot be read or written: File too large"):
+                run(tmp_path, samples, remote(server.url), batch())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        assert not server.batches
+        run(tmp_path, samples, remote(server.url), batch())
+        assert server.paid_twice == 0
+    assert answers(tmp_path) == ledger
