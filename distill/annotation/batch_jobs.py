@@ -165,6 +165,7 @@ class Jobs:
                     f"{self.stage}: the service has no file of results of batch {batch.id}, which is {batch.status}; "
                     f"the same command asks again; if its answers are lost, delete {round.folder}"
                 )
+            log.info("%s: batch %s has no file of results yet", self.stage, batch.id)
             return batch.finished
         if batch.status == "failed" and not batch.output_file:
             file.folded, file.problems = "none", {batch.problem or "it gives no reason": file.requests}
