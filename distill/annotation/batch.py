@@ -110,7 +110,7 @@ class Batches:
         except OSError as error:  # a full disk, for example
             raise RunError(
                 f"{self.stage}: {error.filename or self.folder} cannot be read or written: {error.strerror or error}; "
-                "the same command goes on from there"
+                "mend this, and the same command goes on"
             ) from error
         finally:
             self._jobs.close()

@@ -27,6 +27,7 @@ class BatchServer(Server):
         problem: batches are refused with this message (state `failed`).
         batch_fields: fields of every batch, over those of the server.
         refuse_call: status of the reply to a call of the batch API, by method and path; None: it is answered.
+        list_reply: the reply to a request for the list of batches; None: a page of them.
         drop_reply: whether the connection is closed after a call was carried out.
         files, batches: what was uploaded or made, and the batches, by id.
         answered: number of answers by the body of the request, whichever way it came.
@@ -41,6 +42,7 @@ class BatchServer(Server):
     problem: str = ""
     batch_fields: dict[str, Any] = field(default_factory=dict)
     refuse_call: Callable[[str, str], int | None] = lambda method, path: None
+    list_reply: Any = None
     drop_reply: Callable[[str, str], bool] = lambda method, path: False
     files: dict[str, bytes] = field(default_factory=dict)
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -168,7 +170,7 @@ class _Handler(Handler):
             case "POST", ["batches"]:
                 content = server.create(json.loads(body))
             case "GET", ["batches"]:
-                content = self.page(parse_qs(url.query))
+                content = self.page(parse_qs(url.query)) if server.list_reply is None else server.list_reply
             case "GET", ["batches", id]:
                 content = server.poll(id) if id in server.batches else None
             case "POST", ["batches", id, "cancel"]:

@@ -179,7 +179,8 @@ class BatchService:
         for _ in range(_MAX_PAGES):
             page = self._http.call("GET", f"/batches?limit={_PAGE}{after}")
             data = page.get("data") if isinstance(page, dict) else page
-            items = [item for item in data or () if isinstance(item, dict) and item.get("id")]
+            listed = data if isinstance(data, list) else ()
+            items = [item for item in listed if isinstance(item, dict) and item.get("id")]
             yield from items
             if not items or not (isinstance(page, dict) and page.get("has_more")):
                 return

@@ -54,6 +54,13 @@ def test_a_batch_is_found_on_a_later_page_and_without_the_id_of_its_file(file: P
         assert api.find("file-x", "mark 3", 0.0) is None
 
 
+@pytest.mark.parametrize("reply", [{"data": 5}, {"data": None, "has_more": True}, {}, [], [5, {"status": "completed"}]])
+def test_an_odd_list_has_no_batch(reply: Any) -> None:
+    with BatchServer() as server:
+        server.list_reply = reply
+        assert service(server.url).find("file-x", "mark", 0.0) is None
+
+
 def test_results_in_a_storage_elsewhere_are_fetched_without_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
