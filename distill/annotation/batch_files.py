@@ -230,7 +230,7 @@ def fold(round: Round, file: RequestFile, teacher: CachedTeacher) -> None:
     """Write the answers in the results of a file to the ledger, and count the requests without one. Repeatable.
 
     Raises:
-        RunError: the ledger cannot be written, or the user's results are not those of the file.
+        RunError: the ledger cannot be written, or the results are of other requests or cannot be read.
     """
     queries, known, unknown = round.queries(file), set[str](), list[str]()
     problems, words, new = dict[str, str](), dict[str, str](), list[Entry]()
@@ -256,10 +256,11 @@ def fold(round: Round, file: RequestFile, teacher: CachedTeacher) -> None:
                 teacher.ledger.put_all(new)
                 new.clear()
     teacher.ledger.put_all(new)
-    if round.submit == "files" and not known and not problems:
+    if not known and not problems and (results := round.results(file)).exists() and results.stat().st_size:
+        remedy = "correct it, or delete it" if round.submit == "files" else f"to ask again, delete {round.folder}"
         raise RunError(
-            f"{round.results(file)} has no result of {round.requests(file)}; it takes one JSON object a line with "
-            "the custom_id of a request: correct it, or delete it"
+            f"{results} has no result of {round.requests(file)}; it takes one JSON object a line with the custom_id of "
+            f"a request: {remedy}"
         )
     if unknown:
         log.warning("%s has %d results of no request, such as %s", round.results(file), len(unknown), unknown[0][:80])

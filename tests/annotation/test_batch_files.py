@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def test_a_damaged_line_is_named_and_the_others_are_used(tmp_path: Path, caplog:
         run(tmp_path, samples, remote(server.url), batch())
     assert answers(tmp_path) == ledger
     assert re.search(r"results-0001.jsonl: line \d+ cannot be read \(1 in all\); the other lines are used", caplog.text)
+
+
+def test_results_of_which_no_line_can_be_read_are_not_asked_again(tmp_path: Path) -> None:
+    samples = posts(tmp_path, 3)
+    with BatchServer(as_text=lambda _: "<html>Moved</html>\n") as server:
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"results-0001\.jsonl has no result of .*: to ask again, delete"):
+                run(tmp_path, samples, remote(server.url), batch())
+        assert len(server.batches) == 1
+        server.as_text = lambda text: text
+        shutil.rmtree(tmp_path / "batches" / "round-1")  # its answers are given up
+        done, _ = run(tmp_path, samples, remote(server.url), batch())
+        assert len(done) == 3 and len(server.batches) > 1
 
 
 HOSTILE = [
