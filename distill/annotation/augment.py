@@ -1,7 +1,7 @@
 """Self-augmentation of MulCoT-RD (arXiv 2508.05234): rationales of the assistant that predict the correct label."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
@@ -19,12 +19,20 @@ from distill.task.sample import Sample
 class AugmentSettings(Settings):
     """How the assistant generates rationales."""
 
+    posts: Count | None = None
+    """Maximum number of posts, evenly spaced over the training posts; null: all."""
     temperature: NonNegative = 0.7
     """Sampling temperature."""
     max_new_tokens: Count = 512
     """Maximum number of tokens of a rationale; a rationale that reaches it is dropped."""
     chunk: Count = 64
     """Number of posts per call of the assistant."""
+
+
+def select(posts: Sequence[Sample], settings: AugmentSettings) -> list[Sample]:
+    """The posts that are augmented, in order: all, or `settings.posts` of them, evenly spaced."""
+    count = min(settings.posts or len(posts), len(posts))
+    return [posts[index * len(posts) // count] for index in range(count)]
 
 
 def augment(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
+from distill.annotation.augment import select
 from distill.annotation.ledger import Ledger
 from distill.data.clips import RATE, ClipReader
 from distill.data.images import open_image
@@ -118,7 +119,8 @@ class ChainForecast:
         if self.done["augment"]:
             return TrainingRows([*annotated.samples, *self._run_context.rationales("augment")], annotated.exact)
         posts = {post.id: post for post in [*annotated.samples, *self.gold_rows().samples]}
-        return TrainingRows([*annotated.samples, *self.with_assumed_answers(posts.values())], False)
+        augmented = select(list(posts.values()), self.recipe.augment)
+        return TrainingRows([*annotated.samples, *self.with_assumed_answers(augmented)], False)
 
     def with_assumed_answers(self, posts: Iterable[Sample]) -> list[Sample]:
         """Return the posts with placeholders for missing rationales and labels."""

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 
-from distill.annotation.augment import augment
+from distill.annotation.augment import augment, select
 from distill.annotation.ledger import Ledger
 from distill.files import write_json
 from distill.stages import tables
@@ -18,13 +18,14 @@ def run(context: Context, tracked: StageRun) -> None:
     assert settings is not None
     labelled = {sample.id: sample for sample in context.curated if sample.label is not None}
     annotated = {sample.id: sample for sample in context.rationales("annotate")}
-    posts = annotated | labelled  # gold labels take precedence over the teacher's
+    # gold labels take precedence over the teacher's
+    posts = select(list((annotated | labelled).values()), settings)
     folder = context.folder / "augment"
     assistant = context.reasoner("assistant")
     dropped: Counter[str] = Counter()
     first = context.first_answers("augment")
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
-        kept = augment(list(posts.values()), context.labels, assistant, settings, ledger, dropped, show, first)
+        kept = augment(posts, context.labels, assistant, settings, ledger, dropped, show, first)
         rows = (
             (post, rationale, {"source": "augmented", "teacher_label": post.id not in labelled})
             for post, rationale in kept

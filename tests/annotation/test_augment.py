@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.annotation.augment import AugmentSettings, augment
+from distill.annotation.augment import AugmentSettings, augment, select
 from distill.annotation.ledger import Ledger
 from distill.errors import RunError
 from distill.models.reasoner import Answer, ClassScores, Sampling
@@ -100,3 +100,14 @@ def test_progress_is_reported(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         run(ledger, Assistant(), progress=lambda done, total: reported.append((done, total)))
     assert reported == [(done, 12) for done in range(1, 13)]
+
+
+def test_a_limited_number_of_posts_is_evenly_spaced() -> None:
+    def ids(posts: int | None) -> list[str]:
+        return [post.id for post in select(POSTS, AugmentSettings(posts=posts))]
+
+    everything = [post.id for post in POSTS]
+    assert ids(None) == ids(12) == ids(100) == everything
+    assert ids(4) == ["p0", "p3", "p6", "p9"] and ids(1) == ["p0"]
+    assert len(set(ids(5))) == 5 and ids(5) == sorted(ids(5), key=everything.index)
+    assert select([], AugmentSettings(posts=3)) == []

@@ -53,3 +53,14 @@ def test_an_assistant_without_a_usable_rationale_is_named_in_a_warning(
     assert summary["kept"] == 0 and sum(summary["dropped"].values()) == 27
     reason, count = max(summary["dropped"].items(), key=lambda item: item[1])
     assert f"augment: none of the assistant's 27 rationales is kept ({count} {reason}" in caplog.text
+
+
+def test_a_limit_of_posts_takes_answers_that_are_in_the_ledger(tmp_path: Path) -> None:
+    flags = dict(stop_after_invalid=0)
+    chain.run(recipe := micro.read(micro.write(tmp_path, micro.RECORDED, **flags)), until="augment")
+    ledger = (recipe.folder / "augment" / "ledger.jsonl").read_bytes()
+    recipe = micro.read(micro.write(tmp_path, micro.RECORDED, **flags), "--augment.posts", "9")
+    assert chain.run(recipe, until="augment") == ["augment"]
+    summary = json.loads((recipe.folder / "augment" / "summary.json").read_text())
+    assert summary["n"] == 9
+    assert (recipe.folder / "augment" / "ledger.jsonl").read_bytes() == ledger
