@@ -1,6 +1,7 @@
 """Reading of `rationales.jsonl`, the reasoning data that a stage wrote."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,9 @@ def read_rationales(path: Path, root: Path, labels: LabelSpace) -> Iterator[tupl
                 f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
             ) from None
         yield sample, row.fields
+
+
+def labels_only(posts: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:
+    """Return the labelled posts that are not among the rows, without a rationale (`labelled_posts` of a training)."""
+    known = {row.id for row in rows}
+    return [replace(post, rationale=None) for post in posts if post.label is not None and post.id not in known]

@@ -65,10 +65,10 @@ def forecast_trainings(forecast: ChainForecast, problems: list[str]) -> list[Tra
     """Return the trainings of a chain in order; adds a message to `problems` for each model that cannot be loaded."""
     recipe, trainings = forecast.recipe, []
     if recipe.teacher is not None:
-        rows = forecast.teacher_rows(recipe.teacher.tasks)
+        rows = forecast.teacher_rows()
         trainings.append(_forecast_training(forecast, "teacher", recipe.teacher, rows, problems))
     if recipe.assistant is not None:
-        rows = forecast.annotated_rows()
+        rows = forecast.assistant_rows()
         trainings.append(_forecast_training(forecast, "assistant", recipe.assistant, rows, problems))
     student = recipe.student
     if student is not None:

@@ -14,6 +14,7 @@ from distill import chain
 from distill.annotation.annotate import AnnotationCounts, Kept, annotate
 from distill.annotation.augment import select
 from distill.annotation.ledger import Ledger
+from distill.annotation.reasoning_data import labels_only
 from distill.data.clips import RATE, ClipReader
 from distill.data.images import open_image
 from distill.data.source import built_in
@@ -30,6 +31,7 @@ from distill.task import prompts
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale, render
 from distill.task.sample import Media, Sample
+from distill.training.assistant import TrainSettings
 from distill.training.batches import synthetic_answers
 
 SAMPLE_SIZE = 64
@@ -84,10 +86,18 @@ class ChainForecast:
         """Return the labelled posts of the training split."""
         return TrainingRows([post for post in self.corpus.train if post.label is not None], True)
 
-    def teacher_rows(self, tasks: Iterable[str]) -> TrainingRows:
+    def teacher_rows(self) -> TrainingRows:
         """Return the rows of the teacher: labelled posts, with a gold rationale if a task requires one."""
+        settings = self.recipe.teacher
+        assert settings is not None
         labelled = [*self.gold_rows().samples, *self.corpus.teacher]
-        return TrainingRows([post for post in labelled if post.rationale or set(tasks) <= set(prompts.SCORED)], True)
+        without = settings.labelled_posts or set(settings.tasks) <= set(prompts.SCORED)
+        return TrainingRows([post for post in labelled if post.rationale or without], True)
+
+    def assistant_rows(self) -> TrainingRows:
+        """Return the rows with the teacher's rationales, and the labelled posts if it trains on them."""
+        assert self.recipe.assistant is not None
+        return self._with_labelled_posts(self.annotated_rows(), self.recipe.assistant)
 
     def annotated_rows(self) -> TrainingRows:
         """Return the rows with the teacher's rationales; of recorded rationales only the valid ones."""
@@ -108,9 +118,17 @@ class ChainForecast:
         """Return the rows with the teacher's rationales, those with the assistant's, and the unlabelled posts."""
         rows = self._rows_with_answers()
         student = self.recipe.student
-        if student is None or not student.distillation.label_weight:
+        if student is None:
+            return rows
+        rows = self._with_labelled_posts(rows, student)
+        if not student.distillation.label_weight:
             return rows
         return TrainingRows([*rows.samples, *unlabelled(self.corpus.train, rows.samples)], rows.exact)
+
+    def _with_labelled_posts(self, rows: TrainingRows, settings: TrainSettings) -> TrainingRows:
+        if not settings.labelled_posts:
+            return rows
+        return TrainingRows([*rows.samples, *labels_only(self.corpus.train, rows.samples)], rows.exact)
 
     def _rows_with_answers(self) -> TrainingRows:
         annotated = self.annotated_rows()

@@ -21,7 +21,7 @@ from distill.annotation.curation import APPLIED, DECISIONS, Decision, curate, ef
 from distill.annotation.examples import with_examples
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
-from distill.annotation.reasoning_data import RATIONALES, read_rationales
+from distill.annotation.reasoning_data import RATIONALES, labels_only, read_rationales
 from distill.data import jsonl
 from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
@@ -316,11 +316,16 @@ class Context:
         paths = [self.folder / stage / RATIONALES for stage in stages if getattr(self.recipe, stage) is not None]
         return [sample for path in paths for sample, _ in read_rationales(path, self.corpus.root, self.labels)]
 
-    def training_samples(self, *stages: str) -> list[Sample]:
-        """Training data of assistant and student: reasoning data, or labelled posts without an annotate section."""
+    def training_samples(self, *stages: str, labelled_posts: bool = False) -> list[Sample]:
+        """Training data of assistant and student: reasoning data, or labelled posts without an annotate section.
+
+        Args:
+            labelled_posts: append the labelled posts without a rationale.
+        """
         if self.recipe.annotate is None:
             return [sample for sample in self.corpus.train if sample.label is not None]
-        return self.rationales(*stages)
+        rows = self.rationales(*stages)
+        return rows + labels_only(self.curated, rows) if labelled_posts else rows
 
 
 @contextmanager

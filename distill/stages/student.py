@@ -29,7 +29,8 @@ HARD_LABELS = "hard_labels"
 def run(context: Context, tracked: StageRun) -> None:
     settings = context.recipe.student
     assert settings is not None
-    rows, targets = context.training_samples("annotate", "augment"), None
+    rows = context.training_samples("annotate", "augment", labelled_posts=settings.labelled_posts)
+    targets = None
     if settings.distillation.label_weight > 0:
         rows += unlabelled(context.curated, rows)
         targets = label_targets(context, rows) if rows else None

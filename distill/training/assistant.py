@@ -45,6 +45,9 @@ class TrainSettings(Settings):
     """The model to train."""
     tasks: dict[str, float] = field(default_factory=lambda: {"reason": 1.0, "classify": 1.0})
     """Tasks and their loss weights: reason, classify; for a teacher also predict, explain and review."""
+    labelled_posts: bool = False
+    """Also train on the labelled posts without a rationale, those that augment drops among them: with the tasks that
+    need none, such as classify."""
     batch_size: Count = 2
     """Samples per step and process."""
     packing: bool = True

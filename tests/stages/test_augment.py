@@ -56,7 +56,7 @@ def test_an_assistant_without_a_usable_rationale_is_named_in_a_warning(
 
 
 def test_a_limit_of_posts_takes_answers_that_are_in_the_ledger(tmp_path: Path) -> None:
-    flags = dict(stop_after_invalid=0)
+    flags = {"stop_after_invalid": 0}
     chain.run(recipe := micro.read(micro.write(tmp_path, micro.RECORDED, **flags)), until="augment")
     ledger = (recipe.folder / "augment" / "ledger.jsonl").read_bytes()
     recipe = micro.read(micro.write(tmp_path, micro.RECORDED, **flags), "--augment.posts", "9")

@@ -137,6 +137,12 @@ def test_training_samples_match_the_corpus(context: Context) -> None:
     for sample in samples:
         assert replace(sample, label=None, rationale=None) == replace(train[sample.id], label=None, rationale=None)
         assert sample.rationale
+    more = context.training_samples("annotate", "augment", labelled_posts=True)
+    assert more[: len(samples)] == samples
+    without = {sample.id: sample for sample in more[len(samples) :]}
+    labelled = {name for name, sample in train.items() if sample.label is not None}
+    assert without.keys() == labelled - {sample.id for sample in samples}
+    assert all(sample == replace(train[name], rationale=None) for name, sample in without.items())
 
 
 def test_training_without_samples_raises(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Stage `student`: distillation from both sources of rationales and from the assistant, and the baseline."""
 
 import csv
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from distill import chain
+from distill.planning.workload import ChainForecast
 from distill.recipe import Recipe
+from tests import micro
 
 
 def lines(path: Path) -> int:
@@ -43,3 +47,29 @@ def test_the_assistant_is_not_saved_with_the_student(finished: Recipe, folder: P
     assert len(state) <= len(weights) + 1  # the embeddings are tied
     baseline = load_file(folder / "student" / "hard_labels" / "adapter" / "model.safetensors")
     assert not all(torch.equal(weights[name], baseline[name]) for name in weights)
+
+
+def test_labelled_posts_without_a_rationale_train_classify_alone(tmp_path: Path) -> None:
+    """Of 27 labelled posts 9 have a recorded rationale: the others are left out, or train their label."""
+    chain.run(recipe := micro.read(micro.write(tmp_path, micro.RECORDED, name="first")), until="annotate")
+    root = Path(recipe.data.root)
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    rows = [row if n % 3 == 0 else row | {"rationale": None} for n, row in enumerate(r for r in rows if r["label"])]
+    (root / "some.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = {"source": "jsonl", "root": str(root), "train": ["some.jsonl"], "validation": ["validation.jsonl"]}
+    training = micro.LEARNER | {"hard_labels_baseline": False, "trainer": {"max_epochs": 1}}
+    content = micro.RECORDED | {"data": data, "augment": None, "student": training, "evaluate": None, "export": None}
+    steps = {}
+    for labelled_posts in ("false", "true"):
+        flags = [f"--{stage}.labelled_posts={labelled_posts}" for stage in ("assistant", "student")]
+        recipe = micro.read(micro.write(tmp_path, content), *flags)
+        forecast = ChainForecast(recipe, tmp_path / "scratch")
+        assert len(forecast.assistant_rows().samples) == (27 if labelled_posts == "true" else 9)
+        chain.run(recipe)
+        for stage in ("assistant", "student"):
+            checkpoint = torch.load(recipe.folder / stage / "checkpoints" / "last.ckpt", weights_only=True)
+            steps[stage, labelled_posts] = checkpoint["global_step"]
+        assert len(forecast.student_rows().samples) == (27 if labelled_posts == "true" else 9)
+    assert steps == {
+        ("assistant", "false"): 2 * 2, ("assistant", "true"): 2 * 4, ("student", "false"): 2, ("student", "true"): 4
+    }  # fmt: skip
