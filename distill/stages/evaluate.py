@@ -23,12 +23,22 @@ from distill.task.prompts import Template
 from distill.task.rationale import Rationale
 from distill.task.sample import MODALITIES, Sample
 from distill.tracking import StageRun
+from distill.workers.pool import cluster
 
 _FILES = ("images", "video", "audio")
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """Run the stage. On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added."""
+    """Run the stage; see `_run`."""
+    with cluster(context.recipe.ray) if context.recipe.on_ray else nullcontext():  # once for all roles
+        _run(context, tracked)
+
+
+def _run(context: Context, tracked: StageRun) -> None:
+    """Write `metrics.json` and `predictions.jsonl`.
+
+    On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added.
+    """
     recipe, labels, samples, root = context.recipe, context.labels, context.corpus.test, context.corpus.root
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None

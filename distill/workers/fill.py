@@ -8,7 +8,6 @@ next one begins: by key, so that an answer is there once however often they are 
 import contextlib
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,8 +80,7 @@ def fill(
     posts = list(_unanswered(teacher, samples, starts))
     if not posts:
         return
-    shards = folder.absolute() / FOLDER / uuid.uuid4().hex[:12]
-    shards.mkdir(parents=True)
+    shards = pool.new_folder(folder / FOLDER)
     model, total, done = teacher.teacher, sum(len(post.samples) for post in posts), 0
     assert isinstance(model, Endpoint | ModelSource)
     job = _Job(model, teacher.labels, teacher.chunk, tuple(teacher.other_servers), starts, shards, settings, root)

@@ -8,6 +8,7 @@ import platform
 import signal
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill.errors import RunError, SettingsError, first_line
-from distill.workers.settings import RaySettings, check_installed
+from distill.workers.settings import RaySettings, check
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         SettingsError: Ray is not installed.
         RunError: there is no cluster at the address.
     """
-    check_installed()
+    check(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     import ray.data
@@ -61,6 +62,13 @@ def cluster(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
 
 
+def new_folder(parent: Path) -> Path:
+    """A new folder for the workers of one `run`."""
+    folder = parent.absolute() / uuid.uuid4().hex[:12]
+    folder.mkdir(parents=True)
+    return folder
+
+
 def run(
     settings: RaySettings, make: Callable[[], Work], items: Sequence[Any], folder: Path, *, ordered: bool = False
 ) -> Generator[Any]:
@@ -70,7 +78,7 @@ def run(
 
     Args:
         make: called in each worker process, and can be pickled; what it returns is called with one item at a time.
-        folder: a new folder, which all workers must see; they count their starts there.
+        folder: a `new_folder`, which all workers must see; they count their starts there.
         ordered: yield the results in the order of the items.
 
     Raises:
@@ -87,7 +95,7 @@ def run(
         rows = [{"item": pickle.dumps(item)} for item in items]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Actor,
-            fn_constructor_args=(pickle.dumps(make), Path.cwd(), folder.absolute()),
+            fn_constructor_args=(pickle.dumps(make), Path.cwd(), folder),
             batch_size=1,
             compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=_QUEUED),
             num_cpus=settings.cpus,

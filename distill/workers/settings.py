@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from distill.errors import SettingsError
+from distill.errors import SettingsError, first_line
 from distill.settings import Count, NonNegative, Settings
 
 
@@ -26,7 +26,14 @@ class RaySettings(Settings):
     empty: they see data.root itself."""
 
 
-def check_installed() -> None:
-    """Raise SettingsError if Ray is not installed."""
+def check(settings: RaySettings) -> None:
+    """Raise SettingsError if Ray is not installed, or what reads the addresses of `ray.files`."""
     if find_spec("ray") is None:
         raise SettingsError("engine: ray needs the package ray: pip install 'distill[ray]'")
+    if settings.files:
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(fsspec.utils.get_protocol(settings.files))
+        except (ImportError, ValueError) as error:
+            raise SettingsError(f"ray.files: {settings.files} cannot be read: {first_line(error)}") from None
