@@ -38,7 +38,8 @@ from distill.workers.settings import check as check_ray
 
 _TRAININGS = ("teacher", "assistant", "student")
 
-_ON_RAY = {"annotate", "augment", "evaluate"}
+ON_RAY = {"annotate", "augment", "evaluate"}
+"""The stages that `engine: ray` runs on workers."""
 
 _LOADED_BY = {
     "teacher": {"annotate", "refine", "evaluate", "calibrate", "cascade"},
@@ -84,7 +85,7 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
                     _check_training(context, settings, posts)
                 elif settings.model.lora is not None and not _LOADED_BY[name].isdisjoint(stages):
                     check_weights(settings.model)
-    if recipe.on_ray and not _ON_RAY.isdisjoint(stages):
+    if recipe.on_ray and not ON_RAY.isdisjoint(stages):
         with noted():
             check_ray(recipe.ray)
     for teacher in _teachers(recipe, stages):
