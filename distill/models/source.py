@@ -16,6 +16,17 @@ from distill.task.prompts import EarlierAnswers, Template
 from distill.task.sample import Sample
 
 
+def pretrained_name(settings: ModelSettings, *more: str) -> str:
+    """The name of a model without training in ledgers, which says what its answers depend on.
+
+    Args:
+        more: what else they depend on.
+    """
+    images = f"{settings.image_size} px" if settings.images else "no images"
+    layers = [] if settings.keep_layers is None else [f"layers {settings.keep_layers}"]
+    return " ".join([f"{settings.path}@{settings.revision} ({images}, {settings.dtype})", *layers, *more])
+
+
 @dataclass
 class ModelSource:
     """A local model that is not loaded here. A ledger knows it by its name, but it cannot answer.

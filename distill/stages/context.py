@@ -33,7 +33,7 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
-from distill.models.source import ModelSource
+from distill.models.source import ModelSource, pretrained_name
 from distill.recipe import Recipe
 from distill.stage_settings import Teacher, TeacherSettings
 from distill.stages.tiny_tokenizer import tiny_tokenizer
@@ -263,18 +263,13 @@ class Context:
         return source if on_workers else source.load(self.device, self.clips)
 
     def _pretrained(self, settings: ModelSettings, labels: LabelSpace) -> ModelSource:
-        images = f"{settings.image_size} px" if settings.images else "no images"
-        name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
-        if settings.keep_layers is not None:
-            name += f" layers {settings.keep_layers}"
-        if settings.path in self.variants:
-            name += f" {self.variants[settings.path]}"
-        section = self.recipe.section_of(settings)
+        section, video, tokenizer = self.recipe.section_of(settings), self.recipe.data.video, self.tokenizer(settings)
+        more = [self.variants[settings.path]] if settings.path in self.variants else []
         if any(post.video or post.audio for split in SPLITS for post in getattr(self.corpus, split)):
             with in_section(section):
                 media = self.without_weights(settings, train=False).encoder.media
-            name += f" clips {sha256(media.fingerprint().encode()).hexdigest()[:12]}"
-        video, tokenizer = self.recipe.data.video, self.tokenizer(settings)
+            more.append(f"clips {sha256(media.fingerprint().encode()).hexdigest()[:12]}")
+        name = pretrained_name(settings, *more)
         return ModelSource(name, settings, labels, tokenizer, section, trained=False, video=video)
 
     @contextmanager

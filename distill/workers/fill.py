@@ -34,20 +34,24 @@ T = TypeVar("T")
 FOLDER = "shards"
 
 _LOCK_S = 60.0  # seconds until a worker whose driver was killed has noticed that and ended
+_WAIT_S = 5.0  # if the stage has failed
 _IDENTITY = TeacherQuery("classify")  # has everything of a post in its key, and nothing else
 
 NewAnswer = tuple[str, Sample, Template, Answer]
 """An answer that was requested or failed, with its key."""
 
 
-def merge(ledger: Ledger, folder: Path) -> None:
+def merge(ledger: Ledger, folder: Path, wait_s: float | None = None) -> None:
     """Merge the shards in a stage's folder into its ledger, and delete them.
+
+    Args:
+        wait_s: seconds to wait for a worker that still writes; None: until it must have ended.
 
     Raises:
         RunError: a worker of an earlier run does not end, or a file cannot be read or written.
     """
     for shard in sorted((folder / FOLDER).glob("*/*.jsonl")):
-        _when_free(partial(ledger.merge, shard))
+        _when_free(partial(ledger.merge, shard), wait_s)
         shard.unlink()
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
@@ -96,8 +100,9 @@ def fill(
                 progress(done := done + count, total)
     except BaseException:
         with contextlib.suppress(RunError):  # the next run merges them
-            merge(teacher.ledger, folder)
+            merge(teacher.ledger, folder, _WAIT_S)
         raise
+    teacher.first_answers.begin_anew()
     merge(teacher.ledger, folder)
 
 
@@ -198,9 +203,9 @@ class _Worker:
                 )
 
 
-def _when_free(action: Callable[[], T]) -> T:
-    """Retry an action on a ledger that a process whose driver was killed has open, until it has ended."""
-    deadline = time.monotonic() + _LOCK_S
+def _when_free(action: Callable[[], T], wait_s: float | None = None) -> T:
+    """Retry an action on a ledger that another process has open, until that has ended."""
+    deadline = time.monotonic() + (_LOCK_S if wait_s is None else wait_s)
     while True:
         try:
             return action()
