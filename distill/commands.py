@@ -5,11 +5,10 @@ The modules that they need are imported when they run, so that `distill --help` 
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from distill.errors import SettingsError
-from distill.settings import build
 from distill.training.shutdown import raise_on_sigterm
 from distill.workers.settings import RaySettings
 
@@ -45,24 +44,17 @@ def add_predict(options: argparse.ArgumentParser) -> None:
 def predict(parsed: argparse.Namespace) -> None:
     from distill.predict import predict
 
+    options = {field.name: getattr(parsed, f"ray.{field.name}") for field in fields(RaySettings)}
+    given = {name: value for name, value in options.items() if value is not None}
     with raise_on_sigterm():
         written = predict(
             parsed.run, parsed.input, parsed.output, cascade=parsed.cascade, rationales=parsed.rationales,
             explain=parsed.explain, images=parsed.images, max_new_tokens=parsed.max_new_tokens,
-            device=parsed.device, engine=parsed.engine, ray=_ray(parsed),
+            device=parsed.device, engine=parsed.engine, ray=given,
         )  # fmt: skip
     print(f"wrote {written.rows} rows to {parsed.output}")
     if written.dropped:
         print(f"{written.dropped} rows cannot be used; the reasons are in {written.quarantine}")
-
-
-def _ray(parsed: argparse.Namespace) -> RaySettings | None:
-    """The settings of the run's recipe with those that are given; None if none are."""
-    from distill.runs import Run
-
-    names = [field.name for field in fields(RaySettings)]
-    given = {name: value for name in names if (value := getattr(parsed, f"ray.{name}")) is not None}
-    return build(RaySettings, asdict(Run(parsed.run).recipe.ray) | given, "ray.") if given else None
 
 
 def add_compare(options: argparse.ArgumentParser) -> None:

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from distill.data.posts import sample
 from distill.errors import RunError, SettingsError
 from distill.files import read_json, write_json
 from distill.models.reasoner import Sampling
+from distill.settings import build
 from distill.stages.cascade import CALIBRATION
 from distill.stages.context import Context
 from distill.task.labels import LabelSpace
@@ -80,7 +82,7 @@ def predict(
     max_new_tokens: int = 512,
     device: str | None = None,
     engine: Literal["local", "ray"] | None = None,
-    ray: RaySettings | None = None,
+    ray: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prediction:
     """Label the posts of `source` and write `output`.
 
@@ -96,8 +98,9 @@ def predict(
             student.
         images: folder of the images that are given by name; None: the folder of the file.
         device: for the student alone in this process; None: the first GPU, or the CPU without one.
-        engine, ray: whether Ray workers label the posts, and which; None: as the recipe of the run has it. With
-            `cascade`, this process does.
+        engine: whether Ray workers label the posts; None: as the recipe of the run has it. With `cascade`, this process
+            does.
+        ray: settings of the workers that differ from the recipe's.
 
     Raises:
         SettingsError: an argument cannot be used, or the output exists or was begun with other arguments.
@@ -131,7 +134,7 @@ def predict(
             _check_begun(parts, _identity(opened, source, cascade, reasoning))
             model: Student | Cascade
             if on_ray:
-                settings = ray or opened.recipe.ray
+                settings = build(RaySettings, asdict(opened.recipe.ray) | dict(ray), "ray.")
                 check_ray(settings)
                 job = _Job(run.absolute(), source.absolute(), root.absolute(), reasoning, bool(settings.gpus))
                 _answer(parts, total, partial(_on_ray, job, settings, total, pool.new_folder(parts / "workers")))

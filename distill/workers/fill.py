@@ -194,8 +194,10 @@ class _Worker:
             try:
                 same = self.teacher.ledger_key(sample, _IDENTITY) == post.identity
             except OSError as error:
-                remedy = "set ray.files to an address that the workers can read"
-                raise RunError(f"a Ray worker cannot read a file of post {sample.id}: {error}; {remedy}") from error
+                raise RunError(
+                    f"a Ray worker cannot read a file of post {sample.id}: {error}; set ray.files to an address that "
+                    "the workers can read"
+                ) from error
             if not same:
                 raise RunError(
                     f"post {sample.id} is another one on a Ray worker: its files in ray.files or the version of "

@@ -5,7 +5,9 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
+import socket
 import threading
 import traceback
 import uuid
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[Any], Any]
 
+_CONNECT_S = 10.0
 _QUEUED = 2  # items that an actor has at a time: the one that it works on and the next
 _STARTS = 6  # of one actor: Ray Data restarts it without end, also if a process dies on the same post each time
 
@@ -50,6 +53,8 @@ def cluster(settings: RaySettings) -> Iterator[None]:
     options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if match := re.fullmatch(r"([\w.-]+):(\d+)", address):  # Ray would wait for minutes
+            socket.create_connection((match[1], int(match[2])), _CONNECT_S).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises many types
         raise RunError(f"ray.address: Ray cannot be used at {address}: {first_line(error)}") from error

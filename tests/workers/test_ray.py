@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def test_predict_writes_the_results_of_one_process(
     found = []
     for engine in ("local", "ray"):
         output = tmp_path / f"{engine}.jsonl"
-        small = replace(settings, batch_size=4)
+        small = asdict(settings) | {"batch_size": 4}
         written = predict.predict(
             copy.folder, source, output, images=root, rationales=True, max_new_tokens=100, engine=engine, ray=small
         )  # type: ignore[arg-type]

@@ -1,14 +1,16 @@
 """`engine: ray` in a recipe: what is refused, before anything is asked or started."""
 
 import importlib.util
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill import cli
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.planning.tables import plan_text
+from distill.workers.pool import cluster
 from distill.workers.settings import RaySettings, check
 from tests import micro
 from tests.models.openai_server import Server
@@ -56,6 +58,15 @@ def test_a_bad_setting_is_one_sentence(tmp_path: Path, changes: dict[str, Any], 
 def test_an_address_of_files_that_nothing_reads_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"^ray\.files: nosuch://bucket cannot be read: .*nosuch"):
         check(RaySettings(files="nosuch://bucket"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_an_address_without_a_cluster_is_named(address: str) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    message = rf"^ray\.address: Ray cannot be used at {address}: .*\w"
+    with pytest.raises(RunError, match=message), cluster(RaySettings(address=address)):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_plan_names_the_engine(tmp_path: Path) -> None:
