@@ -124,13 +124,6 @@ def test_a_local_model_writes_the_same_at_temperature_0(
     assert ledger(tmp_path / "there") == ledger(tmp_path / "here")
 
 
-def test_a_model_that_a_worker_cannot_load_is_named(settings: RaySettings, tmp_path: Path, postcards: Corpus) -> None:
-    source = ModelSource("tiny", ModelSettings(), LABELS, tmp_path / "nothing", "annotate", True)
-    with pytest.raises(SettingsError, match=r"^annotate\.model\.path.*nothing"):
-        on_ray(tmp_path, postcards.root, postcards.test[:2], source, settings)
-    assert not (tmp_path / fill.FOLDER).exists()
-
-
 def test_first_answers_that_are_all_invalid_end_the_stage(settings: RaySettings, tmp_path: Path) -> None:
     samples = posts(tmp_path / "data", 100)
     with BatchServer(answer=lambda request: "I cannot say") as server:
