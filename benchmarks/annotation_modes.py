@@ -5,16 +5,18 @@
 
 A server on this machine answers chat requests and has the batch API of OpenAI. A client process annotates the posts and
 is killed with SIGKILL twice, then runs to its end: with direct calls after a third and two thirds of the answers, with
-batches while it polls the first one, and while it writes the answers of that one to the ledger. The teacher is wrong on
+batches while it polls the first one, and while it writes the answers of that one to the ledger, on Ray after a quarter
+and a half of the answers; there a worker is killed as well, after three quarters. The teacher is wrong on
 a fifth of the posts, which are explained: the second batch.
 
 `missing` are posts without a rationale. `twice in the ledger` are answers that the ledger has more than once, and
-`twice from the server` answers that the server gave to a request that it had answered before: of direct calls, those
-that were in flight at a kill, at most `concurrency` each. The exit status is 1 if anything is missing, if batches pay
-for an answer twice, or if the ledgers differ.
+`twice from the server` answers that the server gave to a request that it had answered before: of direct calls and on
+Ray, those that were in flight at a kill, at most `concurrency` of each process that asked. The exit status is 1 if
+anything is missing, if batches pay for an answer twice, or if the ledgers differ.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import subprocess
@@ -25,6 +27,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.measuring import write_json
 from distill.annotation.annotate import AnnotateSettings, AnnotationCounts, Kept, annotate
 from distill.annotation.batch import Batches
@@ -33,6 +37,8 @@ from distill.annotation.ledger import Ledger
 from distill.models.endpoint import BatchSettings, Endpoint, EndpointSettings
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
+from distill.workers.fill import FOLDER, fill
+from distill.workers.settings import RaySettings
 from tests.models.batch_server import BatchServer
 from tests.models.openai_server import COLOURS, write_image
 
@@ -40,7 +46,9 @@ LABELS = LabelSpace()
 CONCURRENCY = 16
 WRONG = 5  # the teacher is wrong on every fifth post
 
-MODES: dict[str, BatchSettings | None] = {"direct": None, "batch": BatchSettings(poll_s=0.5, max_requests=500)}
+MODES = ("direct", "batch", "ray")
+BATCH = BatchSettings(poll_s=0.5, max_requests=500)
+RAY = RaySettings(address="local", workers=2, batch_size=100)
 
 
 def posts(images: Path, count: int) -> list[Sample]:
@@ -55,11 +63,13 @@ def posts(images: Path, count: int) -> list[Sample]:
 
 def client(mode: str, url: str, images: Path, folder: Path, count: int) -> None:
     """Annotate the posts, as the stage does; prints the number of posts with a rationale."""
-    samples, settings = posts(images, count), MODES[mode]
+    samples, settings = posts(images, count), BATCH if mode == "batch" else None
     teacher = Endpoint(EndpointSettings(url, "teacher", concurrency=CONCURRENCY), LABELS)
 
     def prefill(cached: CachedTeacher, start: Start) -> None:
-        if settings is not None:
+        if mode == "ray":
+            fill(cached, folder, RAY, images, samples, [start])
+        elif settings is not None:
             Batches(cached, folder, settings, "benchmark", "annotate").fill(samples, [start])
 
     with Ledger(folder / "ledger.jsonl") as ledger:
@@ -70,6 +80,12 @@ def client(mode: str, url: str, images: Path, folder: Path, count: int) -> None:
 def ledger_lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of a ledger."""
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_bytes().splitlines()]
+
+
+def kill_worker(driver: int) -> None:
+    """Kill a worker of a driver."""
+    workers = [item for item in psutil.Process(driver).children(recursive=True) if item.name().startswith("ray::Map")]
+    workers[0].kill()
 
 
 def annotate_with_kills(mode: str, images: Path, folder: Path, count: int) -> dict[str, Any]:
@@ -90,8 +106,11 @@ def annotate_with_kills(mode: str, images: Path, folder: Path, count: int) -> di
         server.http.handle_error = lambda *_: None  # type: ignore[method-assign]  # connections of killed clients
 
         def written() -> int:
-            path = folder / "ledger.jsonl"
-            return path.read_bytes().count(b"\n") if path.exists() else 0
+            found = set[bytes]()  # keys; during a merge, a shard and the ledger have the same
+            for path in [folder / "ledger.jsonl", *(folder / FOLDER).glob("*/*.jsonl")]:
+                with contextlib.suppress(FileNotFoundError):
+                    found |= {line[:75] for line in path.read_bytes().splitlines()}
+            return len(found)
 
         def polled() -> bool:
             return any(batch["polls"] > 1 for batch in list(server.batches.values()))
@@ -99,6 +118,7 @@ def annotate_with_kills(mode: str, images: Path, folder: Path, count: int) -> di
         moments: Mapping[str, list[Callable[[], bool]]] = {
             "direct": [lambda: written() > expected / 3, lambda: written() > 2 * expected / 3],
             "batch": [polled, lambda: written() > 10],
+            "ray": [lambda: written() > expected / 4, lambda: written() > expected / 2],
         }
         kills, begin = [], time.perf_counter()
         for moment in moments[mode]:
@@ -107,11 +127,17 @@ def annotate_with_kills(mode: str, images: Path, folder: Path, count: int) -> di
                     time.sleep(0.001)
                 child.kill()
             kills.append(written())
-        last = subprocess.run([*command, "--url", server.url], check=True, stdout=subprocess.PIPE, text=True)
+        with subprocess.Popen([*command, "--url", server.url], stdout=subprocess.PIPE, text=True) as child:
+            if mode == "ray":
+                while written() < 3 * expected / 4 and child.poll() is None:
+                    time.sleep(0.001)
+                kill_worker(child.pid)
+                kills.append(written())
+            kept, _ = child.communicate()  # Ray may print messages before the number
         seconds = time.perf_counter() - begin
         keys = [line["key"] for line in ledger_lines(folder)]
         return {
-            "posts": count, "seconds": seconds, "ledger_at_kills": kills, "missing": count - int(last.stdout),
+            "posts": count, "seconds": seconds, "ledger_at_kills": kills, "missing": count - int(kept.split()[-1]),
             "answers": len(keys), "twice_in_ledger": len(keys) - len(set(keys)),
             "twice_from_server": server.paid_twice, "direct_requests": server.requests, "batches": len(server.batches),
         }  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distill import logs
+from distill import commands, logs
 from distill.errors import RunError, SettingsError
 from distill.masking import describe, mask
 from distill.training.shutdown import INTERRUPTED, Terminated, raise_on_sigterm
@@ -33,11 +33,7 @@ COMMANDS = {
 }
 """The commands that read a recipe."""
 
-OTHERS = {
-    "predict": "label the posts of a file with the student of a run, or with student and teacher",
-    "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
-    "push": "upload the exported student of a run, or its reasoning data, to the Hugging Face hub",
-    "sync": "send the offline runs of a run to wandb, with the lineage of their artifacts",
+OTHERS = commands.PURPOSES | {
     "recipes": "list the recipes that come with distill",
     "init": "write one of them into this folder: distill init quickstart",
     "completion": "print the completion script of a shell: bash, zsh or tcsh",
@@ -127,13 +123,13 @@ def _other(command: str, arguments: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise SettingsError(f"{command}: {error}") from None
     if command == "predict":
-        _predict(parsed)
+        commands.predict(parsed)
     elif command == "compare":
-        _compare(parsed, rest)
+        commands.compare(parsed, rest)
     elif command == "push":
-        _push(parsed)
+        commands.push(parsed)
     elif command == "sync":
-        _sync(parsed.run)
+        commands.sync(parsed.run)
     elif command == "completion":
         from distill import completion
 
@@ -164,11 +160,11 @@ def _options(command: str) -> Any:
     if command == "completion":
         options.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     elif command == "predict":
-        _add_predict(options)
+        commands.add_predict(options)
     elif command == "compare":
-        _add_compare(options)
+        commands.add_compare(options)
     elif command == "push":
-        _add_push(options)
+        commands.add_push(options)
     elif command == "sync":
         options.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart")
     else:
@@ -191,110 +187,6 @@ def _shipped(command: str, parsed: argparse.Namespace) -> None:
         return
     for name, purpose in shipped.recipes().items():
         print(f"{name:<16} {purpose}")
-
-
-def _add_predict(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
-    options.add_argument("--input", type=Path, required=True, help="JSONL, CSV, Parquet, or a folder of pictures")
-    options.add_argument("--output", type=Path, required=True, help="a file that ends in .jsonl, .csv or .parquet")
-    options.add_argument("--cascade", action="store_true", help="ask the teacher where the student is not certain")
-    options.add_argument("--rationales", action="store_true", help="generate the student's rationales")
-    options.add_argument(
-        "--explain", choices=("student", "teacher", "none"),
-        help="who explains the label if the student's rationale is invalid or argues for another one "
-        "(default: with --cascade, serve.explain of the recipe, otherwise the student; teacher: one more call)",
-    )  # fmt: skip
-    options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
-    options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")
-    options.add_argument("--device", help="of torch, for the student alone (default: the first GPU, or the CPU)")
-
-
-def _predict(parsed: argparse.Namespace) -> None:
-    from distill.predict import predict
-
-    with raise_on_sigterm():
-        written = predict(
-            parsed.run, parsed.input, parsed.output, cascade=parsed.cascade, rationales=parsed.rationales,
-            explain=parsed.explain, images=parsed.images, max_new_tokens=parsed.max_new_tokens,
-            device=parsed.device,
-        )  # fmt: skip
-    print(f"wrote {written.rows} rows to {parsed.output}")
-    if written.dropped:
-        print(f"{written.dropped} rows cannot be used; the reasons are in {written.quarantine}")
-
-
-def _add_compare(options: argparse.ArgumentParser) -> None:
-    options.usage = (
-        "distill compare RUN RUN ... [--output FILE]\n"
-        "       distill compare --config RECIPE --variants FILE ... [--seeds SEED ...] [--output FILE]\n"
-        "                       [--FIELD VALUE ...]"
-    )
-    options.description = (
-        f"{OTHERS['compare']}; the first is the baseline, and runs that differ in their seed alone are one"
-    )
-    options.add_argument("--config", type=Path, help="a recipe that is run first, as the baseline")
-    options.add_argument(
-        "--variants",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="recipes with the fields alone that differ from it, such as recipes/ablations/*.yaml",
-    )
-    options.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="run each with these seeds")
-    options.add_argument("--output", type=Path, action="append", default=[], metavar="FILE",
-                         help="a file that ends in .csv or .html; may be given twice")  # fmt: skip
-
-
-def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    from distill import comparison, variants
-    from distill.evaluation.comparison_page import text_table
-
-    for path in parsed.output:
-        comparison.check_output(path)
-    folders: Sequence[str | Path] = rest
-    if parsed.config is not None:
-        if not parsed.variants:
-            raise SettingsError("compare: --config needs --variants")
-        with raise_on_sigterm():
-            folders = variants.run_variants(parsed.config, parsed.variants, parsed.seeds, rest)
-    elif unknown := [item for item in rest if item.startswith("-")]:
-        raise SettingsError(f"compare: {unknown[0]} is no option without --config")
-    elif parsed.variants or parsed.seeds:
-        raise SettingsError(f"compare: {'--variants' if parsed.variants else '--seeds'} needs --config")
-    frame = comparison.compare(folders)
-    print(text_table(frame))
-    for path in parsed.output:
-        comparison.write(frame, path)
-
-
-def _add_push(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
-    options.add_argument("--to", required=True, metavar="USER/NAME", help="repository; it is made if it does not exist")
-    options.add_argument("--data", action="store_true", help="upload the reasoning data with its pictures instead")
-    options.add_argument("--private", action="store_true", help="make a new repository private")
-    options.add_argument("--language", help="code of the language of the posts for the card, such as en")
-    options.add_argument(
-        "--datasets", nargs="+", default=[], metavar="ID", help="datasets on the hub that the student was trained on"
-    )
-
-
-def _push(parsed: argparse.Namespace) -> None:
-    from distill import push
-
-    target = push.Target(parsed.to, parsed.private, parsed.language, parsed.datasets)
-    print(f"uploaded to {(push.push_data if parsed.data else push.push_student)(parsed.run, target)}")
-
-
-def _sync(folder: Path) -> None:
-    from distill import chain
-    from distill.runs import Run
-    from distill.tracking.sync import sync
-
-    with chain.locked(Run(folder).folder), raise_on_sigterm():
-        sent = sync(folder)
-    print(f"{folder}: {sent.runs} runs sent, {sent.links} uses of artifacts linked" if any(sent)
-          else f"{folder}: nothing to do, all offline runs are sent")  # fmt: skip
 
 
 def _parsed(

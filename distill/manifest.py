@@ -25,7 +25,9 @@ _WORK = (
     r"checkpoints/[^/]+\.ckpt|checkpoints/checkpoint-\d+/[^/]+|metrics\.earlier\.csv|hparams\.yaml|(.+/)?\.[^/]+\.part"
 )
 _TRAINING = rf"(hard_labels/)?(adapter/{_MODEL}|metrics\.csv|{_WORK})"
-_KEPT = r"ledger\.jsonl|batches/.*|soft_targets/.*|curation\.jsonl"  # keyed by their own inputs; decisions of a person
+_KEPT = (  # keyed by their own inputs; decisions of a person
+    r"ledger\.jsonl|batches/.*|shards/.*|soft_targets/.*|curation\.jsonl"
+)
 _READ = (  # by later stages; and evaluate/metrics.json
     r"(hard_labels/)?adapter(/.*)?|(rationales|curated)\.jsonl|calibration\.json"
 )

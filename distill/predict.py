@@ -6,14 +6,17 @@ run that was killed continues after the last line. The output is written from th
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -27,9 +30,16 @@ from distill.data.posts import sample
 from distill.errors import RunError, SettingsError
 from distill.files import read_json, write_json
 from distill.models.reasoner import Sampling
+from distill.settings import build
 from distill.stages.cascade import CALIBRATION
 from distill.stages.context import Context
+from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
+from distill.workers import pool
+from distill.workers.settings import RaySettings
+from distill.workers.settings import check as check_ray
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 256
 """Posts between two writes of results. Models divide them into batches of their own size."""
@@ -71,6 +81,8 @@ def predict(
     images: Path | None = None,
     max_new_tokens: int = 512,
     device: str | None = None,
+    engine: Literal["local", "ray"] | None = None,
+    ray: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prediction:
     """Label the posts of `source` and write `output`.
 
@@ -85,7 +97,10 @@ def predict(
             teacher with one more call, or nobody. None: with `cascade`, `serve.explain` of the recipe, otherwise the
             student.
         images: folder of the images that are given by name; None: the folder of the file.
-        device: for the student alone; None: the first GPU, or the CPU without one.
+        device: for the student alone in this process; None: the first GPU, or the CPU without one.
+        engine: whether Ray workers label the posts; None: as the recipe of the run has it. With `cascade`, this process
+            does.
+        ray: settings of the workers that differ from the recipe's.
 
     Raises:
         SettingsError: an argument cannot be used, or the output exists or was begun with other arguments.
@@ -105,6 +120,11 @@ def predict(
         raise SettingsError(f"--rationales: the student of {run} was not trained to reason")
     if explain is None:
         explain = opened.recipe.serve.explain if cascade else "student"
+    on_ray = (engine or opened.recipe.engine) == "ray" and not cascade
+    if cascade and (engine or opened.recipe.engine) == "ray":
+        log.warning("predict --cascade labels the posts in this process, not on Ray workers")
+    if on_ray and device is not None:
+        raise SettingsError("--device needs --engine local: ray.gpus has the GPUs of Ray workers")
     if explain == "teacher" and rationales and not cascade:
         raise SettingsError("--explain teacher needs --cascade")
     parts = output.with_name(f".{output.name}.parts")
@@ -113,30 +133,78 @@ def predict(
             reasoning = _Reasoning(max_new_tokens, explain) if rationales else None
             _check_begun(parts, _identity(opened, source, cascade, reasoning))
             model: Student | Cascade
-            if cascade:
+            if on_ray:
+                settings = build(RaySettings, asdict(opened.recipe.ray) | dict(ray), "ray.")
+                check_ray(settings)
+                job = _Job(run.absolute(), source.absolute(), root.absolute(), reasoning, bool(settings.gpus))
+                _answer(parts, total, partial(_on_ray, job, settings, total, pool.new_folder(parts / "workers")))
+            elif cascade:
                 model = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
             else:
                 model = Student.from_run(run, device=device)
-            _answer(parts, source, total, lambda rows: _results(rows, root, model, reasoning))
-            written = _write_output(parts, output, _columns(model, rationales))
+            if not on_ray:
+                _answer(parts, total, lambda done: _here(source, done, root, model, reasoning))
+            written = _write_output(parts, output, _columns(opened.recipe.labels, cascade, rationales))
         shutil.rmtree(parts)
     except OSError as error:
         raise RunError(f"{error.filename or output}: {error.strerror or error}") from error
     return written
 
 
-def _answer(parts: Path, source: Path, total: int, results_of: Callable[[Sequence[Row]], list[dict[str, Any]]]) -> None:
-    """Write the results of the rows that have none yet."""
+def _answer(parts: Path, total: int, results_from: Callable[[int], Iterator[list[dict[str, Any]]]]) -> None:
+    """Write the results of the rows that have none yet: `results_from` the number of those that have one."""
     with (parts / "results.jsonl").open("ab+") as results:
         done = _complete_lines(results)
         with tqdm(desc="predict", unit="post", total=total, initial=done) as bar:
-            remaining = islice(streams.rows(source), done, None)
-            while rows := list(islice(remaining, _CHUNK)):
-                lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in results_of(rows)]
+            for chunk in results_from(done):
+                lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in chunk]
                 results.write("".join(lines).encode())
                 results.flush()
                 os.fsync(results.fileno())
-                bar.update(len(rows))
+                bar.update(len(chunk))
+
+
+def _here(
+    source: Path, done: int, root: Path, model: Student | Cascade, reasoning: _Reasoning | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Results of this process."""
+    remaining = islice(streams.rows(source), done, None)
+    while rows := list(islice(remaining, _CHUNK)):
+        yield _results(rows, root, model, reasoning)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a Ray worker needs to know."""
+
+    run: Path
+    source: Path
+    root: Path
+    reasoning: _Reasoning | None
+    on_gpu: bool
+
+
+def _on_ray(job: _Job, settings: RaySettings, total: int, folder: Path, done: int) -> Iterator[list[dict[str, Any]]]:
+    """Results of Ray workers, in the order of the rows."""
+    size = settings.batch_size
+    spans = [(begin, min(begin + size, total)) for begin in range(done, total, size)]
+    with closing(pool.run(settings, partial(_Worker, job), spans, folder, ordered=True)) as results:
+        yield from results
+
+
+class _Worker:
+    """Reads spans of rows and labels their posts, in a worker process."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job, self.student = job, Student.from_run(job.run, device="cuda" if job.on_gpu else "cpu")
+        self._rows, self._at = streams.rows(job.source), 0
+
+    def __call__(self, span: tuple[int, int]) -> list[dict[str, Any]]:
+        begin, end = span
+        if begin < self._at:
+            self._rows, self._at = streams.rows(self.job.source), 0
+        rows, self._at = list(islice(self._rows, begin - self._at, end - self._at)), end
+        return _results(rows, self.job.root, self.student, self.job.reasoning)
 
 
 def _results(
@@ -196,14 +264,13 @@ def _student(model: Student | Cascade) -> Student:
     return model.student if isinstance(model, Cascade) else model
 
 
-def _columns(model: Student | Cascade, rationales: bool) -> dict[str, str]:
-    student = _student(model)
+def _columns(labels: LabelSpace, cascade: bool, rationales: bool) -> dict[str, str]:
     columns = {"row": "int64", "id": "string", "label": "string"}
-    columns |= {"value": "double"} if student.model.backbone.labels.scale is not None else {}
-    columns |= {f"probability_{name}": "double" for name in student.labels} | {"uncertainty": "double"}
-    if isinstance(model, Cascade):
+    columns |= {"value": "double"} if labels.scale is not None else {}
+    columns |= {f"probability_{name}": "double" for name in labels.names} | {"uncertainty": "double"}
+    if cascade:
         columns |= {"stage": "string", "reason": "string", "degraded": "bool", "teacher_calls": "int64"}
-    columns |= {"seconds": "double"} | ({"price": "double"} if isinstance(model, Cascade) else {})
+    columns |= {"seconds": "double"} | ({"price": "double"} if cascade else {})
     reasoned = dict.fromkeys(("rationale", "rationale_by", "rationale_problem"), "string")
     return columns | (reasoned if rationales else {})
 

@@ -47,6 +47,7 @@ from distill.training.batches import check_tasks
 from distill.training.refine_settings import RefineSettings, check_refine
 from distill.training.student import StudentSettings, check_label_teacher
 from distill.training.trainer_arguments import check_schedule, check_trainer, try_trainer
+from distill.workers.settings import RaySettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -66,6 +67,10 @@ class Recipe(Settings):
     stop_after_invalid: Natural = 50
     """A stage stops if the first answers of a teacher or of the assistant are all invalid, and this is their number;
     retries and sampled answers count. 0: never."""
+    engine: Literal["local", "ray"] = "local"
+    """Where annotate, augment, evaluate and predict ask their models: in this process, or on the workers of `ray`."""
+    ray: RaySettings = field(default_factory=RaySettings)
+    """The workers of engine: ray."""
     task: TaskSettings = field(default_factory=TaskSettings)
     """The prediction task: label names or a continuous scale."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -101,6 +106,11 @@ class Recipe(Settings):
     def folder(self) -> Path:
         """The chain's folder, `<runs>/<name>`."""
         return Path(self.runs) / self.name
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether annotate, augment, evaluate and predict ask their models on Ray workers."""
+        return self.engine == "ray"
 
     @property
     def annotating_teacher(self) -> Teacher | None:

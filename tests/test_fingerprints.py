@@ -155,7 +155,7 @@ NEW_FIELDS = frozenset({
     "schedule", "early_stopping", "max_length", "min_pixels", "max_pixels", "gradient_checkpointing",
     "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
     "fields", "examples", "templates", "quality", "signal", "modalities", "video", "audio", "frames",
-    "audio_hidden", "audio_depth", "drop_modality", "label_column", "batch", "posts", "labelled_posts",
+    "audio_hidden", "audio_depth", "drop_modality", "label_column", "batch", "posts", "labelled_posts", "engine", "ray",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 

@@ -6,6 +6,7 @@ The protocol is a conversation about one sample; `scheduler.py` runs many of the
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -163,12 +164,7 @@ def annotate(
         RunError: the teacher no longer answers, its first answers are all invalid, or the ledger cannot be written.
     """
 
-    def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, _SampleState]:
-        state = _SampleState(sample, _label(sample, labels))
-        if sample.id in edits:
-            state.keep(edits[sample.id], "edited")
-        return _conversation(state, labels, settings, teacher is not None)
-
+    conversation = partial(_begin, labels=labels, settings=settings, has_teacher=teacher is not None, edits=dict(edits))
     teacher_cache = None
     if teacher is not None:
         teacher_cache = CachedTeacher(teacher, labels, ledger, settings.chunk, other_servers, first_answers)
@@ -183,6 +179,16 @@ def annotate(
         counts.paid["cost"] = _cost(ledger, teacher.settings, settings.batch)
     if ledger.by_batch.answers:
         counts.paid["by_batch"] = asdict(ledger.by_batch)
+
+
+def _begin(
+    sample: Sample, labels: LabelSpace, settings: AnnotateSettings, has_teacher: bool, edits: Mapping[str, Rationale]
+) -> Generator[TeacherQuery, Answer, "_SampleState"]:
+    """The conversation about one sample; a module's function, so that it can be sent to another process."""
+    state = _SampleState(sample, _label(sample, labels))
+    if sample.id in edits:
+        state.keep(edits[sample.id], "edited")
+    return _conversation(state, labels, settings, has_teacher)
 
 
 def _cost(ledger: Ledger, direct: EndpointSettings, batch: BatchSettings | None) -> float | None:

@@ -1,10 +1,11 @@
 """Self-augmentation of MulCoT-RD (arXiv 2508.05234): rationales of the assistant that predict the correct label."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
+from distill.annotation.cached_teacher import CachedTeacher, Start, TeacherQuery
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger
 from distill.annotation.scheduler import Progress, run_conversations
@@ -44,6 +45,7 @@ def augment(
     dropped: Counter[str],
     progress: Progress | None = None,
     first_answers: FirstAnswers | None = None,
+    prefill: Callable[[CachedTeacher, Start], None] | None = None,
 ) -> Iterator[tuple[Sample, Rationale]]:
     """Generate one rationale per sample, without giving the assistant the label.
 
@@ -52,22 +54,29 @@ def augment(
     Args:
         dropped: updated with the number of dropped rationales by the rule that they break.
         first_answers: see `CachedTeacher`.
+        prefill: fills the ledger before the first request; see `annotate`.
 
     Raises:
         RunError: the assistant fails, its first answers are all invalid, or the ledger cannot be written.
     """
-    sampling = Sampling(settings.temperature, settings.max_new_tokens)
-
-    def conversation(sample: Sample) -> Generator[TeacherQuery, Answer, tuple[Sample, Rationale | Reason]]:
-        answer = yield TeacherQuery("reason", sampling)
-        try:
-            return sample, check(answer.text, labels, sample.label, finished=answer.finished, post=sample.text)
-        except InvalidRationale as invalid:
-            return sample, invalid.reason
-
+    conversation = partial(
+        _conversation, labels=labels, sampling=Sampling(settings.temperature, settings.max_new_tokens)
+    )
     teacher_cache = CachedTeacher(assistant, labels, ledger, settings.chunk, first_answers=first_answers)
+    if prefill is not None:
+        prefill(teacher_cache, conversation)
     for sample, result in run_conversations(samples, conversation, teacher_cache, progress):
         if isinstance(result, Rationale):
             yield sample, result
         else:
             dropped[result] += 1
+
+
+def _conversation(
+    sample: Sample, labels: LabelSpace, sampling: Sampling
+) -> Generator[TeacherQuery, Answer, tuple[Sample, Rationale | Reason]]:
+    answer = yield TeacherQuery("reason", sampling)
+    try:
+        return sample, check(answer.text, labels, sample.label, finished=answer.finished, post=sample.text)
+    except InvalidRationale as invalid:
+        return sample, invalid.reason

@@ -168,7 +168,7 @@ class Batches:
             The new files, and those on their way that have one of these questions.
         """
         for round in self._current:
-            self.teacher.filtered |= {key: unanswered(words, "filtered") for key, words in round.filtered.items()}
+            self.teacher.known |= {key: unanswered(words, "filtered") for key, words in round.filtered.items()}
         waits = waits and self.settings is not None and not self._asks_server
         rounds = [round for round in self.rounds if waits or round.submit == "api"]
         open_jobs = [(round, file) for round in rounds for file in round.files if round.is_open(file)]
@@ -248,7 +248,7 @@ class Batches:
             while (asked := next(iter(self._next(sample, [start], on_way, encode=True)), None)) and asked.is_new:
                 answer = self.teacher.ask(message, asked.query, threading.Event())
                 if answer.error is not None:
-                    self.teacher.filtered |= {asked.key: answer} if answer.kind == "filtered" else {}
+                    self.teacher.known |= {asked.key: answer} if answer.kind == "filtered" else {}
                     break
                 if self.teacher.first_answers.has_valid(asked.query.template):
                     self._dialects.add(_dialect(sample, asked.query))

@@ -54,7 +54,7 @@ class CachedTeacher:
 
     `max_parallel` is the number of samples to process in parallel. For a model on this machine it is `chunk`, the batch
     size. For an endpoint it is twice the `concurrency`: half of the threads have a request in flight, while the others
-    encode images or wait for the disk. `filtered` has refusals of content filters by ledger key; they are not repeated.
+    encode images or wait for the disk. `known` has answers by key that the ledger lacks and that are not requested.
 
     Args:
         other_servers: addresses of servers that give another model the same name; their answers are not used.
@@ -75,13 +75,13 @@ class CachedTeacher:
         concurrency = teacher.settings.concurrency if isinstance(teacher, Endpoint) else 1
         self.max_parallel = 2 * concurrency if isinstance(teacher, Endpoint) else chunk
         self._address = teacher.settings.address if isinstance(teacher, Endpoint) else ""
-        self._other_servers, self._notices = other_servers, set[str]()
+        self.other_servers, self._notices = other_servers, set[str]()
         self.first_answers = first_answers or FirstAnswers("", labels, 0)
         self._slots = threading.BoundedSemaphore(concurrency)
         self._digest = lru_cache(_DIGEST_CACHE_SIZE)(digest)
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Answer]] = {}
-        self.filtered: dict[str, Answer] = {}
+        self.known: dict[str, Answer] = {}
 
     @property
     def paid(self) -> PaidTotals:
@@ -151,7 +151,7 @@ class CachedTeacher:
             query = next(conversation)
             while True:
                 ledger_key = self.ledger_key(sample, query)
-                answer = self.paid_answer(ledger_key) or self.filtered.get(ledger_key)
+                answer = self._known(ledger_key)
                 yield query, answer
                 if answer is None:
                     return
@@ -186,8 +186,7 @@ class CachedTeacher:
             future = self._in_flight.setdefault(ledger_key, Future())
         if is_first:
             try:
-                known = self.paid_answer(ledger_key) or self.filtered.get(ledger_key)
-                future.set_result(known or self._request(ledger_key, message, query, stop))
+                future.set_result(self._known(ledger_key) or self._request(ledger_key, message, query, stop))
             except BaseException as error:  # noqa: BLE001 - raised in every thread that waits for the answer
                 future.set_exception(error)
             with self._lock:
@@ -206,13 +205,16 @@ class CachedTeacher:
         answer = self.ledger.get(ledger_key, self._address)
         if answer is not None or not isinstance(self.teacher, Endpoint):
             return answer
-        usable = [address for address in self.ledger.addresses(ledger_key) if address not in self._other_servers]
+        usable = [address for address in self.ledger.addresses(ledger_key) if address not in self.other_servers]
         if not usable:
             return None
         reuse = not self.teacher.settings.ledger_by_address
-        if usable[0] or self._other_servers or not reuse:
+        if usable[0] or self.other_servers or not reuse:
             self._notify(usable[0] or "an unknown address", reuse)
         return self.ledger.get(ledger_key, usable[0]) if reuse else None
+
+    def _known(self, ledger_key: str) -> Answer | None:
+        return self.paid_answer(ledger_key) or self.known.get(ledger_key)
 
     def _notify(self, address: str, reuse: bool) -> None:
         with self._lock:
@@ -277,7 +279,7 @@ class CachedTeacher:
             except OSError as error:
                 yield index, _unreadable(error)
         for ledger_key in list(waiting):
-            if (answer := self.paid_answer(ledger_key)) is not None:
+            if (answer := self._known(ledger_key)) is not None:
                 first = waiting[ledger_key][0]
                 self.first_answers.add((samples[first], queries[first].template, answer))
                 for index in waiting.pop(ledger_key):

@@ -78,6 +78,11 @@ class FirstAnswers:
         with self._lock:
             self._valid |= earlier._valid
 
+    def begin_anew(self) -> None:
+        """Forget invalid answers that another process has got: they are counted when the stage uses them."""
+        with self._lock:
+            self._invalid.clear()
+
     def end(self) -> None:
         """Raise RunError if a stage that ends had only invalid answers, although fewer than `limit`."""
         with self._lock:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self
@@ -25,6 +26,8 @@ from distill.models.reasoner import Answer, Sampling
 from distill.task import prompts
 
 log = logging.getLogger(__name__)
+
+_MERGED = 4096  # lines of another ledger for one flush
 
 
 def key(
@@ -67,6 +70,10 @@ class PaidTotals:
         self.completion_tokens += answer.completion_tokens
 
 
+class LedgerInUse(RunError):
+    """Another process has the ledger open."""
+
+
 Entry = tuple[str, Mapping[str, Any], Answer]
 """An answer with its key and the fields that describe its request; see `Ledger.put`."""
 
@@ -81,7 +88,8 @@ class Ledger:
     since the ledger was opened, new or old, each once; `by_batch` those among them that came from a batch.
 
     Raises:
-        RunError: another process has the ledger open, or it cannot be read or written.
+        LedgerInUse: another process has the ledger open.
+        RunError: it cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +111,7 @@ class Ledger:
             self._load()
         except BlockingIOError:
             self.close()
-            raise RunError(f"another process uses the ledger {path}; wait for it or stop it") from None
+            raise LedgerInUse(f"another process uses the ledger {path}; wait for it or stop it") from None
         except OSError as error:
             self.close()
             raise RunError(f"the ledger {path} cannot be used: {error.strerror}") from error
@@ -184,6 +192,26 @@ class Ledger:
             for _, meta, answer in entries:
                 self._count(answer, "batch" in meta)
 
+    def merge(self, path: Path) -> None:
+        """Add the lines of another ledger whose answers this one does not have; no thread may write meanwhile.
+
+        A second call adds nothing, so a merge that was interrupted can be repeated.
+
+        Raises:
+            LedgerInUse: another process has that ledger open.
+            RunError: one of them cannot be read or written.
+        """
+        with Ledger(path) as other, path.open("rb") as file:
+            lines = (line for line in other._complete_lines(file) if other._index.find(line[0]) == line[1:])
+            new = (line for line in lines if self._index.find(line[0]) is None)
+            try:
+                while chunk := list(islice(new, _MERGED)):
+                    for identity, start, length in chunk:
+                        self._append(identity, os.pread(other._file, length, start))
+                    self._sync(self._written, used=False)
+            except OSError as error:
+                raise self._not_written(error) from error
+
     def _not_written(self, error: OSError) -> RunError:
         return RunError(f"an answer could not be written to {self.path}: {error.strerror}")
 
@@ -203,7 +231,7 @@ class Ledger:
             self._written = start + len(line)
             return self._written
 
-    def _sync(self, end: int) -> None:
+    def _sync(self, end: int, *, used: bool = True) -> None:
         """Wait until the first `end` bytes are on disk and indexed. One of the waiting threads flushes for all."""
         with self._sync_lock:
             if self._failure is not None:
@@ -220,7 +248,7 @@ class Ledger:
                     os.ftruncate(self._file, self._synced)
                 raise
             try:
-                self._index.load(lines, used=True)
+                self._index.load(lines, used=used)
             except RunError as error:
                 self._failure = error
                 raise

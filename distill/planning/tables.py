@@ -35,6 +35,8 @@ def plan_text(recipe: Recipe, *, probes: bool = False) -> str:
         problems: list[str] = []
         trainings = forecast_trainings(forecast, problems)
         parts = [_stages(forecast), _dataset_table(forecast), _request_table(forecast)]
+        if workers := _workers(forecast):
+            parts.append(workers)
         if trainings:
             parts += [_model_table(trainings), _training_table(trainings), _summary(trainings)]
         if recipe.refine is not None and "refine" in forecast.pending:
@@ -56,6 +58,20 @@ def _stages(forecast: ChainForecast) -> str:
     for title, names in (("would run", pending), ("up to date", up_to_date)):
         lines += [f"{title:<11} {', '.join(names)}"] if names else []
     return "\n".join(lines)
+
+
+def _workers(forecast: ChainForecast) -> str:
+    """The Ray workers of the pending stages; empty without `engine: ray`."""
+    recipe = forecast.recipe
+    stages = [name for name in forecast.pending if name in preflight.ON_RAY]
+    if not recipe.on_ray or not stages:
+        return ""
+    ray, teacher = recipe.ray, recipe.annotating_teacher
+    line = f"{', '.join(stages)} on Ray: {ray.workers} workers with {ray.cpus:g} CPU and {ray.gpus:g} GPU each"
+    if isinstance(teacher, EndpointSettings):
+        each = teacher.concurrency
+        line += f"; an endpoint has {each} requests in flight per worker, {ray.workers * each} in all"
+    return line
 
 
 def _refine(settings: RefineSettings) -> str:

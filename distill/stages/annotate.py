@@ -18,8 +18,8 @@ from distill.data.source import SPLITS
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_write, write_json
 from distill.stages import tables
-from distill.stages.batches import fill
 from distill.stages.context import Context, progress
+from distill.stages.prefill import prefill
 from distill.task.rationale import Rationale
 from distill.task.sample import Sample
 from distill.tracking import StageRun
@@ -45,13 +45,13 @@ def run(context: Context, tracked: StageRun) -> None:
             context.folder / curation.DECISIONS, len(unknown), ", ".join(unknown[:3]),
         )  # fmt: skip
     labels, other_servers = context.teacher_labels, context.recipe.other_servers()
-    teacher = context.teacher(context.recipe.annotating_teacher, labels)
+    teacher = context.teacher(context.recipe.annotating_teacher, labels, on_workers=context.recipe.on_ray)
     first = context.first_answers("annotate")
 
     found: list[Batches] = []
 
-    def prefill(teacher: CachedTeacher, start: Start) -> None:
-        batches = fill(context, "annotate", settings.batch, teacher, samples, [start])
+    def fill(teacher: CachedTeacher, start: Start) -> None:
+        batches = prefill(context, "annotate", teacher, samples, [start], settings.batch)
         found.extend(filter(None, [batches]))
 
     def nothing_kept() -> Exception:
@@ -72,9 +72,7 @@ def run(context: Context, tracked: StageRun) -> None:
         progress("annotate") as show,
         # closed before the ledger, so that answers in flight are still written to it
         closing(
-            annotate(
-                samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits, prefill
-            )
+            annotate(samples, labels, teacher, settings, ledger, tally, show, other_servers, first, curated.edits, fill)
         ) as results,
     ):
         context.write_rationales("annotate", _kept(results, quarantine, nothing_kept))

@@ -4,10 +4,12 @@ import logging
 from collections import Counter
 
 from distill.annotation.augment import augment, select
+from distill.annotation.cached_teacher import CachedTeacher, Start
 from distill.annotation.ledger import Ledger
 from distill.files import write_json
 from distill.stages import tables
 from distill.stages.context import Context, progress
+from distill.stages.prefill import prefill
 from distill.tracking import StageRun
 
 log = logging.getLogger(__name__)
@@ -21,11 +23,15 @@ def run(context: Context, tracked: StageRun) -> None:
     # gold labels take precedence over the teacher's
     posts = select(list((annotated | labelled).values()), settings)
     folder = context.folder / "augment"
-    assistant = context.reasoner("assistant")
+    assistant = context.source("assistant") if context.recipe.on_ray else context.reasoner("assistant")
     dropped: Counter[str] = Counter()
     first = context.first_answers("augment")
+
+    def fill(teacher: CachedTeacher, start: Start) -> None:
+        prefill(context, "augment", teacher, posts, [start])
+
     with Ledger(folder / "ledger.jsonl") as ledger, progress("augment") as show:
-        kept = augment(posts, context.labels, assistant, settings, ledger, dropped, show, first)
+        kept = augment(posts, context.labels, assistant, settings, ledger, dropped, show, first, fill)
         rows = (
             (post, rationale, {"source": "augmented", "teacher_label": post.id not in labelled})
             for post, rationale in kept

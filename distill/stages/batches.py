@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from distill.annotation.batch import FOLDER, Batches
 from distill.annotation.batch_files import RequestFile, Round, read_rounds
-from distill.annotation.cached_teacher import CachedTeacher, Conversation, Start, TeacherQuery
+from distill.annotation.cached_teacher import CachedTeacher, Start
 from distill.errors import RunError, SettingsError
 from distill.models.endpoint import BatchSettings, Endpoint, EndpointSettings
 from distill.models.endpoint.batch_api import BatchService
@@ -34,15 +34,6 @@ def fill(
         batches = Batches(teacher, folder, settings, context.recipe.name, stage, show)
         batches.fill(samples, starts)
     return batches
-
-
-def asking(query: TeacherQuery) -> Start:
-    """A conversation that consists of one question."""
-
-    def conversation(sample: Sample) -> Conversation[None]:
-        yield query
-
-    return conversation
 
 
 def listing(recipe: Recipe, *, cancel: bool = False) -> Iterator[str]:

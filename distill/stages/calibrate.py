@@ -4,8 +4,9 @@ from distill.annotation.cached_teacher import TeacherQuery
 from distill.cascade.calibration import calibrate
 from distill.cascade.cascade import modalities_of
 from distill.files import write_json
-from distill.stages.batches import asking, fill
+from distill.stages.batches import fill
 from distill.stages.context import Context
+from distill.stages.prefill import asking
 from distill.tracking import StageRun
 
 

@@ -33,6 +33,7 @@ from distill.models.backbone import Backbone, ModelSettings
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
 from distill.models.reasoner import Reasoner
+from distill.models.source import ModelSource, pretrained_name
 from distill.recipe import Recipe
 from distill.stage_settings import Teacher, TeacherSettings
 from distill.stages.tiny_tokenizer import tiny_tokenizer
@@ -227,40 +228,49 @@ class Context:
             raise model
         return model
 
+    def source(self, stage: str, part: str = "") -> ModelSource:
+        """Where the model that a stage trained comes from."""
+        section, folder = self.recipe.model_section(stage), self.folder / stage / part / "adapter"
+        settings, name = getattr(self.recipe, section).model, self.reasoner_name(stage, part)
+        return ModelSource(name, settings, self.labels, folder, section, trained=True, video=self.recipe.data.video)
+
     def reasoner(self, stage: str, part: str = "") -> Local:
         """Load the model that a stage trained, for inference."""
-        return Local(self.load(stage, part), self.reasoner_name(stage, part), self.device)
+        return self.source(stage, part).load(self.device, self.clips)
 
     def reasoner_name(self, stage: str, part: str = "") -> str:
         """Name of the model that a stage trained; it contains the stage's fingerprint."""
         return f"{stage}{part}-{self.fingerprints[stage]}"
 
-    def teacher(self, settings: Teacher | None, labels: LabelSpace | None = None) -> Reasoner | None:
+    def teacher(
+        self, settings: Teacher | None, labels: LabelSpace | None = None, *, on_workers: bool = False
+    ) -> Reasoner | None:
         """The teacher that `Recipe.annotating_teacher` or `Recipe.cascade_teacher` names; None for None.
 
         Args:
             labels: of a teacher that is not trained; None: those of the recipe.
+            on_workers: if it is a model, Ray workers hold it: it is not loaded here.
         """
-        if isinstance(settings, TeacherSettings):
-            return self.reasoner("teacher")
         if isinstance(settings, EndpointSettings):
             with in_section(self.recipe.section_of(settings)):
                 return Endpoint(settings, labels or self.labels, self.recipe.data.max_pixels, self.clips)
-        if isinstance(settings, ModelSettings):
-            with in_section(self.recipe.section_of(settings)):
-                model = backbone.create(
-                    settings, labels or self.labels, self.tokenizer(settings), train=False, clips=self.clips
-                )
-            images = f"{settings.image_size} px" if settings.images else "no images"
-            name = f"{settings.path}@{settings.revision} ({images}, {settings.dtype})"
-            if settings.keep_layers is not None:
-                name += f" layers {settings.keep_layers}"
-            if settings.path in self.variants:
-                name += f" {self.variants[settings.path]}"
-            if any(post.video or post.audio for split in SPLITS for post in getattr(self.corpus, split)):
-                name += f" clips {sha256(model.encoder.media.fingerprint().encode()).hexdigest()[:12]}"
-            return Local(model, name, self.device)
-        return None
+        if settings is None:
+            return None
+        if isinstance(settings, TeacherSettings):
+            source = self.source("teacher")
+        else:
+            source = self._pretrained(settings, labels or self.labels)
+        return source if on_workers else source.load(self.device, self.clips)
+
+    def _pretrained(self, settings: ModelSettings, labels: LabelSpace) -> ModelSource:
+        section, video, tokenizer = self.recipe.section_of(settings), self.recipe.data.video, self.tokenizer(settings)
+        more = [self.variants[settings.path]] if settings.path in self.variants else []
+        if any(post.video or post.audio for split in SPLITS for post in getattr(self.corpus, split)):
+            with in_section(section):
+                media = self.without_weights(settings, train=False).encoder.media
+            more.append(f"clips {sha256(media.fingerprint().encode()).hexdigest()[:12]}")
+        name = pretrained_name(settings, *more)
+        return ModelSource(name, settings, labels, tokenizer, section, trained=False, video=video)
 
     @contextmanager
     def cached_teacher(self, stage: str) -> Iterator[CachedTeacher | None]:
@@ -271,7 +281,7 @@ class Context:
         """
         for_cascade = stage != "evaluate"
         settings = self.recipe.cascade_teacher if for_cascade else self.recipe.annotating_teacher
-        teacher = self.teacher(settings, self.teacher_labels)
+        teacher = self.teacher(settings, self.teacher_labels, on_workers=self.recipe.on_ray and not for_cascade)
         if teacher is None:
             yield None
             return

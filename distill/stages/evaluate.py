@@ -5,54 +5,67 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from distill.annotation.cached_teacher import TeacherQuery
+from distill.annotation.batch import Batches
+from distill.annotation.cached_teacher import CachedTeacher, TeacherQuery
 from distill.data import jsonl
 from distill.errors import SettingsError
 from distill.evaluation.classification import majority_baseline
 from distill.evaluation.evaluate import RoleOutputs, evaluate_role, gold_values, parse_or_none, role_metrics
 from distill.evaluation.regression import trivial_baseline
 from distill.files import read_json, write_json
+from distill.models.endpoint import Endpoint
 from distill.models.reasoner import Reasoner, Sampling
 from distill.stages import tables
-from distill.stages.batches import asking, fill
 from distill.stages.context import Context, progress
+from distill.stages.prefill import asking, prefill, trained
 from distill.stages.student import HARD_LABELS
 from distill.task.prompts import Template
 from distill.task.rationale import Rationale
-from distill.task.sample import MODALITIES
+from distill.task.sample import MODALITIES, Sample
 from distill.tracking import StageRun
+from distill.workers.pool import cluster
 
 _FILES = ("images", "video", "audio")
 
 
 def run(context: Context, tracked: StageRun) -> None:
-    """Run the stage. On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added."""
+    """Run the stage; see `_run`."""
+    with cluster(context.recipe.ray) if context.recipe.on_ray else nullcontext():  # once for all roles
+        _run(context, tracked)
+
+
+def _run(context: Context, tracked: StageRun) -> None:
+    """Write `metrics.json` and `predictions.jsonl`.
+
+    On a scale, `gold` and `label` in `predictions.jsonl` are bin names, and `value` is added.
+    """
     recipe, labels, samples, root = context.recipe, context.labels, context.corpus.test, context.corpus.root
     settings = recipe.evaluate
     assert settings is not None and recipe.student is not None
     outputs: dict[str, RoleOutputs] = {}
 
     def evaluate(role: str, reasoner: Reasoner, template: Template | None) -> None:
+        batches = _fill(context, reasoner, samples, template)
         with progress(f"evaluate {role}") as show:
             outputs[role] = evaluate_role(reasoner, samples, labels, settings, template, show)
+        if batches is not None:
+            batches.close()
+
+    def evaluate_trained(role: str, stage: str, template: Template | None, part: str = "") -> None:
+        with trained(context, stage, part) as reasoner:
+            evaluate(role, reasoner, template)
 
     with context.cached_teacher("evaluate") if settings.teacher else nullcontext() as teacher:
         if teacher is not None:
-            template: Template | None = "predict" if recipe.annotate is not None else None
-            queries = [TeacherQuery("classify")]
-            queries += [TeacherQuery(template, Sampling(max_new_tokens=settings.max_new_tokens))] if template else []
-            batches = fill(context, "evaluate", settings.batch, teacher, samples, list(map(asking, queries)))
-            evaluate("teacher", teacher, template)
-            if batches is not None:
-                batches.close()
+            evaluate("teacher", teacher, "predict" if recipe.annotate is not None else None)
     del teacher  # frees the memory of a local teacher
     if recipe.assistant is not None:
-        evaluate("assistant", context.reasoner("assistant"), "reason" if "reason" in recipe.assistant.tasks else None)
-    evaluate("student", context.reasoner("student"), "reason" if "reason" in recipe.student.tasks else None)
+        evaluate_trained("assistant", "assistant", "reason" if "reason" in recipe.assistant.tasks else None)
+    evaluate_trained("student", "student", "reason" if "reason" in recipe.student.tasks else None)
     if recipe.refine is not None:
-        evaluate("student_refined", context.reasoner("refine"), "reason")
+        evaluate_trained("student_refined", "refine", "reason")
     if recipe.student.hard_labels_baseline:
-        evaluate("student_hard_labels", context.reasoner("student", HARD_LABELS), None)
+        evaluate_trained("student_hard_labels", "student", None, HARD_LABELS)
 
     references, texts = _references(context, outputs.get("teacher"))
     none: list[Any] = [None] * len(samples)
@@ -88,24 +101,40 @@ def run(context: Context, tracked: StageRun) -> None:
     tables.predictions(context, tracked, rows)
 
 
+def _fill(
+    context: Context, reasoner: Reasoner, samples: Sequence[Sample], template: Template | None = None
+) -> Batches | None:
+    """Fill the ledger of a role that has one. Returns its batches."""
+    settings = context.recipe.evaluate
+    assert settings is not None
+    if not isinstance(reasoner, CachedTeacher):
+        return None
+    queries = [TeacherQuery("classify")]
+    queries += [TeacherQuery(template, Sampling(max_new_tokens=settings.max_new_tokens))] if template else []
+    batch = settings.batch if isinstance(reasoner.teacher, Endpoint) else None
+    return prefill(context, "evaluate", reasoner, samples, list(map(asking, queries)), batch)
+
+
 def _without_modalities(context: Context) -> dict[str, Any]:
     """The metrics of the student on the test posts without each modality that it is given, by role.
 
     A modality is not left out if the student's family cannot read what remains of a post.
     """
     recipe, labels = context.recipe, context.labels
-    assert recipe.evaluate is not None
+    assert recipe.evaluate is not None and recipe.student is not None
     metrics = {}
-    student = context.reasoner("student" if recipe.refine is None else "refine")
-    media, needs_picture = student.backbone.encoder.media, student.backbone.family.needs_picture
+    model = context.without_weights(recipe.student.model)
+    media, needs_picture = model.encoder.media, model.family.needs_picture
     present = {name for post in context.corpus.test for name in post.modalities if media.takes(name)}
     removable = [name for name in MODALITIES if name in present and len(present) > 1]  # something must be left
     for name in removable:
         posts = [post.without(name) for post in context.corpus.test]
         if needs_picture and not all(media.shows(post.media) for post in posts):
             continue
-        with progress(f"evaluate student without {name}"):
-            output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
+        with trained(context, recipe.student_stage) as student:
+            _fill(context, student, posts)
+            with progress(f"evaluate student without {name}"):
+                output = evaluate_role(student, posts, labels, recipe.evaluate, template=None)
         metrics[f"student_without_{name}"] = role_metrics(output, posts, [], labels, recipe.evaluate)
     return metrics
 

@@ -34,8 +34,12 @@ from distill.training.refine import check_models
 from distill.training.refine_settings import check_arguments
 from distill.training.soft_targets import check_same_inputs
 from distill.training.student import StudentSettings
+from distill.workers.settings import check as check_ray
 
 _TRAININGS = ("teacher", "assistant", "student")
+
+ON_RAY = {"annotate", "augment", "evaluate"}
+"""The stages that `engine: ray` runs on workers."""
 
 _LOADED_BY = {
     "teacher": {"annotate", "refine", "evaluate", "calibrate", "cascade"},
@@ -81,6 +85,9 @@ def problems(context: Context, stages: Collection[str]) -> list[str]:
                     _check_training(context, settings, posts)
                 elif settings.model.lora is not None and not _LOADED_BY[name].isdisjoint(stages):
                     check_weights(settings.model)
+    if recipe.on_ray and not ON_RAY.isdisjoint(stages):
+        with noted():
+            check_ray(recipe.ray)
     for teacher in _teachers(recipe, stages):
         with noted(), in_section(recipe.section_of(teacher)):
             _check_teacher(context, teacher, posts)

@@ -108,7 +108,7 @@ def test_a_second_process_cannot_open_the_ledger(tmp_path: Path) -> None:
             [sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2]
         )
         assert other.returncode == 1
-        assert "RunError: another process" in other.stderr and str(path) in other.stderr
+        assert "LedgerInUse: another process" in other.stderr and str(path) in other.stderr
         with pytest.raises(RunError, match="another process"):
             Ledger(path)
     Ledger(path).close()

@@ -72,6 +72,9 @@ class Endpoint:
         self._token_ids: list[int] | None = None
         self._next_tokenize = 0.0  # time.monotonic() of the next attempt, after a failed one
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy in another process has connections and a key of its own
+        return Endpoint, (self.settings, self.labels, self._max_pixels, self.clips)
+
     @property
     def returns_logprobs(self) -> bool:
         """Whether the server returns log-probabilities, as far as its replies have shown."""
