@@ -29,6 +29,7 @@ from distill.training.batches import (
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
+from distill.training.sharding import shard, shard_of, whole
 from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class AssistantModule(L.LightningModule):
     """
 
     soft_targets: Any = None
+    uses_all_weights = False
+    """Whether each step of each process uses all weights, those of the towers too: all posts have images."""
 
     def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
         super().__init__()
@@ -105,6 +108,10 @@ class AssistantModule(L.LightningModule):
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
         return encode(samples, self.backbone, self.settings.tasks, self.settings.packing, self.label_targets)  # type: ignore[arg-type]
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # the strategy is fsdp2
+            shard(self, self.device_mesh["data_parallel"], self.model.get_decoder(), whole_model=self.uses_all_weights)  # type: ignore[operator]
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -167,7 +174,7 @@ class AssistantModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
             return
-        norm = torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None]))
         self._require_finite("the gradient is", norm, batches)
         self.log_dict({"train/learning_rate": optimizer.param_groups[0]["lr"], "train/gradient_norm": norm})
 
@@ -287,7 +294,7 @@ class AssistantModule(L.LightningModule):
         trained = {name for name, weights in self.named_parameters() if weights.requires_grad}
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
         # Lightning does not save accumulated gradients and the random generators that dropout uses
-        checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
+        checkpoint["gradients"] = {name: whole(w.grad) for name, w in self.named_parameters() if w.grad is not None}
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
         checkpoint["processes"] = self.trainer.world_size
@@ -308,7 +315,7 @@ class AssistantModule(L.LightningModule):
             return
         weights = dict(self.named_parameters())
         for name, gradient in self._resume_state["gradients"].items():
-            weights[name].grad = gradient.to(weights[name].device)
+            weights[name].grad = shard_of(gradient.to(weights[name].device), weights[name])
         # restored here because the sanity check has used the generators before
         torch.set_rng_state(self._resume_state["generators"]["torch"].cpu())
         for state in self._resume_state["generators"]["cuda"][: self.device.type == "cuda"]:

@@ -26,6 +26,7 @@ from distill.models.memory import memory_errors
 from distill.training import processes
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
+from distill.training.sharding import unshard
 from distill.training.shutdown import end_together, handle_sigterm, kill
 from distill.training.trainer_arguments import extensions, with_defaults
 
@@ -142,8 +143,10 @@ def fit(
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
     encoder = module.backbone.encoder
-    with_images = encoder.reads_images and not encoder.media.audio and all(sample.images for sample in data.train)
-    if isinstance(trainer.strategy, DDPStrategy) and not with_images:
+    posts = [*data.train, *data.validation]
+    module.uses_all_weights = encoder.reads_images and not encoder.media.audio and all(post.images for post in posts)
+    module.uses_all_weights &= not data.drop
+    if isinstance(trainer.strategy, DDPStrategy) and not module.uses_all_weights:
         # weights that a batch does not use, such as those of a vision or audio tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if (twice := -len(data.train) % trainer.world_size) and not worker:
@@ -160,6 +163,7 @@ def fit(
             memory_errors(lambda: module.current_ids, _MEMORY_REMEDY),
         ):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+            unshard(module)
     except SystemExit as interruption:  # raised by Lightning after Ctrl-C or SIGTERM
         if worker:
             sys.exit(0)
@@ -218,9 +222,12 @@ def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     if path.exists():  # fast_dev_run writes no checkpoint
         with _readable(path):
             best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(best, strict=False)
-    for name, weights in module.named_parameters():  # a step after the last validation may have broken them
-        if weights.requires_grad and not weights.isfinite().all():
+        weights = dict(module.named_parameters())
+        with torch.no_grad():  # not load_state_dict: layers that were sharded want shards
+            for name, value in best.items():
+                weights[name].copy_(value)
+    for name, values in module.named_parameters():  # a step after the last validation may have broken them
+        if values.requires_grad and not values.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
 
 
