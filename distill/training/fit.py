@@ -120,7 +120,8 @@ def fit(
     Writes `checkpoints/` and `metrics.csv`. The best weights have the highest validation accuracy, ties broken by
     the F1 of `tie_break`; for labels on a scale, the lowest mean absolute error.
 
-    In a worker process started by the Trainer, this function exits the process after training and does not return.
+    In a worker process, this function does not return (`processes.leave`). After a sharded training, the trained
+    weights of the module are whole and on the CPU; it can be saved, not called.
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
@@ -166,12 +167,12 @@ def fit(
             unshard(module)
     except SystemExit as interruption:  # raised by Lightning after Ctrl-C or SIGTERM
         if worker:
-            sys.exit(0)
+            raise SystemExit(0) from None
         kill(children())
         cause = interruption.__context__  # Lightning exits when it handles a KeyboardInterrupt
         raise (type(cause) if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
     if worker:
-        sys.exit(0)
+        processes.leave()
     processes.end()
     if earlier is not None:
         _merge_metrics(earlier, folder / "metrics.csv")
