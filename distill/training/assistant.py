@@ -29,7 +29,7 @@ from distill.training.batches import (
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
-from distill.training.sharding import shard, shard_of, whole
+from distill.training.sharding import drop_unused_gradients, shard, shard_of, unused, whole
 from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class AssistantModule(L.LightningModule):
         self.strict_loading = False  # checkpoints contain the trainable weights only
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
+        self._maybe_unused: list[str] = []  # trained weights that a step may not use
         self.label_targets: LabelTargets = {}
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
         self._accumulated: list[int] = []  # batches since the last optimizer step
@@ -111,7 +112,8 @@ class AssistantModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # the strategy is fsdp2
-            shard(self, self.device_mesh["data_parallel"], self.model.get_decoder(), whole_model=self.uses_all_weights)  # type: ignore[operator]
+            mesh = self.device_mesh["data_parallel"]
+            self._maybe_unused = shard(self, mesh, self.model, all_used=self.uses_all_weights)
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -149,7 +151,7 @@ class AssistantModule(L.LightningModule):
                 if self.soft_targets is not None:
                     self.log(f"train/{task}_kl", soft / weight, batch_size=len(batch.sizes))
         self.log("train/loss", loss.total, prog_bar=True, batch_size=len(batch.sizes), sync_dist=True)
-        return loss.total
+        return loss.total + unused(self, self._maybe_unused)
 
     def loss(self, batch: Batch) -> AnswerLoss:
         """Return the cross-entropy at the positions that predict an answer token."""
@@ -174,6 +176,7 @@ class AssistantModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
             return
+        drop_unused_gradients(self, self._maybe_unused)
         norm = whole(torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None]))
         self._require_finite("the gradient is", norm, batches)
         self.log_dict({"train/learning_rate": optimizer.param_groups[0]["lr"], "train/gradient_norm": norm})

@@ -73,6 +73,11 @@ def by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def started() -> int:
+    """The number of processes that torchrun has started, on all nodes."""
+    return int(os.environ["WORLD_SIZE"])
+
+
 def trainings() -> Iterator[Path]:
     """In a worker, the folders of the trainings that it takes part in; it exits when the main process's command ends."""
     while by_torchrun():

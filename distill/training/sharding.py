@@ -5,7 +5,7 @@ for a whole step, because the loss multiplies by the weights of the head. Each l
 while it runs. Checkpoints hold whole tensors, as those of one process do, so any number of processes resumes them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -73,27 +73,49 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register(NAME, FSDP2Strategy, "FSDP2: weights, gradients and optimizer state are sharded")
 
 
-def shard(module: torch.nn.Module, mesh: Any, decoder: torch.nn.Module, *, whole_model: bool) -> None:
+def shard(module: torch.nn.Module, mesh: Any, model: Any, *, all_used: bool) -> list[str]:
     """Shard the weights of a Lightning module over the processes of a mesh.
 
     All processes gather a unit together, so a unit is a layer that runs in every step of each of them.
 
     Args:
-        decoder: the language model; its layers run in every step.
-        whole_model: whether those of the towers do, too: every post has an image.
+        model: its transformers model.
+        all_used: whether each step uses all weights: every post has an image. If not, the layers of the towers, and
+            those that attend to images, are part of the root unit.
+
+    Returns:
+        Names of the trained weights that a step may not use. Processes exchange the gradients of a unit together, so
+        each must have all of them (`unused`).
     """
-    for layer in _layers(module if whole_model else decoder, cross=whole_model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    decoder = model.get_decoder()
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    in_decoder = set(map(id, decoder.modules()))
+    if not all_used:
+        layers = [layer for layer in layers if id(layer) in in_decoder and not hasattr(layer, "cross_attn")]
+    skipped = {id(w) for part in decoder.modules() if hasattr(part, "cross_attn") for w in part.parameters()}
+    always = {id(w) for w in decoder.parameters()} - skipped
+    always |= {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    names = [name for name, w in module.named_parameters() if w.requires_grad and id(w) not in always]
+    for unit in [*layers, module]:
+        fully_shard(unit, mesh=mesh)
     for name in _STEPS:
         register_fsdp_forward_method(module, name)
+    return [] if all_used else names
 
 
-def _layers(module: torch.nn.Module, *, cross: bool) -> Iterator[torch.nn.Module]:
-    """The layers of transformers' models; with `cross` those that attend to images, and are skipped without one."""
-    for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and (cross or not hasattr(layer, "cross_attn")):
-            yield layer
+def unused(module: torch.nn.Module, names: list[str]) -> torch.Tensor | float:
+    """Zero, with a gradient of zero for the weights of these names."""
+    weights = dict(module.named_parameters()) if names else {}
+    return sum(0 * weights[name].flatten()[0] for name in names)
+
+
+def drop_unused_gradients(module: torch.nn.Module, names: list[str]) -> None:
+    """Remove the gradients of the weights of these names if no process has used them: an optimizer step skips them."""
+    weights = [w for name, w in module.named_parameters() if name in set(names)]
+    gradients = [w.grad for w in weights if w.grad is not None]
+    if gradients and not whole(torch.nn.utils.get_total_norm(gradients)):
+        for w in weights:
+            w.grad = None
 
 
 def unshard(module: torch.nn.Module) -> None:
