@@ -177,9 +177,11 @@ class AssistantModule(L.LightningModule):
         if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
             return
         drop_unused_gradients(self, self._maybe_unused)
-        norm = whole(torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None]))
-        self._require_finite("the gradient is", norm, batches)
-        self.log_dict({"train/learning_rate": optimizer.param_groups[0]["lr"], "train/gradient_norm": norm})
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        if gradients := [w.grad for w in self.parameters() if w.grad is not None]:  # DeepSpeed keeps its own
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self._require_finite("the gradient is", norm, batches)
+            self.log("train/gradient_norm", norm)
 
     def on_train_epoch_start(self) -> None:
         self._throughput.start()

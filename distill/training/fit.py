@@ -26,9 +26,12 @@ from distill.models.memory import memory_errors
 from distill.training import processes
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
-from distill.training.sharding import unshard
+from distill.training.sharding import NAME as FSDP2
+from distill.training.sharding import has_towers, unshard
 from distill.training.shutdown import end_together, handle_sigterm, kill
 from distill.training.trainer_arguments import extensions, with_defaults
+from distill.training.zero3 import NAME as ZERO3
+from distill.training.zero3 import ZeRO3Strategy
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +146,11 @@ def fit(
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    encoder = module.backbone.encoder
-    posts = [*data.train, *data.validation]
-    module.uses_all_weights = encoder.reads_images and not encoder.media.audio and all(post.images for post in posts)
-    module.uses_all_weights &= not data.drop
+    module.uses_all_weights = _uses_all_weights(module, data)
+    if isinstance(trainer.strategy, ZeRO3Strategy) and not module.uses_all_weights:
+        raise SettingsError(
+            f"trainer.strategy: {ZERO3} needs a model of text alone, or an image in each post; use {FSDP2} instead"
+        )
     if isinstance(trainer.strategy, DDPStrategy) and not module.uses_all_weights:
         # weights that a batch does not use, such as those of a vision or audio tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
@@ -164,7 +168,7 @@ def fit(
             memory_errors(lambda: module.current_ids, _MEMORY_REMEDY),
         ):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-            unshard(module)
+            unshard(module, trainer.strategy)
     except SystemExit as interruption:  # raised by Lightning after Ctrl-C or SIGTERM
         if worker:
             raise SystemExit(0) from None
@@ -178,6 +182,15 @@ def fit(
         _merge_metrics(earlier, folder / "metrics.csv")
     _load_best(module, checkpoints)
     return trainer
+
+
+def _uses_all_weights(module: AssistantModule, data: ReasoningDataModule) -> bool:
+    """Whether each step and validation uses all weights of the model, those of the towers too."""
+    encoder = module.backbone.encoder
+    if not has_towers(module.model):
+        return True
+    images = encoder.reads_images and all(post.images for post in [*data.train, *data.validation])
+    return images and not encoder.media.audio and not data.drop
 
 
 def _trainer(arguments: Mapping[str, Any], folder: Path, **extra: Any) -> L.Trainer:

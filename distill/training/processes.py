@@ -64,7 +64,7 @@ def worker_folder() -> Path | None:
 
 
 def is_worker() -> bool:
-    """Whether this process takes part in trainings only: a training, or torchrun, has started it beside the main one."""
+    """Whether this process takes part in trainings only: a training or torchrun has started it."""
     return int(os.environ.get("RANK" if by_torchrun() else "LOCAL_RANK", "0")) > 0
 
 
@@ -79,7 +79,7 @@ def started() -> int:
 
 
 def trainings() -> Iterator[Path]:
-    """In a worker, the folders of the trainings that it takes part in; it exits when the main process's command ends."""
+    """In a worker, the folders of the trainings that it takes part in; then it exits with the main process."""
     while by_torchrun():
         key = str(next(_numbers))
         while not _store().check([key]):

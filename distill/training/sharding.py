@@ -5,19 +5,25 @@ for a whole step, because the loss multiplies by the weights of the head. Each l
 while it runs. Checkpoints hold whole tensors, as those of one process do, so any number of processes resumes them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from distill.training.zero3 import NAME as ZERO3
+from distill.training.zero3 import ZeRO3Strategy
+
 NAME = "fsdp2"
 """Value of `trainer.strategy`."""
+
+SHARDED = (NAME, ZERO3)
+"""Values of `trainer.strategy` that divide the weights among the processes."""
 
 _STEPS = "on_fit_start", "training_step", "validation_step"
 """Methods that run the model: they gather the root unit as its forward pass would."""
@@ -59,12 +65,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return _map_state(optimizer.state_dict(), lambda _, value: whole(value))
+        saved = optimizer.state_dict()
+        state = {n: {name: whole(v) for name, v in values.items()} for n, values in saved["state"].items()}
+        return {**saved, "state": state}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             weights = [w for group in optimizer.param_groups for w in group["params"]]
-            optimizer.load_state_dict(_map_state(state, lambda n, value: shard_of(value, weights[n])))
+            state = {
+                n: {name: shard_of(v, weights[n]) for name, v in values.items()} for n, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
@@ -87,11 +98,7 @@ def shard(module: torch.nn.Module, mesh: Any, model: Any, *, all_used: bool) -> 
         Names of the trained weights that a step may not use. Processes exchange the gradients of a unit together, so
         each must have all of them (`unused`).
     """
-    decoder = model.get_decoder()
-    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    in_decoder = set(map(id, decoder.modules()))
-    if not all_used:
-        layers = [layer for layer in layers if id(layer) in in_decoder and not hasattr(layer, "cross_attn")]
+    layers, decoder = units(model, all_used=all_used), model.get_decoder()
     skipped = {id(w) for part in decoder.modules() if hasattr(part, "cross_attn") for w in part.parameters()}
     always = {id(w) for w in decoder.parameters()} - skipped
     always |= {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -101,6 +108,22 @@ def shard(module: torch.nn.Module, mesh: Any, model: Any, *, all_used: bool) -> 
     for name in _STEPS:
         register_fsdp_forward_method(module, name)
     return [] if all_used else names
+
+
+def units(model: Any, *, all_used: bool) -> list[torch.nn.Module]:
+    """The layers of a transformers model that are gathered one by one; `all_used` as for `shard`."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if all_used:
+        return layers
+    decoder = set(map(id, model.get_decoder().modules()))
+    return [layer for layer in layers if id(layer) in decoder and not hasattr(layer, "cross_attn")]
+
+
+def has_towers(model: Any) -> bool:
+    """Whether a transformers model has weights outside its language model: those of a vision or audio tower."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    of_language = {id(weights) for part in parts for weights in part.parameters()}
+    return any(id(weights) not in of_language for weights in model.parameters())
 
 
 def unused(module: torch.nn.Module, names: list[str]) -> torch.Tensor | float:
@@ -118,18 +141,16 @@ def drop_unused_gradients(module: torch.nn.Module, names: list[str]) -> None:
             w.grad = None
 
 
-def unshard(module: torch.nn.Module) -> None:
+def unshard(module: torch.nn.Module, strategy: Strategy) -> None:
     """Make the trained weights whole tensors on the CPU; frozen ones stay sharded. All processes call it together."""
-    if not isinstance(module, FSDPModule):
+    if not isinstance(strategy, FSDP2Strategy | ZeRO3Strategy):
         return
-    module.reshard()
-    found: dict[torch.Tensor, torch.nn.Parameter] = {}
+    values = strategy.lightning_module_state_dict()
+    plain = {w: torch.nn.Parameter(values[name].cpu()) for name, w in module.named_parameters() if w.requires_grad}
     for child in module.modules():
-        for name, weights in child.named_parameters(recurse=False, remove_duplicate=False):
-            if weights.requires_grad:
-                if weights not in found:  # tied weights stay tied
-                    found[weights] = torch.nn.Parameter(whole(weights.detach()).cpu())
-                setattr(child, name, found[weights])
+        for name, weights in list(child.named_parameters(recurse=False, remove_duplicate=False)):
+            if weights in plain:  # tied weights stay tied
+                setattr(child, name, plain[weights])
 
 
 def whole(value: Any) -> Any:
@@ -143,9 +164,3 @@ def shard_of(value: Any, weights: torch.Tensor) -> Any:
         return value
     mesh, placements = weights.device_mesh, weights.placements
     return distribute_tensor(value.to(weights.device), mesh, placements, src_data_rank=None)  # all have the whole
-
-
-def _map_state(state: Mapping[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:
-    """An optimizer's state dict, each value of its state changed; `change` is called with the number of the weights."""
-    changed = {n: {name: change(n, value) for name, value in values.items()} for n, values in state["state"].items()}
-    return {**state, "state": changed}

@@ -16,8 +16,8 @@ from distill.training.batches import Batch, LabelTargets, encode_tasks
 from distill.training.divergences import Divergence, DivergenceName
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.losses import Positions, TaskLoss, label_divergence, published_loss
-from distill.training.soft_target_cache import CachedTargets
 from distill.training.sharding import unused
+from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import OnlineTargets
 
 

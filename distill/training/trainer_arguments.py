@@ -124,16 +124,17 @@ def check_strategy(settings: TrainSettings, shared: Mapping[str, Any], stage: st
     arguments = with_defaults(shared, settings.trainer)
     strategy, lora = str(arguments.get("strategy")), settings.model.lora
     field = f"{stage}.trainer.strategy" if "strategy" in settings.trainer else "trainer.strategy"
-    if strategy.startswith("fsdp") and strategy != sharding.NAME:
-        raise SettingsError(f"{field}: {strategy} is the first FSDP of torch; use {sharding.NAME}")
-    if strategy != sharding.NAME:
+    for start, name in zip(("fsdp", "deepspeed"), sharding.SHARDED, strict=True):
+        if strategy.startswith(start) and strategy != name:
+            raise SettingsError(f"{field}: {strategy} is not supported; use {name}")
+    if strategy not in sharding.SHARDED:
         return
     if lora is not None and lora.quantize:
         raise SettingsError(
             f"{stage}.model.lora.quantize: weights in 4 bits cannot be sharded; set it to false, or {field} to ddp"
         )
-    if str(arguments.get("precision")) in ("16-mixed", "16", "16-true"):
-        raise SettingsError(f"{field}: {strategy} does not scale losses for float16; set precision to bf16-mixed")
+    if str(arguments.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise SettingsError(f"{field}: {strategy} does not support float16; set precision to bf16-mixed")
 
 
 def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *, on_cpu: bool = False) -> None:
