@@ -8,7 +8,7 @@ posts a step: one process 8, two processes 4 each. The two are started by torchr
 DDP and with FSDP2. All weights are trained, or LoRA on a frozen base; a student learns from an assistant that runs
 along (online) or from its cached soft targets; "mixed" trains all weights on posts of which every other one has no
 image, in two accumulated batches a step. "1 to 2" trains an epoch of 10 steps in one process and goes on from its
-checkpoint in two, "2 to 1" the other way round.
+checkpoint in two, "2 to 1" the other way round; "2 to 2" goes on after 5 steps, within an epoch.
 
 Also printed: the largest difference from one process, and the values that each process holds of the weights and of the
 optimizer state.
@@ -55,7 +55,8 @@ class Run(NamedTuple):
     """One training: its name, the strategy, what it trains, and how many epochs.
 
     Attributes:
-        resumes: the name of the run whose folder it goes on in.
+        resumes: the name of the run that it goes on after, in the same folder.
+        steps: ends after so many steps.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Run(NamedTuple):
     kind: Literal["full", "lora", "online", "cached", "mixed"] = "full"
     epochs: int = EPOCHS
     resumes: str | None = None
+    steps: int = -1
 
 
 KINDS: tuple[Any, ...] = ("full", "lora", "online", "cached", "mixed")
@@ -71,6 +73,10 @@ FIRST += [Run(f"one epoch in one {kind}", "auto", kind, 1) for kind in KINDS[:2]
 SECOND = [Run(f"{strategy} {kind}", strategy, kind) for strategy in ("ddp", "fsdp2") for kind in KINDS]
 SECOND += [Run(f"1 to 2 {kind}", "fsdp2", kind, EPOCHS, f"one epoch in one {kind}") for kind in KINDS[:2]]
 SECOND += [Run(f"one epoch in two {kind}", "fsdp2", kind, 1) for kind in KINDS[:2]]
+SECOND += [
+    Run("5 steps mixed", "fsdp2", "mixed", steps=5),
+    Run("2 to 2 mixed", "fsdp2", "mixed", EPOCHS, "5 steps mixed"),
+]
 THIRD = [Run(f"2 to 1 {kind}", "auto", kind, EPOCHS, f"one epoch in two {kind}") for kind in KINDS[:2]]
 PARTS = {"first": (FIRST, 1), "second": (SECOND, 2), "third": (THIRD, 1)}
 """Runs that one command trains, one after the other, and its processes."""
@@ -137,7 +143,7 @@ def train(folder: Path, run: Run, processes: int) -> None:
     else:
         plain = {name: getattr(options, name) for name in ("model", "batch_size", "learning_rate")}
         module = AssistantModule(backbone, TrainSettings(**plain))
-    losses: list[float] = []
+    losses: list[float] = []  # of each batch
     held: dict[str, int] = {}
 
     def after_step(*_: Any) -> None:
@@ -157,7 +163,7 @@ def train(folder: Path, run: Run, processes: int) -> None:
     arguments = {
         "accelerator": "cpu", "devices": processes, "strategy": run.strategy, "max_epochs": run.epochs,
         "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0,
-        "accumulate_grad_batches": accumulated(run.kind),
+        "accumulate_grad_batches": accumulated(run.kind), "max_steps": run.steps,
     }  # fmt: skip
     fit(module, data, folder / "runs" / (run.resumes or run.name), arguments)
     backbone.save(folder / "saved" / run.name)
@@ -199,7 +205,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 def tables(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """For each kind, a table of the losses side by side, with the largest difference from one process."""
     for kind in KINDS:
-        names = [name for name in found if name.endswith(f" {kind}") and "epoch" not in name]
+        names = [name for name in found if name.endswith(f" {kind}") and not name.startswith(("one epoch", "5 steps"))]
         yield f"\n{kind}"
         yield "  ".join(["step", *(f"{name.removesuffix(kind).strip():>10}" for name in names)])
         for step, losses in enumerate(zip(*(found[name]["losses"] for name in names), strict=True), 1):

@@ -49,14 +49,14 @@ class ZeRO3Strategy(DeepSpeedStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         self._types = {name: weights.dtype for name, weights in self._trained()}
         super().setup(trainer)
-        module, check = self.lightning_module, self.lightning_module.on_fit_start
+        module: Any = self.lightning_module
+        module.check_model = module.on_fit_start
 
-        def checked() -> None:
-            """In a forward pass of the engine, which gathers weights where they are read, such as the head's."""
-            module.check_model = check
-            self._forward_redirection(self.model, module, "check_model")
+        def on_fit_start() -> None:
+            """In a forward pass of the engine, which gathers weights where they are read, such as those of the head."""
+            self._forward_redirection(self.deepspeed_engine, module, "check_model")
 
-        module.on_fit_start = checked
+        module.on_fit_start = on_fit_start
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
