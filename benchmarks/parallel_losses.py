@@ -8,7 +8,8 @@ posts a step: one process 8, two processes 4 each. The two are started by torchr
 DDP and with FSDP2. All weights are trained, or LoRA on a frozen base; a student learns from an assistant that runs
 along (online) or from its cached soft targets; "mixed" trains all weights on posts of which every other one has no
 image, in two accumulated batches a step. "1 to 2" trains an epoch of 10 steps in one process and goes on from its
-checkpoint in two, "2 to 1" the other way round; "2 to 2" goes on after 5 steps, within an epoch.
+checkpoint in two, "2 to 1" the other way round; "2 to 2" goes on within an epoch, between two
+accumulated batches.
 
 Also printed: the largest difference from one process, and the values that each process holds of the weights and of the
 optimizer state.
@@ -16,6 +17,7 @@ optimizer state.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,9 @@ LABELS = LabelSpace()
 TASKS: dict[Template, float] = {"reason": 1.0, "classify": 1.0}
 POSTS, EPOCHS, STEP = 80, 2, 8
 """Training posts, epochs, and posts of a step: 20 steps."""
+WITHIN = " within an epoch"
+"""Ends the name of a copy of the checkpoints as they were after BATCHES batches."""
+BATCHES = 5
 
 
 class Run(NamedTuple):
@@ -56,7 +61,6 @@ class Run(NamedTuple):
 
     Attributes:
         resumes: the name of the run that it goes on after, in the same folder.
-        steps: ends after so many steps.
     """
 
     name: str
@@ -64,7 +68,6 @@ class Run(NamedTuple):
     kind: Literal["full", "lora", "online", "cached", "mixed"] = "full"
     epochs: int = EPOCHS
     resumes: str | None = None
-    steps: int = -1
 
 
 KINDS: tuple[Any, ...] = ("full", "lora", "online", "cached", "mixed")
@@ -73,10 +76,7 @@ FIRST += [Run(f"one epoch in one {kind}", "auto", kind, 1) for kind in KINDS[:2]
 SECOND = [Run(f"{strategy} {kind}", strategy, kind) for strategy in ("ddp", "fsdp2") for kind in KINDS]
 SECOND += [Run(f"1 to 2 {kind}", "fsdp2", kind, EPOCHS, f"one epoch in one {kind}") for kind in KINDS[:2]]
 SECOND += [Run(f"one epoch in two {kind}", "fsdp2", kind, 1) for kind in KINDS[:2]]
-SECOND += [
-    Run("5 steps mixed", "fsdp2", "mixed", steps=5),
-    Run("2 to 2 mixed", "fsdp2", "mixed", EPOCHS, "5 steps mixed"),
-]
+SECOND += [Run(f"2 to 2 {name} mixed", name, "mixed", EPOCHS, f"{name} mixed{WITHIN}") for name in ("ddp", "fsdp2")]
 THIRD = [Run(f"2 to 1 {kind}", "auto", kind, EPOCHS, f"one epoch in two {kind}") for kind in KINDS[:2]]
 PARTS = {"first": (FIRST, 1), "second": (SECOND, 2), "third": (THIRD, 1)}
 """Runs that one command trains, one after the other, and its processes."""
@@ -145,10 +145,13 @@ def train(folder: Path, run: Run, processes: int) -> None:
         module = AssistantModule(backbone, TrainSettings(**plain))
     losses: list[float] = []  # of each batch
     held: dict[str, int] = {}
+    place = folder / "runs" / (run.resumes or run.name)
 
     def after_step(*_: Any) -> None:
         losses.append(float(module.trainer.callback_metrics["train/loss"]))
         state = module.trainer.optimizers[0].state.values()
+        if run.kind == "mixed" and len(losses) == BATCHES + 1 and module.trainer.is_global_zero:
+            shutil.copytree(place / "checkpoints", place.with_name(run.name + WITHIN) / "checkpoints")
         held["weights"] = sum(map(_values, module.parameters()))
         held["optimizer state"] = sum(_values(value) for values in state for value in values.values())
 
@@ -163,9 +166,9 @@ def train(folder: Path, run: Run, processes: int) -> None:
     arguments = {
         "accelerator": "cpu", "devices": processes, "strategy": run.strategy, "max_epochs": run.epochs,
         "log_every_n_steps": 1, "enable_progress_bar": False, "gradient_clip_val": 1.0,
-        "accumulate_grad_batches": accumulated(run.kind), "max_steps": run.steps,
+        "accumulate_grad_batches": accumulated(run.kind), "val_check_interval": BATCHES if run.kind == "mixed" else 1.0,
     }  # fmt: skip
-    fit(module, data, folder / "runs" / (run.resumes or run.name), arguments)
+    fit(module, data, place, arguments)
     backbone.save(folder / "saved" / run.name)
     write_json(folder / f"{run.name}.json", {"losses": losses, "held": held})
 
@@ -198,14 +201,16 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     for run in [*FIRST, *SECOND, *THIRD]:
         found[run.name] = read_json(folder / f"{run.name}.json")
         if run.resumes is not None:
-            found[run.name]["losses"] = found[run.resumes]["losses"] + found[run.name]["losses"]
+            first = found[run.resumes.removesuffix(WITHIN)]["losses"]
+            given = BATCHES if run.resumes.endswith(WITHIN) else len(first)
+            found[run.name]["losses"] = first[:given] + found[run.name]["losses"]
     return found
 
 
 def tables(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """For each kind, a table of the losses side by side, with the largest difference from one process."""
     for kind in KINDS:
-        names = [name for name in found if name.endswith(f" {kind}") and not name.startswith(("one epoch", "5 steps"))]
+        names = [name for name in found if name.endswith(f" {kind}") and not name.startswith("one epoch")]
         yield f"\n{kind}"
         yield "  ".join(["step", *(f"{name.removesuffix(kind).strip():>10}" for name in names)])
         for step, losses in enumerate(zip(*(found[name]["losses"] for name in names), strict=True), 1):

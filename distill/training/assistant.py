@@ -17,6 +17,7 @@ from distill.models.memory import is_out_of_memory, return_freed
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
+from distill.training import training_state
 from distill.training.batches import (
     NOT_PACKED,
     Batch,
@@ -29,7 +30,7 @@ from distill.training.batches import (
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
-from distill.training.sharding import drop_unused_gradients, shard, shard_of, unused, whole
+from distill.training.sharding import drop_unused_gradients, shard, unused, whole
 from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -298,10 +299,8 @@ class AssistantModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, weights in self.named_parameters() if weights.requires_grad}
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
-        # Lightning does not save accumulated gradients and the random generators that dropout uses
-        checkpoint["gradients"] = {name: whole(w.grad) for name, w in self.named_parameters() if w.grad is not None}
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["gradients"] = training_state.gradients(self, accumulated=bool(self._accumulated))
+        checkpoint["generators"] = training_state.generators(self)
         checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -318,11 +317,7 @@ class AssistantModule(L.LightningModule):
     def on_train_start(self) -> None:
         if self._resume_state is None:
             return
-        weights = dict(self.named_parameters())
-        for name, gradient in self._resume_state["gradients"].items():
-            weights[name].grad = shard_of(gradient.to(weights[name].device), weights[name])
-        # restored here because the sanity check has used the generators before
-        torch.set_rng_state(self._resume_state["generators"]["torch"].cpu())
-        for state in self._resume_state["generators"]["cuda"][: self.device.type == "cuda"]:
-            torch.cuda.set_rng_state(state.cpu(), self.device)
+        training_state.restore_gradients(self, self._resume_state["gradients"])
+        # here because the sanity check has used the generators before
+        training_state.restore_generators(self, self._resume_state["generators"])
         self._resume_state = None
