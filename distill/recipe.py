@@ -71,7 +71,8 @@ class Recipe(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     """The data: source, files and splits."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer for all trainings: accelerator, devices, precision, strategy, max_epochs, ..."""
+    """Arguments of lightning.Trainer for all trainings: accelerator, devices, precision, strategy, max_epochs, ...;
+    strategy also takes fsdp2 and zero3, which divide the weights among the devices."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     """Experiment tracking with Weights & Biases (wandb)."""
     teacher: TeacherSettings | None = None
