@@ -212,14 +212,14 @@ def tables(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     for kind in KINDS:
         names = [name for name in found if name.endswith(f" {kind}") and not name.startswith("one epoch")]
         yield f"\n{kind}"
-        yield "  ".join(["step", *(f"{name.removesuffix(kind).strip():>10}" for name in names)])
+        yield "  ".join(["batch", *(f"{name.removesuffix(kind).strip():>12}" for name in names)])
         for step, losses in enumerate(zip(*(found[name]["losses"] for name in names), strict=True), 1):
-            yield "  ".join([f"{step:>4}", *(f"{loss:>10.6f}" for loss in losses)])
+            yield "  ".join([f"{step:>5}", *(f"{loss:>12.6f}" for loss in losses)])
         expected = found[names[0]]["losses"]
         largest = [max(abs(a - b) for a, b in zip(found[n]["losses"], expected, strict=True)) for n in names]
-        yield "  ".join([" max", *(f"{difference:>10.1e}" for difference in largest)])
+        yield "  ".join(["  max", *(f"{difference:>12.1e}" for difference in largest)])
         for what in ("weights", "optimizer state"):
-            yield "  ".join(["held", *(f"{found[name]['held'][what]:>10,}" for name in names), what])
+            yield "  ".join([" held", *(f"{found[name]['held'][what]:>12,}" for name in names), what])
 
 
 def main() -> None:

@@ -105,4 +105,4 @@ def test_a_layer_that_some_posts_skip_is_no_unit_of_its_own(make_backbone: Any) 
 
 def test_the_table_shows_the_largest_difference(trained: Trained) -> None:
     lines = list(parallel_losses.tables(trained.found))
-    assert lines.count("\nfull") == 1 and sum(line.startswith(" max") for line in lines) == len(KINDS)
+    assert lines.count("\nfull") == 1 and sum(line.startswith("  max") for line in lines) == len(KINDS)
