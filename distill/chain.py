@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -45,7 +45,7 @@ from distill.stages import (
 )
 from distill.stages.context import Context
 from distill.tracking import Tracker
-from distill.training.processes import worker_folder
+from distill.training import processes
 from distill.training.trainer_arguments import try_trainer
 
 log = logging.getLogger(__name__)
@@ -124,10 +124,11 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
     if until is not None:
         names = names[: names.index(until) + 1]
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name)
-    if (folder := worker_folder()) is not None:  # a worker process of a distributed training in progress
-        name = folder.relative_to(recipe.folder).parts[0]
-        with tracker.stage(name, {}) as tracked:
-            STAGES[name].run(_State(recipe).context, tracked)
+    if processes.is_worker():
+        for folder in processes.trainings():
+            name = folder.relative_to(recipe.folder).parts[0]
+            with suppress(processes.Trained), tracker.stage(name, {}) as tracked:
+                STAGES[name].run(_State(recipe).context, tracked)
         return []
     try:
         with locked(recipe.folder):
@@ -155,6 +156,7 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
                     state.compare(name)
                     ran.append(name)
             state.digests.save()
+            processes.announce(None)
             return ran
     except OSError as error:
         raise RunError(f"{error.filename or recipe.folder}: {error.strerror or error}") from error

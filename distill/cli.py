@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    is_main = int(os.environ.get("LOCAL_RANK", "0")) == 0  # no other process of a training
+    is_main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"  # no other process of a training
     logs.configure(form, main=is_main)
     if arguments[0] not in COMMANDS | OTHERS:
         logs.fail(f"{arguments[0]} is not a command; the commands are {', '.join(COMMANDS | OTHERS)}")

@@ -46,7 +46,7 @@ from distill.training.assistant import TrainSettings
 from distill.training.batches import check_tasks
 from distill.training.refine_settings import RefineSettings, check_refine
 from distill.training.student import StudentSettings, check_label_teacher
-from distill.training.trainer_arguments import check_schedule, check_trainer, try_trainer
+from distill.training.trainer_arguments import check_schedule, check_strategy, check_trainer, try_trainer
 from distill.workers.settings import RaySettings
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -76,7 +76,8 @@ class Recipe(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     """The data: source, files and splits."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of lightning.Trainer for all trainings: accelerator, devices, precision, strategy, max_epochs, ..."""
+    """Arguments of lightning.Trainer for all trainings: accelerator, devices, precision, strategy, max_epochs, ...;
+    strategy also takes fsdp2 and zero3, which divide the weights among the devices."""
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     """Experiment tracking with Weights & Biases (wandb)."""
     teacher: TeacherSettings | None = None
@@ -221,7 +222,8 @@ def load(options: RecipeParser, arguments: Sequence[str]) -> tuple[Recipe, jsona
 
 def _read_files(arguments: Sequence[str]) -> dict[str, Any]:
     """Contents of the recipes by path. Raises SettingsError for unreadable files and unknown fields."""
-    contents = {}
+    contents: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}  # of the files so far
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", nargs="?", default=[])
     for file in filter(None, files.parse_known_args(arguments)[0].config):
@@ -233,9 +235,18 @@ def _read_files(arguments: Sequence[str]) -> dict[str, Any]:
             raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise SettingsError(f"--config: {file} has no fields; a recipe has {', '.join(fields(Recipe))}")
+        entries = {name: content.pop(f"trainer.{name}") for name in _entries(content)}
         check_names(Recipe, content)
+        if entries:
+            content["trainer"] = trainer | (content.get("trainer") or {}) | entries
+        trainer = content.get("trainer", trainer) or {}
         contents[file] = content
     return contents
+
+
+def _entries(content: Mapping[Any, Any]) -> list[str]:
+    """Names of the Trainer arguments that a file sets one by one, as in `trainer.devices: 2`: the others stay."""
+    return [name.removeprefix("trainer.") for name in content if str(name).startswith("trainer.")]
 
 
 def check(recipe: Recipe) -> None:
@@ -256,6 +267,7 @@ def check(recipe: Recipe) -> None:
             check_trainer(settings.trainer, f"{stage}.trainer")
             try_trainer(recipe.trainer, settings.trainer, stage, on_cpu=True)
             check_schedule(settings, recipe.trainer, stage)
+            check_strategy(settings, recipe.trainer, stage)
             if settings.packing and settings.model.attention == "flash_attention_2":
                 raise SettingsError(f"{stage}.packing must be false if {stage}.model.attention is flash_attention_2")
             if recipe.data.drop_modality and "classify" not in settings.tasks:

@@ -12,12 +12,15 @@ FOLDER = Path(__file__).parent / "recipes"
 def recipes() -> dict[str, str]:
     """Names of the recipes, without `.yaml`, and what each is for: the first sentence of its header.
 
-    A folder is one entry: variants of a recipe, for `distill compare`.
+    A folder is one entry: variants of a recipe, for `distill compare`, or `overlays` for several devices.
     """
     found = {path.stem: _purpose(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
     for folder in sorted(path for path in FOLDER.iterdir() if path.is_dir()):
         names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        found[folder.name] = f"Variants of a recipe for distill compare: {names}."
+        kind = "Variants of a recipe for distill compare"
+        if folder.name == "overlays":
+            kind = "Files on top of a recipe, for several devices"
+        found[folder.name] = f"{kind}: {names}."
     return found
 
 

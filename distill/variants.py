@@ -11,6 +11,7 @@ from distill.comparison import recipe_key
 from distill.errors import RunError, SettingsError
 from distill.files import atomic_folder, read_json, write_json, write_text
 from distill.recipe import Recipe, check, load, parser, to_yaml
+from distill.training import processes
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def run_variants(
         SettingsError: the recipes cannot be run or compared; then none was run.
         RunError: a stage failed, or a run cannot be copied.
     """
+    if processes.by_torchrun():
+        raise SettingsError("compare: torchrun starts one chain; start distill as one process")
     if len({path.stem for path in overlays}) < len(overlays):
         raise SettingsError("compare: two variants have the same file name")
     if len(set(seeds)) < len(seeds):

@@ -80,6 +80,36 @@ def test_later_files_and_flags_take_precedence(path: Path, tmp_path: Path) -> No
     assert (recipe.seed, recipe.student.batch_size, recipe.student.trainer) == (6, 3, {"max_epochs": 2})
 
 
+def test_an_overlay_sets_single_arguments_of_the_trainer(path: Path, tmp_path: Path) -> None:
+    before = loaded("--config", str(path)).trainer
+    overlay, another, whole = (tmp_path / f"{name}.yaml" for name in ("overlay", "another", "whole"))
+    overlay.write_text("trainer.strategy: fsdp2\ntrainer.devices: 4\n")
+    another.write_text("trainer.devices: 8\n")
+    whole.write_text("trainer: {accelerator: cpu}\n")
+    assert loaded("--config", str(path), "--config", str(overlay)).trainer == before | {
+        "strategy": "fsdp2", "devices": 4,
+    }  # fmt: skip
+    files = [text for file in (path, overlay, another) for text in ("--config", str(file))]
+    assert loaded(*files).trainer == before | {"strategy": "fsdp2", "devices": 8}
+    assert loaded(*files, "--trainer.devices", "2").trainer == before | {"strategy": "fsdp2", "devices": 2}
+    assert loaded(*files, "--config", str(whole)).trainer == {"accelerator": "cpu"}
+    another.write_text("trainer.device: 8\n")
+    with pytest.raises(SettingsError, match=r"^trainer\.device is not a setting of lightning\.Trainer"):
+        loaded(*files)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_the_overlays_change_where_a_recipe_trains_alone(name: str) -> None:
+    recipe = next(path for path in RECIPES if path.stem == "twitter15")
+    overlay = recipe.parent / "overlays" / f"{name}.yaml"
+    before, after = loaded("--config", str(recipe)), loaded("--config", str(recipe), "--config", str(overlay))
+    assert {key: after.trainer.pop(key) for key in ("strategy", "devices")} == {
+        "strategy": {"fsdp": "fsdp2", "deepspeed": "zero3"}[name], "devices": 4,
+    }  # fmt: skip
+    del before.trainer["devices"]
+    assert after == before
+
+
 @pytest.mark.parametrize("source", [None, *RECIPES], ids=lambda p: p.stem if p else "micro")
 def test_the_printed_and_the_saved_recipe_can_be_loaded(source: Path | None, path: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(source or path), "--seed", "9", "--student.distillation.temperature", "3"]

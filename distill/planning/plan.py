@@ -20,6 +20,7 @@ from distill.planning.workload import ChainForecast, TrainingRows, largest_clip,
 from distill.training.assistant import TrainSettings
 from distill.training.batches import target_answer
 from distill.training.processes import process_count, uses_cuda
+from distill.training.sharding import SHARDED
 from distill.training.soft_target_cache import disk_space
 from distill.training.student import StudentSettings
 
@@ -128,11 +129,23 @@ def _forecast_training(
     module = None if assistant is None else assistant.model
     arguments = forecast.context.trainer_arguments(settings)
     half, cuda = "16" in str(arguments.get("precision", "")), uses_cuda(arguments)
+    shards = process_count(arguments) if arguments.get("strategy") in SHARDED else 1
+    posts = [*samples, *forecast.corpus.validation]
+    images = all(post.images for post in posts) and not forecast.recipe.data.drop_modality
     return replace(
         training,
         flops=training_flops(model.model, settings, published, ours, assistant=module, source=source, epochs=epochs),
         memory=training_memory(
-            model, settings, published, ours, assistant=assistant, source=source, half=half, cuda=cuda
+            model,
+            settings,
+            published,
+            ours,
+            assistant=assistant,
+            source=source,
+            half=half,
+            cuda=cuda,
+            shards=shards,
+            images=images,
         ),
         source=source,
         disk=disk,

@@ -178,6 +178,8 @@ def _training_table(trainings: Sequence[TrainingForecast]) -> str:
     add("bytes per device", lambda t: t.memory and [m.total for m in t.memory], _si_prefix)
     add("  weights", lambda t: t.memory and [m.weights for m in t.memory], _si_prefix)
     add("  gradients, AdamW", lambda t: t.memory and [m.optimizer for m in t.memory], _si_prefix)
+    if any(t.memory and t.memory[1].gathered for t in trainings):
+        add("  gathered at a time", lambda t: t.memory and ["", t.memory[1].gathered], _si_prefix)
     add("  activations", lambda t: t.memory and [m.activations for m in t.memory], _si_prefix)
     add("  logits", lambda t: t.memory and [m.logits for m in t.memory], _si_prefix)
     add("  assistant", lambda t: t.memory and [m.assistant for m in t.memory], _si_prefix)
@@ -223,6 +225,11 @@ def _notes(forecast: ChainForecast, trainings: Sequence[TrainingForecast]) -> li
         "FLOP: matrix products of training; validation and generation are not included and are the same on both sides.",
         "bytes per device: estimate for a batch of the longest posts, with one logits tensor per model.",
     ]
+    if any(t.memory and t.memory[1].gathered for t in trainings):
+        notes += [
+            "gathered at a time: embeddings, output head and two layers, which each device has whole; all other",
+            "  weights, gradients and AdamW's state are divided among the devices.",
+        ]
     if any(forecast.tokenizer(teacher) is None for _, teacher in forecast.teacher_requests()):
         notes.append("teacher requests: no tokenizer is available; tokens are estimated as one per four characters.")
     if forecast.recipe.cascade is not None and not forecast.recipe.teacher_learned("review"):

@@ -5,7 +5,7 @@ Each cost is given twice, for the published procedure and for the settings of th
 set, computes logits at all positions and runs the assistant in every epoch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from distill.task.sample import Sample
 from distill.training.assistant import TrainSettings
 from distill.training.batches import encode, row_lengths, synthetic_answers, target_answer
 from distill.training.fused_loss import CPU_ELEMENTS, CUDA_ELEMENTS
+from distill.training.sharding import units
 from distill.training.soft_target_cache import bytes_per_token
 from distill.training.student import DistillationSettings, StudentSettings
 
@@ -45,17 +46,22 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes per device."""
+    """Bytes per device.
+
+    Attributes:
+        gathered: whole weights and gradients that a device holds at a time if they are sharded.
+    """
 
     weights: float
     optimizer: float
     activations: float
     logits: float
     assistant: float
+    gathered: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.optimizer + self.activations + self.logits + self.assistant
+        return self.weights + self.optimizer + self.activations + self.logits + self.assistant + self.gathered
 
 
 SoftTargetSource = Literal["none", "online", "cached"]
@@ -137,15 +143,19 @@ def training_memory(
     source: SoftTargetSource = "none",
     half: bool = False,
     cuda: bool = False,
+    shards: int = 1,
+    images: bool = True,
 ) -> tuple[DeviceMemory, DeviceMemory]:
     """Estimate the memory per device of the published procedure and of these settings, for a batch of longest samples.
 
-    If logits are computed at all positions, one logits tensor per model is counted, otherwise the buffers of
-    `answer_loss`.
+    The published procedure has all weights on each device. If logits are computed at all positions, one logits tensor
+    per model is counted, otherwise the buffers of `answer_loss`.
 
     Args:
         half: whether training uses 16-bit arithmetic.
         cuda: whether training runs on a GPU.
+        shards: devices among which weights, gradients and optimizer state are divided.
+        images: whether every post has an image, so that each layer of a tower is gathered alone.
     """
     weights, trained = weight_bytes(backbone)
     model, batch_size, vocabulary = backbone.model, settings.batch_size, len(backbone.head)
@@ -161,8 +171,15 @@ def training_memory(
 
     models = 1 + (source != "none")
     before = estimate(published, models * batch_size * published.longest, assistant_bytes)
+
+    def divided(memory: DeviceMemory) -> DeviceMemory:
+        if shards == 1:
+            return memory
+        gathered = gathered_bytes(backbone, images=images)
+        return replace(memory, weights=weights / shards, optimizer=3 * trained / shards, gathered=gathered)
+
     if uses_all_positions(settings):
-        return before, estimate(ours, models * batch_size * ours.longest, assistant_bytes)
+        return before, divided(estimate(ours, models * batch_size * ours.longest, assistant_bytes))
     buffers = 1 + cuda
     if source != "none":
         assert isinstance(settings, StudentSettings) and assistant is not None
@@ -170,7 +187,7 @@ def training_memory(
         if source == "cached":
             assistant_bytes = 0.0 if settings.distillation.top_k else head_bytes(assistant)
     chunk = min(batch_size * ours.logits, max((CUDA_ELEMENTS if cuda else CPU_ELEMENTS) // vocabulary, 1))
-    return before, estimate(ours, buffers * chunk, assistant_bytes)
+    return before, divided(estimate(ours, buffers * chunk, assistant_bytes))
 
 
 def weight_bytes(backbone: Backbone) -> tuple[float, float]:
@@ -188,6 +205,24 @@ def weight_bytes(backbone: Backbone) -> tuple[float, float]:
         packed = sum(m.weight.numel() for m in matrices if not m.weight.requires_grad and m.weight is not head)
         frozen = 0.5 * packed + 4.0 * (total - trained - packed)
     return frozen + 4 * trained, 4 * trained  # peft keeps adapters in float32
+
+
+def gathered_bytes(backbone: Backbone, *, images: bool) -> float:
+    """Return the bytes of whole weights, and gradients of trained ones, that a device holds when they are sharded.
+
+    They are those of the root unit (embeddings, output head, and the towers unless every post has an image), of the
+    layer that runs and of the next one.
+    """
+    dtype = _BYTES[backbone.settings.dtype]
+
+    def size(weights: Iterable[torch.nn.Parameter]) -> float:
+        adapter = 4 if backbone.settings.lora else dtype  # peft keeps adapters in float32
+        return sum(w.numel() * (2 * adapter if w.requires_grad else dtype) for w in weights)
+
+    layers = [list(layer.parameters()) for layer in units(backbone.model, all_used=images)]
+    inside = {id(w) for layer in layers for w in layer}
+    root = [w for w in backbone.model.parameters() if id(w) not in inside]
+    return size(root) + 2 * max(map(size, layers), default=0.0)
 
 
 def head_bytes(backbone: Backbone) -> float:

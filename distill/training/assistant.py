@@ -17,6 +17,7 @@ from distill.models.memory import is_out_of_memory, return_freed
 from distill.models.scoring import score_labels
 from distill.settings import Count, InnerFraction, Natural, NonNegative, Positive, Range, Settings
 from distill.task.sample import Sample
+from distill.training import training_state
 from distill.training.batches import (
     NOT_PACKED,
     Batch,
@@ -29,6 +30,7 @@ from distill.training.batches import (
 from distill.training.datamodule import restart_epoch
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.schedules import DECAYING, Schedule, learning_rate
+from distill.training.sharding import drop_unused_gradients, shard, unused, whole
 from distill.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class AssistantModule(L.LightningModule):
     """
 
     soft_targets: Any = None
+    uses_all_weights = False
+    """Whether each step of each process uses all weights, those of the towers too: all posts have images."""
 
     def __init__(self, backbone: Backbone, settings: TrainSettings) -> None:
         super().__init__()
@@ -99,6 +103,7 @@ class AssistantModule(L.LightningModule):
         self.strict_loading = False  # checkpoints contain the trainable weights only
         self._validated: list[tuple[torch.Tensor, ...]] = []
         self._resume_state: dict[str, Any] | None = None
+        self._maybe_unused: list[str] = []  # trained weights that a step may not use
         self.label_targets: LabelTargets = {}
         self.current_ids: Sequence[str] = ()  # posts of the current step, for messages
         self._accumulated: list[int] = []  # batches since the last optimizer step
@@ -108,6 +113,11 @@ class AssistantModule(L.LightningModule):
     def encode(self, samples: Sequence[Sample]) -> Any:
         """Return the batch of B samples that `training_step` expects."""
         return encode(samples, self.backbone, self.settings.tasks, self.settings.packing, self.label_targets)  # type: ignore[arg-type]
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # the strategy is fsdp2
+            mesh = self.device_mesh["data_parallel"]
+            self._maybe_unused = shard(self, mesh, self.model, all_used=self.uses_all_weights)
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -145,7 +155,7 @@ class AssistantModule(L.LightningModule):
                 if self.soft_targets is not None:
                     self.log(f"train/{task}_kl", soft / weight, batch_size=len(batch.sizes))
         self.log("train/loss", loss.total, prog_bar=True, batch_size=len(batch.sizes), sync_dist=True)
-        return loss.total
+        return loss.total + unused(self, self._maybe_unused)
 
     def loss(self, batch: Batch) -> AnswerLoss:
         """Return the cross-entropy at the positions that predict an answer token."""
@@ -170,9 +180,12 @@ class AssistantModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and scaler.get_scale() > 1:  # the scaler skips such a step and reduces its scale
             return
-        norm = torch.nn.utils.get_total_norm([w.grad for w in self.parameters() if w.grad is not None])
-        self._require_finite("the gradient is", norm, batches)
-        self.log_dict({"train/learning_rate": optimizer.param_groups[0]["lr"], "train/gradient_norm": norm})
+        drop_unused_gradients(self, self._maybe_unused)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        if gradients := [w.grad for w in self.parameters() if w.grad is not None]:  # DeepSpeed keeps its own
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+            self._require_finite("the gradient is", norm, batches)
+            self.log("train/gradient_norm", norm)
 
     def on_train_epoch_start(self) -> None:
         self._throughput.start()
@@ -289,10 +302,8 @@ class AssistantModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, weights in self.named_parameters() if weights.requires_grad}
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
-        # Lightning does not save accumulated gradients and the random generators that dropout uses
-        checkpoint["gradients"] = {name: w.grad for name, w in self.named_parameters() if w.grad is not None}
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        checkpoint["generators"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["gradients"] = training_state.gradients(self, accumulated=bool(self._accumulated))
+        checkpoint["generators"] = training_state.generators(self)
         checkpoint["processes"] = self.trainer.world_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -309,11 +320,7 @@ class AssistantModule(L.LightningModule):
     def on_train_start(self) -> None:
         if self._resume_state is None:
             return
-        weights = dict(self.named_parameters())
-        for name, gradient in self._resume_state["gradients"].items():
-            weights[name].grad = gradient.to(weights[name].device)
-        # restored here because the sanity check has used the generators before
-        torch.set_rng_state(self._resume_state["generators"]["torch"].cpu())
-        for state in self._resume_state["generators"]["cuda"][: self.device.type == "cuda"]:
-            torch.cuda.set_rng_state(state.cpu(), self.device)
+        training_state.restore_gradients(self, self._resume_state["gradients"])
+        # here because the sanity check has used the generators before
+        training_state.restore_generators(self, self._resume_state["generators"])
         self._resume_state = None

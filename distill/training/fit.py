@@ -26,8 +26,12 @@ from distill.models.memory import memory_errors
 from distill.training import processes
 from distill.training.assistant import AssistantModule
 from distill.training.datamodule import ReasoningDataModule
+from distill.training.sharding import NAME as FSDP2
+from distill.training.sharding import has_towers, unshard
 from distill.training.shutdown import end_together, handle_sigterm, kill
 from distill.training.trainer_arguments import extensions, with_defaults
+from distill.training.zero3 import NAME as ZERO3
+from distill.training.zero3 import ZeRO3Strategy
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +123,8 @@ def fit(
     Writes `checkpoints/` and `metrics.csv`. The best weights have the highest validation accuracy, ties broken by
     the F1 of `tie_break`; for labels on a scale, the lowest mean absolute error.
 
-    In a worker process started by the Trainer, this function exits the process after training and does not return.
+    In a worker process, this function does not return (`processes.leave`). After a sharded training, the trained
+    weights of the module are whole and on the CPU; it can be saved, not called.
 
     Raises:
         SettingsError: lightning.Trainer rejects a value of `arguments`.
@@ -141,9 +146,12 @@ def fit(
         trainer = _trainer(arguments, folder, **extra)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise SettingsError(f"trainer: {' '.join(str(error).split())}") from error
-    encoder = module.backbone.encoder
-    with_images = encoder.reads_images and not encoder.media.audio and all(sample.images for sample in data.train)
-    if isinstance(trainer.strategy, DDPStrategy) and not with_images:
+    module.uses_all_weights = _uses_all_weights(module, data)
+    if isinstance(trainer.strategy, ZeRO3Strategy) and not module.uses_all_weights:
+        raise SettingsError(
+            f"trainer.strategy: {ZERO3} needs a model of text alone, or an image in each post; use {FSDP2} instead"
+        )
+    if isinstance(trainer.strategy, DDPStrategy) and not module.uses_all_weights:
         # weights that a batch does not use, such as those of a vision or audio tower, would be waited for forever
         trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
     if (twice := -len(data.train) % trainer.world_size) and not worker:
@@ -160,19 +168,29 @@ def fit(
             memory_errors(lambda: module.current_ids, _MEMORY_REMEDY),
         ):
             trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+            unshard(module, trainer.strategy)
     except SystemExit as interruption:  # raised by Lightning after Ctrl-C or SIGTERM
         if worker:
-            sys.exit(0)
+            raise SystemExit(0) from None
         kill(children())
         cause = interruption.__context__  # Lightning exits when it handles a KeyboardInterrupt
         raise (type(cause) if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt) from None
     if worker:
-        sys.exit(0)
+        processes.leave()
     processes.end()
     if earlier is not None:
         _merge_metrics(earlier, folder / "metrics.csv")
     _load_best(module, checkpoints)
     return trainer
+
+
+def _uses_all_weights(module: AssistantModule, data: ReasoningDataModule) -> bool:
+    """Whether each step and validation uses all weights of the model, those of the towers too."""
+    encoder = module.backbone.encoder
+    if not has_towers(module.model):
+        return True
+    images = encoder.reads_images and all(post.images for post in [*data.train, *data.validation])
+    return images and not encoder.media.audio and not data.drop
 
 
 def _trainer(arguments: Mapping[str, Any], folder: Path, **extra: Any) -> L.Trainer:
@@ -218,9 +236,12 @@ def _load_best(module: AssistantModule, checkpoints: Path) -> None:
     if path.exists():  # fast_dev_run writes no checkpoint
         with _readable(path):
             best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(best, strict=False)
-    for name, weights in module.named_parameters():  # a step after the last validation may have broken them
-        if weights.requires_grad and not weights.isfinite().all():
+        weights = dict(module.named_parameters())
+        with torch.no_grad():  # not load_state_dict: layers that were sharded want shards
+            for name, value in best.items():
+                weights[name].copy_(value)
+    for name, values in module.named_parameters():  # a step after the last validation may have broken them
+        if values.requires_grad and not values.isfinite().all():
             raise NonFiniteError(f"after the last step, the weights {name} are")
 
 

@@ -1,15 +1,22 @@
 """The processes of a distributed training: which one is a worker, and what another process failed with.
 
-`ddp` starts workers by running the command again; environment variables tell them which training started them.
+The strategy starts workers by running the command again; environment variables tell them which training started them.
+torchrun starts all processes of the command at once, on one node or several: the workers wait for the trainings that
+the main process, of rank 0, announces in torchrun's store, and take part in one after the other.
 """
 
+import itertools
 import os
 import re
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.distributed import PrefixStore, TCPStore
 
 from distill.data.clips import ClipError
 from distill.data.images import ImageError
@@ -42,21 +49,64 @@ def uses_cuda(arguments: Mapping[str, Any]) -> bool:
 
 
 def worker_folder() -> Path | None:
-    """The folder of the training that started this worker process; None in the process that the user started.
+    """The folder of the training that this worker process takes part in; None in the main process.
 
     Raises:
-        SettingsError: another program, such as torchrun, has started this process as a worker.
+        SettingsError: another program than torchrun has started this process as a worker.
     """
     if not is_worker():
         return None
     if _ACTIVE_FOLDER not in os.environ:
-        raise SettingsError("LOCAL_RANK is set: start distill as one process; trainer.devices starts the others")
+        raise SettingsError(
+            "LOCAL_RANK is set: start distill as one process, and trainer.devices starts the others; or by torchrun"
+        )
     return Path(os.environ[_ACTIVE_FOLDER])
 
 
 def is_worker() -> bool:
-    """Whether a training has started this process by running the command again."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+    """Whether this process takes part in trainings only: a training or torchrun has started it."""
+    return int(os.environ.get("RANK" if by_torchrun() else "LOCAL_RANK", "0")) > 0
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def started() -> int:
+    """The number of processes that torchrun has started, on all nodes."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def trainings() -> Iterator[Path]:
+    """In a worker, the folders of the trainings that it takes part in; then it exits with the main process."""
+    while by_torchrun():
+        key = str(next(_numbers))
+        while not _store().check([key]):
+            time.sleep(0.5)
+        if not (folder := _store().get(key).decode()):
+            sys.exit(0)
+        os.environ[_ACTIVE_FOLDER] = folder
+        yield Path(folder)
+    if (only := worker_folder()) is not None:
+        yield only
+
+
+def announce(folder: Path | None) -> None:
+    """Tell the workers that torchrun has started to train in `folder`; None: that the command ends."""
+    if by_torchrun():
+        _store().set(str(next(_numbers)), str(folder or ""))
+
+
+_numbers = itertools.count()
+"""Numbers of the announcements; each process counts them."""
+
+
+@cache
+def _store() -> PrefixStore:
+    """The store of torchrun, which its own process holds until all others have ended."""
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return PrefixStore(f"distill/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def should_train(folder: Path) -> bool:
@@ -69,18 +119,34 @@ def should_train(folder: Path) -> bool:
 
 
 def begin(folder: Path) -> int | None:
-    """Name the training in `folder` to the workers that it will start. Returns a worker's main process, else None."""
+    """Name the training in `folder` to its workers. Returns a worker's main process, or torchrun's, else None."""
     if is_worker():
-        return int(os.environ[_MAIN_PROCESS])
+        return os.getppid() if by_torchrun() else int(os.environ[_MAIN_PROCESS])
     os.environ |= {_ACTIVE_FOLDER: str(folder), _MAIN_PROCESS: str(os.getpid())}
+    announce(folder)
     return None
 
 
+class Trained(SystemExit):
+    """The end of a worker's part in a training; one that torchrun started goes on to the next."""
+
+
+def leave() -> NoReturn:
+    """End a worker's part in a training."""
+    raise Trained(0) if by_torchrun() else SystemExit(0)
+
+
 def end() -> None:
-    """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers."""
+    """Destroy the process group and Lightning's environment variables, so that the next fit starts its own workers.
+
+    Those of torchrun go on, and so does their process group.
+    """
+    os.environ.pop(_ACTIVE_FOLDER, None)
+    if by_torchrun():
+        return
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for name in (_ACTIVE_FOLDER, _MAIN_PROCESS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (_MAIN_PROCESS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 
 

@@ -16,6 +16,7 @@ from distill.training.batches import Batch, LabelTargets, encode_tasks
 from distill.training.divergences import Divergence, DivergenceName
 from distill.training.fused_loss import AnswerLoss, answer_loss
 from distill.training.losses import Positions, TaskLoss, label_divergence, published_loss
+from distill.training.sharding import unused
 from distill.training.soft_target_cache import CachedTargets
 from distill.training.soft_targets import OnlineTargets
 
@@ -189,7 +190,7 @@ class StudentModule(AssistantModule):
                 self.log(f"train/{task}_kl", loss.soft, batch_size=samples)
             total = total + self.settings.tasks[task] * loss.total * len(features["input_ids"]) / samples
         self.log("train/loss", total, prog_bar=True, batch_size=samples, sync_dist=True)
-        return total
+        return total + unused(self, self._maybe_unused)
 
     def published_loss(self, features: Features) -> TaskLoss:
         """Return the loss of one task over B padded sequences, with the KL at all positions (`positions: all`)."""

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from distill.errors import SettingsError
 from distill.settings import Range, parse_error_message
+from distill.training import processes, sharding
 from distill.training.assistant import TrainSettings
 from distill.training.schedules import DECAYING
 
@@ -114,6 +115,28 @@ def check_trainer(arguments: Mapping[str, Any], field: str) -> None:
         _parse(name, arguments.get(name), field)
 
 
+def check_strategy(settings: TrainSettings, shared: Mapping[str, Any], stage: str) -> None:
+    """Raise SettingsError if a training cannot run with its strategy.
+
+    Args:
+        shared: arguments in the recipe's `trainer`.
+    """
+    arguments = with_defaults(shared, settings.trainer)
+    strategy, lora = str(arguments.get("strategy")), settings.model.lora
+    field = f"{stage}.trainer.strategy" if "strategy" in settings.trainer else "trainer.strategy"
+    for start, name in zip(("fsdp", "deepspeed"), sharding.SHARDED, strict=True):
+        if strategy.startswith(start) and strategy != name:
+            raise SettingsError(f"{field}: {strategy} is not supported; use {name}")
+    if strategy not in sharding.SHARDED:
+        return
+    if lora is not None and lora.quantize:
+        raise SettingsError(
+            f"{stage}.model.lora.quantize: weights in 4 bits cannot be sharded; set it to false, or {field} to ddp"
+        )
+    if str(arguments.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise SettingsError(f"{field}: {strategy} does not support float16; set precision to bf16-mixed")
+
+
 def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *, on_cpu: bool = False) -> None:
     """Raise SettingsError naming the argument that lightning.Trainer refuses for the training of a stage.
 
@@ -123,7 +146,9 @@ def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *
         on_cpu: replace the arguments that depend on the hardware, which may be that of another machine.
     """
     given = {name: value for name, value in {**shared, **own}.items() if not on_cpu or name not in _HARDWARE}
-    if not on_cpu:  # before anything is paid; the classes may belong to libraries of the training machine
+    if not on_cpu:
+        _check_processes(given, f"{stage}.trainer" if {"devices", "num_nodes"} & own.keys() else "trainer")
+        # before anything is paid; the classes may belong to libraries of the training machine
         for name in _EXTENSIONS:
             _create(name, given.get(name), f"{stage}.trainer" if name in own else "trainer")
     if (problem := _refusal(given, on_cpu)) is None:
@@ -132,6 +157,17 @@ def try_trainer(shared: Mapping[str, Any], own: Mapping[str, Any], stage: str, *
     culprits += [name for name in given if re.search(rf"\b{name}\b", problem)]
     field = f"{stage}.trainer" if not culprits or culprits[0] in own else "trainer"
     raise SettingsError(f"{'.'.join([field, *culprits[:1]])}: {problem}")
+
+
+def _check_processes(given: Mapping[str, Any], field: str) -> None:
+    """Raise SettingsError if the processes of a training are not those that torchrun has started."""
+    count, nodes = processes.process_count(given), given.get("num_nodes", 1)
+    if processes.by_torchrun() and count != (started := processes.started()):
+        raise SettingsError(
+            f"{field}.devices times {field}.num_nodes is {count}, but torchrun has started {started} processes"
+        )
+    if nodes > 1 and not processes.by_torchrun():
+        raise SettingsError(f"{field}.num_nodes is {nodes}: start distill by torchrun on each node")
 
 
 def _refusal(given: Mapping[str, Any], on_cpu: bool) -> str | None:

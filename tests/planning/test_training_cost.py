@@ -143,6 +143,23 @@ def test_memory_includes_weights_optimizer_activations_and_logits(
     assert training_memory(student, few, *layouts, assistant=assistant, source="cached")[1].assistant == 0
 
 
+def test_sharded_weights_are_divided_and_a_part_of_them_is_gathered(
+    make_backbone: Callable[..., Backbone], rows: list[Sample]
+) -> None:
+    """Embeddings (tied to the output head), norm and tower, and the two layers of the decoder, with their gradients."""
+    student = make_backbone(1)
+    layouts = count_tokens(rows, student, SETTINGS)
+    _, whole = training_memory(student, SETTINGS, *layouts)
+    before, divided = training_memory(student, SETTINGS, *layouts, shards=4, images=False)
+    assert whole.gathered == before.gathered == 0 and before.weights == whole.weights
+    assert (divided.weights, divided.optimizer) == (whole.weights / 4, whole.optimizer / 4)
+    assert divided.gathered == 2 * whole.weights
+    _, one_by_one = training_memory(student, SETTINGS, *layouts, shards=4, images=True)
+    tower = sum(w.numel() for w in student.model.model.visual.blocks.parameters())  # type: ignore[union-attr]
+    assert one_by_one.gathered == divided.gathered - 2 * 4 * tower
+    assert divided.total == whole.total - 0.75 * (whole.weights + whole.optimizer) + divided.gathered
+
+
 def test_with_an_adapter_only_the_adapter_has_gradients(
     model_folder: Path, tokenizer_folder: Path, backbone: Backbone
 ) -> None:

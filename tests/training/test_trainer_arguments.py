@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,16 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
 
 from distill.errors import SettingsError
+from distill.models.backbone import LoraSettings, ModelSettings
 from distill.training.assistant import TrainSettings
-from distill.training.trainer_arguments import check_schedule, check_trainer, extensions, try_trainer, with_defaults
+from distill.training.trainer_arguments import (
+    check_schedule,
+    check_strategy,
+    check_trainer,
+    extensions,
+    try_trainer,
+    with_defaults,
+)
 
 
 def test_unknown_and_reserved_trainer_arguments_are_rejected() -> None:
@@ -95,3 +105,47 @@ def test_a_falling_learning_rate_needs_a_last_step() -> None:
     check_schedule(TrainSettings(trainer={"max_epochs": -1}), {}, "student")
     with pytest.raises(SettingsError, match=r"^student\.schedule cosine needs trainer\.max_epochs or "):
         check_schedule(cosine, {"max_epochs": -1}, "student")
+
+
+# ---- several devices and nodes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quantize", "problem"),
+    [
+        ({"strategy": "fsdp"}, False, "trainer.strategy: fsdp is not supported; use fsdp2"),
+        ({"strategy": "deepspeed_stage_3"}, False, "trainer.strategy: deepspeed_stage_3 is not supported; use zero3"),
+        ({"strategy": "fsdp2", "precision": "16-mixed"}, False,
+         "trainer.strategy: fsdp2 does not support float16; set precision to bf16-mixed"),
+        ({"strategy": "zero3"}, True,
+         "student.model.lora.quantize: weights in 4 bits cannot be sharded; "
+         "set it to false, or trainer.strategy to ddp"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sharded_is_one_sentence(arguments: dict[str, Any], quantize: bool, problem: str) -> None:
+    lora = LoraSettings(quantize=quantize)
+    settings = TrainSettings(ModelSettings("a/model", lora=lora))
+    check_strategy(settings, {"strategy": "ddp", "precision": "16-mixed"}, "student")
+    with pytest.raises(SettingsError) as error:
+        check_strategy(settings, arguments, "student")
+    assert str(error.value) == problem
+    with pytest.raises(SettingsError, match=re.escape(problem.replace("trainer.", "student.trainer."))):
+        check_strategy(replace(settings, trainer=arguments), {"strategy": "auto"}, "student")
+
+
+def test_a_strategy_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.training.zero3.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"^trainer\.strategy: zero3 needs .* pip install 'distill\[deepspeed\]'$"):
+        try_trainer({"strategy": "zero3", "accelerator": "cpu", "devices": 2}, {}, "student")
+
+
+def test_several_nodes_need_torchrun_and_its_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"accelerator": "cpu", "devices": 2, "num_nodes": 2, "strategy": "fsdp2"}
+    with pytest.raises(SettingsError, match=r"^trainer\.num_nodes is 2: start distill by torchrun on each node$"):
+        try_trainer(two, {}, "student")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SettingsError) as error:
+        try_trainer({"accelerator": "cpu"}, {"devices": 2, "num_nodes": 2}, "student")
+    named = "student.trainer.devices times student.trainer.num_nodes is 4, but torchrun has started 8 processes"
+    assert str(error.value) == named
