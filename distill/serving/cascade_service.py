@@ -112,6 +112,9 @@ class CascadeService:
         self._teacher = self._batcher(teacher, self._run_teacher, "teacher") if teacher is not None else None
         self.breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_retry_s) if teacher else None
         metrics.watch(self.breaker)
+        for role, model in (("student", student), ("teacher", teacher)):
+            if isinstance(model, Endpoint):
+                metrics.watch_endpoint(role, model)
         self._teacher_available = True
         patience_s = settings.answer_s
         if isinstance(teacher, Endpoint):

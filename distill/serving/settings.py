@@ -68,11 +68,14 @@ class ServeSettings(Settings):
 
 
 def endpoint_for_serving(settings: EndpointSettings, deadline_s: float) -> EndpointSettings:
-    """Settings of an endpoint without retries and repeated samples, and with timeouts within the gateway's deadline."""
+    """Settings of an endpoint without retries and repeated samples, and with timeouts within the gateway's deadline.
+
+    With replicas a request has a part of the deadline for each, so that one that hangs leaves time for the next.
+    """
     return dataclasses.replace(
         settings,
         max_attempts=1,
         agreement_samples=1,
-        timeout_s=min(settings.timeout_s, deadline_s),
+        timeout_s=min(settings.timeout_s, deadline_s / (1 + len(settings.replicas))),
         deadline_s=min(settings.deadline_s, deadline_s),
     )

@@ -80,6 +80,7 @@ class Server:
         refuse: status and message of a refusal, or None.
         script: status and body of a reply to the given request, instead of all of the above; None: as above.
         tokenize: the `/tokenize` route; None: there is none.
+        health: the status of the `/health` route.
         headers: sent with every reply.
         delay_s: seconds before each reply.
         chunk_delay_s: seconds after each 16 bytes of a reply.
@@ -94,6 +95,7 @@ class Server:
     refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda body: None
     script: Callable[[ChatRequest], tuple[int, Any] | None] = lambda request: None
     tokenize: Callable[[str], list[int]] | None = None
+    health: Callable[[], int] = lambda: 200
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     chunk_delay_s: float = 0.0
@@ -182,6 +184,11 @@ class Handler(BaseHTTPRequestHandler):
         super().setup()
         with self.test_server.lock:
             self.test_server.connections += 1
+
+    def do_GET(self) -> None:
+        self.send_response(self.test_server.health() if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self) -> None:
         server = self.test_server

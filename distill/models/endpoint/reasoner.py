@@ -17,6 +17,7 @@ from distill.models.endpoint.logprobs import agreement, label_probabilities
 from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
+from distill.models.endpoint.replicas import ReplicaState
 from distill.models.endpoint.replies import RequestFailed, Tokens
 from distill.models.endpoint.settings import EndpointSettings, cost
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
@@ -81,6 +82,11 @@ class Endpoint:
     def given_up(self) -> list[str]:
         """The optional request fields that the server has not taken, each with what happens instead."""
         return self._client.optional.given_up
+
+    @property
+    def replicas(self) -> list[ReplicaState]:
+        """The state of each server, in the order of the settings."""
+        return self._client.replicas.states
 
     def close(self) -> None:
         """Close the connections."""
