@@ -90,6 +90,7 @@ class _ChatBatch:
     sampling: Sampling
     logprobs: int
     token_ids: tuple[int, ...]
+    beginning: str
     unique: object = None
 
 
@@ -153,12 +154,18 @@ class CascadeService:
         return CascadeResult(decision, label, value, explanation, self._price(decision, explanation))
 
     async def complete(
-        self, prompt: Prompt, sampling: Sampling, logprobs: int, token_ids: Sequence[int], deadline: float
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        logprobs: int,
+        token_ids: Sequence[int],
+        deadline: float,
+        beginning: str = "",
     ) -> Completion:
-        """The student's completion of a prompt. Raises Overloaded."""
+        """The student's answer to a prompt, or what follows the beginning of the answer. Raises Overloaded."""
         # with sampling the result must not depend on the other prompts of a batch
         unique = object() if sampling.temperature > 0 else None
-        kind = _ChatBatch(sampling, logprobs, tuple(token_ids), unique)
+        kind = _ChatBatch(sampling, logprobs, tuple(token_ids), beginning, unique)
         return await self._ask_student(kind, prompt, deadline, _CHAT)
 
     async def tokenize(self, text: str, deadline: float) -> list[int]:
@@ -280,7 +287,7 @@ class CascadeService:
         assert self.local is not None
         if kind == "tokenize":
             return [self.local.tokenize(text) for text in items]
-        return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids)
+        return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids, kind.beginning)
 
     def _run_teacher(self, kind: Any, items: list[tuple[Sample, EarlierAnswers]]) -> Sequence[Prediction | Answer]:
         teacher = self._models[1]

@@ -32,8 +32,9 @@ def run(recipe: Recipe, fingerprints: dict[str, str]) -> None:
     student: Reasoner
     if settings.student is not None:
         endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
+        endpoint = replace(endpoint, json_schema=False)  # the student has learned to write rationales as text
         with in_section("serve.student"):
-            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels, context.clips)
+            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels, context.clips, forced_prefix=True)
     else:
         student = context.reasoner(recipe.student_stage)
     teacher = recipe.cascade_teacher

@@ -74,9 +74,7 @@ class ChatClient:
 
     def body(self, content: Content, request: ChatRequest) -> bytes:
         """The body of a request in the present dialect, as `ask` would send it. Raises what `content` raises."""
-        steps = self.optional.steps()
-        fields = self.optional.body(self.optional.fields(request, steps))
-        return request_body(fields, content(self.optional.shows_frames(steps)))
+        return self._body(content, request, self.optional.steps())
 
     def read(self, status: int, text: str) -> tuple[Answer, Tokens]:
         """The answer in a reply to such a body, sent elsewhere. Raises what `HttpClient.send` raises."""
@@ -152,9 +150,9 @@ class ChatClient:
     def _send_once(
         self, content: Content, request: ChatRequest, steps: Steps, deadline: float
     ) -> tuple[Answer, Tokens]:
-        fields, parts = self.optional.fields(request, steps), content(self.optional.shows_frames(steps))
+        fields = self.optional.fields(request, steps)
         try:
-            answer = self.replicas.send(self.optional.body(fields), parts, deadline)
+            answer = self.replicas.send(self._body(content, request, steps), deadline)
         except (OnlyThought, RequestFiltered) as reply:
             self._has_answered = True
             if isinstance(reply, OnlyThought):
@@ -163,6 +161,11 @@ class ChatClient:
         self._has_answered, self._consecutive_failures = True, 0
         self.optional.accept(fields, steps)
         return answer
+
+    def _body(self, content: Content, request: ChatRequest, steps: Steps) -> bytes:
+        fields = self.optional.fields(request, steps)
+        beginning = request.beginning if "beginning" in fields else ""
+        return request_body(self.optional.body(fields), content(self.optional.shows_frames(steps)), beginning)
 
     def _give_up(self, failure: RequestFailed, attempts: int) -> Answer:
         """Stop retrying one answer. Raises RunError if the server cannot be reached or no longer answers."""

@@ -94,12 +94,11 @@ class HttpClient:
         """Close the idle connections."""
         self._pool.clear()
 
-    def send(self, body: Mapping[str, Any], content: Sequence[bytes], timeout_s: float) -> tuple[Answer, Tokens]:
+    def send(self, request: bytes, timeout_s: float) -> tuple[Answer, Tokens]:
         """Send one request and return the parsed answer.
 
         Args:
-            body: the request without `messages`.
-            content: JSON fragments of the message content.
+            request: from `request_body`.
             timeout_s: time limit of the whole reply, also if the server sends it slowly.
 
         Raises:
@@ -109,8 +108,7 @@ class HttpClient:
             OnlyThought: the model spent its tokens on thinking.
             RunError: the server refuses the key, requires payment or does not serve the model.
         """
-        url, request = self.settings.url_of("/chat/completions"), request_body(body, content)
-        response, reply = self._post(url, request, timeout_s)
+        response, reply = self._post(self.settings.url_of("/chat/completions"), request, timeout_s)
         return self.read(response.status, reply.decode("utf-8", "replace"), response.headers)
 
     def read(self, status: int, text: str, headers: Mapping[str, str] = _NO_HEADERS) -> tuple[Answer, Tokens]:
@@ -263,15 +261,17 @@ def _save(response: urllib3.BaseHTTPResponse, file: IO[bytes]) -> None:
         file.write(part)
 
 
-def request_body(body: Mapping[str, Any], content: Sequence[bytes]) -> bytes:
+def request_body(body: Mapping[str, Any], content: Sequence[bytes], beginning: str = "") -> bytes:
     """The body of a chat request.
 
     Args:
         body: the request without `messages`.
         content: JSON fragments of the message content.
+        beginning: of the answer, which the server continues.
     """
     head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
-    return b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
+    last = f", {json.dumps({'role': 'assistant', 'content': beginning})}" if beginning else ""
+    return b"".join([head, *content, f"}}{last}]}}".encode()])  # one write, because each write releases the GIL
 
 
 def backoff_s(settings: EndpointSettings, failures: int, failure: RequestFailed) -> float:

@@ -50,6 +50,8 @@ class Endpoint:
     Args:
         max_pixels: most pixels of an image.
         clips: reads videos and sounds; None: with the default settings.
+        forced_prefix: classify as a local model does: the server continues the forced prefix of a label. It must take
+            vLLM's `continue_final_message`; otherwise labels are read from whole answers.
 
     Raises:
         SettingsError: the environment variable named by `api_key_env` is not set.
@@ -61,12 +63,14 @@ class Endpoint:
         labels: LabelSpace,
         max_pixels: int = 50_000_000,
         clips: ClipReader | None = None,
+        forced_prefix: bool = False,
     ) -> None:
         self.name = settings.model
         self.settings = settings
         self.labels = labels
         self.clips = clips or ClipReader()
         self._max_pixels = max_pixels
+        self._beginning = labels.wording.prefix if forced_prefix else ""
         self._client = ChatClient(settings)
         self._schema = _schema(labels)
         self._lock = threading.Lock()
@@ -194,7 +198,8 @@ class Endpoint:
         try:
             self.encode(message)
             token_ids = self._label_token_ids()
-            answer, tokens = self._request(message, text, stop, greedy, logprobs=True, token_ids=token_ids)
+            scored: dict[str, Any] = {"logprobs": True, "token_ids": token_ids, "beginning": self._beginning}
+            answer, tokens = self._request(message, text, stop, greedy, **scored)
         except MediaError as error:
             return LabelScore(undecided, 0.0, unanswered(str(error)))
         if answer.error is not None or not answer.text.strip():

@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from distill.models.endpoint.http import HttpClient
 from distill.models.endpoint.replies import RequestFailed, Tokens
@@ -76,10 +76,11 @@ class Replicas:
         for replica in self._replicas:
             replica.http.close()
 
-    def send(self, body: Mapping[str, Any], content: Sequence[bytes], deadline: float) -> tuple[Answer, Tokens]:
+    def send(self, request: bytes, deadline: float) -> tuple[Answer, Tokens]:
         """Send a chat request and return the parsed answer. Each server has `timeout_s` for it.
 
         Args:
+            request: from `request_body`.
             deadline: on the clock of `time.monotonic`.
 
         Raises:
@@ -89,7 +90,7 @@ class Replicas:
 
         def send(http: HttpClient) -> tuple[Answer, Tokens]:
             remaining_s = max(deadline - time.monotonic(), 0.001)
-            return http.send(body, content, min(self._settings.timeout_s, remaining_s))
+            return http.send(request, min(self._settings.timeout_s, remaining_s))
 
         return self._ask(send, deadline)
 
