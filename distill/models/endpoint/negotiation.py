@@ -110,6 +110,11 @@ class OptionalFields:
         step = self._steps["logprobs"]
         return self._tops[step] if step < len(self._tops) else 0
 
+    @property
+    def continues(self) -> bool:
+        """Whether the server continues the beginning of an answer, as far as its refusals have shown."""
+        return self._steps["beginning"] == 0
+
     def shows_frames(self, steps: Steps | None = None) -> bool:
         """Whether the frames of a video are sent as images; in the current dialect if no steps are given."""
         return self._settings.video == "frames" or (steps or self._steps)["video"] > 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from distill.data.clips import ClipReader
 from distill.models.endpoint.client import ChatClient, unanswered
-from distill.models.endpoint.logprobs import agreement, label_probabilities
+from distill.models.endpoint.logprobs import agreement, continued_probabilities, label_probabilities
 from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
@@ -205,7 +205,9 @@ class Endpoint:
         if answer.error is not None or not answer.text.strip():
             return LabelScore(undecided, 0.0, answer)
         if tokens:
-            return LabelScore(*label_probabilities(tokens, self.labels), answer)
+            forced = self._beginning and self._client.optional.continues
+            found = continued_probabilities(tokens, self.labels) if forced else None
+            return LabelScore(*(found or label_probabilities(tokens, self.labels)), answer)
         self._client.optional.disable_logprobs("its replies have none")
         sampled = [answer]
         for attempt in range(1, self.settings.agreement_samples):
