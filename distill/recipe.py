@@ -66,6 +66,8 @@ class Recipe(Settings):
     stop_after_invalid: Natural = 50
     """A stage stops if the first answers of a teacher or of the assistant are all invalid, and this is their number;
     retries and sampled answers count. 0: never."""
+    engine: Literal["local", "ray"] = "local"
+    """Where serve runs: in this process, or on Ray Serve with the replicas of `serve.ray`."""
     task: TaskSettings = field(default_factory=TaskSettings)
     """The prediction task: label names or a continuous scale."""
     data: DataSettings = field(default_factory=DataSettings)

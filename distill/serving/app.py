@@ -12,7 +12,7 @@ from distill.serving.protocol import RequestError
 def create_app(gateway: Gateway) -> FastAPI:
     """The gateway as an ASGI application."""
     app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics)
+    app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics, tracing=gateway.tracing)
     for method, path, handler in (
         ("GET", "/", gateway.show_page),
         ("GET", "/health", gateway.readiness),

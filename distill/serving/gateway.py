@@ -24,6 +24,7 @@ from distill.serving.metrics import Metrics
 from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
+from distill.serving.tracing import Tracing
 from distill.task import rationale
 from distill.task.sample import Media, Sample
 
@@ -44,6 +45,7 @@ class Gateway:
         name: model name of the cascade; the student alone is `NAME-student`.
         max_pixels: most pixels of an image.
         clips: decodes videos and sounds; None: with the default settings.
+        tracing: traces of the requests; None: there are none.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
@@ -58,11 +60,12 @@ class Gateway:
         name: str,
         max_pixels: int = MAX_PIXELS,
         clips: ClipReader | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings, self.name, self.labels = settings, name, policy.labels
-        self.metrics = Metrics()
+        self.metrics, self.tracing = Metrics(), tracing or Tracing()
         self.admission = AdmissionControl(settings, self.metrics)
-        self.cascade = CascadeService(settings, policy, student, teacher, self.metrics)
+        self.cascade = CascadeService(settings, policy, student, teacher, self.metrics, self.tracing)
         self.media = RequestMedia(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels, clips)
         self.created = int(time.time())
         self.warm = self.stopping = False
@@ -82,6 +85,7 @@ class Gateway:
         warming.cancel()
         await self.media.close()
         await asyncio.to_thread(self.cascade.close)
+        await asyncio.to_thread(self.tracing.close)
 
     async def sentiment(self, request: Request) -> Response:
         """`POST /v1/sentiment`."""
@@ -164,6 +168,11 @@ class Gateway:
             reason = self.settings.rationale and with_rationale is not False
             result = await self.cascade.classify(sample, deadline, reason)
         self.metrics.decision(result.decision, result.teacher_calls)
+        decision = result.decision
+        self.tracing.note(
+            label=result.label, stage=decision.stage, reason=decision.reason, deferred=decision.stage != "student",
+            degraded=decision.degraded, teacher_calls=result.teacher_calls,
+        )  # fmt: skip
         return result, self._result_json(result) | ({} if stored.times is None else {"frames": list(stored.times)})
 
     def _result_json(self, result: CascadeResult) -> Json:

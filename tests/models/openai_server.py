@@ -84,7 +84,8 @@ class Server:
         headers: sent with every reply.
         delay_s: seconds before each reply.
         chunk_delay_s: seconds after each 16 bytes of a reply.
-        received, keys, tokenized: the requests, their Authorization headers, and the texts sent to `/tokenize`.
+        received, keys, traces, tokenized: the requests, their Authorization and traceparent headers, and the texts sent
+            to `/tokenize`.
         sent: number of replies of each kind; "valid" is a reply without failure.
         broken_off: number of replies that still have to be closed before their end.
     """
@@ -102,6 +103,7 @@ class Server:
     seed: int = 0
     received: list[ChatRequest] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    traces: list[str | None] = field(default_factory=list)
     tokenized: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     max_in_flight: int = 0
@@ -199,6 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.received.append(request)
             server.keys.append(self.headers.get("Authorization"))
+            server.traces.append(self.headers.get("traceparent"))
             server.in_flight += 1
             server.max_in_flight = max(server.max_in_flight, server.in_flight)
         time.sleep(server.delay_s)

@@ -21,7 +21,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from distill.connections import basic_auth, connection_pool, read_body
+from distill.connections import basic_auth, connection_pool, read_body, trace_headers
 from distill.errors import RunError, SettingsError
 from distill.models.endpoint.replies import (
     RequestFailed,
@@ -242,7 +242,10 @@ class HttpClient:
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """A response whose body is still to be read. Raises RequestFailed, also for errors while it is read."""
         connect_s = timeout_s if self._connect_s is None else min(self._connect_s, timeout_s)
-        options: Any = {"body": body, "headers": {**(self._headers if key else {}), **headers}}
+        options: Any = {
+            "body": body,
+            "headers": {**(self._headers | dict(trace_headers.get()) if key else {}), **headers},
+        }
         options["timeout"] = urllib3.Timeout(connect=connect_s, read=timeout_s)
         try:
             with self._pool.urlopen(method, url, redirect=False, preload_content=False, **options) as response:
