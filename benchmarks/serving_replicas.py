@@ -8,8 +8,8 @@
 The posts are postcards with their pictures. Three lines compare labels: those of the student behind its servers with
 the student in this process, and those of gateways with a gateway that has the student in its process, which is always
 the first one (`process`). `endpoint`: a gateway before 1 and 2 processes of `distill serve`, or before the servers of
---students. `ray`: Ray Serve with 1 and 2 replicas of the gateway. All posts are sent twice; the second time is timed.
-The recipe must have run up to calibrate. The exit status is 1 if a label differs or a request fails.
+--students. `ray`: Ray Serve with 1 and 2 replicas of the gateway. Some posts are sent before,
+to warm up. The recipe must have run up to calibrate. The exit status is 1 if a label differs or a request fails.
 """
 
 import argparse
@@ -109,11 +109,11 @@ class Measurement:
         self.passed = True
 
     def gateway(self, name: str, url: Url) -> None:
-        labels, _ = asyncio.run(ask(url, self.bodies, self.callers))
-        again, rate = asyncio.run(ask(url, self.bodies, self.callers))
+        asyncio.run(ask(url, self.bodies[: 2 * self.callers], self.callers))  # to warm up
+        labels, rate = asyncio.run(ask(url, self.bodies, self.callers))
         self.expected = self.expected or labels
         self.report(name, labels, self.expected, rate)
-        self.passed &= None not in labels and None not in again
+        self.passed &= None not in labels
 
     def students(self, name: str, servers: list[Url], model: str, recipe: Recipe, expected: list[str]) -> None:
         """The student's own labels, scored through its servers."""

@@ -99,8 +99,9 @@ def _check_address(name: str, address: str) -> None:
     except LocationParseError:
         url = Url()
     if url.scheme not in ("http", "https") or not url.host or "@" in (url.request_uri or ""):
-        value = "not an address" if "@" in address else repr(address)  # it may hold a password
-        raise SettingsError(f"{name} is {value}; it takes an address such as http://localhost:8000/v1")
+        if "@" in address:  # it may hold a password
+            raise SettingsError(f"{name} is not an address; it takes an address such as http://localhost:8000/v1")
+        raise SettingsError(f"{name} is {address!r}; it takes an address such as http://localhost:8000/v1")
 
 
 @dataclass
