@@ -5,11 +5,11 @@
     python benchmarks/serving_replicas.py --ways endpoint --students http://host:8001/v1 http://host:8002/v1 \
         --student_model student                                             # servers that run, such as vLLM
 
-The posts are postcards with their pictures. Three lines compare labels: those of the student behind its servers with
-the student in this process, and those of gateways with a gateway that has the student in its process, which is always
-the first one (`process`). `endpoint`: a gateway before 1 and 2 processes of `distill serve`, or before the servers of
---students. `ray`: Ray Serve with 1 and 2 replicas of the gateway. Some posts are sent before,
-to warm up. The recipe must have run up to calibrate. The exit status is 1 if a label differs or a request fails.
+The posts are postcards with their pictures; some are sent before, to warm up. The labels of the student behind its
+servers are compared with those of the student in this process, and the labels of gateways with those of a gateway that
+has the student in its process. `endpoint`: before 1 and 2 processes of `distill serve`, or the servers of --students.
+`ray`: Ray Serve with 1 and 2 replicas of the gateway. The recipe must have run up to calibrate. The exit status is 1 if a
+label differs or a request fails.
 """
 
 import argparse
