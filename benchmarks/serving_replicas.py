@@ -8,8 +8,8 @@
 The posts are postcards with their pictures; some are sent before, to warm up. The labels of the student behind its
 servers are compared with those of the student in this process, and the labels of gateways with those of a gateway that
 has the student in its process. `endpoint`: before 1 and 2 processes of `distill serve`, or the servers of --students.
-`ray`: Ray Serve with 1 and 2 replicas of the gateway. The recipe must have run up to calibrate. The exit status is 1 if a
-label differs or a request fails.
+`ray`: Ray Serve with 1 and 2 replicas of the gateway. The recipe must have run up to calibrate. Exit status 1: a
+label differs or a request failed.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def free_port() -> int:
 def serving(config: str, *flags: str) -> Iterator[Url]:
     """A process of `distill serve`; its address."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("distill")), "serve", "--config", config, "--serve.port", str(port)]
+    command = [sys.executable, "-m", "distill", "serve", "--config", config, "--serve.port", str(port)]
     process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sys.stderr)
     try:
         wait_until_ready(f"http://127.0.0.1:{port}", process)

@@ -30,7 +30,7 @@ Served = tuple["subprocess.Popen[str]", str]
 
 
 def start(recipe: Path, port: int = 0) -> "subprocess.Popen[str]":
-    command = [str(Path(sys.executable).with_name("distill")), "serve", "--config", str(recipe)]
+    command = [sys.executable, "-m", "distill", "serve", "--config", str(recipe)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([*command, "--serve.port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
 
