@@ -117,8 +117,10 @@ class Measurement:
 
     def students(self, name: str, servers: list[Url], model: str, recipe: Recipe, expected: list[str]) -> None:
         """The student's own labels, scored through its servers."""
+        assert recipe.student is not None
+        size = (recipe.student.model.image_size or None) if recipe.student.model.images else 0
         settings = EndpointSettings(servers[0], model, replicas=servers[1:], concurrency=self.callers)
-        endpoint = Endpoint(settings, recipe.labels, forced_prefix=True)
+        endpoint = Endpoint(settings, recipe.labels, forced_prefix=True, image_size=size)
         endpoint.classify(self.samples[: self.callers])
         begin = time.perf_counter()
         scores = endpoint.classify(self.samples)

@@ -53,8 +53,12 @@ def gateway(recipe: Recipe, fingerprints: dict[str, str]) -> "Gateway":
     if settings.student is not None:
         endpoint = endpoint_for_serving(settings.student, settings.deadline_s)
         endpoint = replace(endpoint, json_schema=False)  # the student has learned to write rationales as text
+        model = recipe.student.model
+        size = (model.image_size or None) if model.images else 0
         with in_section("serve.student"):
-            student = Endpoint(endpoint, context.labels, recipe.data.max_pixels, context.clips, forced_prefix=True)
+            student = Endpoint(
+                endpoint, context.labels, recipe.data.max_pixels, context.clips, forced_prefix=True, image_size=size
+            )
     else:
         student = context.reasoner(recipe.student_stage)
     teacher = recipe.cascade_teacher

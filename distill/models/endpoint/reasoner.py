@@ -52,6 +52,7 @@ class Endpoint:
         clips: reads videos and sounds; None: with the default settings.
         forced_prefix: classify as a local model does: the server continues the forced prefix of a label. It must take
             vLLM's `continue_final_message`; otherwise labels are read from whole answers.
+        image_size: how images are sent; see `UserMessage`.
 
     Raises:
         SettingsError: the environment variable named by `api_key_env` is not set.
@@ -64,12 +65,13 @@ class Endpoint:
         max_pixels: int = 50_000_000,
         clips: ClipReader | None = None,
         forced_prefix: bool = False,
+        image_size: int | None = None,
     ) -> None:
         self.name = settings.model
         self.settings = settings
         self.labels = labels
         self.clips = clips or ClipReader()
-        self._max_pixels = max_pixels
+        self._max_pixels, self._image_size = max_pixels, image_size
         self._beginning = labels.wording.prefix if forced_prefix else ""
         self._client = ChatClient(settings)
         self._schema = _schema(labels)
@@ -102,7 +104,7 @@ class Endpoint:
 
     def message(self, sample: Sample) -> UserMessage:
         """A sample as message content, reusable for several requests."""
-        return UserMessage(sample, self.settings, self._max_pixels, self.clips)
+        return UserMessage(sample, self.settings, self._max_pixels, self.clips, self._image_size)
 
     def encode(self, message: UserMessage) -> None:
         """Encode the media of a message in the form that the server takes, if this has not been done.
