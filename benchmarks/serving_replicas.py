@@ -155,6 +155,7 @@ def main() -> int:
     options.add_argument("--students", nargs="+", default=[], metavar="URL", help="base URLs of servers of the student")
     options.add_argument("--student_model", help="the student's name there")
     parsed = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended
     recipe = load(parser("serve"), ["--config", parsed.config])[0]
     common = ["--serve.rationale", "false", "--serve.queue", str(4 * parsed.callers)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
