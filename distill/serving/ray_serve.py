@@ -44,6 +44,7 @@ def serve_on_ray(make: Callable[[], Gateway], settings: ServeSettings, name: str
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     directory = Path.cwd()
 
     def app() -> FastAPI:
