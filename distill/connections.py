@@ -4,7 +4,10 @@ import base64
 import os
 import ssl
 import time
+from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cache
+from types import MappingProxyType
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
@@ -18,6 +21,9 @@ from distill.errors import SettingsError
 from distill.masking import MASK, mask
 
 _CHUNK = 65_536  # bytes
+
+trace_headers: ContextVar[Mapping[str, str]] = ContextVar("trace_headers", default=MappingProxyType({}))
+"""The W3C trace context of the request in work, as headers of the requests that it makes."""
 
 
 class BodyTooLarge(Exception):

@@ -26,7 +26,7 @@ from distill.training.trainer_arguments import with_defaults
 
 _IRRELEVANT = frozenset({
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",
-    "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_attempts", "backoff_s",
+    "api_key_env", "replicas", "concurrency", "timeout_s", "deadline_s", "max_attempts", "backoff_s",
     "prompt_price", "completion_price", "gradient_checkpointing", "loggers",
     "cache_mb", "decode_seconds", "batch",
 })  # fmt: skip

@@ -68,7 +68,8 @@ class Recipe(Settings):
     """A stage stops if the first answers of a teacher or of the assistant are all invalid, and this is their number;
     retries and sampled answers count. 0: never."""
     engine: Literal["local", "ray"] = "local"
-    """Where annotate, augment, evaluate and predict ask their models: in this process, or on the workers of `ray`."""
+    """Where annotate, augment, evaluate and predict ask their models, and where serve runs: in this process, or on the
+    workers of `ray` and on Ray Serve with the replicas of `serve.ray`."""
     ray: RaySettings = field(default_factory=RaySettings)
     """The workers of engine: ray."""
     task: TaskSettings = field(default_factory=TaskSettings)

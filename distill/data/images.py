@@ -85,13 +85,16 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Im
         raise ImageError(f"image {name} is broken: {error or type(error).__name__}") from error
 
 
-def resized(path: Path, size: int) -> Image.Image:
-    """An image of a corpus that was read with its limits, as a square of `size` pixels a side; 0: as it is.
+def resized(path: Path, size: int, max_pixels: int = sys.maxsize) -> Image.Image:
+    """An image as a square of `size` pixels a side; 0: as it is.
+
+    Args:
+        max_pixels: none by default, because the user's limit was applied when the corpus was read.
 
     Raises:
         ImageError: as `decode` does.
     """
-    image = decode(path, sys.maxsize)  # the user's limit was applied when the corpus was read
+    image = decode(path, max_pixels)
     return image.resize((size, size)) if size and image.size != (size, size) else image
 
 

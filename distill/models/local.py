@@ -111,6 +111,7 @@ class Local:
         sampling: Sampling = Sampling(),
         logprobs: int = 0,
         token_ids: Sequence[int] = (),
+        beginning: str = "",
     ) -> list[Completion]:
         """Answers to B user messages, encoded like the prompts of samples.
 
@@ -120,13 +121,15 @@ class Local:
             prompts: B pairs of a text and the media placed before it.
             logprobs: number of most probable tokens to return per position.
             token_ids: tokens whose log-probabilities are returned at every position.
+            beginning: of the answers, which are continued.
 
         Raises:
             ImageError, ClipError: an image, a video or a sound cannot be read.
         """
         completions: list[Completion] = []
         for first, batch in self._batches(prompts):
-            features = self.backbone.encoder.encode(batch, padding_side="left")
+            begun = [self.tokenize(beginning)] * len(batch)
+            features = self.backbone.encoder.encode(batch, begun, padding_side="left")
             recorder = LogprobRecorder(logprobs, token_ids, self.backbone.device) if logprobs or token_ids else None
             completions += self._generate(self._to_device(features), sampling, first, recorder)
         return completions

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,7 @@ from distill.serving.cascade_service import Overloaded, StudentUnavailable
 from distill.serving.metrics import Metrics
 from distill.serving.protocol import RequestError
 from distill.serving.settings import ServeSettings
+from distill.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +104,13 @@ def _overload_error(reason: str) -> RequestError:
 
 
 class RequestMetricsMiddleware:
-    """ASGI middleware: records status and latency of each request by route, and answers internal errors with 500."""
+    """ASGI middleware: records status and latency of each request by route, and answers internal errors with 500.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    A request that posts something is traced.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
+        self._app, self._metrics, self._tracing = app, metrics, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,7 +125,12 @@ class RequestMetricsMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_and_record)
+            if scope["method"] == "POST":
+                with self._tracing.request("POST", scope["path"], dict(Headers(scope=scope))) as record:
+                    await self._app(scope, receive, send_and_record)
+                    record(status)
+            else:
+                await self._app(scope, receive, send_and_record)
         except Exception:
             log.exception("%s failed", scope["path"])
             if status:  # a part of the response was already sent

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ class _Job:
     priority: int
     submitted: float = field(default_factory=time.monotonic)
     future: "Future[Any]" = field(default_factory=Future)
+    context: Context = field(default_factory=copy_context)  # of the request
 
 
 class Batcher:
@@ -29,7 +31,7 @@ class Batcher:
     again one by one, and only those that fail again get the error.
 
     Args:
-        work: maps a kind and its items to as many results.
+        work: maps a kind and its items to as many results. It runs in the context of the first item (`contextvars`).
         threads: number of batches processed concurrently.
         observe: called with the kind and the size of each batch.
     """
@@ -98,7 +100,7 @@ class Batcher:
 
     def _process(self, jobs: list[_Job]) -> None:
         try:
-            results = self._work(jobs[0].kind, [job.item for job in jobs])
+            results = jobs[0].context.run(self._work, jobs[0].kind, [job.item for job in jobs])
         except Exception as error:  # noqa: BLE001 - raised by the future, in the thread that waits for it
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)

@@ -18,6 +18,7 @@ from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
 from distill.serving.breaker import CircuitBreaker
 from distill.serving.metrics import Metrics
 from distill.serving.settings import ServeSettings
+from distill.serving.tracing import Tracing, prediction_attributes
 from distill.task.prompts import EarlierAnswers, Template
 from distill.task.rationale import InvalidRationale, Rationale, check
 from distill.task.sample import Sample
@@ -90,6 +91,7 @@ class _ChatBatch:
     sampling: Sampling
     logprobs: int
     token_ids: tuple[int, ...]
+    beginning: str
     unique: object = None
 
 
@@ -103,15 +105,19 @@ class CascadeService:
         student: Reasoner,
         teacher: Reasoner | None,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.policy = policy
         self.local = student if isinstance(student, Local) else None
-        self._settings = settings
+        self._settings, self._tracing = settings, tracing or Tracing()
         self._models = (student, teacher)
         self._student = self._batcher(student, self._run_student, "student", metrics)
         self._teacher = self._batcher(teacher, self._run_teacher, "teacher") if teacher is not None else None
         self.breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_retry_s) if teacher else None
         metrics.watch(self.breaker)
+        for role, model in (("student", student), ("teacher", teacher)):
+            if isinstance(model, Endpoint):
+                metrics.watch_endpoint(role, model)
         self._teacher_available = True
         patience_s = settings.answer_s
         if isinstance(teacher, Endpoint):
@@ -133,7 +139,9 @@ class CascadeService:
             Overloaded: the student did not classify the post by the deadline.
             StudentUnavailable: the student did not answer.
         """
-        student: Prediction = await self._ask_student("classify", sample, deadline)
+        with self._tracing.span("student") as note:
+            student: Prediction = await self._ask_student("classify", sample, deadline)
+            note(**prediction_attributes(student))
         reasoning = asyncio.create_task(self._reason("reason", sample, deadline)) if rationale else None
         try:
             decision = self.policy.accept_student(student) or await self._defer(sample, student, deadline)
@@ -150,12 +158,18 @@ class CascadeService:
         return CascadeResult(decision, label, value, explanation, self._price(decision, explanation))
 
     async def complete(
-        self, prompt: Prompt, sampling: Sampling, logprobs: int, token_ids: Sequence[int], deadline: float
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        logprobs: int,
+        token_ids: Sequence[int],
+        deadline: float,
+        beginning: str = "",
     ) -> Completion:
-        """The student's completion of a prompt. Raises Overloaded."""
+        """The student's answer to a prompt, or what follows the beginning of the answer. Raises Overloaded."""
         # with sampling the result must not depend on the other prompts of a batch
         unique = object() if sampling.temperature > 0 else None
-        kind = _ChatBatch(sampling, logprobs, tuple(token_ids), unique)
+        kind = _ChatBatch(sampling, logprobs, tuple(token_ids), beginning, unique)
         return await self._ask_student(kind, prompt, deadline, _CHAT)
 
     async def tokenize(self, text: str, deadline: float) -> list[int]:
@@ -216,6 +230,15 @@ class CascadeService:
 
         The reply is None if the teacher did not receive the request.
         """
+        name = {"classify": "teacher", "review": "review"}.get(kind, "rationale")
+        with self._tracing.span(name, by="teacher") as note:
+            reply, reason = await self._call_teacher(kind, item, unanswered, deadline)
+            note(**prediction_attributes(reply), reason=reason or None)
+            return reply, reason
+
+    async def _call_teacher(
+        self, kind: str, item: tuple[Sample, EarlierAnswers | None], unanswered: Callable[[Cost], Any], deadline: float
+    ) -> tuple[Any, str]:
         assert self._teacher is not None and self.breaker is not None
         admitted = self.breaker.admit()
         if admitted is None:
@@ -242,7 +265,8 @@ class CascadeService:
     async def _reason(self, kind: Literal["reason", "explain"], sample: Sample, deadline: float) -> Answer | None:
         """The student's generated rationale; None if it fails, because the label does not depend on it."""
         try:
-            return await wait_for_result(self._student.submit(kind, sample, _REASON), deadline)
+            with self._tracing.span("rationale", by="student", template=kind):
+                return await wait_for_result(self._student.submit(kind, sample, _REASON), deadline)
         except DeadlineExceeded:
             return None
         except Exception as error:  # noqa: BLE001 - the label is returned without a rationale
@@ -277,7 +301,7 @@ class CascadeService:
         assert self.local is not None
         if kind == "tokenize":
             return [self.local.tokenize(text) for text in items]
-        return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids)
+        return self.local.chat(items, kind.sampling, kind.logprobs, kind.token_ids, kind.beginning)
 
     def _run_teacher(self, kind: Any, items: list[tuple[Sample, EarlierAnswers]]) -> Sequence[Prediction | Answer]:
         teacher = self._models[1]

@@ -1,4 +1,4 @@
-"""The HTTP gateway of student and teacher: OpenAI-compatible routes, `/v1/sentiment`, and a web page."""
+"""The HTTP gateway of student and teacher: what each of its routes does."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from distill.cascade.cascade import CascadePolicy
 from distill.data.clips import ClipReader
@@ -18,13 +17,14 @@ from distill.data.images import MAX_PIXELS
 from distill.errors import SettingsError
 from distill.models.reasoner import Reasoner, Sampling
 from distill.serving import protocol
-from distill.serving.admission import AdmissionControl, RequestMetricsMiddleware
+from distill.serving.admission import AdmissionControl
 from distill.serving.cascade_service import CascadeResult, CascadeService
 from distill.serving.media import RequestMedia, Source, Sources
 from distill.serving.metrics import Metrics
 from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
 from distill.serving.settings import ServeSettings
+from distill.serving.tracing import Tracing
 from distill.task import rationale
 from distill.task.sample import Media, Sample
 
@@ -45,6 +45,7 @@ class Gateway:
         name: model name of the cascade; the student alone is `NAME-student`.
         max_pixels: most pixels of an image.
         clips: decodes videos and sounds; None: with the default settings.
+        tracing: traces of the requests; None: there are none.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
@@ -59,11 +60,12 @@ class Gateway:
         name: str,
         max_pixels: int = MAX_PIXELS,
         clips: ClipReader | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings, self.name, self.labels = settings, name, policy.labels
-        self.metrics = Metrics()
+        self.metrics, self.tracing = Metrics(), tracing or Tracing()
         self.admission = AdmissionControl(settings, self.metrics)
-        self.cascade = CascadeService(settings, policy, student, teacher, self.metrics)
+        self.cascade = CascadeService(settings, policy, student, teacher, self.metrics, self.tracing)
         self.media = RequestMedia(settings.image_hosts, int(settings.max_body_mb * 1e6), max_pixels, clips)
         self.created = int(time.time())
         self.warm = self.stopping = False
@@ -83,6 +85,7 @@ class Gateway:
         warming.cancel()
         await self.media.close()
         await asyncio.to_thread(self.cascade.close)
+        await asyncio.to_thread(self.tracing.close)
 
     async def sentiment(self, request: Request) -> Response:
         """`POST /v1/sentiment`."""
@@ -165,6 +168,11 @@ class Gateway:
             reason = self.settings.rationale and with_rationale is not False
             result = await self.cascade.classify(sample, deadline, reason)
         self.metrics.decision(result.decision, result.teacher_calls)
+        decision = result.decision
+        self.tracing.note(
+            label=result.label, stage=decision.stage, reason=decision.reason, deferred=decision.stage != "student",
+            degraded=decision.degraded, teacher_calls=result.teacher_calls,
+        )  # fmt: skip
         return result, self._result_json(result) | ({} if stored.times is None else {"frames": list(stored.times)})
 
     def _result_json(self, result: CascadeResult) -> Json:
@@ -187,6 +195,8 @@ class Gateway:
         if body.logprobs or body.logprob_token_ids:
             message = f"{self.name} returns no logprobs; its label probabilities are in the field distill"
             raise RequestError(400, message, param="logprobs")
+        if body.continue_final_message:
+            raise RequestError(400, f"{self.name} continues no answer; leave it out", param="continue_final_message")
         post = next((message for message in reversed(body.messages) if message.role == "user"), None)
         if post is None:
             raise RequestError(400, "messages has no user message; send the post as one", param="messages")
@@ -200,7 +210,8 @@ class Gateway:
     async def _student_completion(self, body: ChatRequest, deadline: float) -> tuple[Json, list[Piece]]:
         """The student's own completion of the message."""
         message = self._single_message(body)
-        await self._check_length(message.text, deadline)
+        beginning = body.messages[-1].text if body.continue_final_message else ""
+        await self._check_length(message.text + beginning, deadline)
         ids = body.logprob_token_ids or []
         if ids and max(ids) >= self.cascade.vocabulary:
             raise RequestError(
@@ -216,7 +227,7 @@ class Gateway:
             self._check_post(message.text, stored.media, "messages")
             n_logprobs = max(top, 1) if body.logprobs or ids else 0
             prompt = message.text, stored.media
-            answer = await self.cascade.complete(prompt, sampling, n_logprobs, ids, deadline)
+            answer = await self.cascade.complete(prompt, sampling, n_logprobs, ids, deadline, beginning)
         usage = protocol.usage(answer.prompt_tokens, answer.completion_tokens)
         logprobs = protocol.logprobs(answer, top=top > 0 or bool(ids)) if n_logprobs else None
         finish = "stop" if answer.finished else "length"
@@ -229,8 +240,13 @@ class Gateway:
         for field, value in neutral.items():
             if getattr(body, field) not in (None, value):
                 raise RequestError(400, f"{field} is not supported by {body.model}; leave it out", param=field)
-        if len(body.messages) != 1 or body.messages[0].role != "user":
-            raise RequestError(400, f"{body.model} takes exactly one user message", param="messages")
+        begun = bool(body.continue_final_message)
+        if body.add_generation_prompt is begun:
+            message = "add_generation_prompt must be false with continue_final_message, and true or left out without it"
+            raise RequestError(400, message, param="add_generation_prompt")
+        if [message.role for message in body.messages] != ["user", *["assistant"] * begun]:
+            takes = "exactly one user message" + (" and the beginning of its answer" if begun else "")
+            raise RequestError(400, f"{body.model} takes {takes}", param="messages")
         if body.top_logprobs and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return body.messages[0]
@@ -302,42 +318,6 @@ async def _read_post(request: Request, body: bytes) -> tuple[SentimentRequest, S
 
 def _sources(message: Message) -> Sources:
     return Sources(message.images, message.videos, message.sounds)
-
-
-def create_app(gateway: Gateway) -> FastAPI:
-    """The gateway as an ASGI application."""
-    app = FastAPI(lifespan=gateway.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(RequestMetricsMiddleware, metrics=gateway.metrics)
-    for method, path, handler in (
-        ("GET", "/", gateway.show_page),
-        ("GET", "/health", gateway.readiness),
-        ("GET", "/health/live", gateway.live),
-        ("GET", "/health/ready", gateway.readiness),
-        ("GET", "/metrics", gateway.show_metrics),
-        ("GET", "/v1/models", gateway.list_models),
-        ("GET", "/v1/models/", gateway.list_models),  # otherwise a model without a name
-        ("GET", "/v1/models/{model:path}", gateway.show_model),
-        ("POST", "/v1/sentiment", gateway.sentiment),
-        ("POST", "/v1/chat/completions", gateway.chat),
-        ("POST", "/tokenize", gateway.tokenize),
-    ):
-        methods = ["GET", "HEAD"] if method == "GET" else [method]  # monitors ask with HEAD
-        app.add_api_route(path, handler, methods=methods, response_model=None)
-    app.add_exception_handler(RequestError, _error_response)
-    app.add_exception_handler(HTTPException, _error_response)
-    return app
-
-
-async def _error_response(request: Request, error: Exception) -> Response:
-    """Every error in OpenAI's format."""
-    if isinstance(error, HTTPException):
-        route = f"{request.method} {request.url.path[:100]}"
-        methods = (error.headers or {}).get("Allow")
-        remedy = f"the path takes {methods}" if methods else "docs/serving.md lists the routes"
-        message = f"{route} is not a route of this server; {remedy}"
-        return JSONResponse(RequestError(error.status_code, message).body(), error.status_code, headers=error.headers)
-    assert isinstance(error, RequestError)
-    return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
 def _split_words(text: str) -> list[Piece]:

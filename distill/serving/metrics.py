@@ -1,8 +1,13 @@
 """Prometheus metrics of a gateway, in a registry of its own."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from distill.cascade.cascade import Decision
+from distill.models.endpoint import Endpoint
 from distill.serving.breaker import CircuitBreaker
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -38,11 +43,21 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self._n_posts = self._n_calls = 0
+        self._replicas = _Replicas()
+        registry.register(self._replicas)
 
     def watch(self, breaker: CircuitBreaker | None) -> None:
         """Show the state of the teacher's circuit breaker; without a teacher it stays 0."""
         if breaker is not None:
             self._breaker.set_function(lambda: _BREAKER[breaker.state])
+
+    def watch_endpoint(self, role: str, endpoint: Endpoint) -> None:
+        """Show the state of the servers of an endpoint.
+
+        Args:
+            role: student or teacher.
+        """
+        self._replicas.endpoints[role] = endpoint
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Record one answered request."""
@@ -66,3 +81,27 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Replicas(Collector):
+    """The servers of the endpoints, with the state that they have when the metrics are read."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, Endpoint] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        names = ("role", "replica")
+        up = GaugeMetricFamily(
+            "distill_replica_up", "1: the server behind an endpoint answers; 0: its last request failed.", labels=names
+        )
+        in_flight = GaugeMetricFamily("distill_replica_in_flight", "Requests in flight to the server.", labels=names)
+        requests = CounterMetricFamily(
+            "distill_replica_requests", "Requests to the server, by result.", labels=(*names, "result")
+        )
+        for role, endpoint in self.endpoints.items():
+            for state in endpoint.replicas:
+                up.add_metric((role, state.url), state.healthy)
+                in_flight.add_metric((role, state.url), state.in_flight)
+                requests.add_metric((role, state.url, "answered"), state.answered)
+                requests.add_metric((role, state.url, "failed"), state.failed)
+        yield from (up, in_flight, requests)

@@ -139,7 +139,7 @@ class ResponseFormat(_Request):
 
 
 class ChatRequest(_Request):
-    """OpenAI's chat request, extended by `aspect`, `rationale` and `logprob_token_ids`."""
+    """OpenAI's chat request, extended by `aspect` and `rationale`, and by fields of vLLM."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -154,6 +154,8 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     logprob_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     # accepted because clients send them by default; they have no effect
     n: Literal[1] | None = None
     top_p: float | None = None
@@ -171,14 +173,16 @@ class ChatRequest(_Request):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_is_not_read(cls, content: Json) -> Json:
-        """Leave out fields that are null, and of all messages but the post, the last one of the user, the content."""
+        """Leave out fields that are null, and the content of all messages but the post, the last one of the user, and
+        the beginning of its answer."""
         content = {name: value for name, value in content.items() if value is not None}
         if isinstance(messages := content.get("messages"), list):
             history = [message if isinstance(message, dict) else {} for message in messages]
             post = max((n for n, message in enumerate(history) if message.get("role") == "user"), default=-1)
+            begun = content.get("continue_final_message") is True
             content["messages"] = [
                 {name: value for name, value in message.items() if name == "role"}
-                if n != post and isinstance(message, dict)
+                if n != post and not (begun and n == len(messages) - 1) and isinstance(message, dict)
                 else message
                 for n, message in enumerate(messages)
             ]

@@ -11,7 +11,8 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from distill.errors import SettingsError
-from distill.serving.gateway import Gateway, create_app
+from distill.serving.app import create_app
+from distill.serving.gateway import Gateway
 from distill.serving.settings import ServeSettings
 
 log = logging.getLogger(__name__)

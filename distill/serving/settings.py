@@ -7,10 +7,33 @@ from typing import Annotated, Literal
 
 from distill.errors import SettingsError
 from distill.models.endpoint import EndpointSettings
-from distill.settings import Count, Range, Seconds, Settings, Variable
+from distill.settings import Count, NonNegative, Range, Seconds, Settings, Variable
 
 MARGIN_S = 0.5
 """Seconds of the deadline that are reserved for writing the response; at most a tenth of the deadline."""
+
+
+@dataclass
+class ReplicaSettings(Settings):
+    """Replicas of the gateway on Ray Serve (`distill serve --engine ray`)."""
+
+    min_replicas: Count = 1
+    """Fewest replicas of the gateway. Each has the student, and a teacher that is not behind an endpoint."""
+    max_replicas: Count = 4
+    """Most replicas. Ray starts and ends replicas with the load."""
+    target_requests: Count = 16
+    """Requests in flight per replica that Ray aims at; the largest batch (`batch_size`) is a good value."""
+    cpus: NonNegative = 1.0
+    """CPUs that Ray reserves for each replica."""
+    gpus: NonNegative = 0.0
+    """GPUs of each replica, such as 1 or 0.5; 0: its models compute on the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_replicas < self.min_replicas:
+            raise SettingsError(
+                f"max_replicas is {self.max_replicas}; it takes min_replicas ({self.min_replicas}) or more"
+            )
 
 
 @dataclass
@@ -54,6 +77,11 @@ class ServeSettings(Settings):
     with one more call, or nobody, and the rationale is null."""
     student: EndpointSettings | None = None
     """Endpoint that serves the student; null: the recipe's student runs in this process."""
+    otlp_endpoint: str = ""
+    """Address of an OpenTelemetry collector (OTLP over HTTP) that receives traces of the requests, such as
+    http://localhost:4318; empty: there are no traces."""
+    ray: ReplicaSettings = field(default_factory=ReplicaSettings)
+    """Replicas of the gateway on Ray Serve (`distill serve --engine ray`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +96,14 @@ class ServeSettings(Settings):
 
 
 def endpoint_for_serving(settings: EndpointSettings, deadline_s: float) -> EndpointSettings:
-    """Settings of an endpoint without retries and repeated samples, and with timeouts within the gateway's deadline."""
+    """Settings of an endpoint without retries and repeated samples, and with timeouts within the gateway's deadline.
+
+    With replicas a request has a part of the deadline for each, so that one that hangs leaves time for the next.
+    """
     return dataclasses.replace(
         settings,
         max_attempts=1,
         agreement_samples=1,
-        timeout_s=min(settings.timeout_s, deadline_s),
+        timeout_s=min(settings.timeout_s, deadline_s / (1 + len(settings.replicas))),
         deadline_s=min(settings.deadline_s, deadline_s),
     )

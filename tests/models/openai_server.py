@@ -80,10 +80,12 @@ class Server:
         refuse: status and message of a refusal, or None.
         script: status and body of a reply to the given request, instead of all of the above; None: as above.
         tokenize: the `/tokenize` route; None: there is none.
+        health: the status of the `/health` route.
         headers: sent with every reply.
         delay_s: seconds before each reply.
         chunk_delay_s: seconds after each 16 bytes of a reply.
-        received, keys, tokenized: the requests, their Authorization headers, and the texts sent to `/tokenize`.
+        received, keys, traces, tokenized: the requests, their Authorization and traceparent headers, and the texts sent
+            to `/tokenize`.
         sent: number of replies of each kind; "valid" is a reply without failure.
         broken_off: number of replies that still have to be closed before their end.
     """
@@ -94,12 +96,14 @@ class Server:
     refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda body: None
     script: Callable[[ChatRequest], tuple[int, Any] | None] = lambda request: None
     tokenize: Callable[[str], list[int]] | None = None
+    health: Callable[[], int] = lambda: 200
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     chunk_delay_s: float = 0.0
     seed: int = 0
     received: list[ChatRequest] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    traces: list[str | None] = field(default_factory=list)
     tokenized: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     max_in_flight: int = 0
@@ -183,6 +187,11 @@ class Handler(BaseHTTPRequestHandler):
         with self.test_server.lock:
             self.test_server.connections += 1
 
+    def do_GET(self) -> None:
+        self.send_response(self.test_server.health() if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
         server = self.test_server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -192,6 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.received.append(request)
             server.keys.append(self.headers.get("Authorization"))
+            server.traces.append(self.headers.get("traceparent"))
             server.in_flight += 1
             server.max_in_flight = max(server.max_in_flight, server.in_flight)
         time.sleep(server.delay_s)

@@ -12,10 +12,10 @@ import pytest
 from distill.data.corpus import Corpus
 from distill.models.backbone import Backbone
 from distill.models.local import Local
-from distill.models.reasoner import ClassScores
+from distill.models.reasoner import ClassScores, Sampling
 from distill.task.labels import LabelSpace, Scale
 from distill.task.prompts import EarlierAnswers
-from distill.task.sample import Sample
+from distill.task.sample import NO_MEDIA, Sample
 from distill.task.wording import Wording
 from tests.serving.conftest import message, metric, running
 from tests.serving.test_media import huge, png, uri
@@ -137,6 +137,7 @@ def test_the_history_and_unknown_fields_of_messages_have_no_effect(gateway: http
 # ---- invalid requests ----
 
 USER = {"role": "user", "content": "words"}
+BEGUN = {"messages": [USER, {"role": "assistant", "content": '"Prediction":'}], "continue_final_message": True}
 
 
 @pytest.mark.parametrize(
@@ -202,12 +203,24 @@ def test_an_invalid_post_is_refused_with_a_message(gateway: httpx.Client, body: 
         ({"model": "cascade-student", "logprobs": True, "logprob_token_ids": [10**6]}, "logprob_token_ids"),
         ({"model": "cascade-student", "logprobs": True, "logprob_token_ids": [-1]}, "logprob_token_ids"),
         ({"model": "cascade-student", "seed": 2**70}, "seed"),
+        ({"continue_final_message": True}, "continues no answer"),
+        ({"model": "cascade-student", **BEGUN, "add_generation_prompt": True}, "add_generation_prompt must be false"),
+        ({"model": "cascade-student", "continue_final_message": True}, "user message and the beginning of its answer"),
+        ({"model": "cascade-student", "messages": BEGUN["messages"]}, "takes exactly one user message"),
     ],
 )
 def test_an_invalid_chat_is_refused_with_a_message(
     gateway: httpx.Client, change: dict[str, Any], expected: str
 ) -> None:
     assert expected in message(chat(gateway, "words", **change), 400)
+
+
+def test_the_student_continues_the_beginning_of_an_answer(gateway: httpx.Client, student: Local) -> None:
+    reply = chat(gateway, "", model="cascade-student", max_tokens=8, temperature=0, **BEGUN).json()
+    (expected,) = student.chat([("words", NO_MEDIA)], Sampling(0.0, 8), beginning='"Prediction":')
+    assert reply["choices"][0]["message"]["content"] == expected.text
+    (whole,) = student.chat([("words", NO_MEDIA)], Sampling(0.0, 8))
+    assert whole.text != expected.text
 
 
 def test_invalid_images_are_refused(gateway: httpx.Client) -> None:

@@ -39,7 +39,26 @@ def test_local_and_remote_label_probabilities_are_equal(fluent: Backbone, postca
         endpoint = Endpoint(settings, LabelSpace())
         remote = endpoint.classify([originals.get(sample.id, sample) for sample in samples])
         endpoint.close()
+        forced = Endpoint(settings, LabelSpace(), forced_prefix=True)
+        continued = forced.classify([originals.get(sample.id, sample) for sample in samples])
+        assert not forced.given_up
+        forced.close()
     local = student.classify(samples)
-    assert remote.answered.all()
-    np.testing.assert_allclose(remote.probabilities, local.probabilities, atol=1e-4, rtol=0)
-    assert (remote.probabilities.argmax(1) == local.probabilities.argmax(1)).all()
+    for scores in (remote, continued):
+        assert scores.answered.all()
+        np.testing.assert_allclose(scores.probabilities, local.probabilities, atol=1e-4, rtol=0)
+        assert (scores.probabilities.argmax(1) == local.probabilities.argmax(1)).all()
+
+
+def test_the_forced_prefix_scores_a_student_that_does_not_write_it(backbone: Backbone) -> None:
+    student = Local(backbone, "untrained")
+    samples = [Sample(f"s{n}", f"post number {n}") for n in range(12)]
+    with running(student, rationale=False) as client:
+        settings = EndpointSettings(f"{client.base_url}/v1", "cascade-student", max_attempts=1)
+        whole, forced = Endpoint(settings, LabelSpace()), Endpoint(settings, LabelSpace(), forced_prefix=True)
+        read, continued = whole.classify(samples), forced.classify(samples)
+        whole.close(), forced.close()
+    local = student.classify(samples)
+    np.testing.assert_allclose(continued.probabilities, local.probabilities, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(continued.label_mass, local.label_mass, atol=1e-4, rtol=0)
+    assert not np.allclose(read.probabilities, local.probabilities, atol=1e-2)

@@ -41,3 +41,5 @@ def test_serving_endpoints_have_no_retries_and_keep_the_deadline() -> None:
     assert (served.timeout_s, served.deadline_s) == (8, 8)
     assert (served.base_url, served.max_image_side) == (settings.base_url, 640)
     assert endpoint_for_serving(EndpointSettings("http://localhost/v1", "big", timeout_s=2), 8).timeout_s == 2
+    two = EndpointSettings("http://one/v1", "big", replicas=["http://two/v1"])
+    assert (endpoint_for_serving(two, 8).timeout_s, endpoint_for_serving(two, 8).deadline_s) == (4, 8)

@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import replace
 
 from distill.errors import RunError
-from distill.models.endpoint.http import HttpClient, backoff_s, request_body
+from distill.models.endpoint.http import backoff_s, request_body
 from distill.models.endpoint.negotiation import ChatRequest, OptionalFields, Steps
+from distill.models.endpoint.replicas import Replicas
 from distill.models.endpoint.replies import (
     OnlyThought,
     RequestFailed,
@@ -32,7 +33,7 @@ Content = Callable[[bool], Sequence[bytes]]
 class ChatClient:
     """Client for single-turn chat requests; thread-safe.
 
-    `optional` has the optional request fields that the server takes.
+    `optional` has the optional request fields that the server takes, `replicas` the servers.
 
     Raises:
         SettingsError: the environment variable named by `api_key_env` is not set.
@@ -41,7 +42,7 @@ class ChatClient:
     def __init__(self, settings: EndpointSettings) -> None:
         self.settings = settings
         self.optional = OptionalFields(settings)
-        self._http = HttpClient(settings)
+        self.replicas = Replicas(settings)
         self._lock = threading.Lock()
         self._has_answered = False  # whether the server has ever answered
         self._consecutive_failures = 0
@@ -49,7 +50,7 @@ class ChatClient:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self.replicas.close()
 
     def ask(self, content: Content, request: ChatRequest, stop: threading.Event) -> tuple[Answer, Tokens]:
         """Request one answer, with retries: exponential back-off with full jitter that respects `Retry-After`.
@@ -73,17 +74,15 @@ class ChatClient:
 
     def body(self, content: Content, request: ChatRequest) -> bytes:
         """The body of a request in the present dialect, as `ask` would send it. Raises what `content` raises."""
-        steps = self.optional.steps()
-        fields = self.optional.body(self.optional.fields(request, steps))
-        return request_body(fields, content(self.optional.shows_frames(steps)))
+        return self._body(content, request, self.optional.steps())
 
     def read(self, status: int, text: str) -> tuple[Answer, Tokens]:
         """The answer in a reply to such a body, sent elsewhere. Raises what `HttpClient.send` raises."""
-        return self._http.read(status, text)
+        return self.replicas.read(status, text)
 
     def tokenize(self, text: str) -> list[int] | None:
         """Token ids of a text from the server's tokenizer; None if the server does not return them."""
-        return self._http.tokenize(text)
+        return self.replicas.tokenize(text)
 
     def _ask(self, content: Content, request: ChatRequest, stop: threading.Event) -> tuple[Answer, Tokens]:
         deadline = time.monotonic() + self.settings.deadline_s
@@ -145,16 +144,15 @@ class ChatClient:
                 self.optional.settle(steps, trial, first)
                 return answer
         if first.status in (403, 404) and not (named or self._has_answered) and self.optional.steps() == steps:
-            raise RunError(self._http.explain(first.status, first.error.words)) from first
+            raise RunError(first.explained) from first
         raise first
 
     def _send_once(
         self, content: Content, request: ChatRequest, steps: Steps, deadline: float
     ) -> tuple[Answer, Tokens]:
-        fields, parts = self.optional.fields(request, steps), content(self.optional.shows_frames(steps))
-        remaining_s = max(deadline - time.monotonic(), 0.001)
+        fields = self.optional.fields(request, steps)
         try:
-            answer = self._http.send(self.optional.body(fields), parts, min(self.settings.timeout_s, remaining_s))
+            answer = self.replicas.send(self._body(content, request, steps), deadline)
         except (OnlyThought, RequestFiltered) as reply:
             self._has_answered = True
             if isinstance(reply, OnlyThought):
@@ -163,6 +161,11 @@ class ChatClient:
         self._has_answered, self._consecutive_failures = True, 0
         self.optional.accept(fields, steps)
         return answer
+
+    def _body(self, content: Content, request: ChatRequest, steps: Steps) -> bytes:
+        fields = self.optional.fields(request, steps)
+        beginning = request.beginning if "beginning" in fields else ""
+        return request_body(self.optional.body(fields), content(self.optional.shows_frames(steps)), beginning)
 
     def _give_up(self, failure: RequestFailed, attempts: int) -> Answer:
         """Stop retrying one answer. Raises RunError if the server cannot be reached or no longer answers."""

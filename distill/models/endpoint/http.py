@@ -21,7 +21,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from distill.connections import basic_auth, connection_pool, read_body
+from distill.connections import basic_auth, connection_pool, read_body, trace_headers
 from distill.errors import RunError, SettingsError
 from distill.models.endpoint.replies import (
     RequestFailed,
@@ -73,15 +73,18 @@ def read_key(settings: EndpointSettings) -> str:
 
 
 class HttpClient:
-    """Connections to one server, with its API key; thread-safe.
+    """Connections to one server, `base_url`, with its API key; thread-safe.
+
+    Args:
+        connect_s: time limit of a connection, in seconds; None: that of the whole reply.
 
     Raises:
         SettingsError: the environment variable that `api_key_env` names is not set.
     """
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: EndpointSettings, connect_s: float | None = None) -> None:
         key = read_key(settings)
-        self.settings = settings
+        self.settings, self._connect_s = settings, connect_s
         auth = {"Authorization": f"Bearer {key}"} if key else basic_auth("Authorization", settings.base_url)
         self._secret = auth.get("Authorization", "").partition(" ")[2]  # a server may repeat it
         self._headers = {"Content-Type": "application/json"} | auth
@@ -91,12 +94,11 @@ class HttpClient:
         """Close the idle connections."""
         self._pool.clear()
 
-    def send(self, body: Mapping[str, Any], content: Sequence[bytes], timeout_s: float) -> tuple[Answer, Tokens]:
+    def send(self, request: bytes, timeout_s: float) -> tuple[Answer, Tokens]:
         """Send one request and return the parsed answer.
 
         Args:
-            body: the request without `messages`.
-            content: JSON fragments of the message content.
+            request: from `request_body`.
             timeout_s: time limit of the whole reply, also if the server sends it slowly.
 
         Raises:
@@ -106,8 +108,7 @@ class HttpClient:
             OnlyThought: the model spent its tokens on thinking.
             RunError: the server refuses the key, requires payment or does not serve the model.
         """
-        url, request = self.settings.url_of("/chat/completions"), request_body(body, content)
-        response, reply = self._post(url, request, timeout_s)
+        response, reply = self._post(self.settings.url_of("/chat/completions"), request, timeout_s)
         return self.read(response.status, reply.decode("utf-8", "replace"), response.headers)
 
     def read(self, status: int, text: str, headers: Mapping[str, str] = _NO_HEADERS) -> tuple[Answer, Tokens]:
@@ -185,7 +186,8 @@ class HttpClient:
             )
         if _FILTERED.search(f"{error.code} {words}"):
             raise RequestFiltered(f"a content filter refuses the post (status {status}): {words}")
-        raise RequestRefused(f"the endpoint refused the request (status {status}): {words}", status, error)
+        why = f"the endpoint refused the request (status {status}): {words}"
+        raise RequestRefused(why, status, error, self.explain(status, words))
 
     def explain(self, status: int, words: str) -> str:
         """The message for a refused key (401, 403) or an unknown address or model (404), with the server's words."""
@@ -209,6 +211,18 @@ class HttpClient:
         except (ValueError, LookupError, TypeError):  # the reply of a server that does not know the route
             return None
 
+    def is_healthy(self, timeout_s: float) -> bool:
+        """Whether the server answers `/health`, or `/v1/models` if it has no such route, without a server error."""
+        for url in (self.settings.url_of("/health", beside_version=True), self.settings.url_of("/models")):
+            try:
+                with self._open("GET", url, None, timeout_s) as response:
+                    status = response.status
+            except RequestFailed:
+                return False
+            if status != 404:
+                return status < 500
+        return True
+
     def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[urllib3.BaseHTTPResponse, bytes]:
         """Response and body. Raises RequestFailed, also if the reply is not complete within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
@@ -227,7 +241,12 @@ class HttpClient:
         key: bool = True,
     ) -> Iterator[urllib3.BaseHTTPResponse]:
         """A response whose body is still to be read. Raises RequestFailed, also for errors while it is read."""
-        options: Any = {"body": body, "headers": {**(self._headers if key else {}), **headers}, "timeout": timeout_s}
+        connect_s = timeout_s if self._connect_s is None else min(self._connect_s, timeout_s)
+        options: Any = {
+            "body": body,
+            "headers": {**(self._headers | dict(trace_headers.get()) if key else {}), **headers},
+        }
+        options["timeout"] = urllib3.Timeout(connect=connect_s, read=timeout_s)
         try:
             with self._pool.urlopen(method, url, redirect=False, preload_content=False, **options) as response:
                 yield response
@@ -245,15 +264,17 @@ def _save(response: urllib3.BaseHTTPResponse, file: IO[bytes]) -> None:
         file.write(part)
 
 
-def request_body(body: Mapping[str, Any], content: Sequence[bytes]) -> bytes:
+def request_body(body: Mapping[str, Any], content: Sequence[bytes], beginning: str = "") -> bytes:
     """The body of a chat request.
 
     Args:
         body: the request without `messages`.
         content: JSON fragments of the message content.
+        beginning: of the answer, which the server continues.
     """
     head = f'{json.dumps(body)[:-1]}, "messages": [{{"role": "user", "content": '.encode()
-    return b"".join([head, *content, b"}]}"])  # one write, because each write releases the GIL
+    last = f", {json.dumps({'role': 'assistant', 'content': beginning})}" if beginning else ""
+    return b"".join([head, *content, f"}}{last}]}}".encode()])  # one write, because each write releases the GIL
 
 
 def backoff_s(settings: EndpointSettings, failures: int, failure: RequestFailed) -> float:

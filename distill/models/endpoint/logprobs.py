@@ -74,6 +74,29 @@ def label_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray,
     return mass / mass.sum(), min(float(mass.sum()), 1.0)
 
 
+def continued_probabilities(tokens: Tokens, labels: LabelSpace) -> tuple[np.ndarray, float] | None:
+    """Label probabilities from the token that follows the forced prefix, as a local model is scored.
+
+    The probability of a label is that of its first token: a space and the beginning of the label. The longest such
+    token counts. A token without the space is another one, even if it is a label.
+
+    Returns:
+        Probabilities [K] and the label mass, as `label_probabilities`; None if the first tokens of the labels are not
+        all known, or two labels have the same one.
+    """
+    if not tokens:
+        return None
+    top = {token.replace("\u0120", " ").replace("\u2581", " "): logprob for token, logprob in tokens[0][1].items()}
+    firsts = [
+        max((token for token in top if token.strip() and f" {name}".startswith(token)), key=len, default="")
+        for name in labels.names
+    ]
+    if "" in firsts or len(set(firsts)) < len(firsts):
+        return None
+    mass = np.maximum(np.exp([min(top[first], 0.0) for first in firsts]), _MIN_PROBABILITY)
+    return mass / mass.sum(), min(float(mass.sum()), 1.0)
+
+
 def agreement(answers: Sequence[str], labels: LabelSpace) -> np.ndarray:
     """Label probabilities [K] from k sampled answers to *classify*: smoothed frequencies.
 

@@ -1,13 +1,16 @@
 """A post as the content of user messages: its images, video and sound as parts, then the text."""
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+from PIL.Image import Image
+
 from distill.data.clips import ClipError, ClipReader
-from distill.data.images import ImageError, jpeg_bytes
+from distill.data.images import ImageError, jpeg_bytes, resized
 from distill.models.endpoint.media import jpeg, mp4, wav
 from distill.models.endpoint.settings import EndpointSettings
 from distill.task.sample import Sample
@@ -23,12 +26,23 @@ class UserMessage:
     A video is sent as its sampled frames: in one video part, or as images with their times. The sound is a part of its
     own, because most servers leave out the sound of a video.
 
+    Args:
+        image_size: send images as PNG files, squares with this side, as a local model is given them; 0: send none.
+            None: as JPEG files of at most `max_image_side`.
+
     Attributes:
         has_video: whether the post has a video that the settings do not leave out.
     """
 
-    def __init__(self, sample: Sample, settings: EndpointSettings, max_pixels: int, clips: ClipReader) -> None:
-        self.sample = sample
+    def __init__(
+        self,
+        sample: Sample,
+        settings: EndpointSettings,
+        max_pixels: int,
+        clips: ClipReader,
+        image_size: int | None = None,
+    ) -> None:
+        self.sample, self._image_size = sample, image_size
         self.has_video = sample.video is not None and settings.video != "ignore"
         self._settings, self._max_pixels, self._clips = settings, max_pixels, clips
 
@@ -62,7 +76,9 @@ class UserMessage:
 
     @cached_property
     def _images(self) -> list[bytes]:
-        side = self._settings.max_image_side
+        side, size = self._settings.max_image_side, self._image_size
+        if size is not None:
+            return [_image(_png(resized(path, size, self._max_pixels)), "png") for path in self.sample.images if size]
         return [_image(jpeg_bytes(path, side, self._max_pixels)) for path in self.sample.images]
 
     @cached_property
@@ -91,9 +107,16 @@ class UserMessage:
         return [b'{"type": "input_audio", "input_audio": {"data": "%b", "format": "wav"}}, ' % data]
 
 
-def _image(data: bytes) -> bytes:
-    encoded = base64.b64encode(data)  # base64 needs no JSON escapes
-    return b'{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%b"}}, ' % encoded
+def _image(data: bytes, kind: str = "jpeg") -> bytes:
+    url = b"data:image/%b;base64,%b" % (kind.encode(), base64.b64encode(data))  # base64 needs no JSON escapes
+    return b'{"type": "image_url", "image_url": {"url": "%b"}}, ' % url
+
+
+def _png(image: Image) -> bytes:
+    encoded = io.BytesIO()
+    image.info.clear()  # otherwise it is written to the new file
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def _text(text: str) -> bytes:

@@ -19,7 +19,9 @@ from distill.models.reasoner import Sampling
 
 log = logging.getLogger(__name__)
 
-Option = Literal["video", "sound", "thinking", "token_ids", "seed", "schema", "temperature", "logprobs", "limit"]
+Option = Literal[
+    "video", "sound", "thinking", "beginning", "token_ids", "seed", "schema", "temperature", "logprobs", "limit"
+]  # fmt: skip
 """The options, the most dispensable first: the order in which they are left out if the server names none."""
 
 _PARTS: tuple[Option, ...] = ("video", "sound")
@@ -40,6 +42,7 @@ _WITHOUT_THINKING: tuple[tuple[dict[str, Any], int], ...] = (
     ({}, 8),
     ({}, 64),
 )  # fields, and the factor of the token limit
+_CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 _TOKENS_ONLY = 4  # the first step without a field
 
 _NAMES: dict[str, str] = {
@@ -51,6 +54,7 @@ _NAMES: dict[str, str] = {
     "guided_json": r"guided|grammar|structured[ _]outputs?",
     "logprobs": r"(?<!_)\b(?:top_)?log[ _-]?prob(?:s|\b|abilit)",
     "logprob_token_ids": r"logprob_token_ids",
+    "continue_final_message": r"continue_final_message|add_generation_prompt|(?:final|last) message|assistant",
     "chat_template_kwargs": r"chat_template_kwargs|enable_thinking",
     "reasoning_effort": r"reasoning[_ ]effort",
     "video_url": r"video|content\W{0,4}(?:part|type)|unsupported content",
@@ -72,6 +76,7 @@ class ChatRequest:
         logprobs: request the tokens with their log-probabilities; the tokens are empty if the server returns none.
         token_ids: request the log-probabilities of these tokens instead of the top-k tokens. A server that does not
             support `logprob_token_ids` returns the top-k tokens.
+        beginning: of the answer, which the server continues; not sent if it does not take that.
         video, sound: whether the message has a part of this kind.
     """
 
@@ -79,6 +84,7 @@ class ChatRequest:
     schema: Mapping[str, Any] | None = None
     logprobs: bool = False
     token_ids: Sequence[int] = ()
+    beginning: str = ""
     video: bool = False
     sound: bool = False
 
@@ -103,6 +109,11 @@ class OptionalFields:
     def top_logprobs(self) -> int:
         step = self._steps["logprobs"]
         return self._tops[step] if step < len(self._tops) else 0
+
+    @property
+    def continues(self) -> bool:
+        """Whether the server continues the beginning of an answer, as far as its refusals have shown."""
+        return self._steps["beginning"] == 0
 
     def shows_frames(self, steps: Steps | None = None) -> bool:
         """Whether the frames of a video are sent as images; in the current dialect if no steps are given."""
@@ -233,6 +244,7 @@ class OptionalFields:
             "seed": [{"seed": sampling.seed + sampling.attempt}],
             "schema": schemas,
             "logprobs": tops,
+            "beginning": [dict(_CONTINUE)] if request.beginning else [],
             "token_ids": [{"logprob_token_ids": list(request.token_ids)}] if request.token_ids else [],
             "thinking": [fields for fields, _ in _WITHOUT_THINKING],
         }
@@ -284,6 +296,7 @@ class OptionalFields:
         return {
             "video": "videos are not taken; their frames are sent as images instead",
             "logprobs": "no log-probabilities; label probabilities are estimated from the agreement of sampled answers",
+            "beginning": "continue_final_message is not taken; labels are read from whole answers",
             "token_ids": "logprob_token_ids is not taken; the top-k tokens are read",
             "temperature": "temperature is not taken and left out: answers are sampled as the server likes",
             "seed": "seed is not taken and left out",

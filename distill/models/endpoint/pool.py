@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -45,7 +46,7 @@ def as_completed(
             while failure is None and running < max_workers and has_capacity():
                 item = next(remaining)
                 running += 1
-                pool.submit(work, item, stop).add_done_callback(partial(_report, finished, item))
+                pool.submit(copy_context().run, work, item, stop).add_done_callback(partial(_report, finished, item))
         except StopIteration:
             return
         except Exception as error:  # noqa: BLE001 - raised once no item is running

@@ -13,10 +13,11 @@ import numpy as np
 
 from distill.data.clips import ClipReader
 from distill.models.endpoint.client import ChatClient, unanswered
-from distill.models.endpoint.logprobs import agreement, label_probabilities
+from distill.models.endpoint.logprobs import agreement, continued_probabilities, label_probabilities
 from distill.models.endpoint.message import MediaError, UserMessage
 from distill.models.endpoint.negotiation import ChatRequest
 from distill.models.endpoint.pool import as_completed
+from distill.models.endpoint.replicas import ReplicaState
 from distill.models.endpoint.replies import RequestFailed, Tokens
 from distill.models.endpoint.settings import EndpointSettings, cost
 from distill.models.reasoner import UNKNOWN_CONFIDENCE, Answer, ClassScores, Cost, Sampling
@@ -49,6 +50,9 @@ class Endpoint:
     Args:
         max_pixels: most pixels of an image.
         clips: reads videos and sounds; None: with the default settings.
+        forced_prefix: classify as a local model does: the server continues the forced prefix of a label. It must take
+            vLLM's `continue_final_message`; otherwise labels are read from whole answers.
+        image_size: how images are sent; see `UserMessage`.
 
     Raises:
         SettingsError: the environment variable named by `api_key_env` is not set.
@@ -60,12 +64,15 @@ class Endpoint:
         labels: LabelSpace,
         max_pixels: int = 50_000_000,
         clips: ClipReader | None = None,
+        forced_prefix: bool = False,
+        image_size: int | None = None,
     ) -> None:
         self.name = settings.model
         self.settings = settings
         self.labels = labels
         self.clips = clips or ClipReader()
-        self._max_pixels = max_pixels
+        self._max_pixels, self._image_size = max_pixels, image_size
+        self._beginning = labels.wording.prefix if forced_prefix else ""
         self._client = ChatClient(settings)
         self._schema = _schema(labels)
         self._lock = threading.Lock()
@@ -85,6 +92,11 @@ class Endpoint:
         """The optional request fields that the server has not taken, each with what happens instead."""
         return self._client.optional.given_up
 
+    @property
+    def replicas(self) -> list[ReplicaState]:
+        """The state of each server, in the order of the settings."""
+        return self._client.replicas.states
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
@@ -95,7 +107,7 @@ class Endpoint:
 
     def message(self, sample: Sample) -> UserMessage:
         """A sample as message content, reusable for several requests."""
-        return UserMessage(sample, self.settings, self._max_pixels, self.clips)
+        return UserMessage(sample, self.settings, self._max_pixels, self.clips, self._image_size)
 
     def encode(self, message: UserMessage) -> None:
         """Encode the media of a message in the form that the server takes, if this has not been done.
@@ -191,13 +203,16 @@ class Endpoint:
         try:
             self.encode(message)
             token_ids = self._label_token_ids()
-            answer, tokens = self._request(message, text, stop, greedy, logprobs=True, token_ids=token_ids)
+            scored: dict[str, Any] = {"logprobs": True, "token_ids": token_ids, "beginning": self._beginning}
+            answer, tokens = self._request(message, text, stop, greedy, **scored)
         except MediaError as error:
             return LabelScore(undecided, 0.0, unanswered(str(error)))
         if answer.error is not None or not answer.text.strip():
             return LabelScore(undecided, 0.0, answer)
         if tokens:
-            return LabelScore(*label_probabilities(tokens, self.labels), answer)
+            forced = self._beginning and self._client.optional.continues
+            found = continued_probabilities(tokens, self.labels) if forced else None
+            return LabelScore(*(found or label_probabilities(tokens, self.labels)), answer)
         self._client.optional.disable_logprobs("its replies have none")
         sampled = [answer]
         for attempt in range(1, self.settings.agreement_samples):

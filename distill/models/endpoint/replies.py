@@ -70,10 +70,15 @@ class RequestFailed(Exception):
 
 
 class RequestRefused(Exception):
-    """A request that the server rejects; without one of its optional fields it may be accepted."""
+    """A request that the server rejects; without one of its optional fields it may be accepted.
 
-    def __init__(self, why: str, status: int, error: ServerError) -> None:
+    Attributes:
+        explained: what the status means if it is not about this request: a refused key, or an unknown model.
+    """
+
+    def __init__(self, why: str, status: int, error: ServerError, explained: str) -> None:
         super().__init__(why)
+        self.explained = explained
         self.status = status
         self.error = error
 

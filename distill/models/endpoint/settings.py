@@ -1,6 +1,6 @@
 """Settings of an OpenAI-compatible server."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from urllib3.exceptions import LocationParseError
@@ -21,6 +21,9 @@ class EndpointSettings(Settings):
     """Model name on the server."""
     api_key_env: Variable = ""
     """Environment variable that holds the API key; empty if the server requires none."""
+    replicas: list[str] = field(default_factory=list)
+    """URLs of further servers with the same model, in the form of base_url. Each request goes to the least busy one
+    that is healthy; if that fails, to another one."""
     concurrency: Count = 8
     """Maximum number of requests in flight."""
     timeout_s: Seconds = 120.0
@@ -59,14 +62,11 @@ class EndpointSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            url = parse_url(self.base_url)
-        except LocationParseError:
-            url = Url()
-        if url.scheme not in ("http", "https") or not url.host or "@" in (url.request_uri or ""):
-            if "@" in self.base_url:  # it may hold a password
-                raise SettingsError("base_url is not an address; it takes an address such as http://localhost:8000/v1")
-            raise SettingsError(f"base_url is {self.base_url!r}; it takes an address such as http://localhost:8000/v1")
+        _check_address("base_url", self.base_url)
+        for position, url in enumerate(self.replicas):
+            _check_address(f"replicas[{position}]", url)
+            if url in (self.base_url, *self.replicas[:position]):
+                raise SettingsError(f"replicas[{position}] is the address of another server of this endpoint")
 
     @property
     def address(self) -> str:
@@ -90,6 +90,18 @@ class EndpointSettings(Settings):
         queries = "&".join(filter(None, (query, url.query))) or None
         path = (path.removesuffix("/v1") if beside_version else path) + route
         return url._replace(path=path, query=queries, fragment=None).url
+
+
+def _check_address(name: str, address: str) -> None:
+    """Raise SettingsError if the address in a field is none."""
+    try:
+        url = parse_url(address)
+    except LocationParseError:
+        url = Url()
+    if url.scheme not in ("http", "https") or not url.host or "@" in (url.request_uri or ""):
+        if "@" in address:  # it may hold a password
+            raise SettingsError(f"{name} is not an address; it takes an address such as http://localhost:8000/v1")
+        raise SettingsError(f"{name} is {address!r}; it takes an address such as http://localhost:8000/v1")
 
 
 @dataclass

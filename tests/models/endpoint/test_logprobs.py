@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.models.endpoint.logprobs import agreement, label_probabilities
+from distill.models.endpoint.logprobs import agreement, continued_probabilities, label_probabilities
 from distill.task.labels import LabelSpace, Scale
 from tests.models.openai_server import LABELS, token
 
@@ -30,6 +30,22 @@ def test_label_probabilities() -> None:
     # "pos" and " positive" are prefixes of positive, "Neg" of negative, "neu" of neutral, "ne" of two labels.
     assert mass == pytest.approx(0.6 + 0.1 + 0.08 + 0.05 + 0.04)
     assert probabilities == pytest.approx(np.array([0.105, 0.065, 0.7]) / 0.87)
+
+
+def test_label_probabilities_after_the_forced_prefix() -> None:
+    # "positive" without the space is another token, and " pos" is not the first token of " positive"
+    first = {" positive": 0.5, "positive": 0.2, " pos": 0.1, "\u0120neutral": 0.06, "\u2581neg": 0.02, " ": 0.01}
+    found = continued_probabilities(tops(token("positive", **first)), LABELS)
+    assert found is not None
+    probabilities, mass = found
+    assert mass == pytest.approx(0.58)
+    assert probabilities == pytest.approx(np.array([0.02, 0.06, 0.5]) / 0.58)
+
+
+@pytest.mark.parametrize("first", [{" positive": 0.5, " neutral": 0.2}, {" positive": 0.5, " ne": 0.3}])
+def test_first_tokens_that_do_not_separate_the_labels_are_left_to_the_tokens_of_the_answer(first: Any) -> None:
+    assert continued_probabilities(tops(token(" positive", **first)), LABELS) is None
+    assert continued_probabilities([], LABELS) is None
 
 
 def test_a_label_outside_the_top_k_gets_a_positive_upper_bound() -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from distill.data.clips import ClipReader, VideoSettings
+from distill.data.images import resized
 from distill.errors import RunError
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.task.rationale import check
@@ -194,3 +195,16 @@ def test_classifications_are_sampled_with_the_frames_after_a_refusal(tmp_path: P
     assert [LABELS.names[i] for i in scores.probabilities.argmax(1)] == list(COLOURS)
     assert server.sent["refused"] == 1
     assert all(isinstance(image, Image.Image) for image in server.received[-1].images)
+
+
+def test_images_are_sent_as_a_local_student_is_given_them(tmp_path: Path) -> None:
+    Image.effect_noise((60, 40), 80).convert("RGB").save(path := tmp_path / "noise.png")
+    with Server() as server:
+        settings = EndpointSettings(server.url, "student")
+        for size in (28, 0):
+            student = Endpoint(settings, LABELS, image_size=size)
+            answers(student, [Sample("s", "words", (path,))])
+            student.close()
+        squares, none = (request.images for request in server.received)
+    assert none == [] and [image.format for image in squares] == ["PNG"]
+    assert squares[0].tobytes() == resized(path, 28).tobytes()

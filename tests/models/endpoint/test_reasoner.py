@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.reasoner import Sampling
 from distill.task.prompts import EarlierAnswers, render
 from distill.task.rationale import check
@@ -30,6 +31,30 @@ from tests.models.openai_server import (
 
 
 FIELDS = Wording().names
+
+
+def test_the_server_continues_the_forced_prefix_if_it_can(tmp_path: Path) -> None:
+    def logprobs(request: ChatRequest) -> list[dict[str, Any]]:
+        return [token(" positive", **{" positive": 0.7, " neutral": 0.2, " negative": 0.1})]
+
+    def refuse(body: dict[str, Any]) -> tuple[int, str] | None:
+        return (400, "continue_final_message is not a field") if "continue_final_message" in body else None
+
+    samples = posts(tmp_path, 1)
+    with Server(answer=lambda request: " positive", logprobs=logprobs) as server:
+        student = Endpoint(EndpointSettings(server.url, "big-vl"), LABELS, forced_prefix=True)
+        scores = student.classify(samples)
+        answers(student, samples)
+        classified, reasoned = (request.body for request in server.received)
+    np.testing.assert_allclose(scores.probabilities, [[0.1, 0.2, 0.7]])
+    assert classified["messages"][1:] == [{"role": "assistant", "content": '"Prediction":'}]
+    assert (classified["continue_final_message"], classified["add_generation_prompt"]) == (True, False)
+    assert len(reasoned["messages"]) == 1 and "continue_final_message" not in reasoned
+    with Server(refuse=refuse) as server:
+        student = Endpoint(EndpointSettings(server.url, "big-vl"), LABELS, forced_prefix=True)
+        assert student.classify(samples).probabilities.argmax() == 0
+        assert [len(request.body["messages"]) for request in server.received][:2] == [2, 1]
+    assert student.given_up[0] == "continue_final_message is not taken; labels are read from whole answers"
 
 
 def test_the_answer_changes_with_the_image(tmp_path: Path) -> None:
