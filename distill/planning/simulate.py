@@ -89,7 +89,7 @@ def measured_service(recipe: Recipe, metrics: Path | None) -> tuple[Service, lis
         SettingsError: a time or a share is not known. The message names all of them, and what would give each.
     """
     stated, settings = recipe.scale.service, recipe.serve
-    missing: list[str] = []
+    missing: dict[str, list[str]] = {}  # names by their remedy
     sources: list[str] = []
     rationale = settings.rationale and recipe.student is not None and "reason" in recipe.student.tasks
     page = measured.batch_seconds(metrics) if metrics else {}
@@ -98,13 +98,13 @@ def measured_service(recipe: Recipe, metrics: Path | None) -> tuple[Service, lis
         """A stated value, otherwise a measured one; notes where it comes from, or that it is not known."""
         given = value is not None and value != {} and value != []
         if not given and found is None:
-            missing.append(f"scale.service.{name} ({remedy})")
+            missing.setdefault(remedy, []).append(name)
             return None
         sources.append(f"{name}: {f'scale.service.{name}' if given else source}")
         return value if given else found
 
     def batches(name: str, kind: str, table: dict[int, float]) -> Times:
-        times = known(name, table, page.get(kind), str(metrics), "or --metrics FILE, a saved page of its /metrics")
+        times = known(name, table, page.get(kind), str(metrics), "or --metrics FILE, a saved page of the gateway's /metrics")
         return batch_times(times) if isinstance(times, dict) else lambda size: math.nan
 
     students = {"classify": batches("student_seconds", "classify", stated.student_seconds)}
@@ -127,7 +127,7 @@ def measured_service(recipe: Recipe, metrics: Path | None) -> tuple[Service, lis
         asked = {name: stage["asked"] for name, stage in metrics_of_run["stages"].items()} if metrics_of_run else {}
         deferred = asked["teacher_first"] / asked["student"] if asked else None
         reviewed = asked["teacher_review"] / max(asked["teacher_first"], 1) if asked else None
-        run = "or run the stage cascade"
+        run = "or a first run of the stage cascade"
         service = dataclasses.replace(
             service,
             deferred=_number(known("deferred", stated.deferred, deferred, place, run)),
@@ -144,15 +144,17 @@ def measured_service(recipe: Recipe, metrics: Path | None) -> tuple[Service, lis
                 long_s=min(settings.answer_s, endpoint.timeout_s) / 2,
             )
         else:
-            remedy = "seconds of the teacher's batches by size"
+            remedy = "of the teacher in the gateway's process"
             own = known("teacher_batch_seconds", stated.teacher_batch_seconds, None, "", remedy)
             service = dataclasses.replace(
                 service,
                 teacher_batches=batch_times(own) if isinstance(own, dict) else None,
                 long_s=settings.answer_s / 2,
+                silent=False,  # a model in this process fails at once
             )
     if missing:
-        raise SettingsError(f"simulate does not know {'; '.join(missing)}")
+        needs = "; ".join(f"{', '.join(names)} ({remedy})" for remedy, names in missing.items())
+        raise SettingsError(f"simulate needs in scale.service: {needs}")
     return service, sources
 
 
