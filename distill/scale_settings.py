@@ -111,4 +111,3 @@ class ScaleSettings(Settings):
 def _check_numbers(name: str, values: Mapping[Any, float]) -> None:
     if wrong := [value for value in values.values() if not 0 < value < 1e12]:
         raise SettingsError(f"{name} has {wrong[0]}; it takes numbers above 0")
-

@@ -153,4 +153,3 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, level: float) -> 
     order = np.argsort(values)
     sums = np.cumsum(weights[order])
     return float(values[order][min(np.searchsorted(sums, level * sums[-1]), len(values) - 1)])
-

@@ -198,7 +198,9 @@ class _Scale:
             row.device_hours = _map(row.prompt_tokens, lambda tokens: tokens / speed * processes / 3600)
             row.sources.append(f"{speed:,.0f} tokens a second measured in {self.folder}")
         else:
-            row.lacks("device hours", "scale.flops_per_second or scale.tokens_per_second, or a first run of the training")
+            row.lacks(
+                "device hours", "scale.flops_per_second or scale.tokens_per_second, or a first run of the training"
+            )
         row.money = self._rent(row, note=True)
         row.hours = self._on_devices(row)
         return row

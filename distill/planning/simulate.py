@@ -60,7 +60,9 @@ def simulation_text(recipe: Recipe, posts: int, *, metrics: Path | None = None, 
     elif replicas is not None:
         verdict = f"{replicas:,} replicas do not answer 99% of the posts within {seconds}."
     else:
-        verdict = f"No number of replicas answers 99% of the posts within {seconds}: the models have next to no load here."
+        verdict = (
+            f"No number of replicas answers 99% of the posts within {seconds}: the models have next to no load here."
+        )
     reasons = chosen.records.reasons
     total = sum(chosen.records.weight)
     why = [f"{name}: {count / total:.2%} of the posts" for name, count in reasons.most_common()]
@@ -104,7 +106,9 @@ def measured_service(recipe: Recipe, metrics: Path | None) -> tuple[Service, lis
         return value if given else found
 
     def batches(name: str, kind: str, table: dict[int, float]) -> Times:
-        times = known(name, table, page.get(kind), str(metrics), "or --metrics FILE, a saved page of the gateway's /metrics")
+        times = known(
+            name, table, page.get(kind), str(metrics), "or --metrics FILE, a saved page of the gateway's /metrics"
+        )
         return batch_times(times) if isinstance(times, dict) else lambda size: math.nan
 
     students = {"classify": batches("student_seconds", "classify", stated.student_seconds)}

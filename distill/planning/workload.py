@@ -187,7 +187,9 @@ class ChainForecast:
         assert settings is not None and assistant is not None
         posts = {post.id: post for post in [*self.annotated_rows().samples, *self.gold_rows().samples]}
         bounds = len(posts), len(posts)
-        return self._rationales("augment", list(posts.values()), assistant.model, bounds, settings.max_new_tokens, "reason")
+        return self._rationales(
+            "augment", list(posts.values()), assistant.model, bounds, settings.max_new_tokens, "reason"
+        )
 
     def service_request(self) -> RequestForecast:
         """Return the labels that the cascade's teacher gives in service: one request per post."""
