@@ -1,4 +1,4 @@
-"""The two servers of `simulation_check.py`, each in a process of its own: a teacher with known latencies, and the gateway.
+"""The servers of `simulation_check.py`, each in its own process: a teacher with known latencies, and the gateway.
 
     python -m benchmarks.simulation_servers teacher SETTINGS
     python -m benchmarks.simulation_servers gateway SETTINGS

@@ -1,7 +1,8 @@
 """The load of a day as stretches of time in which posts arrive at a constant rate, and the posts in them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -55,14 +56,17 @@ def stretches(load: LoadSettings, posts: float) -> list[Stretch]:
     edges = {hour * 3600.0 for hour in range(25)}
     edges |= {edge for begin, end, *_ in [*bursts, *outages] for edge in (begin, end)}
     times = sorted(edges)
-    found = []
-    for begin, end in zip(times, times[1:], strict=False):
+    found: list[Stretch] = []
+    for begin, end in pairwise(times):
         factors = [factor for first, last, factor in bursts if first <= begin < last]
         rate = weights[int(begin // 3600)] * float(np.prod(factors))
         dead = any(first <= begin < last for first, last in outages)
-        found.append(Stretch(begin, end - begin, rate, bool(factors), dead))
+        if found and (found[-1].rate, found[-1].burst, found[-1].dead) == (rate, bool(factors), dead):
+            found[-1] = replace(found[-1], seconds=end - found[-1].start)
+        else:
+            found.append(Stretch(begin, end - begin, rate, bool(factors), dead))
     total = sum(one.rate * one.seconds for one in found)
-    return [Stretch(s.start, s.seconds, s.rate * posts / total if total else 0.0, s.burst, s.dead) for s in found]
+    return [replace(one, rate=one.rate * posts / total) for one in found]
 
 
 def parts(day: list[Stretch], replicas: int, sample_s: float, rng: np.random.Generator) -> Iterator[Part]:
