@@ -58,7 +58,7 @@ class ServiceSettings(Settings):
     explain_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds in which the student explains a batch of labels, by its size."""
     teacher_seconds: list[float] = field(default_factory=list)
-    """Seconds of single answers of a teacher behind an endpoint; each is equally likely. One number: always the same."""
+    """Seconds of single answers of a teacher behind an endpoint, each as likely. One number: always the same."""
     teacher_batch_seconds: dict[int, float] = field(default_factory=dict)
     """Seconds in which a teacher in the gateway's process labels a batch, by its size."""
     deferred: Fraction | None = None

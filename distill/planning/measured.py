@@ -1,4 +1,4 @@
-"""What a run's folder and a page of the gateway's metrics have measured: tokens, seconds and shares. Reads no models."""
+"""What a run's folder and a page of the gateway's metrics have measured: tokens, seconds and shares. No models."""
 
 import csv
 import json
@@ -39,8 +39,10 @@ def ledger_answers(path: Path, templates: tuple[str, ...] | None = None) -> Answ
     if not rows:
         return None
     seconds = [row["seconds"] for row in rows if row.get("seconds") is not None]
-    tokens = (statistics.fmean(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens"))
-    return Answers(*tokens, statistics.fmean(seconds) if seconds else None)
+    prompt, completion = (
+        statistics.fmean(row[name] for row in rows) for name in ("prompt_tokens", "completion_tokens")
+    )
+    return Answers(prompt, completion, statistics.fmean(seconds) if seconds else None)
 
 
 def summary(folder: Path, stage: str) -> dict[str, Any] | None:
@@ -57,9 +59,9 @@ def cascade(folder: Path) -> dict[str, Any] | None:
     return content if content.get("n") and "stages" in content else None
 
 
-def training_speed(folder: Path, stage: str) -> float | None:
-    """Median of the tokens per second of a training, of all its processes together; None if they are not logged."""
-    path = folder / stage / "metrics.csv"
+def training_speed(folder: Path) -> float | None:
+    """Median of the tokens per second in `metrics.csv` of a training, of all its processes; None without any."""
+    path = folder / "metrics.csv"
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:

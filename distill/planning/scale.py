@@ -1,7 +1,7 @@
 """Forecast of a chain for any number of posts: requests, tokens, device hours, money and wall time of each stage.
 
-Counts are those of the recipe's data times the ratio of the posts; rates are stated in `scale`, or measured in the run's
-folder. What is neither is None, with a sentence that says what would fill it. No speed and no price is assumed.
+Counts are those of the recipe's data times the ratio of the posts; rates are stated in `scale`, or measured in the
+run's folder. What is neither is None, with a note of what would fill it. No speed and no price is assumed.
 """
 
 import math
@@ -13,6 +13,7 @@ from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.models.endpoint.settings import cost
 from distill.planning import measured
 from distill.planning.plan import TrainingForecast, forecast_trainings
+from distill.planning.teacher_requests import RequestForecast
 from distill.planning.workload import ChainForecast, Teacher
 from distill.training.processes import process_count
 
@@ -86,59 +87,59 @@ class _Scale:
 
     # ---- reasoning data ----
 
+    def _ran(self, stage: str) -> bool:
+        """Whether a stage has run with this recipe, so that the run's folder has its measurements."""
+        return self.forecast.done.get(stage, False)
+
     def _annotate(self) -> StageScale:
-        teacher = self.forecast.teacher()
+        teacher, row = self.forecast.teacher(), StageScale("annotate")
         assert teacher is not None and self.recipe.annotate is not None
-        found = measured.summary(self.folder, "annotate")
-        row = StageScale("annotate")
-        paid = (found or {}).get("paid") or {}
-        if paid.get("answers"):
-            scale = self.posts / found["n"] if found else 0.0
-            row.requests, row.prompt_tokens, row.completion_tokens = (
-                _exact(scale * paid[name]) for name in ("answers", "prompt_tokens", "completion_tokens")
-            )
-            row.sources.append(f"tokens measured on {found['n'] if found else 0:,} posts of {self.folder}")
+        found = measured.summary(self.folder, "annotate") if self._ran("annotate") else None
+        paid = found["paid"] if found else {}
+        if found is not None and paid.get("answers"):
+            names = ("answers", "prompt_tokens", "completion_tokens")
+            figures = [_exact(self.posts * paid[name] / found["n"]) for name in names]
+            row.sources.append(f"tokens measured on {found['n']:,} posts of {self.folder}")
         else:
             requests = [one for one, _ in self.forecast.annotate_requests()]
-            bounds = [(one.minimum, one.maximum) for one in requests]
-            row.requests = _scaled(self.factor, bounds)
-            row.prompt_tokens = _scaled(
-                self.factor, [(low * one.prompt_tokens, high * one.prompt_tokens)
-                              for (low, high), one in zip(bounds, requests, strict=True)]
-            )  # fmt: skip
-            row.completion_tokens = _scaled(
-                self.factor, [(low * one.answer_tokens[0], high * one.answer_tokens[1])
-                              for (low, high), one in zip(bounds, requests, strict=True)]
-            )  # fmt: skip
+            figures = [
+                self._bounds(requests, lambda one: (1.0, 1.0)),
+                self._bounds(requests, lambda one: (one.prompt_tokens, one.prompt_tokens)),
+                self._bounds(requests, lambda one: one.answer_tokens),
+            ]
             row.sources.append("requests and tokens forecast from the data")
-        answers = measured.ledger_answers(self.folder / "annotate" / "ledger.jsonl")
-        self._generate(row, "annotate", teacher, answers, self.recipe.annotate.batch)
+        row.requests, row.prompt_tokens, row.completion_tokens = figures
+        answers = measured.ledger_answers(self.folder / "annotate" / "ledger.jsonl") if found else None
+        self._generate(row, teacher, answers, self.recipe.annotate.batch)
         return row
 
+    def _bounds(self, requests: list[RequestForecast], each: Callable[[RequestForecast], Range]) -> Range:
+        """The least and the most of a figure, from that of each request."""
+        low = sum(one.minimum * each(one)[0] for one in requests)
+        return self.factor * low, self.factor * sum(one.maximum * each(one)[1] for one in requests)
+
     def _augment(self) -> StageScale:
-        row = StageScale("augment")
-        found = measured.summary(self.folder, "augment")
-        answers = measured.ledger_answers(self.folder / "augment" / "ledger.jsonl")
+        row, ran = StageScale("augment"), self._ran("augment")
+        found = measured.summary(self.folder, "augment") if ran else None
+        answers = measured.ledger_answers(self.folder / "augment" / "ledger.jsonl") if ran else None
         assert self.recipe.assistant is not None
         if found is not None and answers is not None:
-            posts = self.posts * found["n"] / len(self.forecast.corpus.train)
-            tokens = answers.prompt_tokens, answers.completion_tokens
+            count, tokens = self.factor * found["n"], (answers.prompt_tokens, answers.completion_tokens)
             row.sources.append(f"tokens measured on {found['n']:,} posts of {self.folder}")
         else:
             request = self.forecast.augment_request()
-            posts, tokens = self.factor * request.maximum, (request.prompt_tokens, request.answer_tokens[0])
+            count, tokens = self.factor * request.maximum, (request.prompt_tokens, request.answer_tokens[0])
             row.sources.append("requests and tokens forecast from the data")
-        row.requests = _exact(posts)
-        row.prompt_tokens, row.completion_tokens = _exact(posts * tokens[0]), _exact(posts * tokens[1])
-        self._generate(row, "augment", self.recipe.assistant.model, answers, None)
+        row.requests, row.prompt_tokens, row.completion_tokens = (_exact(count * one) for one in (1.0, *tokens))
+        self._generate(row, self.recipe.assistant.model, answers, None)
         return row
 
     def _generate(
-        self, row: StageScale, stage: str, model: Teacher, answers: measured.Answers | None, batch: BatchSettings | None
+        self, row: StageScale, model: Teacher, answers: measured.Answers | None, batch: BatchSettings | None
     ) -> None:
         """Device hours, money and time of generated answers."""
-        rate, endpoint = self.settings.tokens_per_second.get(stage), isinstance(model, EndpointSettings)
-        seconds = answers.seconds if answers else None
+        stage, endpoint = row.name, isinstance(model, EndpointSettings)
+        rate, seconds = self.settings.tokens_per_second.get(stage), answers.seconds if answers else None
         setting = f"scale.tokens_per_second.{stage}"
         if rate is not None and row.completion_tokens is not None:
             row.device_hours = _map(row.completion_tokens, lambda tokens: tokens / rate / 3600)
@@ -175,18 +176,17 @@ class _Scale:
     # ---- trainings ----
 
     def _training(self, training: TrainingForecast) -> StageScale:
-        row, section = StageScale(training.name), "student" if training.name == "hard labels" else training.name
+        row, baseline = StageScale(training.name), training.name == "hard labels"
+        section = "student" if baseline else training.name
         row.completion_tokens = NOTHING
-        known = training.tokens is not None and math.isfinite(training.epochs)
-        if training.tokens is not None and known:
+        if training.tokens is not None and math.isfinite(training.epochs):
             row.prompt_tokens = _exact(training.rows * training.epochs * training.tokens[1].tokens)
         else:
             row.lacks("tokens", "a model that can be loaded, and a limit of epochs or steps")
         stated = self.settings.tokens_per_second.get(section)
         flops, reached = training.total_flops, self.settings.flops_per_second
-        folder = self.folder / "student" / "hard_labels" if training.name == "hard labels" else self.folder
-        speed = measured.training_speed(*((folder.parent, "student/hard_labels") if folder != self.folder
-                                          else (folder, section)))  # fmt: skip
+        folder = self.folder / section / ("hard_labels" if baseline else "")
+        speed = measured.training_speed(folder) if self._ran(section) else None
         if stated is not None and row.prompt_tokens is not None:
             row.device_hours = _map(row.prompt_tokens, lambda tokens: tokens / stated / 3600)
             row.sources.append(f"scale.tokens_per_second.{section} {stated:,g}")
@@ -215,8 +215,8 @@ class _Scale:
         prompt, completion = self.forecast.served_tokens(served or recipe.student.model, rationale)
         row.prompt_tokens, row.completion_tokens = _exact(self.posts * prompt), _exact(self.posts * completion)
         row.sources.append("tokens forecast from the data")
-        found, rate = measured.cascade(self.folder), self.settings.posts_per_second
-        student = found["stages"]["student"] if found else None
+        found = measured.cascade(self.folder) if self._ran("cascade") else None
+        student, rate = found["stages"]["student"] if found else None, self.settings.posts_per_second
         if rate is not None:
             row.device_hours = _exact(self.posts / rate / 3600)
             row.sources.append(f"scale.posts_per_second {rate:,g}")
@@ -229,14 +229,17 @@ class _Scale:
         else:
             why = " (a run measures labels alone, not the rationales)" if rationale else ", or a first run of cascade"
             row.lacks("device hours", f"scale.posts_per_second{why}")
-        row.money = _price(row, served) if served is not None and _has_prices(served) else self._rent(row, note=True)
-        row.hours = self._on_devices(row)
+        if served is not None and _has_prices(served):
+            row.money = _price(row, served)
+            row.lacks("wall time", "distill simulate, from the times of its endpoint")
+            return row
+        row.money, row.hours = self._rent(row, note=True), self._on_devices(row)
         return row
 
     def _serve_teacher(self) -> StageScale:
         recipe, row, teacher = self.recipe, StageScale("service, teacher"), self.forecast.teacher(for_cascade=True)
         assert recipe.calibrate is not None and teacher is not None
-        found = measured.cascade(self.folder)
+        found = measured.cascade(self.folder) if self._ran("cascade") else None
         asked = [found["stages"][name] for name in ("teacher_first", "teacher_review")] if found else []
         calls, answers = sum(one["asked"] for one in asked), None
         if found is not None and calls:
@@ -320,7 +323,3 @@ def _exact(value: float) -> Range:
 
 def _map(pair: Range, function: Callable[[float], float]) -> Range:
     return function(pair[0]), function(pair[1])
-
-
-def _scaled(factor: float, pairs: list[Range]) -> Range:
-    return factor * sum(low for low, _ in pairs), factor * sum(high for _, high in pairs)

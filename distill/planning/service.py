@@ -14,8 +14,8 @@ Times = Callable[[int], float]
 def batch_times(measured: Mapping[int, float]) -> Times:
     """Times between measured sizes are linear.
 
-    Beyond the largest size they grow as between the two largest ones, and with one size alone in proportion to it; below
-    the smallest size they are those of the smallest.
+    Beyond the largest size they grow as between the two largest ones, and with one size alone in proportion to it;
+    below the smallest size they are those of the smallest.
     """
     sizes = np.array(sorted(measured), dtype=float)
     seconds = np.array([measured[int(size)] for size in sizes])

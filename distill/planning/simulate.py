@@ -65,7 +65,9 @@ def simulation_text(recipe: Recipe, posts: int, *, metrics: Path | None = None, 
         )
     reasons = chosen.records.reasons
     total = sum(chosen.records.weight)
-    why = [f"{name}: {count / total:.2%} of the posts" for name, count in reasons.most_common()]
+    why = [
+        f"{name}: {count / total:.2%} of the posts" for name, count in sorted(reasons.items(), key=lambda one: -one[1])
+    ]
     parts = [
         f"Simulation of {recipe.name} in service: {posts:,} posts in a day, seed {recipe.seed}.",
         verdict,
@@ -168,10 +170,10 @@ def _number(value: object) -> float:
 
 def _day_table(day: "Day", all_stretches: list[Stretch]) -> str:
     indices = range(len(all_stretches))
-    busiest = max(indices, key=lambda index: all_stretches[index].rate)
+    calm = [index for index in indices if not all_stretches[index].burst]
     chosen: dict[str, list[int]] = {
         "whole day": list(indices),
-        "busiest stretch": [busiest],
+        "busiest hour": [max(calm, key=lambda index: all_stretches[index].rate)] if calm else [],
         "bursts": [index for index in indices if all_stretches[index].burst],
         "teacher dead": [index for index in indices if all_stretches[index].dead],
     }

@@ -5,7 +5,7 @@ It has the parts of one replica and calls them by the same rules: `Batches` is `
 The time of a batch is its mean by kind and size; that of a teacher behind an endpoint is drawn from measured ones.
 """
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -118,16 +118,16 @@ class Records:
         outcome: of the post.
         reasons: why answers are degraded or posts refused, with their weights.
         student_busy, teacher_busy: seconds in which the models worked, weighted, by stretch.
-        batches, batched: weighted number of the student's label batches, and of the posts in them.
+        stopped: whether the simulation ended before the last part.
     """
 
     stretch: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     outcome: list[Outcome] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)
-    student_busy: Counter[int] = field(default_factory=Counter)
-    teacher_busy: Counter[int] = field(default_factory=Counter)
+    reasons: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    student_busy: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    teacher_busy: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     stopped: bool = False
 
 
