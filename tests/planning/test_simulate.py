@@ -84,8 +84,8 @@ def test_what_is_not_known_is_one_sentence(tmp_path: Path, distill: Command) -> 
     ("arguments", "message"),
     [
         ((), "simulate needs --posts, the number of posts in a day, such as 1_000_000"),
-        (("--posts", "many"), "argument --posts: many is not a whole number of 1 or more, such as 100_000_000"),
-        (("--posts", "9", "--replicas", "0"), "argument --replicas: 0 is not a whole number of 1 or more"),
+        (("--posts", "many"), "posts: many is not a whole number"),
+        (("--posts", "9", "--replicas", "0"), "--replicas is 0; it takes a whole number from 1 to "),
         (("--posts", "9", "--metrics", "no/page"), "--metrics: cannot read no/page: No such file or directory"),
     ],
 )
