@@ -34,7 +34,7 @@ class LoadSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.hours) not in (1, 24) or min(self.hours) < 0 or not sum(self.hours):
+        if len(self.hours) not in (1, 24) or not all(0 <= one < 1e12 for one in self.hours) or not sum(self.hours):
             raise SettingsError("hours takes 24 numbers, or one, of which none is negative and one is above 0")
         for name, entries, keys in (
             ("bursts", self.bursts, {"hour", "minutes", "factor"}),
@@ -43,8 +43,9 @@ class LoadSettings(Settings):
             for entry in entries:
                 if set(entry) != keys:
                     raise SettingsError(f"{name}: {dict(entry)} must have exactly {', '.join(sorted(keys))}")
-                if not 0 <= entry["hour"] < 24 or entry["minutes"] <= 0 or entry.get("factor", 0.0) < 0:
-                    raise SettingsError(f"{name}: {dict(entry)} takes an hour from 0 to below 24 and positive minutes")
+                positive = all(0 < entry[key] < 1e6 for key in keys - {"hour"})
+                if not 0 <= entry["hour"] < 24 or not positive:
+                    raise SettingsError(f"{name}: {dict(entry)} takes an hour from 0 to below 24, and others above 0")
 
 
 @dataclass

@@ -45,6 +45,12 @@ def simulation_text(recipe: Recipe, posts: int, *, metrics: Path | None = None, 
     day = stretches(load, posts)
     common = service, day, sample_s, deadline_s, recipe.seed
     if replicas is not None:
+        rate, most = max(stretch.rate for stretch in day) / replicas, 1 / service.student_s
+        if rate > 20 * most:
+            raise SettingsError(
+                f"--replicas {replicas} is too few to simulate: each gets up to {rate:,.3g} posts a second, and a "
+                f"student labels {most:,.3g}"
+            )
         found = [capacity.simulate_day(service, day, replicas, sample_s, deadline_s, recipe.seed)]
     else:
         found = []

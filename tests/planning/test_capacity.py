@@ -71,7 +71,9 @@ def test_the_parts_of_a_stretch_stand_for_all_of_it() -> None:
         ({"hours": [1.0, 2.0]}, "hours takes 24 numbers"),
         ({"hours": [0.0] * 24}, "hours takes 24 numbers"),
         ({"bursts": [{"hour": 1.0, "minutes": 5.0}]}, "bursts: .* must have exactly factor, hour, minutes"),
+        ({"hours": [float("nan")]}, "hours takes 24 numbers"),
         ({"outages": [{"hour": 25.0, "minutes": 5.0}]}, "outages: .* takes an hour from 0 to below 24"),
+        ({"bursts": [{"hour": 1.0, "minutes": 5.0, "factor": 0.0}]}, "bursts: .* and others above 0"),
     ],
 )
 def test_an_impossible_load_is_refused(wrong: dict[str, Any], message: str) -> None:

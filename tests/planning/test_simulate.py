@@ -86,6 +86,7 @@ def test_what_is_not_known_is_one_sentence(tmp_path: Path, distill: Command) -> 
         ((), "simulate needs --posts, the number of posts in a day, such as 1_000_000"),
         (("--posts", "many"), "posts: many is not a whole number"),
         (("--posts", "9", "--replicas", "0"), "--replicas is 0; it takes a whole number from 1 to "),
+        (("--posts", "9_000_000_000", "--replicas", "1"), "--replicas 1 is too few to simulate: each gets up to "),
         (("--posts", "9", "--metrics", "no/page"), "--metrics: cannot read no/page: No such file or directory"),
     ],
 )
