@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "export the student as a folder that transformers can load",
     "report": "write report.html again and print the table of results",
     "serve": "serve the cascade with an OpenAI-compatible API",
+    "simulate": "simulate the served cascade under a day's load; find the replicas for a deadline",
     "batches": "list the batches of a run that are not answered yet, or cancel them",
     "review": "look through the reasoning data in a browser; keep, edit, drop or relabel posts",
 }
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        form, arguments = _log_format(arguments)
+        form, arguments = logs.split_format(arguments)
     except SettingsError as error:
         print(f"distill: {error}", file=sys.stderr)
         return 2
@@ -102,21 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _log_format(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of --log-format, which all commands take, and the other arguments."""
-    rest, form = [], None
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.partition("=")
-        if name != "--log-format":
-            rest.append(argument)
-            continue
-        form = value if equals else next(remaining, "")
-        if form not in logs.FORMATS:
-            raise SettingsError(f"--log-format is {form!r}; it takes {' or '.join(logs.FORMATS)}")
-    return form, rest
-
-
 def _other(command: str, arguments: Sequence[str]) -> None:
     try:
         parsed, rest = _parsed(_options(command), arguments, rest=command == "compare")
@@ -142,12 +128,13 @@ def _options(command: str) -> Any:
     """The parser of a command: a `RecipeParser`, or one of argparse."""
     if command in COMMANDS:
         from distill import recipe  # imported here, so that `distill --help` does not import torch
+        from distill.planning import commands
 
         reads = recipe.parser(command)
         if command == "run":
             reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
-        if command == "plan":
-            reads.add_argument("--probe", action="store_true", help="Ask each endpoint one question of the run.")
+        if command in ("plan", "simulate"):
+            commands.add_options(command, reads)
         if command == "batches":
             reads.add_argument("--cancel", action="store_true", help="Cancel them at the service.")
         if command == "review":
@@ -207,12 +194,12 @@ def _parsed(
 
 def _command(command: str, arguments: Sequence[str]) -> None:
     from distill import chain, recipe, review
-    from distill.planning.tables import plan_text
+    from distill.planning import commands
     from distill.stages import batches, report, serve
 
     settings, parsed = recipe.load(_options(command), arguments)
-    if command == "plan":
-        print(plan_text(settings, probes=parsed.probe))
+    if command in ("plan", "simulate"):
+        print(commands.output(command, settings, parsed))
         return
     if command == "report":
         chain.check_outputs(settings)

@@ -9,10 +9,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from distill.errors import SettingsError
 from distill.masking import mask
 
 FORMATS = ("text", "json")
@@ -22,6 +23,25 @@ _FORMAT = "DISTILL_LOG_FORMAT"
 
 _log = logging.getLogger(__name__)
 _state: dict[str, Any] = {"stage": None, "quiet": False}
+
+
+def split_format(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --log-format, which all commands take, and the other arguments.
+
+    Raises:
+        SettingsError: the value is not one of FORMATS.
+    """
+    rest, form = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name != "--log-format":
+            rest.append(argument)
+            continue
+        form = value if equals else next(remaining, "")
+        if form not in FORMATS:
+            raise SettingsError(f"--log-format is {form!r}; it takes {' or '.join(FORMATS)}")
+    return form, rest
 
 
 def configure(form: str | None = None, *, main: bool = True) -> None:

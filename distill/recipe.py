@@ -20,6 +20,7 @@ from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
 from distill.masking import mask
 from distill.models.endpoint import EndpointSettings
+from distill.scale_settings import ScaleSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import (
     Natural,
@@ -103,6 +104,8 @@ class Recipe(Settings):
     """Stage: export the student as a folder that transformers can load."""
     serve: ServeSettings = field(default_factory=ServeSettings)
     """Settings of `distill serve`, the OpenAI-compatible server of the cascade."""
+    scale: ScaleSettings = field(default_factory=ScaleSettings)
+    """Hardware, prices and load of `distill plan --posts` and `distill simulate`."""
 
     @property
     def folder(self) -> Path:

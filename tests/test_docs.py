@@ -14,7 +14,7 @@ from distill import chain, cli, logs, recipe, review, settings_reference
 from distill.data import jsonl
 from distill.data.postcards import RARE_WORDS
 from distill.evaluation.comparison_page import METRICS
-from distill.planning import tables
+from distill.planning import scale_tables, simulate, tables
 from distill.predict import Prediction
 from distill.recipe import Recipe
 from distill.runs import load_recipe
@@ -42,7 +42,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, str | None]]:
     monkeypatch.setattr(chain, "run", run)
     monkeypatch.setattr(report, "run", lambda settings: seen.append((settings, None)))
     monkeypatch.setattr(report, "summary", lambda settings: "")
-    monkeypatch.setattr(tables, "plan_text", lambda settings, **_: seen.append((settings, None)))
+    for module, name in ((tables, "plan_text"), (scale_tables, "scale_text"), (simulate, "simulation_text")):
+        monkeypatch.setattr(module, name, lambda settings, *_, **__: seen.append((settings, None)))
     monkeypatch.setattr(chain, "input_fingerprints", lambda settings, command, reads: {})
     monkeypatch.setattr(serve, "run", lambda settings, fingerprints: seen.append((settings, None)))
     monkeypatch.setattr(batches, "listing", lambda settings, **_: [str(seen.append((settings, None)))])

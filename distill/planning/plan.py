@@ -62,25 +62,31 @@ class TrainingForecast:
         return published, ours
 
 
-def forecast_trainings(forecast: ChainForecast, problems: list[str]) -> list[TrainingForecast]:
-    """Return the trainings of a chain in order; adds a message to `problems` for each model that cannot be loaded."""
+def forecast_trainings(forecast: ChainForecast, problems: list[str], factor: float = 1.0) -> list[TrainingForecast]:
+    """Return the trainings of a chain in order; adds a message to `problems` for each model that cannot be loaded.
+
+    Args:
+        factor: number of training posts in relation to those of the data, which stand for them.
+    """
     recipe, trainings = forecast.recipe, []
+
+    def add(name: str, settings: TrainSettings, rows: TrainingRows, epoch_factor: int = 1) -> None:
+        trainings.append(_forecast_training(forecast, name, settings, rows, problems, factor, epoch_factor))
+
     if recipe.teacher is not None:
-        rows = forecast.teacher_rows()
-        trainings.append(_forecast_training(forecast, "teacher", recipe.teacher, rows, problems))
+        add("teacher", recipe.teacher, forecast.teacher_rows())
     if recipe.assistant is not None:
-        rows = forecast.assistant_rows()
-        trainings.append(_forecast_training(forecast, "assistant", recipe.assistant, rows, problems))
+        add("assistant", recipe.assistant, forecast.assistant_rows())
     student = recipe.student
     if student is not None:
         rows = forecast.student_rows()
-        trainings.append(_forecast_training(forecast, "student", student, rows, problems))
+        add("student", student, rows)
         if student.hard_labels_baseline:
             no_distillation = replace(student.distillation, weight=0.0, label_weight=0.0)
             baseline = replace(student, tasks={"classify": 1.0}, distillation=no_distillation)
             gold = forecast.gold_rows()
             epoch_factor = max(1, round(len(rows.samples) / max(1, len(gold.samples))))
-            trainings.append(_forecast_training(forecast, "hard labels", baseline, gold, problems, epoch_factor))
+            add("hard labels", baseline, gold, epoch_factor)
     return trainings
 
 
@@ -90,15 +96,17 @@ def _forecast_training(
     settings: TrainSettings,
     rows: TrainingRows,
     problems: list[str],
-    epoch_factor: int = 1,
+    factor: float,
+    epoch_factor: int,
 ) -> TrainingForecast:
     tasks: Any = settings.tasks
     labels = forecast.labels
     samples = [row for row in rows.samples if any(target_answer(task, row, labels) is not None for task in tasks)]
     if learns_labels(settings):
         samples = list(rows.samples)
-    epochs, steps = _epochs_and_steps(forecast, settings, len(samples), epoch_factor)
-    training = TrainingForecast(name, settings, len(samples), rows.exact, epochs, steps)
+    count = round(len(samples) * factor)
+    epochs, steps = _epochs_and_steps(forecast, settings, count, epoch_factor)
+    training = TrainingForecast(name, settings, count, rows.exact, epochs, steps)
     if not samples:
         return training
     try:
@@ -123,7 +131,7 @@ def _forecast_training(
             assistant = forecast.model(forecast.recipe.assistant.model)
         except SettingsError:  # reported for the assistant's own training
             return training
-        disk = soft_target_bytes(len(samples) * ours.answers, settings.distillation, assistant)
+        disk = soft_target_bytes(count * ours.answers, settings.distillation, assistant)
         use_cache = settings.distillation.use_cache(epochs, disk, *disk_space(forecast.recipe.folder))
         source = "cached" if use_cache else "online"
     module = None if assistant is None else assistant.model

@@ -11,6 +11,7 @@ from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.planning.plan import TrainingForecast, forecast_trainings
 from distill.planning.probe import probe
 from distill.planning.teacher_requests import RequestForecast
+from distill.planning.text import align, si_prefix
 from distill.planning.workload import SAMPLE_SIZE, ChainForecast, Teacher
 from distill.recipe import Recipe
 from distill.stages import preflight
@@ -93,7 +94,7 @@ def _dataset_table(forecast: ChainForecast) -> str:
         counts = (len(posts), sum(p.label is not None for p in posts), sum(bool(p.rationale) for p in posts))
         rows.append([split, *(f"{count:,}" for count in counts)])
     dropped = len(forecast.corpus.dropped)
-    return _align(rows) + (f"\n{dropped:,} rows of the files are left out." if dropped else "")
+    return align(rows) + (f"\n{dropped:,} rows of the files are left out." if dropped else "")
 
 
 def _request_table(forecast: ChainForecast) -> str:
@@ -117,7 +118,7 @@ def _request_table(forecast: ChainForecast) -> str:
         total = (sum(low for low, _ in known), sum(high for _, high in known)) if len(known) == len(rows) - 2 else None
         for row, text in zip(rows, ["cost with batches", *map(_or_dash, [*with_batches, total])], strict=True):
             row.append(text)
-    lines = [_align(rows, left=2)]
+    lines = [align(rows, left=2)]
     ledgers = [forecast.recipe.folder / stage / "ledger.jsonl" for stage in ("annotate", "evaluate")]
     if answers_paid := sum(len(path.read_bytes().splitlines()) for path in ledgers if path.exists()):
         lines.append(f"{answers_paid:,} answers are in the ledgers of earlier runs; requests found there cost nothing.")
@@ -173,19 +174,19 @@ def _training_table(trainings: Sequence[TrainingForecast]) -> str:
     add("optimizer steps", lambda t: (None, t.steps if math.isfinite(t.steps) else UNKNOWN), "{:,}".format)
     add("tokens per post", lambda t: t.tokens and [w.tokens for w in t.tokens], "{:,.0f}".format)
     add("  with logits", lambda t: t.tokens and [w.logits for w in t.tokens], "{:,.0f}".format)
-    add("FLOP per post", lambda t: t.flops, _si_prefix)
-    add("FLOP in total", lambda t: t.total_flops, _si_prefix)
-    add("bytes per device", lambda t: t.memory and [m.total for m in t.memory], _si_prefix)
-    add("  weights", lambda t: t.memory and [m.weights for m in t.memory], _si_prefix)
-    add("  gradients, AdamW", lambda t: t.memory and [m.optimizer for m in t.memory], _si_prefix)
+    add("FLOP per post", lambda t: t.flops, si_prefix)
+    add("FLOP in total", lambda t: t.total_flops, si_prefix)
+    add("bytes per device", lambda t: t.memory and [m.total for m in t.memory], si_prefix)
+    add("  weights", lambda t: t.memory and [m.weights for m in t.memory], si_prefix)
+    add("  gradients, AdamW", lambda t: t.memory and [m.optimizer for m in t.memory], si_prefix)
     if any(t.memory and t.memory[1].gathered for t in trainings):
-        add("  gathered at a time", lambda t: t.memory and ["", t.memory[1].gathered], _si_prefix)
-    add("  activations", lambda t: t.memory and [m.activations for m in t.memory], _si_prefix)
-    add("  logits", lambda t: t.memory and [m.logits for m in t.memory], _si_prefix)
-    add("  assistant", lambda t: t.memory and [m.assistant for m in t.memory], _si_prefix)
+        add("  gathered at a time", lambda t: t.memory and ["", t.memory[1].gathered], si_prefix)
+    add("  activations", lambda t: t.memory and [m.activations for m in t.memory], si_prefix)
+    add("  logits", lambda t: t.memory and [m.logits for m in t.memory], si_prefix)
+    add("  assistant", lambda t: t.memory and [m.assistant for m in t.memory], si_prefix)
     add("soft targets", lambda t: (None, t.source if t.model else UNKNOWN), str)
-    add("  bytes on disk", lambda t: (None, t.disk if t.source == "cached" else None), _si_prefix)
-    return _align(header + rows)
+    add("  bytes on disk", lambda t: (None, t.disk if t.source == "cached" else None), si_prefix)
+    return align(header + rows)
 
 
 def _model_table(trainings: Sequence[TrainingForecast]) -> str:
@@ -195,9 +196,9 @@ def _model_table(trainings: Sequence[TrainingForecast]) -> str:
         if training.model is not None:
             weights = list(training.model.model.parameters())
             parts = (weights, [w for w in weights if w.requires_grad])
-            counts = [_si_prefix(sum(w.numel() for w in part)) for part in parts]
+            counts = [si_prefix(sum(w.numel() for w in part)) for part in parts]
         rows.append([training.name, training.settings.model.path or f"tiny {tiny.hidden} x {tiny.layers}", *counts])
-    return _align(rows, left=2)
+    return align(rows, left=2)
 
 
 def _summary(trainings: Sequence[TrainingForecast]) -> str:
@@ -206,13 +207,13 @@ def _summary(trainings: Sequence[TrainingForecast]) -> str:
     memory, lines = [t.memory for t in trainings if t.memory], []
     if ours and len(flops) == len(trainings):
         lines.append(
-            f"All trainings: {_si_prefix(published)}FLOP as published, {_si_prefix(ours)}FLOP with this recipe "
+            f"All trainings: {si_prefix(published)}FLOP as published, {si_prefix(ours)}FLOP with this recipe "
             f"({published / ours:.1f} times less)."
         )
     if memory:
         highest = [max(pair[side].total for pair in memory) for side in (0, 1)]
         lines.append(
-            f"Memory per device: {_si_prefix(highest[0])}B as published, {_si_prefix(highest[1])}B with this recipe."
+            f"Memory per device: {si_prefix(highest[0])}B as published, {si_prefix(highest[1])}B with this recipe."
         )
     return "\n".join(lines)
 
@@ -240,20 +241,3 @@ def _notes(forecast: ChainForecast, trainings: Sequence[TrainingForecast]) -> li
             "  four fields of about 50 words if the data has none.",
         ]
     return notes
-
-
-def _align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format rows as columns; the first `left` columns are left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [f"{c:<{w}}" if n < left else f"{c:>{w}}" for n, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _si_prefix(value: float) -> str:
-    """Format a number with three significant digits and an SI prefix."""
-    value = float(f"{value:.3g}")  # rounded first, so that 999,600 becomes 1 M and not 1000 k
-    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}".rstrip()

@@ -168,12 +168,8 @@ class ChainForecast:
         recipe, corpus = self.recipe, self.corpus
         teacher, cascade_teacher = self.teacher(), self.teacher(for_cascade=True)
         pending = self.pending
-        if recipe.annotate is not None and "annotate" in pending and teacher is not None:
-            unlabelled = [post for post in corpus.train if post.label is None]
-            if recipe.annotate.unlabelled == "keep_confident" and unlabelled:
-                yield self._labels("annotate", unlabelled, teacher), teacher
-            bounds = rationale_request_bounds(corpus.train, self.labels, recipe.annotate)
-            yield self._rationales("annotate", corpus.train, teacher, bounds, recipe.annotate.max_new_tokens), teacher
+        if "annotate" in pending:
+            yield from self.annotate_requests()
         if teacher is not None and (posts := self.posts_for_label_teacher()):
             yield replace(self._labels("student", posts, teacher), maximum=len(posts)), teacher
         evaluates_teacher = recipe.evaluate is not None and recipe.evaluate.teacher
@@ -193,6 +189,44 @@ class ChainForecast:
                 yield self._labels("cascade", corpus.test, cascade_teacher, optional=optional), cascade_teacher
             if recipe.teacher_learned("review"):
                 yield self._labels("cascade", corpus.test, cascade_teacher, "review", optional=True), cascade_teacher
+
+    def annotate_requests(self) -> Iterator[tuple[RequestForecast, Teacher]]:
+        """Yield the requests of `annotate`, each with its teacher, whether or not the stage would run."""
+        settings, teacher, posts = self.recipe.annotate, self.teacher(), self.corpus.train
+        if settings is None or teacher is None:
+            return
+        unlabelled = [post for post in posts if post.label is None]
+        if settings.unlabelled == "keep_confident" and unlabelled:
+            yield self._labels("annotate", unlabelled, teacher), teacher
+        bounds = rationale_request_bounds(posts, self.labels, settings)
+        yield self._rationales("annotate", posts, teacher, bounds, settings.max_new_tokens), teacher
+
+    def augment_request(self) -> RequestForecast:
+        """Return the rationales that the assistant writes in `augment`: one per post, at most."""
+        settings, assistant = self.recipe.augment, self.recipe.assistant
+        assert settings is not None and assistant is not None
+        posts = {post.id: post for post in [*self.annotated_rows().samples, *self.gold_rows().samples]}
+        bounds = len(posts), len(posts)
+        return self._rationales(
+            "augment", list(posts.values()), assistant.model, bounds, settings.max_new_tokens, "reason"
+        )
+
+    def service_request(self) -> RequestForecast:
+        """Return the labels that the cascade's teacher gives in service: one request per post."""
+        teacher = self.teacher(for_cascade=True)
+        assert teacher is not None
+        posts = self.corpus.test or self.corpus.train
+        return replace(self._labels("service", posts, teacher), maximum=len(posts))
+
+    def served_tokens(self, student: Teacher, rationale: bool) -> tuple[float, float]:
+        """Return the tokens per post that a student in service reads and writes: for its label, and for a rationale."""
+        posts = self.corpus.test or self.corpus.train
+        prompt = self._prompt_tokens("classify", posts, student)
+        if not rationale:
+            return prompt, 0.0
+        limit = self.recipe.serve.max_new_tokens
+        written = self._rationales("service", posts, student, (0, 0), limit, "reason")
+        return prompt + written.prompt_tokens, written.answer_tokens[0]
 
     def posts_for_label_teacher(self) -> list[Sample]:
         """The posts whose labels the student will ask of the teacher, without those that `annotate` asks about."""
@@ -227,13 +261,19 @@ class ChainForecast:
         return RequestForecast(stage, purpose, minimum, maximum, prompt, (answer, answer))
 
     def _rationales(
-        self, stage: str, posts: Sequence[Sample], teacher: Teacher, bounds: tuple[int, int], limit: int
+        self,
+        stage: str,
+        posts: Sequence[Sample],
+        teacher: Teacher,
+        bounds: tuple[int, int],
+        limit: int,
+        template: Template = "predict",
     ) -> RequestForecast:
         """Forecast rationales within the bounds; `limit` is the maximum number of answer tokens."""
         sampled = self.with_assumed_answers(sample_by_length(posts))
         answer = min(sum(self._tokens(post.rationale or "", teacher) for post in sampled) / len(sampled), limit)
         return RequestForecast(
-            stage, "rationales", *bounds, self._prompt_tokens("predict", posts, teacher), (answer, limit)
+            stage, "rationales", *bounds, self._prompt_tokens(template, posts, teacher), (answer, limit)
         )
 
     def _prompt_tokens(self, template: Template, posts: Sequence[Sample], teacher: Teacher) -> float:

@@ -18,10 +18,17 @@ class CircuitBreaker:
 
     Args:
         clock: returns the time in seconds.
+        warn: logs that the teacher is suspended or answers again.
     """
 
-    def __init__(self, failures: int, retry_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._retry_s, self._clock = failures, retry_s, clock
+    def __init__(
+        self,
+        failures: int,
+        retry_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        warn: Callable[..., None] = log.warning,
+    ) -> None:
+        self._limit, self._retry_s, self._clock, self._warn = failures, retry_s, clock, warn
         self._failures = 0
         self._opened: float | None = None  # None: closed
         self._trial = False  # the one request of the half-open state is in flight
@@ -52,13 +59,13 @@ class CircuitBreaker:
         """
         if answered:
             if self._opened is not None:
-                log.warning("the teacher answers again")
+                self._warn("the teacher answers again")
             self._failures, self._opened, self._trial = 0, None, False
         elif self._opened is None:
             self._failures += waited
             if self._failures >= self._limit:
                 values = self._failures, self._retry_s
-                log.warning("the teacher left %d requests in a row unanswered; it is suspended for %g s", *values)
+                self._warn("the teacher left %d requests in a row unanswered; it is suspended for %g s", *values)
                 self._opened = self._clock()
         elif admitted == "half-open":
             self._opened, self._trial = self._clock(), False

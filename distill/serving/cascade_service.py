@@ -109,9 +109,9 @@ class CascadeService:
     ) -> None:
         self.policy = policy
         self.local = student if isinstance(student, Local) else None
-        self._settings, self._tracing = settings, tracing or Tracing()
+        self._settings, self._metrics, self._tracing = settings, metrics, tracing or Tracing()
         self._models = (student, teacher)
-        self._student = self._batcher(student, self._run_student, "student", metrics)
+        self._student = self._batcher(student, self._time_student, "student", metrics)
         self._teacher = self._batcher(teacher, self._run_teacher, "teacher") if teacher is not None else None
         self.breaker = CircuitBreaker(settings.breaker_failures, settings.breaker_retry_s) if teacher else None
         metrics.watch(self.breaker)
@@ -292,6 +292,12 @@ class CascadeService:
                 raise
             raise StudentUnavailable(f"the student did not answer: {error}") from error
 
+    def _time_student(self, kind: Any, items: list[Any]) -> Sequence[Any]:
+        begin = time.monotonic()
+        results = self._run_student(kind, items)
+        self._metrics.batch_seconds(_name(kind), len(items), time.monotonic() - begin)
+        return results
+
     def _run_student(self, kind: Any, items: list[Any]) -> Sequence[Any]:
         student = self._models[0]
         if kind == "classify":
@@ -321,7 +327,7 @@ class CascadeService:
 
         def observe(kind: Any, size: int) -> None:
             if metrics is not None:
-                metrics.batch(kind if isinstance(kind, str) else "chat", size)
+                metrics.batch(_name(kind), size)
 
         settings = self._settings
         if not isinstance(model, Endpoint):
@@ -341,6 +347,11 @@ class CascadeService:
             return None
         total = decision.teacher_cost + (explanation.teacher or Cost())
         return teacher.cost(total.prompt_tokens, total.completion_tokens)
+
+
+def _name(kind: Any) -> str:
+    """The kind of a student's batch in the metrics."""
+    return kind if isinstance(kind, str) else "chat"
 
 
 def _no_answer(cost: Cost) -> Answer:

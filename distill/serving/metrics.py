@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -37,6 +37,10 @@ class Metrics:
         self._batches = Histogram(
             "distill_student_batch_size", "Batch sizes of the student, by kind of work.", ("question",),
             buckets=_SIZES, registry=registry,
+        )  # fmt: skip
+        self._batch_seconds = Summary(
+            "distill_student_batch_seconds", "Seconds of the student's batches, by kind of work and batch size.",
+            ("question", "size"), registry=registry,
         )  # fmt: skip
         self._breaker = Gauge(
             "distill_teacher_breaker", "Circuit breaker of the teacher: 0 closed, 1 half-open, 2 open.",
@@ -77,6 +81,10 @@ class Metrics:
     def batch(self, kind: str, size: int) -> None:
         """Record one batch of the student."""
         self._batches.labels(kind).observe(size)
+
+    def batch_seconds(self, kind: str, size: int, seconds: float) -> None:
+        """Record the time of one batch of the student."""
+        self._batch_seconds.labels(kind, str(size)).observe(seconds)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

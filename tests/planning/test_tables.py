@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill.planning import tables
+from distill.planning.text import si_prefix
 from distill.planning.workload import ChainForecast
 from tests import micro
 from tests.planning.test_plan import ALONE, SERVER
@@ -18,7 +19,7 @@ def test_a_training_without_an_epoch_limit_is_planned(tmp_path: Path) -> None:
 
 
 def test_figures_have_three_digits_and_an_si_prefix() -> None:
-    found = [tables._si_prefix(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
+    found = [si_prefix(value) for value in (0, 999.4, 999_499, 999_600, 9.996e11, 3.2e21)]
     assert found == ["0", "999", "999 k", "1 M", "1 T", "3.2e+03 E"]
 
 

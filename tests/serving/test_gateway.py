@@ -294,6 +294,8 @@ def test_batching_concurrent_requests_does_not_change_results(
         assert list(answer["probabilities"].values()) == pytest.approx(list(row), abs=1e-5)
     batches = metric(gateway, 'distill_student_batch_size_count{question="classify"}')
     assert metric(gateway, 'distill_student_batch_size_sum{question="classify"}') > batches
+    assert metric(gateway, 'distill_student_batch_seconds_count{question="classify"') == batches
+    assert metric(gateway, 'distill_student_batch_seconds_sum{question="classify"') > 0
 
 
 def test_health(gateway: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 """The metrics in Prometheus' text format."""
 
 import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from distill.cascade.cascade import Decision
@@ -36,7 +37,11 @@ def test_requests_and_batches_are_counted() -> None:
     metrics.request("/v1/sentiment", 200, 0.03)
     metrics.request("/v1/sentiment", 429, 0.001)
     metrics.batch("classify", 5)
+    metrics.batch_seconds("classify", 5, 0.2)
+    metrics.batch_seconds("classify", 5, 0.4)
     found = read(metrics)
+    assert found["distill_student_batch_seconds_sum", "classify", "5"] == pytest.approx(0.6)
+    assert found["distill_student_batch_seconds_count", "classify", "5"] == 2
     assert found["distill_requests_total", "/v1/sentiment", "429"] == 1
     assert found["distill_request_seconds_count", "/v1/sentiment"] == 2
     assert found["distill_request_seconds_bucket", "0.05", "/v1/sentiment"] == 2
