@@ -20,6 +20,7 @@ from distill.evaluation.evaluate import EvaluateSettings
 from distill.export.export import ExportSettings
 from distill.masking import mask
 from distill.models.endpoint import EndpointSettings
+from distill.recipe_files import read_files
 from distill.scale_settings import ScaleSettings
 from distill.serving.settings import ServeSettings
 from distill.settings import (
@@ -28,11 +29,9 @@ from distill.settings import (
     Seed,
     Settings,
     build,
-    check_names,
     fields,
     optional_sections,
     parse_error_message,
-    read_yaml,
 )
 from distill.stage_settings import (
     AnnotateStageSettings,
@@ -215,42 +214,13 @@ def load(options: RecipeParser, arguments: Sequence[str]) -> tuple[Recipe, jsona
     Raises:
         SettingsError: a file, a name or a value is invalid. The message names the field and the accepted values.
     """
-    options.contents = _read_files(arguments)
+    options.contents = read_files(arguments, Recipe)
     try:
         parsed = options.parse_args(list(arguments))
     except (jsonargparse.ArgumentError, argparse.ArgumentError, TypeError, ValueError, OSError) as error:
         raise SettingsError(parse_error_message(Recipe, error)) from None
     check(recipe := build(Recipe, parsed))
     return recipe, parsed
-
-
-def _read_files(arguments: Sequence[str]) -> dict[str, Any]:
-    """Contents of the recipes by path. Raises SettingsError for unreadable files and unknown fields."""
-    contents: dict[str, Any] = {}
-    trainer: dict[str, Any] = {}  # of the files so far
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    files.add_argument("--config", action="append", nargs="?", default=[])
-    for file in filter(None, files.parse_known_args(arguments)[0].config):
-        try:
-            content = read_yaml(Recipe, Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(f"--config: cannot read {file}: {error.strerror}") from None
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
-            raise SettingsError(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise SettingsError(f"--config: {file} has no fields; a recipe has {', '.join(fields(Recipe))}")
-        entries = {name: content.pop(f"trainer.{name}") for name in _entries(content)}
-        check_names(Recipe, content)
-        if entries:
-            content["trainer"] = trainer | (content.get("trainer") or {}) | entries
-        trainer = content.get("trainer", trainer) or {}
-        contents[file] = content
-    return contents
-
-
-def _entries(content: Mapping[Any, Any]) -> list[str]:
-    """Names of the Trainer arguments that a file sets one by one, as in `trainer.devices: 2`: the others stay."""
-    return [name.removeprefix("trainer.") for name in content if str(name).startswith("trainer.")]
 
 
 def check(recipe: Recipe) -> None:

@@ -136,9 +136,12 @@ class ChainForecast:
             return annotated
         if self.done["augment"]:
             return TrainingRows([*annotated.samples, *self._run_context.rationales("augment")], annotated.exact)
-        posts = {post.id: post for post in [*annotated.samples, *self.gold_rows().samples]}
-        augmented = select(list(posts.values()), self.recipe.augment)
-        return TrainingRows([*annotated.samples, *self.with_assumed_answers(augmented)], False)
+        return TrainingRows([*annotated.samples, *self.with_assumed_answers(self._augmented_posts())], False)
+
+    def _augmented_posts(self) -> list[Sample]:
+        assert self.recipe.augment is not None
+        posts = {post.id: post for post in [*self.annotated_rows().samples, *self.gold_rows().samples]}
+        return select(list(posts.values()), self.recipe.augment)
 
     def with_assumed_answers(self, posts: Iterable[Sample]) -> list[Sample]:
         """Return the posts with placeholders for missing rationales and labels."""
@@ -205,11 +208,9 @@ class ChainForecast:
         """Return the rationales that the assistant writes in `augment`: one per post, at most."""
         settings, assistant = self.recipe.augment, self.recipe.assistant
         assert settings is not None and assistant is not None
-        posts = {post.id: post for post in [*self.annotated_rows().samples, *self.gold_rows().samples]}
+        posts = self._augmented_posts()
         bounds = len(posts), len(posts)
-        return self._rationales(
-            "augment", list(posts.values()), assistant.model, bounds, settings.max_new_tokens, "reason"
-        )
+        return self._rationales("augment", posts, assistant.model, bounds, settings.max_new_tokens, "reason")
 
     def service_request(self) -> RequestForecast:
         """Return the labels that the cascade's teacher gives in service: one request per post."""
@@ -261,14 +262,9 @@ class ChainForecast:
         return RequestForecast(stage, purpose, minimum, maximum, prompt, (answer, answer))
 
     def _rationales(
-        self,
-        stage: str,
-        posts: Sequence[Sample],
-        teacher: Teacher,
-        bounds: tuple[int, int],
-        limit: int,
+        self, stage: str, posts: Sequence[Sample], teacher: Teacher, bounds: tuple[int, int], limit: int,
         template: Template = "predict",
-    ) -> RequestForecast:
+    ) -> RequestForecast:  # fmt: skip
         """Forecast rationales within the bounds; `limit` is the maximum number of answer tokens."""
         sampled = self.with_assumed_answers(sample_by_length(posts))
         answer = min(sum(self._tokens(post.rationale or "", teacher) for post in sampled) / len(sampled), limit)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from distill.models.reasoner import Answer, ClassScores, Cost, Reasoner, Samplin
 from distill.serving.batcher import Batcher, DeadlineExceeded, wait_for_result
 from distill.serving.breaker import CircuitBreaker
 from distill.serving.metrics import Metrics
+from distill.serving.result import CascadeResult, Explanation
 from distill.serving.settings import ServeSettings
 from distill.serving.tracing import Tracing, prediction_attributes
 from distill.task.prompts import EarlierAnswers, Template
@@ -35,53 +36,6 @@ class Overloaded(Exception):
 
 class StudentUnavailable(Exception):
     """A student behind an endpoint did not answer."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A rationale that argues for the label, and who wrote it; both are None if there is none.
-
-    `student` and `teacher` are what both have cost for it, in vain perhaps. `teacher` is None if it was not asked.
-    """
-
-    rationale: Rationale | None = None
-    by: Literal["student", "teacher"] | None = None
-    student: Cost = field(default_factory=Cost)
-    teacher: Cost | None = None
-
-
-@dataclass(frozen=True)
-class CascadeResult:
-    """A decision with its label, the explanation and the price.
-
-    `value` is the expected value if the labels are on a scale. `price` is in the currency of the teacher's prices; None
-    without prices.
-    """
-
-    decision: Decision
-    label: str
-    value: float | None
-    explanation: Explanation
-    price: float | None
-
-    @property
-    def teacher_calls(self) -> int:
-        """Calls to the teacher: 0 to 2 for the label, and one for the rationale."""
-        return self.decision.teacher_calls + (self.explanation.teacher is not None)
-
-    @property
-    def cost(self) -> Cost:
-        """Total cost of label and rationale."""
-        return self.decision.cost + self.explanation.student + (self.explanation.teacher or Cost())
-
-    @property
-    def prediction(self) -> Prediction:
-        """The prediction that is final."""
-        decision = self.decision
-        by_stage = {"student": decision.student, "teacher_first": decision.teacher}
-        prediction = by_stage.get(decision.stage, decision.review)
-        assert prediction is not None
-        return prediction
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from distill.errors import SettingsError
 from distill.models.reasoner import Reasoner, Sampling
 from distill.serving import protocol
 from distill.serving.admission import AdmissionControl
-from distill.serving.cascade_service import CascadeResult, CascadeService
+from distill.serving.cascade_service import CascadeService
 from distill.serving.media import RequestMedia, Source, Sources
 from distill.serving.metrics import Metrics
 from distill.serving.page import load_page
 from distill.serving.protocol import ChatRequest, Json, Message, RequestError, SentimentRequest, TokenizeRequest
+from distill.serving.result import CascadeResult
 from distill.serving.settings import ServeSettings
 from distill.serving.tracing import Tracing
 from distill.task import rationale
