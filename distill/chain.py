@@ -121,7 +121,8 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
     for stage in (until, only):
         if stage is not None and stage not in names:
             raise SettingsError(f"the recipe has no section {stage}; its stages are {', '.join(names)}")
-    names = names[: names.index(until) + 1] if until is not None else names
+    if until is not None:
+        names = names[: names.index(until) + 1]
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name)
     if processes.is_worker():
         for folder in processes.trainings():
