@@ -125,8 +125,7 @@ def run(recipe: Recipe, until: str | None = None, only: str | None = None) -> li
         names = names[: names.index(until) + 1]
     tracker = Tracker(recipe.tracking, recipe.folder, recipe.name)
     if processes.is_worker():
-        for folder in processes.trainings():
-            name = folder.relative_to(recipe.folder).parts[0]
+        for name in processes.stages(recipe.folder):
             with suppress(processes.Trained), tracker.stage(name, {}) as tracked:
                 STAGES[name].run(_State(recipe).context, tracked)
         return []

@@ -78,8 +78,12 @@ def started() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def trainings() -> Iterator[Path]:
-    """In a worker, the folders of the trainings that it takes part in; then it exits with the main process."""
+def stages(run: Path) -> Iterator[str]:
+    """In a worker, the stage of each training that it takes part in; then it exits with the main process.
+
+    Args:
+        run: the folder of the run, in which each stage has one.
+    """
     while by_torchrun():
         key = str(next(_numbers))
         while not _store().check([key]):
@@ -87,9 +91,9 @@ def trainings() -> Iterator[Path]:
         if not (folder := _store().get(key).decode()):
             sys.exit(0)
         os.environ[_ACTIVE_FOLDER] = folder
-        yield Path(folder)
+        yield Path(folder).relative_to(run).parts[0]
     if (only := worker_folder()) is not None:
-        yield only
+        yield only.relative_to(run).parts[0]
 
 
 def announce(folder: Path | None) -> None:
