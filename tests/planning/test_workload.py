@@ -42,7 +42,7 @@ def test_rows_with_recorded_rationales_are_exact_and_valid(tmp_path: Path) -> No
 
 def test_missing_rationales_are_assumed_for_every_post(tmp_path: Path) -> None:
     found = forecast(tmp_path, TAUGHT)
-    assert len(found.teacher_rows(["predict"]).samples) == 27 and found.teacher_rows(["predict"]).exact
+    assert len(found.teacher_rows().samples) == 27 and found.teacher_rows().exact
     annotated = found.annotated_rows()
     assert not annotated.exact and len(annotated.samples) == 27 + 9
     written = {post.rationale for post in found.corpus.train if post.rationale}
