@@ -14,7 +14,9 @@ from distill.serving.metrics import Metrics
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "serving"
 
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+SUFFIXES = {
+    "counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count"),
+}  # fmt: skip
 
 
 def read(name: str) -> Any:
