@@ -130,7 +130,9 @@ def test_first_answers_that_are_all_invalid_end_the_stage(settings: RaySettings,
         with pytest.raises(RunError, match=r"^annotate: the first 10 answers are all invalid, such as 'I cannot say'"):
             on_ray(tmp_path, tmp_path / "data", samples, endpoint(server.url), settings, stop_after=10)
         assert server.requests < 400
-        assert server.requests - 2 * CONCURRENCY <= len(ledger(tmp_path)) <= server.requests, "what was paid for is kept"
+        assert (
+            server.requests - 2 * CONCURRENCY <= len(ledger(tmp_path)) <= server.requests
+        )  # what was paid for is kept
 
 
 @pytest.fixture
