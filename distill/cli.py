@@ -114,6 +114,8 @@ def _other(command: str, arguments: Sequence[str]) -> None:
         commands.compare(parsed, rest)
     elif command == "push":
         commands.push(parsed)
+    elif command == "copy":
+        commands.copy(parsed)
     elif command == "sync":
         commands.sync(parsed.run)
     elif command == "completion":
@@ -152,6 +154,8 @@ def _options(command: str) -> Any:
         commands.add_compare(options)
     elif command == "push":
         commands.add_push(options)
+    elif command == "copy":
+        commands.add_copy(options)
     elif command == "sync":
         options.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart")
     else:

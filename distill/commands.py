@@ -1,4 +1,4 @@
-"""The commands `predict`, `compare`, `push` and `sync`, which read no recipe: their options, and what they run.
+"""The commands `predict`, `compare`, `copy`, `push` and `sync`, which read no recipe: their options, and what they run.
 
 The modules that they need are imported when they run, so that `distill --help` does not import torch.
 """
@@ -15,6 +15,7 @@ from distill.workers.settings import RaySettings
 PURPOSES = {
     "predict": "label the posts of a file with the student of a run, or with student and teacher",
     "compare": "compare runs on the same test posts, or run a recipe and its variants and compare them",
+    "copy": "copy a run or an export to an object store, such as s3://bucket/runs/x, or back",
     "push": "upload the exported student of a run, or its reasoning data, to the Hugging Face hub",
     "sync": "send the offline runs of a run to wandb, with the lineage of their artifacts",
 }
@@ -22,8 +23,8 @@ PURPOSES = {
 
 def add_predict(options: argparse.ArgumentParser) -> None:
     options.add_argument("--run", type=Path, required=True, help="folder of a run, such as runs/quickstart")
-    options.add_argument("--input", type=Path, required=True, help="JSONL, CSV, Parquet, or a folder of pictures")
-    options.add_argument("--output", type=Path, required=True, help="a file that ends in .jsonl, .csv or .parquet")
+    options.add_argument("--input", required=True, help="JSONL, CSV, Parquet, a folder of pictures, or a URL of shards")
+    options.add_argument("--output", required=True, help="a file or URL that ends in .jsonl, .csv or .parquet")
     options.add_argument("--cascade", action="store_true", help="ask the teacher where the student is not certain")
     options.add_argument("--rationales", action="store_true", help="generate the student's rationales")
     options.add_argument(
@@ -32,7 +33,7 @@ def add_predict(options: argparse.ArgumentParser) -> None:
         "(default: with --cascade, serve.explain of the recipe, otherwise the student; teacher: one more call)",
     )  # fmt: skip
     options.add_argument("--max_new_tokens", type=int, default=512, help="limit of a rationale (default: 512)")
-    options.add_argument("--images", type=Path, help="folder of the images (default: that of the input)")
+    options.add_argument("--images", help="folder or URL of the images (default: that of the input)")
     options.add_argument("--device", help="of torch, for the student alone (default: the first GPU, or the CPU)")
     options.add_argument(
         "--engine", choices=("local", "ray"), help="where the student labels the posts (default: that of the run)"
@@ -100,6 +101,20 @@ def compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     print(text_table(frame))
     for path in parsed.output:
         comparison.write(frame, path)
+
+
+def add_copy(options: argparse.ArgumentParser) -> None:
+    options.add_argument("source", help="folder of a run or an export, or the URL of a copy")
+    options.add_argument("target", help="URL of the copy, or a new folder")
+
+
+def copy(parsed: argparse.Namespace) -> None:
+    from distill.copying import copy
+
+    with raise_on_sigterm():
+        count = copy(parsed.source, parsed.target)
+    done = f"copied {count} files to {parsed.target}"
+    print(done if count else f"{parsed.target}: nothing to do, it is this copy already")
 
 
 def add_push(options: argparse.ArgumentParser) -> None:

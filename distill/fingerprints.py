@@ -28,7 +28,7 @@ _IRRELEVANT = frozenset({
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler", "workers",
     "api_key_env", "replicas", "concurrency", "timeout_s", "deadline_s", "max_attempts", "backoff_s",
     "prompt_price", "completion_price", "gradient_checkpointing", "loggers",
-    "cache_mb", "decode_seconds", "batch",
+    "cache_mb", "decode_seconds", "batch", "cache", "cache_gb",
 })  # fmt: skip
 """Fields that do not change results, in any section."""
 

@@ -14,17 +14,18 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Literal
 
 from tqdm import tqdm
 
+from distill import storage
 from distill.annotation.ledger import Ledger
 from distill.api import Cascade, Run, Student
 from distill.chain import locked
-from distill.data import streams
+from distill.data import inputs, streams
 from distill.data.jsonl import Row
 from distill.data.posts import sample
 from distill.errors import RunError, SettingsError
@@ -60,25 +61,27 @@ class _Reasoning:
 class Prediction:
     """What `predict` wrote: the output, its number of rows, and the number of rows that could not be used."""
 
-    output: Path
+    output: Path | str
     rows: int
     dropped: int
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Path | str:
         """The file of the rows that could not be used, with the reasons; it exists if there are any."""
+        if isinstance(self.output, str):
+            return f"{self.output.rpartition('.')[0]}.quarantine.jsonl"
         return self.output.with_name(f"{self.output.stem}.quarantine.jsonl")
 
 
 def predict(
     run: Path,
-    source: Path,
-    output: Path,
+    source: Path | str,
+    output: Path | str,
     *,
     cascade: bool = False,
     rationales: bool = False,
     explain: Explain | None = None,
-    images: Path | None = None,
+    images: Path | str | None = None,
     max_new_tokens: int = 512,
     device: str | None = None,
     engine: Literal["local", "ray"] | None = None,
@@ -89,8 +92,9 @@ def predict(
     Args:
         run: folder of a run.
         source: posts as JSONL, CSV or Parquet (`id`, `text`, `aspect`, `image` or `images`, `video`, `audio`), or a
-            folder of pictures.
-        output: a file with the suffix .jsonl, .csv or .parquet. It has a row for each post that can be used.
+            folder of pictures; or a URL or pattern of shards (JSONL, Parquet, WebDataset).
+        output: a file or a URL with the suffix .jsonl, .csv or .parquet. It has a row for each post that can be used.
+            Results for a URL are collected in the working directory.
         cascade: ask the teacher about the posts of which the student is not certain.
         rationales: generate the student's rationale for each post.
         explain: who explains the label if that rationale is invalid or argues for another one: the student, the
@@ -106,15 +110,14 @@ def predict(
         SettingsError: an argument cannot be used, or the output exists or was begun with other arguments.
         RunError: a model failed, or the disk is full; the same call continues.
     """
-    output = output.absolute()
+    url = str(output) if storage.is_url(str(output)) else None
+    output = Path(PurePosixPath(url).name if url else output).absolute()
     if output.suffix.casefold() not in (".jsonl", ".csv", ".parquet"):
         raise SettingsError(f"--output: {output.name} must end in .jsonl, .csv or .parquet")
-    if output.exists():
-        raise SettingsError(f"--output: {output} exists; delete it or name another file")
-    if not source.exists():
-        raise SettingsError(f"--input: {source} does not exist")
-    root = images or (source if source.is_dir() else source.parent)
-    total = streams.count(source)
+    if storage.exists(url or str(output)):
+        raise SettingsError(f"--output: {url or output} exists; delete it or name another file")
+    parts = output.with_name(f".{output.name}.parts")
+    posts = inputs.posts(str(source), None if images is None else str(images), parts)
     opened = Run(run)
     if rationales and (opened.recipe.student is None or "reason" not in opened.recipe.student.tasks):
         raise SettingsError(f"--rationales: the student of {run} was not trained to reason")
@@ -123,35 +126,40 @@ def predict(
     on_ray = (engine or opened.recipe.engine) == "ray" and not cascade
     if cascade and (engine or opened.recipe.engine) == "ray":
         log.warning("predict --cascade labels the posts in this process, not on Ray workers")
+    total = posts.count()
+    if on_ray and total is None:
+        raise SettingsError("--engine ray reads a file or folder of this machine; use --engine local for shards")
     if on_ray and device is not None:
         raise SettingsError("--device needs --engine local: ray.gpus has the GPUs of Ray workers")
     if explain == "teacher" and rationales and not cascade:
         raise SettingsError("--explain teacher needs --cascade")
-    parts = output.with_name(f".{output.name}.parts")
     try:
         with locked(parts), ExitStack() as stack:
             reasoning = _Reasoning(max_new_tokens, explain) if rationales else None
-            _check_begun(parts, _identity(opened, source, cascade, reasoning))
+            _check_begun(parts, _identity(opened, posts.digest(), cascade, reasoning))
             model: Student | Cascade
             if on_ray:
                 settings = build(RaySettings, asdict(opened.recipe.ray) | dict(ray), "ray.")
                 check_ray(settings)
-                job = _Job(run.absolute(), source.absolute(), root.absolute(), reasoning, bool(settings.gpus))
+                assert total is not None
+                job = _Job(
+                    run.absolute(), Path(source).absolute(), posts.root().absolute(), reasoning, bool(settings.gpus)
+                )
                 _answer(parts, total, partial(_on_ray, job, settings, total, pool.new_folder(parts / "workers")))
             elif cascade:
                 model = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
             else:
                 model = Student.from_run(run, device=device)
             if not on_ray:
-                _answer(parts, total, lambda done: _here(source, done, root, model, reasoning))
-            written = _write_output(parts, output, _columns(opened.recipe.labels, cascade, rationales))
+                _answer(parts, total, lambda done: _here(posts, done, model, reasoning))
+            written = _write_output(parts, output, _columns(opened.recipe.labels, cascade, rationales), url)
         shutil.rmtree(parts)
     except OSError as error:
         raise RunError(f"{error.filename or output}: {error.strerror or error}") from error
     return written
 
 
-def _answer(parts: Path, total: int, results_from: Callable[[int], Iterator[list[dict[str, Any]]]]) -> None:
+def _answer(parts: Path, total: int | None, results_from: Callable[[int], Iterator[list[dict[str, Any]]]]) -> None:
     """Write the results of the rows that have none yet: `results_from` the number of those that have one."""
     with (parts / "results.jsonl").open("ab+") as results:
         done = _complete_lines(results)
@@ -165,12 +173,12 @@ def _answer(parts: Path, total: int, results_from: Callable[[int], Iterator[list
 
 
 def _here(
-    source: Path, done: int, root: Path, model: Student | Cascade, reasoning: _Reasoning | None
+    posts: inputs.Posts, done: int, model: Student | Cascade, reasoning: _Reasoning | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Results of this process."""
-    remaining = islice(streams.rows(source), done, None)
+    remaining = islice(posts.rows(), done, None)
     while rows := list(islice(remaining, _CHUNK)):
-        yield _results(rows, root, model, reasoning)
+        yield _results(rows, posts.root(), model, reasoning)
 
 
 @dataclass(frozen=True)
@@ -275,18 +283,10 @@ def _columns(labels: LabelSpace, cascade: bool, rationales: bool) -> dict[str, s
     return columns | (reasoned if rationales else {})
 
 
-def _identity(run: Run, source: Path, cascade: bool, reasoning: _Reasoning | None) -> dict[str, Any]:
-    """What the results depend on, as JSON: input, weights, calibration and options."""
-    digest = hashlib.sha256()
-    if source.is_dir():
-        for path in sorted(source.iterdir()):
-            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
-    else:
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+def _identity(run: Run, source: str, cascade: bool, reasoning: _Reasoning | None) -> dict[str, Any]:
+    """What the results depend on, as JSON: the digest of the input, weights, calibration and options."""
     found = {
-        "input": digest.hexdigest(),
+        "input": source,
         "student": Context(run.recipe, {}).weights(run.recipe.student_stage),
         "cascade": cascade,
     }
@@ -320,8 +320,8 @@ def _complete_lines(file: Any) -> int:
     return count
 
 
-def _write_output(parts: Path, output: Path, columns: dict[str, str]) -> Prediction:
-    """Write the output, and the rows that could not be used."""
+def _write_output(parts: Path, output: Path, columns: dict[str, str], url: str | None) -> Prediction:
+    """Write the output, to a URL if there is one, and the rows that could not be used."""
     rows = dropped = 0
     new, quarantine = parts / output.name, parts / "quarantine.jsonl"
 
@@ -337,11 +337,19 @@ def _write_output(parts: Path, output: Path, columns: dict[str, str]) -> Predict
                     yield line
 
     streams.write(new, usable(), columns)
-    written = Prediction(output, rows, dropped)
+    written = Prediction(url or output, rows, dropped)
     if dropped:
-        os.replace(quarantine, written.quarantine)
-    os.replace(new, output)
+        _move(quarantine, written.quarantine)
+    _move(new, written.output)
     return written
+
+
+def _move(path: Path, target: Path | str) -> None:
+    """Move a file to its place as a whole."""
+    if isinstance(target, str):
+        storage.put(path, target)
+    else:
+        os.replace(path, target)
 
 
 def _lines(parts: Path) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,8 @@ from huggingface_hub.utils import validate_repo_id
 from distill import chain
 from distill.data import jsonl
 from distill.data.images import open_image
+from distill.data.media_cache import fetch
+from distill.data.source import media_root
 from distill.errors import RunError, SettingsError
 from distill.files import read_json
 from distill.models.hub import is_hub_id
@@ -115,7 +117,7 @@ def push_data(folder: Path, target: Target) -> str:
         try:
             rows = Dataset.from_generator(
                 _rows, features=Features(FEATURES | dict.fromkeys(clips, CLIP)), cache_dir=scratch, split="train",
-                gen_kwargs={"paths": paths, "root": Path(run.recipe.data.root), "clips": tuple(clips)},
+                gen_kwargs={"paths": paths, "root": media_root(run.recipe.data), "clips": tuple(clips)},
             )  # fmt: skip
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
@@ -140,6 +142,7 @@ def _rows(paths: Sequence[Path], root: Path, clips: Sequence[str]) -> Iterator[d
                 sample = jsonl.to_sample(row.fields, root)
                 images = []
                 for image in sample.images:
+                    fetch(image)
                     open_image(image).close()
                     images.append(_content(image))
                 own = {"video": sample.video, "audio": None if sample.audio == sample.video else sample.audio}
@@ -154,6 +157,7 @@ def _rows(paths: Sequence[Path], root: Path, clips: Sequence[str]) -> Iterator[d
 
 
 def _content(path: Path) -> dict[str, Any]:
+    fetch(path)
     return {"bytes": path.read_bytes(), "path": path.name}
 
 

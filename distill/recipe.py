@@ -39,6 +39,7 @@ from distill.stage_settings import (
     CascadeStageSettings,
     Teacher,
     TeacherSettings,
+    check_stream,
 )
 from distill.task.labels import LabelSpace, TaskSettings
 from distill.tracking import TrackingSettings
@@ -233,6 +234,7 @@ def check(recipe: Recipe) -> None:
         check_labels(recipe.data, recipe.labels)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    check_stream(recipe)
     check_trainer(recipe.trainer, "trainer")
     for stage in ("teacher", "assistant", "student"):
         settings: TrainSettings | None = getattr(recipe, stage)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from distill.data import jsonl
+from distill.data.source import media_root
 from distill.errors import SettingsError
 from distill.files import read_json
 from distill.recipe import Recipe, load, parser
@@ -76,10 +77,10 @@ class Run:
     def predictions(self) -> pd.DataFrame:
         """The test posts: `text`, `aspect`, `images` (their paths), `gold`, and for each role its label and the text of
         its rationale."""
-        rows = []
+        rows, root = [], media_root(self.recipe.data)
         for row in jsonl.read(self._file("evaluate", "predictions.jsonl")):
             fields = {name: row.fields[name] for name in ("id", "text", "aspect", "gold")}
-            fields["images"] = [Path(self.recipe.data.root, name) for name in row.fields["images"]]
+            fields["images"] = [root / name for name in row.fields["images"]]
             for role, answer in row.fields["roles"].items():
                 fields |= {role: answer["label"], f"{role}_rationale": answer["rationale"]}
             rows.append(fields)

@@ -1,10 +1,12 @@
 """Settings of stages that several packages share: the teachers, and where each stage takes its teacher from."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from distill.annotation.annotate import AnnotateSettings
 from distill.cascade.calibration import CalibrateSettings
 from distill.cascade.cascade import CascadeSettings
+from distill.errors import SettingsError
 from distill.models.backbone import ModelSettings
 from distill.models.endpoint import BatchSettings, EndpointSettings
 from distill.settings import Settings
@@ -63,3 +65,24 @@ class CascadeStageSettings(CascadeSettings):
 
 Teacher = TeacherSettings | EndpointSettings | ModelSettings
 """The settings of a teacher: trained by the chain, behind a server, or pretrained on this machine."""
+
+
+def check_stream(recipe: Any) -> None:
+    """Refuse what a streamed source does not take: it would hold all training posts in memory."""
+    if recipe.data.source != "stream":
+        return
+    distillation = recipe.student and recipe.student.distillation
+    refused = {
+        "data.teacher": recipe.data.teacher,
+        "task.examples": recipe.task.examples,
+        "assistant.labelled_posts": recipe.assistant and recipe.annotate and recipe.assistant.labelled_posts,
+        "student.labelled_posts": recipe.student and recipe.annotate and recipe.student.labelled_posts,
+        "refine": recipe.refine is not None,
+        "engine: ray": recipe.engine == "ray",
+        "annotate.batch": recipe.annotate and recipe.annotate.batch,
+        "student.distillation.label_weight": distillation and distillation.label_weight,
+        "student.distillation.soft_targets: cached": distillation and distillation.soft_targets == "cached",
+    }
+    for name, given in refused.items():
+        if given:
+            raise SettingsError(f"{name} cannot be used with data.source stream; remove it")

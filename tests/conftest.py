@@ -29,6 +29,7 @@ from distill.task.labels import LabelSpace
 from distill.task.prompts import render
 from tests import micro, reloads
 from tests.commands import Command, Result
+from tests.s3_server import S3
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -119,6 +120,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def folder(finished: Recipe) -> Path:
     """The folder of that chain."""
     return finished.folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server, which the clients of this process reach."""
+    for name in ("s3fs", "moto", "flask"):
+        pytest.importorskip(name, reason=f"needs {name}, which is in the extra dev")
+    with S3() as server:
+        yield server
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_every_distill_command_parses(
         monkeypatch.setattr("distill.variants.run_variants", lambda *_: [])
         for name in ("push_student", "push_data"):
             monkeypatch.setattr(f"distill.push.{name}", lambda *_: "https://hub.example/user/name")
+        monkeypatch.setattr("distill.copying.copy", lambda source, target: 3)
         monkeypatch.setattr("distill.tracking.sync.sync", lambda folder: Sent(9, 20))
         if arguments[0] == "sync":
             (tmp_path / arguments[1]).mkdir(parents=True)

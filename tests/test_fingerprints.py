@@ -156,7 +156,7 @@ NEW_FIELDS = frozenset({
     "divergence", "beta", "skew", "label_weight", "label_teacher", "question", "definitions", "language",
     "fields", "examples", "templates", "quality", "signal", "modalities", "video", "audio", "frames",
     "audio_hidden", "audio_depth", "drop_modality", "label_column", "batch", "posts", "labelled_posts", "engine", "ray",
-    "replicas",
+    "replicas", "stream",
 })  # fmt: skip
 """Fields that earlier versions did not have; their defaults do what those versions did."""
 

@@ -75,7 +75,7 @@ def test_sections_come_in_order_with_their_own_defaults() -> None:
 
 def test_types_are_written_as_a_recipe_takes_them() -> None:
     types = {entry.name: entry.type for section in sections(Recipe) for entry in section.fields}
-    assert types["data.source"] == "`jsonl`, `twitter`, `mvsa`, `mosi`, `mmsa`, `meld`, `postcards`, `clips`"
+    assert types["data.source"] == "`jsonl`, `twitter`, `mvsa`, `mosi`, `mmsa`, `meld`, `postcards`, `clips`, `stream`"
     assert types["task.labels"] == "`list[str]` or `null`"
     assert types["annotate.endpoint.prompt_price"] == "`float` (0 or more) or `null`"
     assert types["trainer"] == "`dict[str, any]`"

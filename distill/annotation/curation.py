@@ -7,13 +7,15 @@ changes the data. `edit` gives the post another rationale, `relabel` another gol
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distill.data import jsonl
+from distill.data.stored import StoredPosts, changed, selected
 from distill.data.text import clean
 from distill.digests import combine
 from distill.errors import RunError, SettingsError
@@ -32,6 +34,7 @@ APPLIED = "annotate/curated.jsonl"
 
 Action = Literal["keep", "edit", "drop", "relabel", "reset"]
 
+_COUNTED = ("edited", "dropped", "relabelled")
 _CHANGES: tuple[Action, ...] = ("edit", "drop", "relabel")
 
 
@@ -74,7 +77,7 @@ class Curated:
         unknown: ids of decisions about posts that are not there.
     """
 
-    posts: list[Sample]
+    posts: Sequence[Sample]
     edits: dict[str, Rationale]
     counts: dict[str, int]
     unknown: list[str]
@@ -190,7 +193,7 @@ def digest(decisions: Mapping[str, Decision]) -> str | None:
     return combine(contents) if contents else None
 
 
-def curate(posts: Iterable[Sample], decisions: Mapping[str, Decision], labels: LabelSpace) -> Curated:
+def curate(posts: Sequence[Sample], decisions: Mapping[str, Decision], labels: LabelSpace) -> Curated:
     """Apply decisions to training posts.
 
     An edited post gets the label that its text predicts, also if it had none.
@@ -199,23 +202,35 @@ def curate(posts: Iterable[Sample], decisions: Mapping[str, Decision], labels: L
         SettingsError: an edited text without a label of its own predicts another label than the gold one.
     """
     remaining = effective(decisions)
-    kept, edits, counts = list[Sample](), dict[str, Rationale](), Counter[str]()
-    for post in posts:
+    if isinstance(posts, StoredPosts) and not remaining:  # nothing to read them for
+        return Curated(posts, {}, dict.fromkeys(_COUNTED, 0), [])
+    labels_of, edits, counts = dict[str, Any](), dict[str, Rationale](), Counter[str]()
+
+    def keep(post: Sample) -> bool:
         decision = remaining.pop(post.id, None)
         if decision is None:
-            kept.append(post)
-        elif decision.action == "drop":
+            return True
+        if decision.action == "drop":
             counts["dropped"] += 1
-        elif decision.action == "relabel":
+            return False
+        if decision.action == "relabel":
             counts["relabelled"] += 1
-            kept.append(replace(post, label=decision.label))
-        else:
-            counts["edited"] += 1
-            expected = post.label if decision.label is None else decision.label
-            try:
-                edits[post.id] = edited(decision.rationale or "", labels, expected)
-            except InvalidRationale as invalid:
-                raise SettingsError(f"{DECISIONS}, row {decision.row}: {invalid}; correct or delete the row") from None
-            kept.append(replace(post, label=edits[post.id].prediction))
-    totals = {name: counts[name] for name in ("edited", "dropped", "relabelled")}
-    return Curated(kept, edits, totals, list(remaining))
+            labels_of[post.id] = decision.label
+            return True
+        counts["edited"] += 1
+        expected = post.label if decision.label is None else decision.label
+        try:
+            edits[post.id] = edited(decision.rationale or "", labels, expected)
+        except InvalidRationale as invalid:
+            raise SettingsError(f"{DECISIONS}, row {decision.row}: {invalid}; correct or delete the row") from None
+        labels_of[post.id] = edits[post.id].prediction
+        return True
+
+    kept = selected(posts, keep)
+    if labels_of:
+        kept = changed(kept, partial(_relabelled, labels_of))
+    return Curated(kept, edits, {name: counts[name] for name in _COUNTED}, list(remaining))
+
+
+def _relabelled(labels: Mapping[str, Any], post: Sample) -> Sample:
+    return replace(post, label=labels[post.id]) if post.id in labels else post

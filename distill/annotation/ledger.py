@@ -20,6 +20,7 @@ from types import MappingProxyType, TracebackType
 from typing import IO, Any, Self
 
 from distill.annotation.ledger_index import LedgerIndex
+from distill.data.media_cache import fetch
 from distill.errors import RunError
 from distill.files import finite
 from distill.models.reasoner import Answer, Sampling
@@ -51,6 +52,7 @@ def key(
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError if the file cannot be read."""
+    fetch(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

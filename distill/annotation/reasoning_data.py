@@ -1,11 +1,12 @@
 """Reading of `rationales.jsonl`, the reasoning data that a stage wrote."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
+from distill.data.stored import StoredPosts, scan
 from distill.errors import SettingsError
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
@@ -23,18 +24,31 @@ def read_rationales(path: Path, root: Path, labels: LabelSpace) -> Iterator[tupl
         SettingsError: a row, edited by hand perhaps, cannot be used.
     """
     for row in jsonl.read(path):
-        try:
-            if row.problem is not None:
-                raise ValueError(row.problem)
-            sample = jsonl.to_sample(row.fields, root)
-            labels.index(sample.label if sample.label is not None else "")
-            if sample.rationale is None:
-                raise ValueError("has no rationale")
-        except ValueError as error:
-            raise SettingsError(
-                f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
-            ) from None
-        yield sample, row.fields
+        yield _sample(path, row, root, labels), row.fields
+
+
+def stored_rationales(paths: Iterable[Path], root: Path, labels: LabelSpace) -> StoredPosts:
+    """The rows of files as `read_rationales` gives them, read when they are needed. Raises SettingsError as it does."""
+
+    def check(path: Path, number: int, line: bytes) -> None:
+        _sample(path, jsonl.parse_line(number, line.decode("utf-8", "replace")), root, labels)
+
+    return scan(paths, root, check)
+
+
+def _sample(path: Path, row: jsonl.Row, root: Path, labels: LabelSpace) -> Sample:
+    try:
+        if row.problem is not None:
+            raise ValueError(row.problem)
+        sample = jsonl.to_sample(row.fields, root)
+        labels.index(sample.label if sample.label is not None else "")
+        if sample.rationale is None:
+            raise ValueError("has no rationale")
+    except ValueError as error:
+        raise SettingsError(
+            f"{path}, row {row.number}: {error}; correct the row, or delete the file and run: distill run"
+        ) from None
+    return sample
 
 
 def labels_only(posts: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from distill.data.media_cache import fetch
 from distill.errors import SettingsError
 from distill.settings import Count, Natural, Range, Seconds, Settings
 
@@ -194,6 +195,7 @@ class _Cache:
 
 def open_file(path: Path, max_mb: int, name: str) -> BinaryIO:
     """Open a file of at most `max_mb` MB. Raises ClipError if it is missing, larger or no regular file."""
+    fetch(path)
     try:
         if not path.is_file():  # opening a named pipe would block
             raise ClipError(f"clip {name} is missing")

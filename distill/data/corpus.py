@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,21 +40,26 @@ class Corpus:
     """The three splits, the dropped rows, and the data root.
 
     Attributes:
+        train: of source stream `StoredPosts`, which are not in memory.
         teacher: further labelled posts, on which only the teacher is trained.
         places: file and row of each post, by the split of the file and the id.
+        unlisted: number of dropped rows of a stream besides `dropped`.
+        longest: bytes of the longest text of a stream's training posts.
     """
 
-    train: list[Sample]
+    train: Sequence[Sample]
     validation: list[Sample]
     test: list[Sample]
     dropped: list[Dropped]
     root: Path
     places: Mapping[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
     teacher: list[Sample] = field(default_factory=list)
+    unlisted: int = 0
+    longest: int = 0
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A row with its sample, or with the reason to drop it.
 
     Attributes:
@@ -83,22 +88,17 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
     """
     check_labels(settings, labels)
     _check_settings(settings)
+    if settings.source == "stream":
+        from distill.data.stream_corpus import read_streamed  # which is built on this module
+
+        return read_streamed(settings, labels)
     if built_in_corpus := built_in(settings):
         _generate(built_in_corpus, settings.root)
     root = Path(settings.root).resolve()
-    entries = [_entry(split, file, row, settings, labels) for split, file, row in read_rows(settings)]
-    files = {file for entry in entries if entry.sample for file in _files(entry.sample)}
-    broken, silent = _check_media(files, settings)
-    kept: dict[str, list[_Entry]] = defaultdict(list)
-    for entry in entries:
-        if entry.sample is not None:
-            if entry.sample.audio == entry.sample.video and entry.sample.audio in silent:
-                entry.sample = entry.sample.without("audio")
-            entry.reason = _drop_reason(entry, entry.sample, broken, kept[entry.id])
-            if entry.reason is None:
-                kept[entry.id].append(entry)
-    _log_repairs(entries)
-    _check_files(settings, entries)
+    entries = [read_entry(split, file, row, root, labels) for split, file, row in read_rows(settings)]
+    check_entries(entries, settings, root, {})
+    log_repairs(entries)
+    check_files(split_files(settings), entries)
     parts: dict[str, list[Sample]] = {split: [] for split in PARTS}
     for entry in entries:
         if entry.sample and not entry.reason:
@@ -110,15 +110,40 @@ def read_corpus(settings: DataSettings, labels: LabelSpace) -> Corpus:
             raise SettingsError(
                 f"data.{split}: data.train has too few labelled posts to draw this split from; name a file instead"
             )
-    # a row whose split is unknown is read for each split that names the file
-    dropped = dict.fromkeys(Dropped(e.file, e.row, _printable(e.id), _printable(e.reason)) for e in entries if e.reason)
     places = {(e.split, e.id): (e.file, e.row) for e in entries if not e.reason}
-    return Corpus(parts["train"], parts["validation"], parts["test"], list(dropped), root, places, parts["teacher"])
+    dropped = dropped_rows(entries)
+    return Corpus(parts["train"], parts["validation"], parts["test"], dropped, root, places, parts["teacher"])
+
+
+def dropped_rows(entries: Iterable[Entry]) -> list[Dropped]:
+    """The rows with a reason to drop them; one whose split is unknown is read for each split that names the file."""
+    return list(
+        dict.fromkeys(Dropped(e.file, e.row, printable(e.id), printable(e.reason)) for e in entries if e.reason)
+    )
+
+
+def check_entries(entries: Sequence[Entry], settings: DataSettings, root: Path, kept: dict[str, list[Entry]]) -> None:
+    """Decode the files of rows, and set the `reason` of those that are dropped.
+
+    Args:
+        kept: the rows that are kept, by id; those of `entries` are added.
+    """
+    files = {file for entry in entries if entry.sample for file in _files(entry.sample)}
+    broken, silent = _check_media(files, settings, root)
+    for entry in entries:
+        if entry.sample is not None:
+            if entry.sample.audio == entry.sample.video and entry.sample.audio in silent:
+                entry.sample = entry.sample.without("audio")
+            entry.reason = _drop_reason(entry, entry.sample, broken, kept.get(entry.id, []))
+            if entry.reason is None:
+                kept.setdefault(entry.id, []).append(entry)
 
 
 def check_labels(settings: DataSettings, labels: LabelSpace) -> None:
     """Raise SettingsError if labels are continuous and the label space has no scale, or the reverse."""
     source = settings.source
+    if source == "stream":  # has both
+        return
     if source in CONTINUOUS and labels.scale is None:
         raise SettingsError(f"data.source {source} has continuous labels: add task.scale, which divides them into bins")
     if source not in CONTINUOUS and labels.scale is not None:
@@ -156,13 +181,13 @@ def _splits_to_draw(settings: DataSettings) -> dict[str, float]:
     return {split: fraction for split, fraction in fractions.items() if not split_files(settings)[split]}
 
 
-def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels: LabelSpace) -> _Entry:
+def read_entry(split: str, file: str, row: jsonl.Row, root: Path, labels: LabelSpace) -> Entry:
     """Convert a row to an entry with a sample, or with the reason why it has none."""
     sample = None
     reason = row.problem
     if reason is None:
         try:
-            sample = jsonl.to_sample(row.fields, Path(settings.root))
+            sample = jsonl.to_sample(row.fields, root)
             if sample.label is not None:
                 sample = replace(sample, label=labels.from_data(sample.label))  # type: ignore[arg-type]
                 labels.index(sample.label)
@@ -171,7 +196,7 @@ def _entry(split: str, file: str, row: jsonl.Row, settings: DataSettings, labels
     identity = row.fields.get("id", "") if sample is None else sample.id
     identity = "" if identity is None else str(identity)
     replaced = 0 if sample is None else sum(map(_replaced_characters, row.fields.values()))
-    return _Entry(split, file, row.number, sample, identity, reason, row.encoding, replaced)
+    return Entry(split, file, row.number, sample, identity, reason, row.encoding, replaced)
 
 
 def _replaced_characters(value: Any) -> int:
@@ -179,7 +204,7 @@ def _replaced_characters(value: Any) -> int:
     return sum(a != b for a, b in zip(value, clean(value), strict=True)) if isinstance(value, str) else 0
 
 
-def _log_repairs(entries: list[_Entry]) -> None:
+def log_repairs(entries: list[Entry]) -> None:
     """Log the rows that are not UTF-8, the rows with replaced characters, and the rows that repeat another split."""
     recoded = [entry for entry in entries if entry.encoding != "utf-8"]
     repaired = [entry for entry in entries if entry.replaced]
@@ -203,9 +228,9 @@ def _files(sample: Sample) -> list[_File]:
     return files + ([("audio", sample.audio)] if sample.audio is not None and sample.audio != sample.video else [])
 
 
-def _check_media(files: set[_File], settings: DataSettings) -> tuple[dict[_File, str], set[Path]]:
+def _check_media(files: set[_File], settings: DataSettings, root: Path) -> tuple[dict[_File, str], set[Path]]:
     """The files that cannot be decoded, with the reasons, which name them relative to `data.root`; silent videos."""
-    root, clips, silent = Path(settings.root).resolve(), ClipReader(settings.video), set()
+    clips, silent = ClipReader(settings.video), set()
 
     def error_of(file: _File) -> str | None:
         kind, path = file
@@ -228,7 +253,7 @@ def _check_media(files: set[_File], settings: DataSettings) -> tuple[dict[_File,
 _LEAKED = "with the same content"
 
 
-def _drop_reason(entry: _Entry, sample: Sample, broken: Mapping[_File, str], same_id: list[_Entry]) -> str | None:
+def _drop_reason(entry: Entry, sample: Sample, broken: Mapping[_File, str], same_id: list[Entry]) -> str | None:
     """Why a well-formed row is dropped; None if it is kept.
 
     Every split may number its posts from 1, so rows of two splits may have the same id unless they are the same post.
@@ -253,23 +278,23 @@ def _content(sample: Sample | None) -> tuple[Any, ...]:
     return () if sample is None else (sample.text.split(), sample.media, sample.aspect)
 
 
-def _check_files(settings: DataSettings, entries: list[_Entry]) -> None:
+def check_files(files_of: Mapping[str, Sequence[str]], entries: list[Entry]) -> None:
     """Raise SettingsError for a file without a usable row."""
-    by_file: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+    by_file: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in entries:
         by_file[entry.split, entry.file].append(entry)
-    for split, files in split_files(settings).items():
+    for split, files in files_of.items():
         for file in files:
             rows = by_file[split, file]
             if not rows:
                 raise SettingsError(f"data.{split}: {file} has no rows")
             if all(row.reason for row in rows):
-                reason = _printable(rows[0].reason)
+                reason = printable(rows[0].reason)
                 raise SettingsError(
                     f"data.{split}: none of the {len(rows)} rows of {file} can be used; row {rows[0].row}: {reason}"
                 )
 
 
-def _printable(text: str | None) -> str:
+def printable(text: str | None) -> str:
     """A reason or an id from an untrusted row, as one line of valid UTF-8 with at most 300 characters."""
     return " ".join((text or "").encode("utf-8", "backslashreplace").decode()[:300].split())

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from distill.data.media_cache import fetch
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded, recognised by content and not by suffix. The first frame of an animation is used."""
 
@@ -70,6 +72,7 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS, name: str = "") -> Image.Im
             before decoding), has an aspect ratio of MAX_ASPECT_RATIO or more, or is truncated or corrupt.
     """
     name = name or path.name
+    fetch(path)
     try:
         if not path.is_file():  # opening a named pipe would block
             raise ImageError(f"image {name} is missing")
@@ -123,6 +126,7 @@ def _unmodified_jpeg(path: Path, max_side: int, max_pixels: int) -> bytes | None
 
     None for any other file, including every file that `decode` rejects.
     """
+    fetch(path)
     if not path.is_file():
         return None
     try:

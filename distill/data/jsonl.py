@@ -148,9 +148,8 @@ def to_row(sample: Sample, root: Path) -> dict[str, Any]:
     """
 
     def name(path: Path) -> str:
-        return path.resolve().relative_to(base).as_posix()
+        return path.resolve().relative_to(root.resolve()).as_posix()
 
-    base = root.resolve()
     fields: dict[str, Any] = {
         "id": sample.id,
         "text": sample.text,

@@ -13,8 +13,9 @@ from distill.data.built_in import BuiltIn
 from distill.data.clips import VideoSettings
 from distill.data.clips_corpus import ClipsSettings
 from distill.data.postcards import PostcardSettings
+from distill.data.stream import Source, StreamSettings
 from distill.digests import Digests, combine
-from distill.errors import SettingsError
+from distill.errors import RunError, SettingsError
 from distill.settings import Count, Range, Seed, Settings
 from distill.task.sample import MODALITIES
 
@@ -32,15 +33,18 @@ Part = Annotated[float, Range(0, 1, below=True)]
 class DataSettings(Settings):
     """The data: source, files and splits."""
 
-    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips"] = "jsonl"
+    source: Literal["jsonl", "twitter", "mvsa", "mosi", "mmsa", "meld", "postcards", "clips", "stream"] = "jsonl"
     """Layout of the files: jsonl, twitter (TomBERT), mvsa, mosi (continuous labels; requires task.scale), mmsa (MOSI,
     MOSEI and CH-SIMS as MMSA stores them; continuous labels, too), meld, or a built-in corpus, generated into
-    data.root: postcards, or clips (videos with sound; continuous labels)."""
+    data.root: postcards, or clips (videos with sound; continuous labels); or stream: shards of data that does not fit
+    in memory, as JSONL, Parquet or WebDataset."""
     root: str = "data"
-    """Folder of the data. Images, videos and sounds outside it are rejected."""
+    """Folder of the data; for stream also a URL, such as s3://bucket/posts. Images, videos and sounds outside it are
+    rejected."""
     train: list[str] = field(default_factory=lambda: ["train.jsonl"])
     """Files of the training split, relative to data.root; for mvsa: labelResultAll.txt; for mmsa: label.csv, for all
-    three splits. Built-in corpora ignore it."""
+    three splits; for stream: paths, URLs, patterns such as train-*.parquet, or hub:owner/name. Built-in corpora ignore
+    it."""
     validation: list[str] = field(default_factory=list)
     """Files of the validation split; empty: a stratified part of the training rows is used."""
     test: list[str] = field(default_factory=lambda: ["test.jsonl"])
@@ -78,6 +82,8 @@ class DataSettings(Settings):
     """The built-in corpus of pictures, used if data.source is postcards."""
     clips: ClipsSettings = field(default_factory=ClipsSettings)
     """The built-in corpus of videos, used if data.source is clips."""
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    """Reading of shards, used if data.source is stream."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +113,22 @@ def split_files(settings: DataSettings) -> dict[str, list[str]]:
     return files | {"teacher": settings.teacher}
 
 
+def stream_source(settings: DataSettings) -> Source:
+    """The shards of source stream. Raises SettingsError, RunError: see `Source`."""
+    return Source(settings.stream, settings.root, split_files(settings))
+
+
+def media_root(settings: DataSettings) -> Path:
+    """The folder to which the names of media in the files of a run are relative.
+
+    That of a stream whose store does not answer is its root, below which there is nothing.
+    """
+    if settings.source == "stream":
+        with suppress(SettingsError, RunError):
+            return stream_source(settings).media()
+    return Path(settings.root)
+
+
 def read_rows(settings: DataSettings) -> Iterator[tuple[str, str, jsonl.Row]]:
     """Every row with its split and file."""
     for split, files in split_files(settings).items():
@@ -132,12 +154,14 @@ def _read(settings: DataSettings, split: str, file: str) -> Iterator[jsonl.Row]:
             return mmsa.read(root / file, root, split, settings.label_column or mmsa.LABEL)
         case "meld":
             return meld.read(root / file, root, settings.label_column or meld.LABEL)
-        case "jsonl" | "postcards" | "clips":
+        case _:
             return jsonl.read(root / file)
 
 
 def data_fingerprint(settings: DataSettings) -> str:
     """Hash of the data: every row of every split file, and the names and sizes of its files.
+
+    Of source stream, the names, sizes and versions (ETag, or modification time) of the shards; nothing is read.
 
     The same data in another folder has the same fingerprint. That of a built-in corpus is of its settings.
 
@@ -146,6 +170,8 @@ def data_fingerprint(settings: DataSettings) -> str:
     """
     if corpus := built_in(settings):
         return corpus.fingerprint
+    if settings.source == "stream":
+        return combine(stream_source(settings).content)
     digest = hashlib.sha256()
     sizes: dict[str, int] = {}
     for split, file, row in read_rows(settings):
@@ -170,6 +196,8 @@ def data_digest(settings: DataSettings, digests: Digests) -> str | None:
         SettingsError: a split file is missing.
     """
     root, corpus = Path(settings.root), built_in(settings)
+    if settings.source == "stream":  # the fingerprint has the versions of the shards
+        return "stream"
     if corpus and not corpus.is_generated(root):
         return None
     rows, names = [], set()

@@ -93,7 +93,7 @@ def _dataset_table(forecast: ChainForecast) -> str:
         posts: list[Sample] = getattr(forecast.corpus, split)
         counts = (len(posts), sum(p.label is not None for p in posts), sum(bool(p.rationale) for p in posts))
         rows.append([split, *(f"{count:,}" for count in counts)])
-    dropped = len(forecast.corpus.dropped)
+    dropped = len(forecast.corpus.dropped) + forecast.corpus.unlisted
     return align(rows) + (f"\n{dropped:,} rows of the files are left out." if dropped else "")
 
 

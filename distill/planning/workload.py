@@ -17,6 +17,7 @@ from distill.annotation.ledger import Ledger
 from distill.annotation.reasoning_data import labels_only
 from distill.data.clips import RATE, ClipReader
 from distill.data.images import open_image
+from distill.data.media_cache import fetch
 from distill.data.source import built_in
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, ModelSettings
@@ -323,6 +324,7 @@ def largest_clip(rows: Iterable[Sample]) -> list[Sample]:
 
 def _image_tokens(path: Path, teacher: Teacher) -> float:
     """Estimate the tokens of an image from its size in pixels."""
+    fetch(path)
     with open_image(path) as image:
         return _picture_tokens(*image.size, teacher)
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from distill.annotation.curation import APPLIED, DECISIONS, Decision, curate, ef
 from distill.annotation.examples import with_examples
 from distill.annotation.first_answers import FirstAnswers
 from distill.annotation.ledger import Ledger, digest
-from distill.annotation.reasoning_data import RATIONALES, labels_only, read_rationales
+from distill.annotation.reasoning_data import RATIONALES, labels_only, read_rationales, stored_rationales
 from distill.data import jsonl
 from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
 from distill.data.source import SPLITS
+from distill.data.stored import selected
 from distill.errors import SettingsError, in_section
 from distill.models import backbone, text_limit
 from distill.models.backbone import Backbone, ModelSettings
@@ -98,7 +99,9 @@ class Context:
             report = self.folder / "quarantine.jsonl"
             write_quarantine(report, corpus.dropped)
             for first in corpus.dropped[:1]:
-                summary = f"{len(corpus.dropped)} rows are dropped and listed in {report}; the first:"
+                listed, total = len(corpus.dropped), len(corpus.dropped) + corpus.unlisted
+                some = f"; {listed} of them are" if corpus.unlisted else " and"
+                summary = f"{total} rows are dropped{some} listed in {report}; the first:"
                 log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
         return corpus
 
@@ -113,7 +116,7 @@ class Context:
         if longest <= limit:
             return corpus
         tokenizer = text_limit.tokenizer(model, self.tokenizer(model)) if model else None
-        return limit_lengths(corpus, data, limit, lambda text, limit: text_limit.cut(text, limit, tokenizer))
+        return limit_lengths(corpus, data, limit, partial(text_limit.cut, tokenizer=tokenizer))
 
     @cached_property
     def _as_read(self) -> Corpus:
@@ -127,7 +130,7 @@ class Context:
         return effective(read_decisions(self.folder / DECISIONS, self.labels)) if has_rationales else {}
 
     @property
-    def curated(self) -> list[Sample]:
+    def curated(self) -> Sequence[Sample]:
         """The training posts of augment and student: with the decisions that the stage annotate has applied."""
         applied = {} if self.recipe.annotate is None else read_decisions(self.folder / APPLIED, self.labels)
         return curate(self.corpus.train, applied, self.labels).posts
@@ -317,25 +320,34 @@ class Context:
         )
         jsonl.write_rows(self.folder / stage / RATIONALES, rows)
 
-    def rationales(self, *stages: str) -> list[Sample]:
+    def rationales(self, *stages: str) -> Sequence[Sample]:
         """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped.
+
+        That of a streamed corpus stays in its files.
 
         Raises:
             SettingsError: a row, edited by hand perhaps, cannot be used.
         """
         paths = [self.folder / stage / RATIONALES for stage in stages if getattr(self.recipe, stage) is not None]
+        if self.recipe.data.source == "stream":
+            return stored_rationales(paths, self.corpus.root, self.labels)
         return [sample for path in paths for sample, _ in read_rationales(path, self.corpus.root, self.labels)]
 
-    def training_samples(self, *stages: str, labelled_posts: bool = False) -> list[Sample]:
+    def training_samples(self, *stages: str, labelled_posts: bool = False) -> Sequence[Sample]:
         """Training data of assistant and student: reasoning data, or labelled posts without an annotate section.
 
         Args:
             labelled_posts: append the labelled posts without a rationale.
         """
         if self.recipe.annotate is None:
-            return [sample for sample in self.corpus.train if sample.label is not None]
+            return labelled(self.corpus.train)
         rows = self.rationales(*stages)
-        return rows + labels_only(self.curated, rows) if labelled_posts else rows
+        return [*rows, *labels_only(self.curated, rows)] if labelled_posts else rows
+
+
+def labelled(posts: Sequence[Sample]) -> Sequence[Sample]:
+    """The posts with a label."""
+    return selected(posts, lambda post: post.label is not None)
 
 
 @contextmanager

@@ -30,9 +30,10 @@ def run(context: Context, tracked: StageRun) -> None:
     settings = recipe.student.model
     base = find_source(settings.path, settings.revision) if settings.path else Source("", "main")
     corpus = context.corpus
+    dropped = len(corpus.dropped) + corpus.unlisted
     data = (
         f"`{recipe.data.source}`: {len(corpus.train)} training, {len(corpus.validation)} validation and "
-        f"{len(corpus.test)} test posts; {len(corpus.dropped)} rows were left out as unreadable or inconsistent."
+        f"{len(corpus.test)} test posts; {dropped} rows were left out as unreadable or inconsistent."
     )
     # a placeholder post: the card may be published where the data may not
     example = Sample(

@@ -3,7 +3,8 @@
 Models are checked by their configs and processors, without weights, as `distill plan` loads them; no endpoint is asked.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from distill.cascade.calibration import quality_target
 from distill.cascade.thresholds import largest_quality, threshold_for_risk
 from distill.data.corpus import Corpus
-from distill.data.source import SPLITS
 from distill.errors import SettingsError, in_section
 from distill.evaluation.reasoning import left_out
 from distill.models.backbone import Backbone, ModelSettings
@@ -124,19 +124,18 @@ def _left_out(context: Context, name: str, model: ModelSettings) -> Iterator[str
     ignored = {"images": not model.images, "video": model.video == "ignore", "audio": model.audio == "ignore"}
     if not any(ignored.values()):
         return
-    posts = _posts(context.corpus)
     values = {"images": "false: the images", "video": "ignore: the videos", "audio": "ignore: the sounds"}
     for field, what in values.items():
-        if ignored[field] and (count := sum(bool(getattr(post, field)) for post in posts)):
+        if ignored[field] and (count := sum(bool(getattr(post, field)) for post in _posts(context.corpus))):
             yield f"{name}.model.{field} is {what} of {count} posts are left out"
     given = {"text", *(field for field in ignored if not ignored[field])}
-    if empty := [post.id for post in posts if given.isdisjoint(post.modalities)]:
+    if empty := [post.id for post in _posts(context.corpus) if given.isdisjoint(post.modalities)]:
         yield f"{name}.model is given nothing of {len(empty)} posts without text, such as {empty[0]}"
 
 
-def _posts(corpus: Corpus) -> list[Sample]:
-    """The posts of the three splits."""
-    return [post for split in SPLITS for post in getattr(corpus, split)]
+def _posts(corpus: Corpus, *more: Iterable[Sample]) -> Iterator[Sample]:
+    """The posts of the three splits, of which those of a stream are read one by one, and `more`."""
+    return itertools.chain(corpus.train, corpus.validation, corpus.test, *more)
 
 
 def _check_training(context: Context, settings: TrainSettings, posts: Sequence[Sample]) -> None:
@@ -195,10 +194,13 @@ def _check_inputs(model: Backbone, posts: Sequence[Sample], packed: Sequence[Tem
     Raises:
         SettingsError: the processor does not take the posts.
     """
-    posts = sorted((post for post in posts if post.label is not None), key=lambda post: post.media.extent, reverse=True)
-    if not posts:
+    most = fewest = None
+    for post in posts:
+        if post.label is not None:
+            most = post if most is None or post.media.extent > most.media.extent else most
+            fewest = post if fewest is None or post.media.extent <= fewest.media.extent else fewest
+    if most is None or fewest is None:
         return
-    most, fewest = posts[0], posts[-1]
     texts = [
         prompts.render(task, most, model.labels, synthetic_answers(most, model.labels) if task == "review" else None)
         for task in packed
@@ -215,18 +217,20 @@ def _check_media(model: Backbone, corpus: Corpus, taken: Collection[str] = ()) -
     Args:
         taken: modalities without which posts are given as well; the sound alone may be what it cannot be given.
     """
-    for post in [*_posts(corpus), *corpus.teacher]:
+    for post in _posts(corpus, corpus.teacher):
         model.encoder.media.check(post.media)
         model.encoder.media.check(post.without(*{"images", "video"}.intersection(taken)).media)
 
 
 def _check_pictures(model: Backbone, corpus: Corpus) -> None:
     """Raise SettingsError if posts have no picture and the model's family needs one in each."""
-    posts, media = [*corpus.train, *corpus.validation, *corpus.test, *corpus.teacher], model.encoder.media
-    without = [post.id for post in posts if not media.shows(post.media)]
-    if model.family.needs_picture and without:
+    if not model.family.needs_picture:
+        return
+    without = [post.id for post in _posts(corpus, corpus.teacher) if not model.encoder.media.shows(post.media)]
+    if without:
+        total = sum(map(len, (corpus.train, corpus.validation, corpus.test, corpus.teacher)))
         raise SettingsError(
-            f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {len(posts)} posts have "
+            f"model.path: {model.family.name} needs a picture in each post; {len(without)} of {total} posts have "
             f"none, such as {without[0]}"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distill.data import jsonl
-from distill.data.source import DataSettings, split_files
+from distill.data.source import DataSettings, media_root, split_files
 from distill.recipe import Recipe
 from distill.task.labels import LabelSpace
 
@@ -33,8 +33,9 @@ def posts_and_decisions(recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict
     listed = [row["index"] for group in groups for row in group["rows"]]
     chosen = dict.fromkeys([*_chosen(rows), *(index for index in listed if index is not None)])
     attributes = _attributes(recipe.data)
+    root = media_root(recipe.data)
     gallery = [
-        _entry(Path(recipe.data.root), index, rows[index])
+        _entry(root, index, rows[index])
         | {"attributes": attributes.get((rows[index]["id"], rows[index]["text"]), {})}
         | {"decision": decided.get(rows[index]["id"])}
         for index in chosen

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from distill.data.stored import StoredPosts, changed
 from distill.models import backbone
 from distill.models.backbone import Backbone
-from distill.stages.context import Context, progress
+from distill.stages.context import Context, labelled, progress
 from distill.stages.label_targets import label_targets, unlabelled
 from distill.task.prompts import Template
 from distill.task.sample import Sample
@@ -32,7 +33,7 @@ def run(context: Context, tracked: StageRun) -> None:
     rows = context.training_samples("annotate", "augment", labelled_posts=settings.labelled_posts)
     targets = None
     if settings.distillation.label_weight > 0:
-        rows += unlabelled(context.curated, rows)
+        rows = [*rows, *unlabelled(context.curated, rows)]
         targets = label_targets(context, rows) if rows else None
 
     def soft_targets(model: Backbone, rows: Sequence[Sample]) -> OnlineTargets | CachedTargets | None:
@@ -45,17 +46,21 @@ def run(context: Context, tracked: StageRun) -> None:
     context.train("student", module, rows, tracked)
     if settings.hard_labels_baseline:
         baseline = replace(settings, tasks={"classify": 1.0})
-        labelled = [replace(sample, rationale=None) for sample in context.curated if sample.label is not None]
+        gold = changed(labelled(context.curated), _without_rationale)
         # fewer rows make shorter epochs: the factor gives both trainings about as many steps and validations
-        epoch_factor = max(1, round(len(rows) / max(1, len(labelled))))
+        epoch_factor = max(1, round(len(rows) / max(1, len(gold))))
         context.train(
             "student",
             lambda model, _: StudentModule(model, baseline),
-            labelled,
+            gold,
             tracked,
             part=HARD_LABELS,
             epoch_factor=epoch_factor,
         )
+
+
+def _without_rationale(sample: Sample) -> Sample:
+    return replace(sample, rationale=None)
 
 
 def _soft_targets(
@@ -98,7 +103,7 @@ def _use_cache(context: Context, settings: StudentSettings, student: Backbone, r
     """Whether soft targets are cached on disk (`DistillationSettings.use_cache`)."""
     options, model = settings.distillation, context.recipe.assistant
     assert model is not None
-    if context.recipe.data.drop_modality:  # other posts in each epoch
+    if context.recipe.data.drop_modality or isinstance(rows, StoredPosts):  # other posts in each epoch; too many
         return False
     epochs = context.trainer_arguments(settings)["max_epochs"]
     cached, free = soft_target_cache.disk_space(context.folder)

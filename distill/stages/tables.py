@@ -20,8 +20,9 @@ def rationales(context: Context, tracked: StageRun, stage: str) -> None:
         return
     folder = context.folder / stage
     tracked.table("rationales", [_rationale(context, row) for row in _first_rows(folder / "rationales.jsonl")])
-    posts = {sample.id: sample for sample in context.corpus.train}
-    dropped = _first_rows(folder / "quarantine.jsonl")
+    dropped = list(_first_rows(folder / "quarantine.jsonl"))
+    wanted = {row["id"] for row in dropped}
+    posts = {sample.id: sample for sample in context.corpus.train if sample.id in wanted} if wanted else {}
     tracked.table("quarantine", [_post(posts.get(row["id"])) | dict(row) for row in dropped])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill.data.corpus import Corpus
 from distill.data.source import data_fingerprint
+from distill.data.stored import StoredPosts
 from distill.files import atomic_folder
 from distill.models import tiny
 from distill.models.pretrained import ModelSettings
@@ -14,6 +15,9 @@ from distill.task import prompts
 from distill.training.batches import synthetic_answers
 
 _TEMPLATES: tuple[prompts.Template, ...] = ("predict", "explain", "reason", "classify")
+
+_STORED = 10_000
+"""The most posts that are not in memory from which a tokenizer learns."""
 
 
 def tiny_tokenizer(recipe: Recipe, settings: ModelSettings, corpus: Callable[[], Corpus]) -> Path:
@@ -44,7 +48,8 @@ def _reviews(recipe: Recipe) -> bool:
 
 def _texts(recipe: Recipe, corpus: Corpus) -> list[str]:
     """Training texts: posts, rationales, prompts and answers."""
-    posts, labels = [*corpus.train, *corpus.teacher], recipe.labels
+    train = corpus.train[:_STORED] if isinstance(corpus.train, StoredPosts) else corpus.train
+    posts, labels = [*train, *corpus.teacher], recipe.labels
     texts = [text for post in posts for text in (post.text, post.aspect, post.rationale) if text]
     labelled = [post for post in posts if post.label is not None]
     texts += [prompts.render(template, post, labels) for template in _TEMPLATES for post in labelled[:100]]

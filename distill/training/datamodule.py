@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
+from distill.data.stored import StoredPosts, selected
 from distill.errors import SettingsError
 from distill.models.backbone import Backbone, Features
 from distill.task.prompts import Template
 from distill.task.sample import MODALITIES, Sample
 from distill.training.batches import target_answer
+from distill.training.sharded_sampler import ShardedSampler
 
 
 class LengthGroupedSampler(StatefulDistributedSampler):
@@ -82,7 +85,7 @@ class TrainingPosts(Sequence[Sample]):
         self,
         samples: Sequence[Sample],
         drop: Mapping[str, float],
-        sampler: LengthGroupedSampler,
+        sampler: "LengthGroupedSampler | ShardedSampler",
         takes: Callable[[str], bool],
     ) -> None:
         self.samples, self.drop, self.sampler, self.takes = samples, drop, sampler, takes
@@ -112,8 +115,8 @@ class ReasoningDataModule(L.LightningDataModule):
     Training samples without an answer to any of the tasks and without a label target are dropped. The others are
     shuffled by seed and epoch, batched by length and divided among the processes; if they cannot be divided equally, a
     few of them, others in each epoch, are trained twice. The training loader is stateful: a resumed run continues
-    within the epoch at the next batch. Validation samples are padded with gold index -1 to the same number in every
-    process.
+    within the epoch at the next batch. Posts that are not in memory are shuffled by shard (`ShardedSampler`).
+    Validation samples are padded with gold index -1 to the same number in every process.
 
     Args:
         label_targets: ids of the samples that need no answer, because their label distribution is learned.
@@ -140,11 +143,12 @@ class ReasoningDataModule(L.LightningDataModule):
         super().__init__()
         self.backbone = backbone
         labels = backbone.labels
-        self.train = [
-            sample
-            for sample in train
-            if sample.id in label_targets or any(target_answer(task, sample, labels) is not None for task in tasks)
-        ]
+        tasks = list(tasks)
+
+        def teaches(sample: Sample) -> bool:
+            return sample.id in label_targets or any(target_answer(task, sample, labels) is not None for task in tasks)
+
+        self.train = selected(train, teaches)
         if not self.train:
             raise SettingsError(f"none of the {len(train)} training posts has an answer to {' or '.join(tasks)}")
         self.validation = list(validation)
@@ -157,7 +161,11 @@ class ReasoningDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         world_size, rank = self._processes()
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        sampler = LengthGroupedSampler(self.train, world_size, rank, self.seed, self.batch_size * accumulated)
+        sampler: LengthGroupedSampler | ShardedSampler
+        if isinstance(self.train, StoredPosts):
+            sampler = ShardedSampler(self.train, world_size, rank, self.seed, self.batch_size * accumulated)
+        else:
+            sampler = LengthGroupedSampler(self.train, world_size, rank, self.seed, self.batch_size * accumulated)
         if self.trainer:  # a resumed run starts its workers before Lightning sets the epoch of the sampler
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return StatefulDataLoader(
@@ -186,13 +194,15 @@ class ReasoningDataModule(L.LightningDataModule):
     def batch_ids(self, batches: Sequence[int], training: bool) -> list[str]:
         """Return the ids of the samples in batches of this process, of the current epoch if it is training."""
         world_size, rank = self._processes()
-        if training:
-            loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
-            samples = [self.train[n] for n in loader.sampler._epoch_order()[rank::world_size]]
-            size = self.batch_size
-        else:
+        if not training:
             samples, size = self.validation[rank::world_size], self.backbone.settings.batch_size
-        return [sample.id for n in dict.fromkeys(batches) for sample in samples[n * size : (n + 1) * size]]
+            return [sample.id for n in dict.fromkeys(batches) for sample in samples[n * size : (n + 1) * size]]
+        loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
+        order, size, found = loader.sampler._epoch_order(), self.batch_size, dict[int, list[str]]()
+        for place, index in enumerate(islice(order, rank, (max(batches) + 1) * size * world_size, world_size)):
+            if place // size in batches:
+                found.setdefault(place // size, []).append(self.train[index].id)
+        return [name for n in dict.fromkeys(batches) for name in found.get(n, [])]
 
     def _processes(self) -> tuple[int, int]:
         """Return the number of processes and the rank of this one."""
