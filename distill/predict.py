@@ -142,9 +142,8 @@ def predict(
                 settings = build(RaySettings, asdict(opened.recipe.ray) | dict(ray), "ray.")
                 check_ray(settings)
                 assert total is not None
-                job = _Job(
-                    run.absolute(), Path(source).absolute(), posts.root().absolute(), reasoning, bool(settings.gpus)
-                )
+                root, on_gpu = posts.root().absolute(), bool(settings.gpus)
+                job = _Job(run.absolute(), Path(source).absolute(), root, reasoning, on_gpu)
                 _answer(parts, total, partial(_on_ray, job, settings, total, pool.new_folder(parts / "workers")))
             elif cascade:
                 model = Cascade.from_run(run, ledger=stack.enter_context(Ledger(parts / "ledger.jsonl")))
@@ -285,12 +284,9 @@ def _columns(labels: LabelSpace, cascade: bool, rationales: bool) -> dict[str, s
 
 def _identity(run: Run, source: str, cascade: bool, reasoning: _Reasoning | None) -> dict[str, Any]:
     """What the results depend on, as JSON: the digest of the input, weights, calibration and options."""
-    found = {
-        "input": source,
-        "student": Context(run.recipe, {}).weights(run.recipe.student_stage),
-        "cascade": cascade,
-    }
-    found["rationales"] = None if reasoning is None else asdict(reasoning)
+    student = Context(run.recipe, {}).weights(run.recipe.student_stage)
+    reasons = None if reasoning is None else asdict(reasoning)
+    found = {"input": source, "student": student, "cascade": cascade, "rationales": reasons}
     if cascade and (calibration := run.folder / CALIBRATION).exists():
         found["calibration"] = hashlib.sha256(calibration.read_bytes()).hexdigest()
     return found
@@ -304,8 +300,8 @@ def _check_begun(parts: Path, identity: dict[str, Any]) -> None:
     elif (begun := read_json(path)) != identity:
         names = {"input": "another input", "student": "another student", "calibration": "another calibration"}
         different = next(name for name in {*begun, *identity} if begun.get(name) != identity.get(name))
-        what = names.get(different, "other options")
-        raise SettingsError(f"{parts} was begun with {what}; delete it, or name another --output")
+        different = names.get(different, "other options")
+        raise SettingsError(f"{parts} was begun with {different}; delete it, or name another --output")
 
 
 def _complete_lines(file: Any) -> int:
@@ -346,10 +342,7 @@ def _write_output(parts: Path, output: Path, columns: dict[str, str], url: str |
 
 def _move(path: Path, target: Path | str) -> None:
     """Move a file to its place as a whole."""
-    if isinstance(target, str):
-        storage.put(path, target)
-    else:
-        os.replace(path, target)
+    storage.put(path, target) if isinstance(target, str) else os.replace(path, target)
 
 
 def _lines(parts: Path) -> Iterator[dict[str, Any]]:

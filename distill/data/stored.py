@@ -126,6 +126,11 @@ def selected(posts: Sequence[Sample], keep: Callable[[Sample], bool]) -> Sequenc
     return posts.selected(keep) if isinstance(posts, StoredPosts) else [post for post in posts if keep(post)]
 
 
+def labelled(posts: Sequence[Sample]) -> Sequence[Sample]:
+    """The posts with a label: of a list a list."""
+    return selected(posts, lambda post: post.label is not None)
+
+
 def changed(posts: Sequence[Sample], change: Change) -> Sequence[Sample]:
     """The posts with a change: of a list a list."""
     return posts.changed(change) if isinstance(posts, StoredPosts) else [change(post) for post in posts]

@@ -10,10 +10,10 @@ import numpy as np
 from distill.annotation.augment import AugmentSettings, augment, select
 from distill.annotation.cached_teacher import CachedTeacher, Start
 from distill.annotation.ledger import Ledger
-from distill.data.stored import StoredPosts
+from distill.data.stored import StoredPosts, labelled
 from distill.files import write_json
 from distill.stages import tables
-from distill.stages.context import Context, labelled, progress
+from distill.stages.context import Context, progress
 from distill.stages.prefill import prefill
 from distill.task.sample import Sample
 from distill.tracking import StageRun

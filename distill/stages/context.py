@@ -27,7 +27,7 @@ from distill.data.clips import ClipReader
 from distill.data.corpus import Corpus, read_corpus, write_quarantine
 from distill.data.lengths import MAX_TOKENS, limit_lengths, longest_text
 from distill.data.source import SPLITS
-from distill.data.stored import selected
+from distill.data.stored import labelled
 from distill.errors import SettingsError, in_section
 from distill.models import backbone, text_limit
 from distill.models.backbone import Backbone, ModelSettings
@@ -96,13 +96,9 @@ class Context:
         """The data, read and validated once. Dropped rows are written to `quarantine.jsonl` in the run's folder."""
         corpus = self.posts
         if worker_folder() is None:  # workers of a distributed training do not write it
-            report = self.folder / "quarantine.jsonl"
-            write_quarantine(report, corpus.dropped)
-            for first in corpus.dropped[:1]:
-                listed, total = len(corpus.dropped), len(corpus.dropped) + corpus.unlisted
-                some = f"; {listed} of them are" if corpus.unlisted else " and"
-                summary = f"{total} rows are dropped{some} listed in {report}; the first:"
-                log.warning("data: %s %s row %d: %s", summary, first.file, first.row, first.reason)
+            write_quarantine(report := self.folder / "quarantine.jsonl", corpus.dropped)
+            if corpus.dropped:
+                log.warning("data: %s", corpus.dropped_summary(report))
         return corpus
 
     @cached_property
@@ -321,9 +317,7 @@ class Context:
         jsonl.write_rows(self.folder / stage / RATIONALES, rows)
 
     def rationales(self, *stages: str) -> Sequence[Sample]:
-        """The reasoning data that the given stages wrote; stages that the recipe does not have are skipped.
-
-        That of a streamed corpus stays in its files.
+        """The reasoning data of the given stages, if the recipe has them; that of a streamed corpus stays in its files.
 
         Raises:
             SettingsError: a row, edited by hand perhaps, cannot be used.
@@ -336,18 +330,12 @@ class Context:
     def training_samples(self, *stages: str, labelled_posts: bool = False) -> Sequence[Sample]:
         """Training data of assistant and student: reasoning data, or labelled posts without an annotate section.
 
-        Args:
-            labelled_posts: append the labelled posts without a rationale.
+        With `labelled_posts`, the labelled posts without a rationale are appended.
         """
         if self.recipe.annotate is None:
             return labelled(self.corpus.train)
         rows = self.rationales(*stages)
         return [*rows, *labels_only(self.curated, rows)] if labelled_posts else rows
-
-
-def labelled(posts: Sequence[Sample]) -> Sequence[Sample]:
-    """The posts with a label."""
-    return selected(posts, lambda post: post.label is not None)
 
 
 @contextmanager

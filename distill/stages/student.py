@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from distill.data.stored import StoredPosts, changed
+from distill.data.stored import StoredPosts, changed, labelled
 from distill.models import backbone
 from distill.models.backbone import Backbone
-from distill.stages.context import Context, labelled, progress
+from distill.stages.context import Context, progress
 from distill.stages.label_targets import label_targets, unlabelled
 from distill.task.prompts import Template
 from distill.task.sample import Sample

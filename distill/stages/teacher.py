@@ -1,8 +1,8 @@
 """Stage `teacher`: fine-tunes a local teacher on gold labels and rationales: the training split and its own posts."""
 
-from distill.data.stored import StoredPosts, selected
+from distill.data.stored import StoredPosts, labelled, selected
 from distill.errors import SettingsError
-from distill.stages.context import Context, labelled
+from distill.stages.context import Context
 from distill.task.prompts import SCORED
 from distill.tracking import StageRun
 from distill.training.assistant import AssistantModule
