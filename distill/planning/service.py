@@ -14,12 +14,12 @@ Times = Callable[[int], float]
 def batch_times(measured: Mapping[int, float]) -> Times:
     """Times between measured sizes are linear.
 
-    Beyond the largest size they grow as between the two largest ones, and with one size alone in proportion to it;
-    below the smallest size they are those of the smallest.
+    Beyond the largest size they grow as from the smallest to the largest, which a few batches of a rare size change
+    little, and with one size alone in proportion to it; below the smallest size they are those of the smallest.
     """
     sizes = np.array(sorted(measured), dtype=float)
     seconds = np.array([measured[int(size)] for size in sizes])
-    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else seconds[-1] / sizes[-1]
+    slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else seconds[-1] / sizes[-1]
 
     def time(size: int) -> float:
         beyond = max(size - sizes[-1], 0.0) * max(slope, 0.0)
