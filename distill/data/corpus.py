@@ -57,12 +57,11 @@ class Corpus:
     unlisted: int = 0
     longest: int = 0
 
-    def dropped_summary(self, report: Path) -> str:
-        """How many rows are dropped, where they are listed, and the first of them."""
+    def dropped_summary(self, report: Path) -> tuple[str, str, int, str]:
+        """How many rows are dropped and where they are listed; file, row and reason of the first of them."""
         first, total = self.dropped[0], len(self.dropped) + self.unlisted
         some = f"; {len(self.dropped)} of them are" if self.unlisted else " and"
-        place = f"{first.file} row {first.row}: {first.reason}"
-        return f"{total} rows are dropped{some} listed in {report}; the first: {place}"
+        return f"{total} rows are dropped{some} listed in {report}; the first:", first.file, first.row, first.reason
 
 
 @dataclass

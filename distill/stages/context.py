@@ -98,7 +98,7 @@ class Context:
         if worker_folder() is None:  # workers of a distributed training do not write it
             write_quarantine(report := self.folder / "quarantine.jsonl", corpus.dropped)
             if corpus.dropped:
-                log.warning("data: %s", corpus.dropped_summary(report))
+                log.warning("data: %s %s row %d: %s", *corpus.dropped_summary(report))
         return corpus
 
     @cached_property
