@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hanging import STACKS, communicate, once_more
+from tests.hanging import STACKS, Crashed, communicate, once_more
 
 SCRIPT = """
 import os, sys, time
@@ -49,3 +49,22 @@ def test_a_hanging_test_is_run_once_more_in_a_new_folder(tmp_path: Path) -> None
     with pytest.raises(subprocess.TimeoutExpired), pytest.warns(UserWarning, match="hung"):
         hangs_at_first(tmp_path=tmp_path / "b", often=2)
     assert folders == ["first", "second"]
+
+
+def test_a_crash_of_the_allocator_is_run_once_more(tmp_path: Path) -> None:
+    folders = []
+    crash = "import os; os.write(2, b'malloc(): unaligned tcache chunk detected\\n'); os.abort()"
+
+    @once_more
+    def crashes_at_first(tmp_path: Path, often: int) -> None:
+        folders.append(tmp_path.name)
+        communicate(start(crash if len(folders) <= often else ""), 20)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.warns(UserWarning, match=r"(?s)crashes_at_first crashed.*unaligned tcache"):
+        crashes_at_first(tmp_path=tmp_path / "a", often=1)
+    assert folders == ["first", "second"]
+    folders.clear()
+    with pytest.raises(Crashed), pytest.warns(UserWarning, match="crashed"):
+        crashes_at_first(tmp_path=tmp_path / "b", often=2)
