@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.data import jsonl
-from distill.data.stored import StoredPosts, scan
+from distill.data.stored import StoredPosts, changed, scan, selected
 from distill.errors import SettingsError
 from distill.task.labels import LabelSpace
 from distill.task.sample import Sample
@@ -51,7 +51,11 @@ def _sample(path: Path, row: jsonl.Row, root: Path, labels: LabelSpace) -> Sampl
     return sample
 
 
-def labels_only(posts: Sequence[Sample], rows: Sequence[Sample]) -> list[Sample]:
-    """Return the labelled posts that are not among the rows, without a rationale (`labelled_posts` of a training)."""
+def labels_only(posts: Sequence[Sample], rows: Sequence[Sample] = ()) -> Sequence[Sample]:
+    """Return the labelled posts that are not among the rows, without a rationale."""
     known = {row.id for row in rows}
-    return [replace(post, rationale=None) for post in posts if post.label is not None and post.id not in known]
+    return changed(selected(posts, lambda post: post.label is not None and post.id not in known), _without_rationale)
+
+
+def _without_rationale(post: Sample) -> Sample:
+    return replace(post, rationale=None)

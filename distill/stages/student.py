@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from distill.data.stored import StoredPosts, changed, labelled
+from distill.annotation.reasoning_data import labels_only
+from distill.data.stored import StoredPosts
 from distill.models import backbone
 from distill.models.backbone import Backbone
 from distill.stages.context import Context, progress
@@ -46,7 +47,7 @@ def run(context: Context, tracked: StageRun) -> None:
     context.train("student", module, rows, tracked)
     if settings.hard_labels_baseline:
         baseline = replace(settings, tasks={"classify": 1.0})
-        gold = changed(labelled(context.curated), _without_rationale)
+        gold = labels_only(context.curated)
         # fewer rows make shorter epochs: the factor gives both trainings about as many steps and validations
         epoch_factor = max(1, round(len(rows) / max(1, len(gold))))
         context.train(
@@ -57,10 +58,6 @@ def run(context: Context, tracked: StageRun) -> None:
             part=HARD_LABELS,
             epoch_factor=epoch_factor,
         )
-
-
-def _without_rationale(sample: Sample) -> Sample:
-    return replace(sample, rationale=None)
 
 
 def _soft_targets(
