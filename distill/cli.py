@@ -130,12 +130,13 @@ def _options(command: str) -> Any:
     """The parser of a command: a `RecipeParser`, or one of argparse."""
     if command in COMMANDS:
         from distill import recipe  # imported here, so that `distill --help` does not import torch
-        from distill.planning import commands as planning
 
         reads = recipe.parser(command)
         if command == "run":
             reads.add_argument("--until", type=str, default=None, help="Stop after this stage.")
         if command in ("plan", "simulate"):
+            from distill.planning import commands as planning
+
             planning.add_options(command, reads)
         if command == "batches":
             reads.add_argument("--cancel", action="store_true", help="Cancel them at the service.")
@@ -198,11 +199,12 @@ def _parsed(
 
 def _command(command: str, arguments: Sequence[str]) -> None:
     from distill import chain, recipe, review
-    from distill.planning import commands as planning
     from distill.stages import batches, report, serve
 
     settings, parsed = recipe.load(_options(command), arguments)
     if command in ("plan", "simulate"):
+        from distill.planning import commands as planning
+
         print(planning.output(command, settings, parsed))
         return
     if command == "report":
