@@ -123,6 +123,12 @@ def folder(finished: Recipe) -> Path:
 
 
 @pytest.fixture(scope="session")
+def recipe_file(folder: Path) -> Path:
+    """The recipe of that chain as a file."""
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     """An S3 server, which the clients of this process reach."""
     for name in ("s3fs", "moto", "flask"):

@@ -16,6 +16,7 @@ if os.fork():
     os.wait()
 wait_for_ever()
 """
+CRASH = "import os; os.write(2, b'malloc(): unaligned tcache chunk detected\\n'); os.abort()"
 
 
 def start(script: str) -> "subprocess.Popen[str]":
@@ -32,39 +33,29 @@ def test_the_stacks_of_all_processes_are_in_the_error() -> None:
     assert process.returncode == -9
 
 
-def test_a_hanging_test_is_run_once_more_in_a_new_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "what", "message", "error"),
+    [
+        (STACKS + SCRIPT, "hung", "in wait_for_ever", subprocess.TimeoutExpired),
+        (CRASH, "crashed", "unaligned tcache", Crashed),
+    ],
+)
+def test_a_test_that_hangs_or_crashes_is_run_once_more_in_a_new_folder(
+    tmp_path: Path, script: str, what: str, message: str, error: type[Exception]
+) -> None:
     folders = []
 
     @once_more
-    def hangs_at_first(tmp_path: Path, often: int) -> None:
+    def fails_at_first(tmp_path: Path, often: int) -> None:
         folders.append(tmp_path.name)
-        communicate(start(STACKS + (SCRIPT if len(folders) <= often else "")), 2)
+        communicate(start(script if len(folders) <= often else STACKS), 2)
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    with pytest.warns(UserWarning, match=r"(?s)hangs_at_first hung.*in wait_for_ever"):
-        hangs_at_first(tmp_path=tmp_path / "a", often=1)
+    with pytest.warns(UserWarning, match=f"(?s)fails_at_first {what}.*{message}"):
+        fails_at_first(tmp_path=tmp_path / "a", often=1)
     assert folders == ["first", "second"]
     folders.clear()
-    with pytest.raises(subprocess.TimeoutExpired), pytest.warns(UserWarning, match="hung"):
-        hangs_at_first(tmp_path=tmp_path / "b", often=2)
+    with pytest.raises(error), pytest.warns(UserWarning, match=what):
+        fails_at_first(tmp_path=tmp_path / "b", often=2)
     assert folders == ["first", "second"]
-
-
-def test_a_crash_of_the_allocator_is_run_once_more(tmp_path: Path) -> None:
-    folders = []
-    crash = "import os; os.write(2, b'malloc(): unaligned tcache chunk detected\\n'); os.abort()"
-
-    @once_more
-    def crashes_at_first(tmp_path: Path, often: int) -> None:
-        folders.append(tmp_path.name)
-        communicate(start(crash if len(folders) <= often else ""), 20)
-
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    with pytest.warns(UserWarning, match=r"(?s)crashes_at_first crashed.*unaligned tcache"):
-        crashes_at_first(tmp_path=tmp_path / "a", often=1)
-    assert folders == ["first", "second"]
-    folders.clear()
-    with pytest.raises(Crashed), pytest.warns(UserWarning, match="crashed"):
-        crashes_at_first(tmp_path=tmp_path / "b", often=2)

@@ -14,7 +14,6 @@ import httpx
 import pytest
 
 from distill.errors import SettingsError
-from distill.recipe import Recipe, to_yaml
 from distill.serving.ray_serve import check_ray
 from distill.serving.settings import ReplicaSettings, ServeSettings
 from tests.serving.conftest import wait_until
@@ -39,14 +38,12 @@ def test_settings_that_ray_cannot_use_are_refused(monkeypatch: pytest.MonkeyPatc
         check_ray(ServeSettings(port=0))
 
 
-def test_two_replicas_answer_as_one_gateway_and_end_with_the_signal(finished: Recipe, tmp_path: Path) -> None:
+def test_two_replicas_answer_as_one_gateway_and_end_with_the_signal(recipe_file: Path) -> None:
     pytest.importorskip("ray.serve", reason="the extra ray is not installed")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(finished))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    command = [sys.executable, "-m", "distill", "serve", "--config", str(path), "--engine", "ray"]
+    command = [sys.executable, "-m", "distill", "serve", "--config", str(recipe_file), "--engine", "ray"]
     command += ["--serve.port", str(port), "--serve.ray.min_replicas", "2", "--serve.ray.cpus", "0.1"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -18,7 +18,7 @@ import pytest
 from distill.data.corpus import read_corpus
 from distill.models.endpoint import Endpoint, EndpointSettings
 from distill.models.local import Local
-from distill.recipe import Recipe, to_yaml
+from distill.recipe import Recipe
 from distill.serving.settings import endpoint_for_serving
 from distill.stages.context import Context
 from distill.task.sample import Sample
@@ -46,16 +46,9 @@ def address(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="module")
-def path(finished: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("serve") / "recipe.yaml"
-    path.write_text(to_yaml(finished))
-    return path
-
-
-@pytest.fixture(scope="module")
-def students(path: Path) -> Iterator[list[Served]]:
+def students(recipe_file: Path) -> Iterator[list[Served]]:
     """Two processes that serve the student."""
-    processes = [start(path) for _ in range(2)]
+    processes = [start(recipe_file) for _ in range(2)]
     try:
         yield [(process, address(process)) for process in processes]
     finally:
@@ -113,7 +106,7 @@ def test_labels_and_answers_do_not_depend_on_the_processes(
 
 
 def test_a_killed_student_loses_no_request_and_comes_back(
-    students: list[Served], path: Path, finished: Recipe, samples: list[Sample]
+    students: list[Served], recipe_file: Path, finished: Recipe, samples: list[Sample]
 ) -> None:
     urls = [url for _, url in students]
     with gateway(urls, finished) as client, ThreadPoolExecutor(8) as threads:
@@ -125,7 +118,7 @@ def test_a_killed_student_loses_no_request_and_comes_back(
         process.wait()
         assert [future.result()["label"] for future in futures] == expected * 3
         assert metric(client, 'distill_replica_up{replica="' + urls[0]) == 0
-        revived = start(path, int(urls[0].rpartition(":")[2]))
+        revived = start(recipe_file, int(urls[0].rpartition(":")[2]))
         try:
             assert address(revived) == urls[0]
             wait_until(lambda: metric(client, 'distill_replica_up{replica="') == 2, 60)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from distill import cli, logs
-from distill.recipe import Recipe, to_yaml
+from distill.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -25,17 +25,9 @@ def _unchanged_logging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def path(finished: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of the finished chain as a file."""
-    path = tmp_path_factory.mktemp("serve") / "recipe.yaml"
-    path.write_text(to_yaml(finished))
-    return path
-
-
-@pytest.fixture(scope="module")
-def gateway(path: Path) -> Iterator[tuple[subprocess.Popen, str]]:
+def gateway(recipe_file: Path) -> Iterator[tuple[subprocess.Popen, str]]:
     """The process of the command, and its address."""
-    command = [str(Path(sys.executable).with_name("distill")), "serve", "--config", str(path)]
+    command = [str(Path(sys.executable).with_name("distill")), "serve", "--config", str(recipe_file)]
     command += ["--serve.port", "0", "--serve.max_new_tokens", "40"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert process.stderr is not None
@@ -78,28 +70,28 @@ def test_the_gateway_gives_the_decisions_of_the_cascade_stage(
 
 
 def test_a_student_without_a_calibration_of_its_own_is_refused(
-    path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["serve", "--config", str(path), "--calibrate.budget", "0.1"]) == 2
+    assert cli.main(["serve", "--config", str(recipe_file), "--calibrate.budget", "0.1"]) == 2
     assert "serve reads calibrate, which has not run with this recipe; run it first" in capsys.readouterr().err
-    assert cli.main(["serve", "--config", str(path), "--calibrate", "null", "--cascade", "null"]) == 2
+    assert cli.main(["serve", "--config", str(recipe_file), "--calibrate", "null", "--cascade", "null"]) == 2
     assert "serve needs a calibrate section" in capsys.readouterr().err
     calibration = folder / "calibrate" / "calibration.json"
     before = calibration.read_text()
     try:
         calibration.write_text(json.dumps(json.loads(before) | {"student": "student-of-another-run"}))
-        assert cli.main(["serve", "--config", str(path)]) == 2
+        assert cli.main(["serve", "--config", str(recipe_file)]) == 2
         assert "was made with another student (student-of-another-run, now student-" in capsys.readouterr().err
     finally:
         calibration.write_text(before)
 
 
-def test_an_address_in_use_is_refused_with_a_message(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_in_use_is_refused_with_a_message(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert cli.main(["serve", "--config", str(path), "--serve.port", str(port)]) == 2
+        assert cli.main(["serve", "--config", str(recipe_file), "--serve.port", str(port)]) == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
 
 
