@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from distill.training.divergences import FORWARD_KL, Divergence, Softmaxes, of_logits, softmax
 
-CPU_ELEMENTS, CUDA_ELEMENTS = 2**24, 2**27
-"""Elements of one logits buffer: 64 and 512 MiB in float32."""
+CPU_ELEMENTS, CUDA_ELEMENTS = 2**26, 2**27
+"""Elements of one logits buffer: 256 and 512 MiB in float32. Each chunk reads the whole head, so a chunk is not small."""
 CACHED_ELEMENTS = 2**21
 """Elements of a block that a CPU processes while they are in its cache, to save memory traffic."""
 
@@ -88,7 +88,7 @@ def answer_loss(
         weight: weight of the divergence, λ.
         temperature: T of both distributions in the divergence; the cross-entropy is at temperature 1.
         divergence: D; by default KL(assistant || student).
-        chunk: number of positions whose logits are held at a time; None chooses it from V (64 MiB per buffer, 512 MiB
+        chunk: number of positions whose logits are held at a time; None chooses it from V (256 MiB per buffer, 512 MiB
             on a GPU).
         positions: [...], tokens with the same number have the same hidden state and soft targets, as in a token tree;
             their logits are computed once. None: all are different.
