@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from distill.training.divergences import FORWARD_KL, Divergence, Softmaxes, of_logits, softmax
 
 CPU_ELEMENTS, CUDA_ELEMENTS = 2**26, 2**27
-"""Elements of one logits buffer: 256 and 512 MiB in float32. Each chunk reads the whole head, so a chunk is not small."""
+"""Elements of one logits buffer: 256 and 512 MiB in float32. Each chunk reads the whole head, so few are faster."""
 CACHED_ELEMENTS = 2**21
 """Elements of a block that a CPU processes while they are in its cache, to save memory traffic."""
 
